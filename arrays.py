@@ -1,0 +1,36 @@
+"""The array vocabulary of the project: what a batch, a per-example number and a score function are."""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Batch: TypeAlias = Float[Array, "batch *dims"]
+"""Examples along the first axis; the other axes are data dimensions, d of them in total."""
+
+PerExample: TypeAlias = Float[Array, " batch"]
+"""One number for each example: a time, a loss, a log-likelihood in nats."""
+
+ScoreFn: TypeAlias = Callable[[Batch, PerExample], Batch]
+"""score(x, t): an estimate of grad_x ln q_t(x). All that losses, likelihoods and samplers see of a network."""
+
+
+def per_example(values: PerExample, like: Batch) -> Float[Array, "batch *ones"]:
+    """Reshapes one number for each example so that it multiplies a batch shaped as `like`."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def inner(a: Batch, b: Batch) -> PerExample:
+    """Inner product over the data dimensions of each example."""
+    return jnp.sum(a * b, axis=tuple(range(1, a.ndim)))
+
+
+def mean_square(a: Batch) -> PerExample:
+    """Mean over the data dimensions of the squared entries of each example."""
+    return jnp.mean(jnp.square(a), axis=tuple(range(1, a.ndim)))
+
+
+def num_dims(x: Batch) -> int:
+    """d, the number of data dimensions of one example."""
+    return x[0].size

@@ -1,0 +1,144 @@
+"""Every field of a configuration, with its meaning and default. Other files state their differences from this one.
+
+Field names are the published ones wherever the published code has the field.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 42  # of everything random: initialisation, data order, noise, probes, samples
+    config.training = _training()
+    config.data = _data()
+    config.model = _model()
+    config.optim = _optim()
+    config.sampling = _sampling()
+    config.eval = _eval()
+    return config
+
+
+def _training() -> ConfigDict:
+    training = ConfigDict()
+    training.sde = "vesde"  # vesde, linearvesde, vpsde, subvpsde
+    training.continuous = True  # continuous time; the only choice
+    training.smallest_time = 1e-5  # losses and likelihoods use t in [smallest_time, 1]
+    training.batch_size = 128  # global, over all devices; published: 128 for orders 1 and 2, 48 for order 3
+    training.n_iters = 4_000_001  # the run ends at this step
+    training.n_jitted_steps = 1  # steps in one compiled call; raises throughput where steps are short
+    training.score_matching_order = 1  # 1, 2 or 3: highest order of denoising score matching in the loss
+    training.second_order_weight = 1.0  # of the two second-order terms beside the first-order loss
+    training.third_order_weight = 1.0  # of the third-order term
+    training.likelihood_weighting = False  # weight the first order by g^2, else by sigma^2
+    training.importance_weighting = False  # draw t in proportion to g^2 / sigma^2; with likelihood_weighting
+    training.reduce_mean = True  # mean over dimensions, else half the sum; orders 2 and 3 need the mean
+    training.log_freq = 100  # steps between records of the losses
+    training.eval_freq = 100  # steps between losses on test data
+    training.snapshot_freq = 50_000  # steps between checkpoints that are kept for good
+    training.snapshot_freq_for_preemption = 10_000  # steps between checkpoints that only serve to go on from
+    training.snapshot_sampling = True  # draw a grid of samples with every kept checkpoint
+    training.init_from = ""  # checkpoint to start from: a workdir, a checkpoint folder or a released file
+    training.init_reset = ""  # parts of init_from not to take over: any of step,opt,ema, joined by commas
+    return training
+
+
+def _data() -> ConfigDict:
+    data = ConfigDict()
+    data.dataset = "CIFAR10"  # name of the source; see datasets.py
+    data.image_size = 32
+    data.num_channels = 3
+    data.levels = 256  # grey levels of a channel; bits/dim are those of the discrete image
+    data.centered = False  # images in [-1, 1] for the network, else in [0, 1]
+    data.random_flip = True  # mirror training images left-right at random
+    data.uniform_dequantization = False  # add uniform noise of one level to training images
+    return data
+
+
+def _model() -> ConfigDict:
+    model = ConfigDict()
+    model.name = "ncsnpp"  # NCSN++ and DDPM++, by the fields below
+    model.sigma_min = 0.01  # VE's smallest and largest noise level
+    model.sigma_max = 50.0
+    model.beta_min = 0.1  # VP's and sub-VP's noise rate at t = 0 and t = 1
+    model.beta_max = 20.0
+    model.num_scales = 1000  # steps of the discrete chain that predictor-corrector samplers follow
+    model.ema_rate = 0.999  # decay of the averaged parameters that evaluation uses
+    model.dropout = 0.1
+    model.embedding_type = "fourier"  # of the time: fourier (of ln sigma) or positional (of 999 t)
+    model.fourier_scale = 16  # standard deviation of the Fourier frequencies
+    model.trainable_embedding = False  # frequencies are fixed; the only choice
+    model.conditional = True  # feed the time embedding to the residual blocks
+    model.nonlinearity = "swish"  # swish, elu, relu, lrelu
+    model.normalization = "GroupNorm"  # the only choice
+    model.nf = 128  # channels at full resolution
+    model.ch_mult = (1, 2, 2, 2)  # channels of each resolution, in units of nf
+    model.num_res_blocks = 4  # residual blocks at each resolution
+    model.attn_resolutions = (16,)  # image sizes at which self-attention follows a residual block
+    model.attention_type = "ddpm"  # the only choice
+    model.resamp_with_conv = True  # convolve when resampling (ddpm blocks)
+    model.resblock_type = "biggan"  # biggan or ddpm
+    model.fir = True  # resample with a smoothing filter, else by repeating and averaging
+    model.fir_kernel = (1, 3, 3, 1)
+    model.skip_rescale = True  # divide sums of two branches by sqrt(2)
+    model.progressive = "none"  # output pyramid: none, output_skip, residual
+    model.progressive_input = "residual"  # input pyramid: none, input_skip, residual
+    model.progressive_combine = "sum"  # how the input pyramid joins: sum, cat
+    model.init_scale = 0.0  # variance scale of the last layer of each block; 0 means nearly zero
+    model.scale_by_sigma = True  # divide the network's output by sigma; exactly the VE models do
+    model.conv_size = 3  # the only choice
+    model.data_init = False  # data-dependent initialisation; the dequantizer has it, score networks do not
+    return model
+
+
+def _optim() -> ConfigDict:
+    optim = ConfigDict()
+    optim.optimizer = "Adam"  # the only choice
+    optim.lr = 2e-4
+    optim.beta1 = 0.9
+    optim.eps = 1e-8
+    optim.weight_decay = 0.0  # decoupled, as a multiple of the learning rate
+    optim.warmup = 5000  # steps over which the learning rate rises linearly from 0
+    optim.grad_clip = 1.0  # largest global norm of a gradient; negative: no limit
+    return optim
+
+
+def _sampling() -> ConfigDict:
+    sampling = ConfigDict()
+    sampling.method = "pc"  # pc (predictor-corrector) or ode (probability flow, adaptive steps)
+    sampling.predictor = "reverse_diffusion"  # euler_maruyama, reverse_diffusion, ancestral_sampling, none
+    sampling.corrector = "langevin"  # langevin, ald, none
+    sampling.num_steps = 0  # predictor steps; 0: model.num_scales
+    sampling.n_steps_each = 1  # corrector steps for each predictor step
+    sampling.snr = 0.16  # signal-to-noise ratio that sets the corrector's step
+    sampling.probability_flow = False  # predictor follows the ODE, not the SDE
+    sampling.noise_removal = True  # return the last mean, without its noise
+    sampling.smallest_time = 1e-5  # sampling ends at this time
+    sampling.rtol = 1e-5  # of the ode sampler
+    sampling.atol = 1e-5
+    sampling.batch_size = 256  # images drawn together, over all devices
+    return sampling
+
+
+def _eval() -> ConfigDict:
+    evaluate = ConfigDict()
+    evaluate.begin_ckpt = 1  # first and last kept checkpoint to evaluate, counted in units of snapshot_freq;
+    evaluate.end_ckpt = 0  # an end below the beginning: the newest checkpoint only
+    evaluate.ckpt_id = 0  # the checkpoint that a dequantizer is trained for
+    evaluate.batch_size = 1024  # images evaluated together, over all devices
+    evaluate.enable_loss = False  # mean of the training loss over the test images
+    evaluate.enable_bpd = True  # bits/dim of the ODE
+    evaluate.enable_sampling = False  # FID, IS and KID of samples
+    evaluate.bpd_dataset = "test"  # train or test
+    evaluate.num_repeats = 5  # passes over the images, each with new dequantization noise and probes
+    evaluate.max_examples = 0  # evaluate only so many images; 0: all
+    evaluate.ode_solver = "dopri5"  # dopri5 (on the devices), scipy (RK45 on the host, as published)
+    evaluate.rtol = 1e-5  # tolerances of the likelihood's solver
+    evaluate.atol = 1e-5
+    evaluate.probe = "rademacher"  # of the divergence: rademacher, gaussian; or exact, for small images
+    evaluate.bound = False  # bound on the SDE's likelihood instead of the ODE's likelihood
+    evaluate.dsm = True  # the bound's form: denoising or sliced score matching
+    evaluate.offset = True  # the bound's start-time correction
+    evaluate.dequantizer = False  # learned dequantization noise instead of uniform
+    evaluate.num_samples = 50_000  # images behind FID, IS and KID
+    evaluate.features = "inception"  # the network whose features FID compares: inception, classifier
+    return evaluate

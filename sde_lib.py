@@ -1,0 +1,264 @@
+"""The forward SDEs, in closed form.
+
+Every SDE here is linear, dx = f(t) x dt + g(t) dw for t in [0, 1], so x_t given x_0 is N(alpha_t x_0, sigma_t^2 I).
+One function describes it up to the scale of x: the noise level rho = sigma / alpha. The rest follows, e.g. the
+importance weight of the likelihood-weighted objective is a derivative of its logarithm,
+g^2 / sigma^2 = d/dt ln rho^2, so sampling t in proportion to it means sampling ln rho uniformly.
+
+Sources: [S21a] Song et al., ICLR 2021 (VE, VP, sub-VP); [S21b] Song et al., NeurIPS 2021 (importance sampling).
+"""
+
+import abc
+import dataclasses
+import math
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from arrays import Batch, PerExample, ScoreFn, inner, num_dims, per_example
+
+Times = Float[Array, "*times"]
+
+
+@dataclasses.dataclass(frozen=True)
+class SDE(abc.ABC):
+    """A linear forward SDE. Subclasses give the closed forms; all else is written in terms of these."""
+
+    t_max: ClassVar[float] = 1.0
+
+    @abc.abstractmethod
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        """Scale and standard deviation of x_t given x_0."""
+
+    @abc.abstractmethod
+    def drift_coeff(self, t: Times) -> Times:
+        """f(t) in the drift f(t) x."""
+
+    @abc.abstractmethod
+    def diffusion(self, t: Times) -> Times:
+        """g(t)."""
+
+    @abc.abstractmethod
+    def log_noise_level(self, t: Times) -> Times:
+        """ln rho, rho = sigma / alpha."""
+
+    @abc.abstractmethod
+    def time_of_log_noise_level(self, log_rho: Times) -> Times:
+        """The inverse of `log_noise_level`."""
+
+    @property
+    @abc.abstractmethod
+    def prior_sigma(self) -> float:
+        """Standard deviation of the prior N(0, prior_sigma^2 I) that stands for x at t_max."""
+
+    def marginal(self, x0: Batch, t: PerExample) -> tuple[Batch, PerExample]:
+        """Mean and standard deviation of x_t given x_0."""
+        alpha, sigma = self.alpha_sigma(t)
+        return per_example(alpha, x0) * x0, sigma
+
+    def drift(self, x: Batch, t: PerExample) -> Batch:
+        return per_example(self.drift_coeff(t), x) * x
+
+    def probability_flow(self, score_fn: ScoreFn, x: Batch, t: PerExample) -> Batch:
+        """dx/dt of the ODE with the SDE's marginals: f - g^2 score / 2 ([S21a] Eqn. 13)."""
+        return self.drift(x, t) - per_example(0.5 * self.diffusion(t) ** 2, x) * score_fn(x, t)
+
+    def drift_divergence(self, x: Batch, t: PerExample) -> PerExample:
+        """div f, in closed form: d f(t)."""
+        return num_dims(x) * self.drift_coeff(t)
+
+    def prior_sample(self, key: Array, shape: tuple[int, ...]) -> Batch:
+        return self.prior_sigma * jax.random.normal(key, shape)
+
+    def prior_logp(self, x: Batch) -> PerExample:
+        """Log-density of the prior, in nats."""
+        variance = self.prior_sigma**2
+        return -0.5 * (num_dims(x) * math.log(2 * math.pi * variance) + inner(x, x) / variance)
+
+    def importance_weight(self, t: Times, t_min: float) -> Times:
+        """Z(t), the integral of g^2 / sigma^2 over [t_min, t]."""
+        return 2 * (self.log_noise_level(t) - self.log_noise_level(jnp.asarray(t_min, t.dtype)))
+
+    def time_of_quantile(self, quantile: Times, t_min: float) -> Times:
+        """The t with Z(t) = `quantile`; a uniform quantile in (0, Z(t_max)) gives t ~ g^2 / sigma^2."""
+        log_rho_min = self.log_noise_level(jnp.asarray(t_min, quantile.dtype))
+        return self.time_of_log_noise_level(log_rho_min + 0.5 * quantile)
+
+    def discretize(self, x: Batch, t: PerExample, num_steps: int) -> tuple[Batch, PerExample]:
+        """One of `num_steps` steps of the forward chain, x_{i+1} = x_i + f_i + G_i z; here Euler-Maruyama's.
+
+        Returns:
+            f_i, shaped as x, and G_i for each example.
+        """
+        dt = self.t_max / num_steps
+        return self.drift(x, t) * dt, self.diffusion(t) * math.sqrt(dt)
+
+    def step_alpha(self, t: PerExample, num_steps: int) -> PerExample:
+        """(alpha_{t + dt} / alpha_t)^2 of one forward step: the factor of the Langevin step sizes in [S21a] Alg. 5.
+
+        It is read off the marginals, so it holds for every SDE and number of steps.
+        """
+        before = jnp.maximum(t - self.t_max / num_steps, 0)
+        return (self.alpha_sigma(t)[0] / self.alpha_sigma(before)[0]) ** 2
+
+
+def _chain_index(t: PerExample, num_steps: int) -> Array:
+    """Index i = floor(t (N - 1)) of the discrete chain that a time falls on."""
+    return (t * (num_steps - 1) / SDE.t_max).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class VESDE(SDE):
+    """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t ([S21a] Eqn. 9 and 30)."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(f"need 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
+    @property
+    def _log_ratio(self) -> float:
+        return math.log(self.sigma_max / self.sigma_min)
+
+    @property
+    def prior_sigma(self) -> float:
+        return self.sigma_max
+
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        return jnp.ones_like(t), jnp.exp(self.log_noise_level(t))
+
+    def drift_coeff(self, t: Times) -> Times:
+        return jnp.zeros_like(t)
+
+    def diffusion(self, t: Times) -> Times:
+        return self.alpha_sigma(t)[1] * math.sqrt(2 * self._log_ratio)
+
+    def log_noise_level(self, t: Times) -> Times:
+        return math.log(self.sigma_min) + t * self._log_ratio
+
+    def time_of_log_noise_level(self, log_rho: Times) -> Times:
+        return (log_rho - math.log(self.sigma_min)) / self._log_ratio
+
+    def discretize(self, x: Batch, t: PerExample, num_steps: int) -> tuple[Batch, PerExample]:
+        """The SMLD chain: G_i^2 = sigma_i^2 - sigma_{i-1}^2 on a geometric ladder, sigma_{-1} = 0 ([S21a] Eqn. 8)."""
+        i = _chain_index(t, num_steps)
+        log_step = self._log_ratio / max(num_steps - 1, 1)
+        sigma = self.sigma_min * jnp.exp(i * log_step)
+        return jnp.zeros_like(x), sigma * jnp.where(i == 0, 1.0, math.sqrt(-math.expm1(-2 * log_step)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearVESDE(SDE):
+    """Variance exploding with sigma linear in time: alpha = 1, sigma = sigma_max t."""
+
+    sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        if not self.sigma_max > 0:
+            raise ValueError(f"need sigma_max > 0, got {self.sigma_max}")
+
+    @property
+    def prior_sigma(self) -> float:
+        return self.sigma_max
+
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        return jnp.ones_like(t), self.sigma_max * t
+
+    def drift_coeff(self, t: Times) -> Times:
+        return jnp.zeros_like(t)
+
+    def diffusion(self, t: Times) -> Times:
+        return self.sigma_max * jnp.sqrt(2 * t)
+
+    def log_noise_level(self, t: Times) -> Times:
+        return math.log(self.sigma_max) + jnp.log(t)
+
+    def time_of_log_noise_level(self, log_rho: Times) -> Times:
+        return jnp.exp(log_rho - math.log(self.sigma_max))
+
+
+@dataclasses.dataclass(frozen=True)
+class _LinearBetaSDE(SDE):
+    """What VP and sub-VP share: f = -beta / 2 with beta linear in time, so alpha = exp(-B / 2), B = int_0^t beta."""
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.beta_min <= self.beta_max or self.beta_max == 0:
+            raise ValueError(f"need 0 <= beta_min <= beta_max and beta_max > 0, got {self.beta_min} and {self.beta_max}")
+
+    @property
+    def prior_sigma(self) -> float:
+        return 1.0
+
+    def beta(self, t: Times) -> Times:
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def beta_integral(self, t: Times) -> Times:
+        """B(t)."""
+        return t * (self.beta_min + 0.5 * t * (self.beta_max - self.beta_min))
+
+    def time_of_beta_integral(self, integral: Times) -> Times:
+        """The root t of B(t) = integral, in the form without cancellation."""
+        slope = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + jnp.sqrt(self.beta_min**2 + 2 * slope * integral))
+
+    def drift_coeff(self, t: Times) -> Times:
+        return -0.5 * self.beta(t)
+
+
+@dataclasses.dataclass(frozen=True)
+class VPSDE(_LinearBetaSDE):
+    """Variance preserving: sigma^2 = 1 - exp(-B) ([S21a] Eqn. 11 and 33)."""
+
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        integral = self.beta_integral(t)
+        return jnp.exp(-0.5 * integral), jnp.sqrt(-jnp.expm1(-integral))
+
+    def diffusion(self, t: Times) -> Times:
+        return jnp.sqrt(self.beta(t))
+
+    def log_noise_level(self, t: Times) -> Times:
+        integral = self.beta_integral(t)
+        return 0.5 * (integral + jnp.log(-jnp.expm1(-integral)))
+
+    def time_of_log_noise_level(self, log_rho: Times) -> Times:
+        return self.time_of_beta_integral(jax.nn.softplus(2 * log_rho))
+
+    def discretize(self, x: Batch, t: PerExample, num_steps: int) -> tuple[Batch, PerExample]:
+        """The DDPM chain: x_{i+1} = sqrt(1 - beta_i) x_i + sqrt(beta_i) z ([S21a] Eqn. 10)."""
+        beta = self.chain_beta(t, num_steps)
+        # sqrt(1 - beta) - 1 without cancellation
+        return per_example(-beta / (1 + jnp.sqrt(1 - beta)), x) * x, jnp.sqrt(beta)
+
+    def chain_beta(self, t: PerExample, num_steps: int) -> PerExample:
+        """beta_i of the DDPM chain with `num_steps` steps."""
+        return jnp.linspace(self.beta_min / num_steps, self.beta_max / num_steps, num_steps)[_chain_index(t, num_steps)]
+
+
+@dataclasses.dataclass(frozen=True)
+class SubVPSDE(_LinearBetaSDE):
+    """Sub-variance preserving: sigma = 1 - exp(-B), below VP's at every time ([S21a] Eqn. 12 and 34)."""
+
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        integral = self.beta_integral(t)
+        return jnp.exp(-0.5 * integral), -jnp.expm1(-integral)
+
+    def diffusion(self, t: Times) -> Times:
+        return jnp.sqrt(-self.beta(t) * jnp.expm1(-2 * self.beta_integral(t)))
+
+    def log_noise_level(self, t: Times) -> Times:
+        integral = self.beta_integral(t)
+        return 0.5 * integral + jnp.log(-jnp.expm1(-integral))
+
+    def time_of_log_noise_level(self, log_rho: Times) -> Times:
+        # rho = 2 sinh(B / 2)
+        return self.time_of_beta_integral(2 * jnp.arcsinh(0.5 * jnp.exp(log_rho)))
+
+
+SDES: dict[str, type[SDE]] = {"vesde": VESDE, "linearvesde": LinearVESDE, "vpsde": VPSDE, "subvpsde": SubVPSDE}
