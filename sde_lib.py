@@ -190,7 +190,7 @@ class _LinearBetaSDE(SDE):
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta_min <= self.beta_max or self.beta_max == 0:
-            raise ValueError(f"need 0 <= beta_min <= beta_max and beta_max > 0, got {self.beta_min} and {self.beta_max}")
+            raise ValueError(f"need 0 <= beta_min <= beta_max, beta_max > 0, got {self.beta_min} and {self.beta_max}")
 
     @property
     def prior_sigma(self) -> float:
