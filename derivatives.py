@@ -1,0 +1,73 @@
+"""Derivatives of a vector field on data space: exact, for few dimensions, and by Hutchinson probes, for many.
+
+A field here maps a batch to a batch, example by example: field(x): [batch, *dims]. J is its Jacobian at one example.
+A probe v has independent entries with mean 0 and variance 1, so that E[v.Jv] = tr J (Hutchinson, 1990).
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from arrays import Batch, PerExample, inner, num_dims
+
+Field: TypeAlias = Callable[[Batch], Batch]
+
+PROBES: dict[str, Callable[..., Batch]] = {
+    "rademacher": lambda key, shape: jax.random.rademacher(key, shape, dtype=jnp.float32),
+    "gaussian": jax.random.normal,
+}
+"""How probes are drawn, by name: functions of (key, shape)."""
+
+
+def probe_divergence(field: Field, x: Batch, probe: Batch) -> tuple[Batch, PerExample]:
+    """The field and v.Jv, an unbiased estimate of its divergence, at the cost of one forward derivative."""
+    value, tangent = jax.jvp(field, (x,), (probe,))
+    return value, inner(probe, tangent)
+
+
+def exact_divergence(field: Field, x: Batch) -> tuple[Batch, PerExample]:
+    """The field and its divergence tr J, at the cost of d forward derivatives."""
+    value, jacobian = exact_jacobian(field, x)
+    return value, jnp.trace(jacobian, axis1=1, axis2=2)
+
+
+def exact_jacobian(field: Field, x: Batch) -> tuple[Batch, Float[Array, "batch d d"]]:
+    """The field and J[b, i, j] = d field_i / d x_j of each example, over flattened dimensions."""
+    value, push_forward = jax.linearize(field, x)
+    directions = jnp.eye(num_dims(x), dtype=x.dtype).reshape(-1, *x.shape[1:])
+    columns = jax.vmap(lambda e: push_forward(jnp.broadcast_to(e, x.shape)))(directions)
+    return value, columns.reshape(len(directions), len(x), -1).transpose(1, 2, 0)
+
+
+class TraceDerivatives(NamedTuple):
+    """A field along one probe v: its value, J v, and grad_x (v.Jv), which estimates grad_x tr J without bias."""
+
+    value: Batch
+    jacobian_probe: Batch
+    trace_gradient: Batch
+
+
+def probe_trace_gradient(field: Field, x: Batch, probe: Batch) -> TraceDerivatives:
+    """All of `TraceDerivatives` from one forward derivative and one reverse pass over it ([L22] App. G)."""
+
+    def quadratic_form(x: Batch) -> tuple[Float[Array, ""], tuple[Batch, Batch]]:
+        value, tangent = jax.jvp(field, (x,), (probe,))
+        return jnp.sum(probe * tangent), (value, tangent)
+
+    # Examples do not interact, so the gradient of the sum over the batch is each example's own.
+    trace_gradient, (value, tangent) = jax.grad(quadratic_form, has_aux=True)(x)
+    return TraceDerivatives(value, tangent, trace_gradient)
+
+
+def exact_trace_gradient(field: Field, x: Batch) -> tuple[Batch, Float[Array, "batch d d"], Batch]:
+    """The field, its Jacobian, and grad_x tr J, from one nested pass; for few dimensions."""
+
+    def total_trace(x: Batch) -> tuple[Float[Array, ""], tuple[Batch, Float[Array, "batch d d"]]]:
+        value, jacobian = exact_jacobian(field, x)
+        return jnp.sum(jnp.trace(jacobian, axis1=1, axis2=2)), (value, jacobian)
+
+    trace_gradient, (value, jacobian) = jax.grad(total_trace, has_aux=True)(x)
+    return value, jacobian, trace_gradient
