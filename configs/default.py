@@ -3,7 +3,12 @@
 Field names are the published ones wherever the published code has the field.
 """
 
+from typing import Any, TypeAlias
+
 from ml_collections import ConfigDict
+
+Config: TypeAlias = Any
+"""A ConfigDict, or a part of one, in the signatures that read it; its fields are dynamic."""
 
 
 def get_config() -> ConfigDict:

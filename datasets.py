@@ -1,0 +1,225 @@
+"""Images as integer levels, from named sources to seeded batches.
+
+A source holds the images of one split as unsigned bytes, levels 0 .. levels-1. Batches keep that form until they are on
+the devices, where `Preprocess` mirrors, dequantizes and scales them; so everything random about a batch follows from
+the seed and the step, on any number of hosts.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from arrays import Batch, per_example
+from configs.default import Config
+from parallel import local_rows, pad_rows
+
+SPLITS = ("train", "test")
+Levels = UInt8[np.ndarray, "batch height width channel"]
+
+
+class Source(Protocol):
+    """The images of one split, in a fixed order, and what describes them."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """Name, version and split, as stamped into results."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: np.ndarray) -> Levels:
+        """The images of these indices."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySource:
+    """Images held decoded in memory, with class labels where there are any."""
+
+    levels_array: Levels
+    description: str
+    labels: np.ndarray | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, height, width, channels = self.levels_array.shape
+        return height, width, channels
+
+    def __len__(self) -> int:
+        return len(self.levels_array)
+
+    def images(self, indices: np.ndarray) -> Levels:
+        return self.levels_array[indices]
+
+
+def load_digits(config: Config, split: str) -> MemorySource:
+    """scikit-learn's handwritten digits: 1797 images of 8x8 with 17 levels, one in five of them for testing."""
+    del config
+    import sklearn.datasets  # here, because its import takes a second that other data sets need not spend
+
+    digits: Any = sklearn.datasets.load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))
+    test_size = len(order) // 5
+    chosen = order[:test_size] if split == "test" else order[test_size:]
+    images = digits.images[chosen].astype(np.uint8)[..., None]
+    return MemorySource(images, f"digits (scikit-learn), {split}", digits.target[chosen])
+
+
+SOURCES: dict[str, Callable[[Config, str], Source]] = {"digits": load_digits}
+
+
+def source_from_config(config: Config, split: str) -> Source:
+    """Opens one split of `data.dataset`.
+
+    Raises:
+        ValueError: for an unknown data set, or when its images are not as `data` says.
+    """
+    if config.data.dataset not in SOURCES:
+        raise ValueError(f"data.dataset is {config.data.dataset!r}; known are {', '.join(SOURCES)}")
+    source = SOURCES[config.data.dataset](config, split)
+    wanted = (config.data.image_size, config.data.image_size, config.data.num_channels)
+    if source.image_shape != wanted:
+        raise ValueError(
+            f"{source.description} has images of {source.image_shape}, but data.image_size and data.num_channels "
+            f"ask for {wanted}"
+        )
+    _check_levels(source, config.data.levels)
+    return source
+
+
+def _check_levels(source: Source, levels: int) -> None:
+    """Checks data.levels against a sample of the images: all below it, and the upper half in use."""
+    highest = int(source.images(np.arange(min(len(source), 1000))).max())
+    if not levels // 2 <= highest < levels:
+        raise ValueError(
+            f"data.levels is {levels}, but the brightest pixel of {source.description} has level {highest}; "
+            "bits/dim would be wrong"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchOrder:
+    """Which images make up training batch k: shuffled epochs, one after another, cut into batches.
+
+    A pure function of (seed, k): nothing but the step is needed to go on, and every host computes its own rows.
+    """
+
+    num_images: int
+    batch_size: int
+    seed: int
+
+    def __getitem__(self, step: int) -> np.ndarray:
+        positions = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
+        epochs = positions // self.num_images
+        indices = np.empty(self.batch_size, np.int64)
+        for epoch in range(epochs[0], epochs[-1] + 1):
+            here = epochs == epoch
+            indices[here] = self._permutation(epoch)[positions[here] % self.num_images]
+        return indices
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+
+
+class _TrainingBatches:
+    """Random access to this host's rows of every training batch; what grain reads ahead from."""
+
+    def __init__(self, source: Source, order: BatchOrder, num_batches: int):
+        self.source, self.order, self.num_batches = source, order, num_batches
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, index: int) -> Levels:
+        return self.source.images(self.order[index][local_rows(self.order.batch_size)])
+
+
+def training_batches(source: Source, batch_size: int, seed: int, first_step: int, num_steps: int) -> Iterator[Levels]:
+    """This host's rows of batches first_step .. num_steps - 1, read ahead in threads."""
+    batches = _TrainingBatches(source, BatchOrder(len(source), batch_size, seed), num_steps)
+    read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
+    iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(read))
+    iterator.set_state({"next_index": first_step})
+    return iterator
+
+
+class EvaluationBatch(NamedTuple):
+    """A batch in the source's order; rows past the last image repeat one and do not count."""
+
+    images: Levels
+    indices: np.ndarray
+    counts: np.ndarray
+
+
+def evaluation_batch(source: Source, batch_size: int, number: int, max_examples: int = 0) -> EvaluationBatch:
+    """Batch `number` of a pass over the images, each counted exactly once."""
+    end = min(len(source), max_examples or len(source))
+    indices = np.arange(number * batch_size, min((number + 1) * batch_size, end))
+    images = source.images(indices)
+    images, padded_indices = pad_rows(batch_size, images, indices)
+    return EvaluationBatch(images, padded_indices, np.arange(batch_size) < len(indices))
+
+
+def num_evaluation_batches(source: Source, batch_size: int, max_examples: int = 0) -> int:
+    end = min(len(source), max_examples or len(source))
+    return -(-end // batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+    """From integer levels to what the score network sees, and back."""
+
+    levels: int
+    centered: bool
+    random_flip: bool = False
+    dequantize: bool = False
+
+    def __call__(self, key: Array, images: Array) -> Batch:
+        """Mirrors at random and dequantizes, each as asked, then scales."""
+        flip_key, noise_key = jax.random.split(key)
+        if self.random_flip:
+            mirror = jax.random.bernoulli(flip_key, shape=images.shape[:1])
+            images = jnp.where(per_example(mirror, images), images[:, :, ::-1], images)
+        if self.dequantize:
+            return self.scale(uniform_dequantize(noise_key, images, self.levels))
+        return self.scale(images.astype(jnp.float32) / (self.levels - 1))
+
+    def scale(self, unit: Batch) -> Batch:
+        """From [0, 1] to the range of the score network."""
+        return 2 * unit - 1 if self.centered else unit
+
+    def unscale(self, x: Batch) -> Batch:
+        """The inverse of `scale`."""
+        return (x + 1) / 2 if self.centered else x
+
+    def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
+        """Samples as integer levels: those of dequantized data are its bins; else the nearest level is taken."""
+        unit = self.unscale(x)
+        level = jnp.floor(unit * self.levels) if self.dequantize else jnp.round(unit * (self.levels - 1))
+        return jnp.clip(level, 0, self.levels - 1).astype(jnp.uint8)
+
+
+def uniform_dequantize(key: Array, images: Array, levels: int) -> Batch:
+    """(k + u) / levels for level k, u uniform on [0, 1): data on [0, 1) with the density's bits/dim."""
+    return (images.astype(jnp.float32) + jax.random.uniform(key, images.shape)) / levels
+
+
+def preprocess_from_config(config: Config, *, train: bool) -> Preprocess:
+    """For training as configured; for evaluation never mirrored, always dequantized: bits/dim come from a density."""
+    return Preprocess(
+        levels=config.data.levels,
+        centered=config.data.centered,
+        random_flip=config.data.random_flip and train,
+        dequantize=config.data.uniform_dequantization or not train,
+    )

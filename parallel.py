@@ -1,0 +1,56 @@
+"""Data parallelism: one global batch, sharded over every device of every host.
+
+The maths sees whole batches and no axis names: `jax.jit` over arrays with these shardings inserts the reductions, and
+random numbers do not depend on the number of devices.
+"""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+
+def device_mesh() -> Mesh:
+    """All devices of all hosts along one axis, "data"."""
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Shards the given axis over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "data"))
+
+
+def global_array(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
+    """One global array from each host's rows of it along `axis`."""
+    return jax.make_array_from_process_local_data(along_batch(mesh, axis), local)
+
+
+def local_rows(batch_size: int) -> slice:
+    """The rows of a global batch that this host supplies."""
+    rows = batch_size // jax.process_count()
+    return slice(jax.process_index() * rows, (jax.process_index() + 1) * rows)
+
+
+def pad_rows(batch_size: int, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Fills the last, shorter batch up to `batch_size` rows with copies of its first row."""
+    return tuple(np.concatenate([a, np.repeat(a[:1], batch_size - len(a), axis=0)]) for a in arrays)
+
+
+def divisible(batch_size: int, field: str, parts: int = 1) -> None:
+    """Checks that a global batch splits evenly over `parts` and, within each, over the devices.
+
+    Raises:
+        ValueError: if it does not; it names the nearest sizes that do.
+    """
+    unit = jax.device_count() * parts
+    if batch_size > 0 and batch_size % unit == 0:
+        return
+    below, above = unit * max(1, batch_size // unit), unit * max(1, math.ceil(batch_size / unit))
+    nearest = f"{below}" if below == above else f"{below} or {above}"
+    split = f"{jax.device_count()} devices" + (f" x {parts} parts" if parts > 1 else "")
+    raise ValueError(f"{field} is {batch_size}; {split} do not divide it: use {nearest}")
