@@ -1,0 +1,246 @@
+"""Ordinary differential equations over pytrees: one call, three methods, and failure that cannot be overlooked.
+
+A field maps (t, y) to dy/dt, where t is a scalar and y a pytree of arrays; the first axis of an array is the example.
+A field is best a pytree itself (`jax.tree_util.Partial`, a registered dataclass) that holds the network's parameters
+as leaves: it is then an argument of what is compiled here, and new weights compile nothing anew. A plain function
+works too and is compiled once for each function object.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, TypeAlias, TypeVar
+
+import diffrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, Bool, Float, Int, PyTree
+from scipy.integrate import RK45
+
+State = TypeVar("State", bound=PyTree)
+Function = TypeVar("Function", bound=Callable)
+Field: TypeAlias = Callable[[Float[Array, ""], State], State]
+
+METHODS = ("dopri5", "scipy", "rk4")
+
+
+class Info(NamedTuple):
+    """What a solve cost and whether it reached its end."""
+
+    nfe: Int[Array, ""]
+    """Evaluations of the field, those of rejected steps included."""
+    steps: Int[Array, ""]
+    """Attempted steps."""
+    success: Bool[Array, ""]
+    """The end was reached and the state there is finite."""
+    t: Float[Array, ""]
+    """Where the solve stopped."""
+    suspect: Int[Array, ""]
+    """After a failure, the first example whose state or derivative just after t is not finite or, if there is none,
+    the one whose derivative is the largest; -1 after a success."""
+
+
+def integrate(
+    field: Field,
+    y0: State,
+    t0: float | Float[Array, ""],
+    t1: float | Float[Array, ""],
+    *,
+    method: str = "dopri5",
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    num_steps: int = 100,
+    max_steps: int = 10_000,
+) -> tuple[State, Info]:
+    """Solves dy/dt = field(t, y) from y(t0) = y0 to t1, forward or backward.
+
+    Adaptive methods control the root mean square over the WHOLE state, all examples together, of the error relative
+    to atol + rtol |y|, as SciPy does: their steps, and so to within the tolerance their results, depend on the batch.
+    A fixed-step solve of one example does not depend on the others.
+
+    Args:
+        method: "dopri5", Dormand-Prince 5(4) on the device, with the step-size rules of SciPy's RK45;
+            "scipy", that RK45 itself, stepping in float64 on the host of a single process: the published protocol,
+            which cannot be called under jit; "rk4", classical Runge-Kutta in `num_steps` equal steps.
+        rtol, atol: tolerances of the adaptive methods.
+        max_steps: attempted steps after which an adaptive method gives up.
+
+    Returns:
+        y where the solve stopped, and how it went. A failed solve raises nothing, so that this works under jit:
+        pass the second result to `require_success` on the host.
+
+    Raises:
+        ValueError: unknown method, or a tolerance or number of steps that is not positive.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown ODE method {method!r}; known: {', '.join(METHODS)}")
+    if not (rtol > 0 and atol > 0 and num_steps > 0 and max_steps > 0):
+        raise ValueError(
+            f"need positive rtol, atol, num_steps, max_steps; got {rtol}, {atol}, {num_steps}, {max_steps}"
+        )
+    field = as_pytree(field)
+    dtype = jnp.result_type(*jax.tree.leaves(y0), jnp.float32)
+    start, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
+    if method == "rk4":
+        return _rk4(field, y0, start, end, num_steps)
+    if method == "dopri5":
+        return _dopri5(field, y0, start, end, rtol, atol, max_steps)
+    return _scipy_rk45(field, y0, float(t0), float(t1), rtol, atol, max_steps)
+
+
+def require_success(info: Info) -> None:
+    """Raises RuntimeError, naming the time and the example to look at, unless the solve succeeded; on the host only."""
+    if not bool(info.success):
+        raise RuntimeError(
+            f"the ODE solve broke down at t = {float(info.t):.6g} after {int(info.steps)} steps; example "
+            f"{int(info.suspect)} has the largest derivative there, or one that is not finite"
+        )
+
+
+def as_pytree(function: Function) -> Function:
+    """The callable itself if it is a pytree of arrays, else wrapped to be one without leaves: a jit-able argument."""
+    is_leaf = jax.tree.all(jax.tree.map(lambda leaf: leaf is function, function))
+    return jax.tree_util.Partial(function) if is_leaf and jax.tree.leaves(function) else function  # pyright: ignore[reportReturnType]
+
+
+def rk4_step(field: Field, t: Float[Array, ""], y: State, dt: Float[Array, ""]) -> State:
+    """One step of the classical fourth-order Runge-Kutta method: four evaluations."""
+    k1 = field(t, y)
+    k2 = field(t + dt / 2, _add(y, dt / 2, k1))
+    k3 = field(t + dt / 2, _add(y, dt / 2, k2))
+    k4 = field(t + dt, _add(y, dt, k3))
+    return jax.tree.map(lambda y, a, b, c, d: y + dt / 6 * (a + 2 * (b + c) + d), y, k1, k2, k3, k4)
+
+
+def _add(y: State, scale: Float[Array, ""], direction: State) -> State:
+    return jax.tree.map(lambda y, k: y + scale * k, y, direction)
+
+
+@partial(jax.jit, static_argnames="num_steps")
+def _rk4(field: Field, y0: State, t0: Float[Array, ""], t1: Float[Array, ""], num_steps: int) -> tuple[State, Info]:
+    dt = (t1 - t0) / num_steps
+
+    def healthy(loop: tuple[Int[Array, ""], State]) -> Bool[Array, ""]:
+        return (loop[0] < num_steps) & _is_finite(loop[1])
+
+    def step(loop: tuple[Int[Array, ""], State]) -> tuple[Int[Array, ""], State]:
+        i, y = loop
+        return i + 1, rk4_step(field, t0 + i * dt, y, dt)
+
+    steps, y = jax.lax.while_loop(healthy, step, (jnp.int32(0), y0))
+    solved = (steps == num_steps) & _is_finite(y)
+    t = jnp.where(steps == num_steps, t1, t0 + steps * dt)
+    return y, _info(field, t, y, t1 - t0, solved, 4 * steps, steps)
+
+
+@partial(jax.jit, static_argnames="max_steps")
+def _dopri5(
+    field: Field,
+    y0: State,
+    t0: Float[Array, ""],
+    t1: Float[Array, ""],
+    rtol: float,
+    atol: float,
+    max_steps: int,
+) -> tuple[State, Info]:
+    controller = diffrax.PIDController(
+        rtol=rtol,
+        atol=atol,
+        pcoeff=0.0,
+        icoeff=1.0,
+        dcoeff=0.0,
+        safety=0.9,
+        factormin=0.2,
+        factormax=10.0,
+        # Below the rounding of t a step goes nowhere.
+        dtmin=0.1 * jnp.finfo(t0.dtype).eps * jnp.abs(t1 - t0),
+        force_dtmin=False,
+    )
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(lambda t, y, field: field(t, y)),
+        diffrax.Dopri5(),
+        t0,
+        t1,
+        None,
+        y0,
+        args=field,
+        stepsize_controller=controller,
+        adjoint=diffrax.ForwardMode(),
+        max_steps=max_steps,
+        throw=False,  # its host callbacks would gather a sharded state
+    )
+    assert solution.ys is not None
+    assert solution.ts is not None
+    y = jax.tree.map(lambda a: a[-1], solution.ys)
+    t = solution.ts[-1]
+    solved = solution.result == diffrax.RESULTS.successful
+    steps = solution.stats["num_steps"]
+    # Six new stages a step, one at the start, one more to choose the first step.
+    return y, _info(field, t, y, t1 - t0, solved & _is_finite(y), 6 * steps + 2, steps)
+
+
+def _scipy_rk45(
+    field: Field, y0: State, t0: float, t1: float, rtol: float, atol: float, max_steps: int
+) -> tuple[State, Info]:
+    """SciPy's RK45, step by step: solve_ivp with the same solver would keep every state on the way."""
+    flat0, unravel = ravel_pytree(y0)
+    sharding = jax.tree.map(lambda a: a.sharding if isinstance(a, jax.Array) else None, y0)
+
+    def derivative(t: float, flat: np.ndarray) -> np.ndarray:
+        y = jax.tree.map(_place, unravel(jnp.asarray(flat, flat0.dtype)), sharding)
+        return np.asarray(ravel_pytree(_evaluate(field, jnp.asarray(t, flat0.dtype), y))[0], np.float64)
+
+    if not bool(_is_finite(y0)):  # SciPy refuses this with an exception
+        zero = jnp.int32(0)
+        return y0, _info(field, jnp.asarray(t0, flat0.dtype), y0, t1 - t0, jnp.asarray(False), zero, zero)
+    solver = RK45(derivative, t0, np.asarray(flat0, np.float64), t1, rtol=rtol, atol=atol)
+    # Without a finite derivative at the start SciPy would shrink a first step of NaN for ever.
+    healthy = bool(np.isfinite(solver.f).all())
+    while healthy and solver.status == "running" and _attempted_steps(solver) < max_steps:
+        solver.step()
+    y = jax.tree.map(_place, unravel(jnp.asarray(solver.y, flat0.dtype)), sharding)
+    solved = jnp.asarray(solver.status == "finished" and bool(_is_finite(y)))
+    nfe, steps = jnp.int32(solver.nfev), jnp.int32(_attempted_steps(solver))
+    return y, _info(field, jnp.asarray(solver.t, flat0.dtype), y, t1 - t0, solved, nfe, steps)
+
+
+def _attempted_steps(solver: RK45) -> int:
+    return (solver.nfev - 2) // 6
+
+
+@jax.jit
+def _evaluate(field: Field, t: Float[Array, ""], y: State) -> State:
+    return field(t, y)
+
+
+def _place(array: Array, sharding: jax.sharding.Sharding | None) -> Array:
+    return array if sharding is None else jax.device_put(array, sharding)
+
+
+def _is_finite(y: PyTree) -> Bool[Array, ""]:
+    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), y))
+
+
+@jax.jit
+def _info(
+    field: Field,
+    t: Float[Array, ""],
+    y: PyTree,
+    span: Float[Array, ""],
+    success: Bool[Array, ""],
+    nfe: Int[Array, ""],
+    steps: Int[Array, ""],
+) -> Info:
+    def suspect() -> Int[Array, ""]:
+        # Just after t: a solver stops short of where a field ends.
+        derivative = field(t + 1e-6 * span, y)
+        return jnp.argmax(sum(jax.tree.leaves(jax.tree.map(_size, derivative, y)))).astype(jnp.int32)
+
+    return Info(nfe, steps, success, t, jax.lax.cond(success, lambda: jnp.int32(-1), suspect))
+
+
+def _size(derivative: Array, y: Array) -> Float[Array, " batch"]:
+    """Largest |derivative| of each example, infinite where it or y is not finite."""
+    size = jnp.where(jnp.isfinite(y), jnp.abs(derivative), jnp.inf)
+    return jnp.max(jnp.where(jnp.isnan(size), jnp.inf, size), axis=tuple(range(1, y.ndim)))

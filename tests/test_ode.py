@@ -1,0 +1,164 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ode import METHODS, Info, as_pytree, integrate, require_success
+
+# A damped rotation by example, with the integral of its first component: known in closed form.
+RATES = jnp.array([0.5, 1.0, 3.0])
+START = {"x": jnp.array([[1.0, 0.0], [0.5, -1.0], [-2.0, 1.0]]), "integral": jnp.zeros(3)}
+
+
+def spiral(t, y):
+    rotated = jnp.stack([-y["x"][:, 1], y["x"][:, 0]], axis=1)
+    dx = 2 * t * RATES[:, None] * rotated - y["x"]
+    return {"x": dx, "integral": jnp.cos(RATES * t)}
+
+
+def spiral_solution(t: float) -> dict:
+    angle = RATES * t**2
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    x0, x1 = START["x"].T
+    x = jnp.exp(-t) * jnp.stack([cos * x0 - sin * x1, sin * x0 + cos * x1], axis=1)
+    return {"x": x, "integral": jnp.sin(RATES * t) / RATES}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_reaches_the_closed_form_forward_and_back(method):
+    y, info = integrate(spiral, START, 0.0, 1.5, method=method)
+    require_success(info)
+    # The tolerance bounds the error of a step; a few dozen of them add up.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), y, spiral_solution(1.5))
+    back, info = integrate(spiral, y, 1.5, 0.0, method=method)
+    require_success(info)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=4e-4), back, START)
+
+
+def test_dopri5_takes_the_steps_of_scipy():
+    _, ours = integrate(spiral, START, 0.0, 1.5, method="dopri5")
+    _, scipy = integrate(spiral, START, 0.0, 1.5, method="scipy")
+    assert abs(int(ours.steps) - int(scipy.steps)) <= 0.2 * int(scipy.steps)
+    assert int(scipy.nfe) == 6 * int(scipy.steps) + 2
+
+
+def test_tighter_tolerances_cost_more_and_are_closer():
+    errors, costs = [], []
+    for tolerance in (1e-2, 1e-3, 1e-4):
+        y, info = integrate(spiral, START, 0.0, 1.5, rtol=tolerance, atol=tolerance)
+        errors.append(float(jnp.max(jnp.abs(y["x"] - spiral_solution(1.5)["x"]))))
+        costs.append(int(info.nfe))
+    assert errors[0] > 3 * errors[1] > 9 * errors[2]
+    assert costs == sorted(set(costs))
+
+
+def test_rk4_is_of_fourth_order():
+    with jax.enable_x64(True):
+        start = jax.tree.map(lambda a: a.astype(jnp.float64), START)
+        errors = []
+        for num_steps in (16, 32, 64):
+            y, _ = integrate(spiral, start, 0.0, 1.5, method="rk4", num_steps=num_steps)
+            errors.append(float(jnp.max(jnp.abs(y["x"] - spiral_solution(1.5)["x"]))))
+    orders = np.log2(np.divide(errors[:-1], errors[1:]))
+    np.testing.assert_allclose(orders, 4, atol=0.25)
+
+
+@pytest.mark.parametrize(("method", "evaluations_of_a_step"), [("dopri5", 6), ("scipy", 6), ("rk4", 4)])
+def test_counts_evaluations(method, evaluations_of_a_step):
+    calls = []
+
+    def field(t, y):
+        jax.debug.callback(lambda: calls.append(1))
+        return -y
+
+    _, info = jax.block_until_ready(integrate(field, jnp.ones((2, 3)), 0.0, 1.0, method=method, num_steps=5))
+    jax.effects_barrier()
+    # Choosing the first step costs two; the compiler may merge one of them with a stage.
+    assert len(calls) <= int(info.nfe) <= len(calls) + 1
+    assert int(info.nfe) - evaluations_of_a_step * int(info.steps) == (0 if method == "rk4" else 2)
+
+
+@jax.tree_util.register_pytree_node_class
+class CountingField:
+    """A field with a weight, that counts how often it is traced."""
+
+    traces = 0
+
+    def __init__(self, weight):
+        self.weight = weight
+
+    def tree_flatten(self):
+        return (self.weight,), None
+
+    @classmethod
+    def tree_unflatten(cls, _, children):
+        return cls(*children)
+
+    def __call__(self, t, y):
+        CountingField.traces += 1
+        return self.weight * y
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_new_weights_trace_nothing_anew(method):
+    results = []
+    for weight in (-1.0, -2.0):
+        y, _ = integrate(CountingField(jnp.float32(weight)), jnp.ones((2, 1)), 0.0, 1.0, method=method)
+        results.append((float(y[0, 0]), CountingField.traces))
+    np.testing.assert_allclose([r[0] for r in results], np.exp([-1.0, -2.0]), rtol=1e-4)
+    assert results[0][1] == results[1][1]
+
+
+def test_wraps_plain_functions_only():
+    field = CountingField(jnp.float32(1.0))
+    assert as_pytree(field) is field
+    assert jax.tree.leaves(as_pytree(spiral)) == []
+
+
+def not_a_number_after_half(t, y):
+    return y * jnp.where(t > 0.5, jnp.array([1.0, jnp.nan, 1.0])[:, None], 1.0)
+
+
+def blows_up(t, y):
+    return y**2 * jnp.array([0.1, 0.2, 2.0])[:, None]  # 1 / (1 - 2 t): infinite at t = 1/2, in example 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("field", "suspect"), [(not_a_number_after_half, 1), (blows_up, 2)])
+def test_failure_is_data_and_named_on_request(method, field, suspect):
+    _, info = integrate(field, jnp.ones((3, 2)), 0.0, 1.0, method=method)
+    assert not info.success
+    assert float(info.t) == pytest.approx(0.5, abs=0.05)
+    assert int(info.suspect) == suspect
+    with pytest.raises(RuntimeError, match=rf"at t = 0\.\d+ after \d+ steps; example {suspect} "):
+        require_success(info)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "scipy"])
+def test_too_many_steps_are_a_failure(method):
+    y, info = integrate(spiral, START, 0.0, 1.5, method=method, max_steps=4)
+    assert np.isfinite(y["x"]).all()
+    assert not info.success
+    assert 0 < float(info.t) < 1.5
+    assert 4 <= int(info.steps) <= 6  # SciPy goes on until a step is accepted
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_not_finite_from_the_start(method):
+    _, info = integrate(lambda t, y: y, jnp.array([[1.0], [jnp.nan]]), 0.0, 1.0, method=method)
+    assert not info.success
+    assert int(info.suspect) == 1
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_inside_jit(method):
+    y, info = jax.jit(lambda y0: integrate(spiral, y0, 0.0, 1.5, method=method))(START)
+    assert isinstance(info, Info)
+    np.testing.assert_allclose(y["x"], spiral_solution(1.5)["x"], atol=2e-4)
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"unknown ODE method 'euler'; known: dopri5, scipy, rk4"):
+        integrate(spiral, START, 0.0, 1.0, method="euler")
+    with pytest.raises(ValueError, match="positive rtol"):
+        integrate(spiral, START, 0.0, 1.0, rtol=0.0)
