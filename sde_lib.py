@@ -145,10 +145,16 @@ class VESDE(SDE):
 
     def discretize(self, x: Batch, t: PerExample, num_steps: int) -> tuple[Batch, PerExample]:
         """The SMLD chain: G_i^2 = sigma_i^2 - sigma_{i-1}^2 on a geometric ladder, sigma_{-1} = 0 ([S21a] Eqn. 8)."""
+        sigma, below = self.chain_sigmas(t, num_steps)
+        log_step = self._log_ratio / max(num_steps - 1, 1)
+        return jnp.zeros_like(x), sigma * jnp.where(below == 0, 1.0, math.sqrt(-math.expm1(-2 * log_step)))
+
+    def chain_sigmas(self, t: PerExample, num_steps: int) -> tuple[PerExample, PerExample]:
+        """sigma_i and sigma_{i-1} of the SMLD chain with `num_steps` steps."""
         i = _chain_index(t, num_steps)
         log_step = self._log_ratio / max(num_steps - 1, 1)
         sigma = self.sigma_min * jnp.exp(i * log_step)
-        return jnp.zeros_like(x), sigma * jnp.where(i == 0, 1.0, math.sqrt(-math.expm1(-2 * log_step)))
+        return sigma, jnp.where(i == 0, 0.0, math.exp(-log_step) * sigma)
 
 
 @dataclasses.dataclass(frozen=True)
