@@ -29,6 +29,7 @@ def _training() -> ConfigDict:
     training.continuous = True  # continuous time; the only choice
     training.smallest_time = 1e-5  # losses and likelihoods use t in [smallest_time, 1]
     training.batch_size = 128  # global, over all devices; published: 128 for orders 1 and 2, 48 for order 3
+    training.accumulation_steps = 1  # parts of the batch, one after another: less memory, the same gradient
     training.n_iters = 4_000_001  # the run ends at this step
     training.n_jitted_steps = 1  # steps in one compiled call; raises throughput where steps are short
     training.score_matching_order = 1  # 1, 2 or 3: highest order of denoising score matching in the loss
@@ -92,6 +93,7 @@ def _model() -> ConfigDict:
     model.scale_by_sigma = True  # divide the network's output by sigma; exactly the VE models do
     model.conv_size = 3  # the only choice
     model.data_init = False  # data-dependent initialisation; the dequantizer has it, score networks do not
+    model.remat = False  # recompute each block in the backward pass: less memory, more time
     return model
 
 
@@ -109,7 +111,7 @@ def _optim() -> ConfigDict:
 
 def _sampling() -> ConfigDict:
     sampling = ConfigDict()
-    sampling.method = "pc"  # pc (predictor-corrector) or ode (probability flow, adaptive steps)
+    sampling.method = "pc"  # pc (predictor-corrector), ode (probability flow, adaptive steps), dpm_solver, heun
     sampling.predictor = "reverse_diffusion"  # euler_maruyama, reverse_diffusion, ancestral_sampling, none
     sampling.corrector = "langevin"  # langevin, ald, none
     sampling.num_steps = 0  # predictor steps; 0: model.num_scales
@@ -118,8 +120,13 @@ def _sampling() -> ConfigDict:
     sampling.probability_flow = False  # predictor follows the ODE, not the SDE
     sampling.noise_removal = True  # return the last mean, without its noise
     sampling.smallest_time = 1e-5  # sampling ends at this time
+    sampling.ode_solver = "dopri5"  # of the ode sampler: dopri5 (on the devices), scipy (on the host, as published)
     sampling.rtol = 1e-5  # of the ode sampler
     sampling.atol = 1e-5
+    sampling.max_nfe = 20  # network evaluations that dpm_solver and heun may spend
+    sampling.order = 3  # of dpm_solver: 1, 2, 3
+    sampling.schedule = "power"  # steps of dpm_solver and heun are equal in: log_snr, power (of noise level), time
+    sampling.schedule_exponent = 7.0  # of power: equal steps in (sigma / alpha)^(1 / exponent)
     sampling.batch_size = 256  # images drawn together, over all devices
     return sampling
 

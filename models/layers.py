@@ -1,0 +1,205 @@
+"""The layers of NCSN++ and DDPM++ ([S21a] App. H).
+
+Classes keep the published names: parameters are stored under the class name and a count, so released checkpoints load.
+Images are [batch, height, width, channels], embeddings of the time [batch, embedding].
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from arrays import PerExample
+from models.resample import Images, Taps, conv_downsample, downsample, upsample, upsample_conv
+
+Embedding: TypeAlias = Float[Array, "batch embedding"]
+Nonlinearity: TypeAlias = Callable[[Array], Array]
+
+NONLINEARITIES: dict[str, Nonlinearity] = {
+    "swish": nn.swish,
+    "elu": nn.elu,
+    "relu": nn.relu,
+    "lrelu": lambda x: nn.leaky_relu(x, negative_slope=0.2),
+}
+
+
+def kernel_init(scale: float = 1.0) -> nn.initializers.Initializer:
+    """Uniform with variance scale / mean of fan-in and fan-out; scale 0 means nearly zero, so that gradients flow."""
+    return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
+
+
+def conv(features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0) -> nn.Conv:
+    return nn.Conv(features, (size, size), (stride, stride), kernel_init=kernel_init(init_scale))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """At most 32 groups of at least 4 channels, of equal size whatever the number of channels."""
+    most = max(1, min(channels // 4, 32))
+    return nn.GroupNorm(num_groups=next(n for n in range(most, 0, -1) if channels % n == 0))
+
+
+def residual_sum(x: Images, h: Images, rescale: bool) -> Images:
+    """x + h, divided by sqrt(2) if `rescale`, which keeps the variance."""
+    return (x + h) * math.sqrt(0.5) if rescale else x + h
+
+
+def positional_embedding(times: PerExample, size: int, max_period: float = 10_000.0) -> Embedding:
+    """Sines and cosines of `times` at size / 2 frequencies, from 1 down to 1 / max_period in geometric steps."""
+    half = size // 2
+    frequencies = jnp.exp(-math.log(max_period) / (half - 1) * jnp.arange(half))
+    angles = times[:, None] * frequencies
+    embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+    return jnp.pad(embedding, ((0, 0), (0, size % 2)))
+
+
+class GaussianFourierProjection(nn.Module):
+    """Sines and cosines of a scalar at `size` fixed random frequencies (Tancik et al., 2020)."""
+
+    size: int
+    scale: float
+
+    @nn.compact
+    def __call__(self, x: PerExample) -> Embedding:
+        frequencies = self.param("W", nn.initializers.normal(self.scale), (self.size,))
+        angles = 2 * math.pi * x[:, None] * jax.lax.stop_gradient(frequencies)
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+
+
+class NIN(nn.Module):
+    """The same linear map at every pixel."""
+
+    features: int
+    init_scale: float = 0.1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        weight = self.param("W", kernel_init(self.init_scale), (x.shape[-1], self.features))
+        return x @ weight + self.param("b", nn.initializers.zeros, (self.features,))
+
+
+class Conv2d(nn.Module):
+    """A 3x3 convolution joined with filtered resampling."""
+
+    features: int
+    taps: Taps
+    resample: Callable[[Images, Array, Taps], Images]
+
+    @nn.compact
+    def __call__(self, x: Images) -> Images:
+        weight = self.param("weight", kernel_init(), (3, 3, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return self.resample(x, weight, self.taps) + bias
+
+
+class Downsample(nn.Module):
+    """Halves the resolution, with a convolution to `features` channels (None: without)."""
+
+    features: int | None
+    taps: Taps | None
+
+    @nn.compact
+    def __call__(self, x: Images) -> Images:
+        if self.features is None:
+            return downsample(x, self.taps)
+        if self.taps is None:
+            return conv(self.features, stride=2)(x)
+        return Conv2d(self.features, self.taps, conv_downsample)(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the resolution, with a convolution to `features` channels (None: without)."""
+
+    features: int | None
+    taps: Taps | None
+
+    @nn.compact
+    def __call__(self, x: Images) -> Images:
+        if self.features is None:
+            return upsample(x, self.taps)
+        if self.taps is None:
+            return conv(self.features)(upsample(x, None))
+        return Conv2d(self.features, self.taps, upsample_conv)(x)
+
+
+class Combine(nn.Module):
+    """Brings an input pyramid to the channels of the feature maps and joins it to them."""
+
+    method: str  # sum or cat
+
+    @nn.compact
+    def __call__(self, pyramid: Images, h: Images) -> Images:
+        pyramid = conv(h.shape[-1], size=1)(pyramid)
+        return pyramid + h if self.method == "sum" else jnp.concatenate([pyramid, h], axis=-1)
+
+
+class AttnBlockpp(nn.Module):
+    """Self-attention between all pixels, one head, on a residual branch."""
+
+    init_scale: float
+    skip_rescale: bool
+
+    @nn.compact
+    def __call__(self, x: Images) -> Images:
+        channels = x.shape[-1]
+        h = group_norm(channels)(x).reshape(len(x), -1, channels)
+        query, key, value = NIN(channels)(h), NIN(channels)(h), NIN(channels)(h)
+        logits = jnp.einsum("bqc,bkc->bqk", query, key) / math.sqrt(channels)
+        h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits), value)
+        h = NIN(channels, init_scale=self.init_scale)(h)
+        return residual_sum(x, h.reshape(x.shape), self.skip_rescale)
+
+
+class _ResnetBlock(nn.Module):
+    """The fields of the residual blocks, and their residual branch."""
+
+    nonlinearity: Nonlinearity
+    dropout: float
+    init_scale: float
+    skip_rescale: bool
+    features: int | None = None  # channels of the result; None: those of the input
+
+    def branch(
+        self, x: Images, embedding: Embedding | None, train: bool, resample: Callable[[Images], Images]
+    ) -> Images:
+        """Two convolutions; the time embedding shifts the channels between them."""
+        features = self.features or x.shape[-1]
+        h = resample(self.nonlinearity(group_norm(x.shape[-1])(x)))
+        h = conv(features)(h)
+        if embedding is not None:
+            h += nn.Dense(features, kernel_init=kernel_init())(self.nonlinearity(embedding))[:, None, None, :]
+        h = self.nonlinearity(group_norm(features)(h))
+        h = nn.Dropout(self.dropout, deterministic=not train)(h)
+        return conv(features, init_scale=self.init_scale)(h)
+
+
+class ResnetBlockDDPMpp(_ResnetBlock):
+    """The residual block of DDPM (Ho et al., 2020)."""
+
+    @nn.compact
+    def __call__(self, x: Images, embedding: Embedding | None, train: bool) -> Images:
+        h = self.branch(x, embedding, train, resample=lambda x: x)
+        if x.shape[-1] != h.shape[-1]:
+            x = NIN(h.shape[-1])(x)
+        return residual_sum(x, h, self.skip_rescale)
+
+
+class ResnetBlockBigGANpp(_ResnetBlock):
+    """The residual block of BigGAN (Brock et al., 2019), which can resample inside."""
+
+    resample: Callable[[Images, Taps | None], Images] | None = None  # of models.resample; None keeps the resolution
+    taps: Taps | None = None
+
+    @nn.compact
+    def __call__(self, x: Images, embedding: Embedding | None, train: bool) -> Images:
+        h = self.branch(x, embedding, train, self._resample)
+        x = self._resample(x)
+        if x.shape[-1] != h.shape[-1] or self.resample is not None:
+            x = conv(h.shape[-1], size=1)(x)
+        return residual_sum(x, h, self.skip_rescale)
+
+    def _resample(self, x: Images) -> Images:
+        return x if self.resample is None else self.resample(x, self.taps)

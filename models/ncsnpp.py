@@ -1,0 +1,279 @@
+"""NCSN++ and DDPM++: the score networks of [S21a], a U-Net of residual blocks with optional image pyramids."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from arrays import PerExample, per_example
+from configs.default import Config
+from models.layers import (
+    NONLINEARITIES,
+    AttnBlockpp,
+    Combine,
+    Downsample,
+    Embedding,
+    GaussianFourierProjection,
+    ResnetBlockBigGANpp,
+    ResnetBlockDDPMpp,
+    Upsample,
+    conv,
+    group_norm,
+    kernel_init,
+    positional_embedding,
+    residual_sum,
+)
+from models.resample import Images, Taps, downsample, upsample
+
+Block: TypeAlias = Callable[..., Images]
+"""A residual block: of feature maps and, by name, the `features` or `resample` that change their shape."""
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "nonlinearity": tuple(NONLINEARITIES),
+    "resblock_type": ("biggan", "ddpm"),
+    "embedding_type": ("fourier", "positional"),
+    "progressive": ("none", "output_skip", "residual"),
+    "progressive_input": ("none", "input_skip", "residual"),
+    "progressive_combine": ("sum", "cat"),
+}
+"""What the fields of `NCSNpp` that are names may be."""
+
+
+class NCSNpp(nn.Module):
+    """Maps noisy images and their noise level to an image of the same shape; fields as in configs/default.py.
+
+    The `labels` say how noisy each image is, by positive numbers; with `scale_by_sigma` they are the noise levels, and
+    divide the output. (The published code takes the divisor from a table instead if the embedding is positional.)
+
+    Raises:
+        ValueError: a field is out of its range, or the images are too small for so many resolutions.
+    """
+
+    nf: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 2, 2)
+    num_res_blocks: int = 4
+    attn_resolutions: tuple[int, ...] = (16,)
+    nonlinearity: str = "swish"
+    dropout: float = 0.0
+    resblock_type: str = "biggan"
+    resamp_with_conv: bool = True
+    fir_kernel: Taps | None = None  # None: resample by repeating and averaging
+    skip_rescale: bool = True
+    progressive: str = "none"
+    progressive_input: str = "none"
+    progressive_combine: str = "sum"
+    embedding_type: str = "positional"
+    fourier_scale: float = 16.0
+    conditional: bool = True
+    init_scale: float = 0.0
+    scale_by_sigma: bool = False
+    centered: bool = True  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
+    remat: bool = False  # recompute each block in the backward pass: less memory, more time
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Images, labels: PerExample, train: bool) -> Images:
+        self._check_size(x)
+        images = x if self.centered else 2 * x - 1
+        block = functools.partial(self._block, embedding=self._embed(labels), train=train)
+        skips = self._down_path(images, block)
+        h = self._middle(skips[-1], block)
+        h = self._up_path(h, skips, block, channels=x.shape[-1])
+        return h / per_example(labels, h) if self.scale_by_sigma else h
+
+    def _embed(self, labels: PerExample) -> Embedding | None:
+        if self.embedding_type == "fourier":
+            embedding = GaussianFourierProjection(self.nf, self.fourier_scale)(jnp.log(labels))
+        else:
+            embedding = positional_embedding(labels, self.nf)
+        if not self.conditional:
+            return None
+        embedding = nn.Dense(4 * self.nf, kernel_init=kernel_init())(embedding)
+        return nn.Dense(4 * self.nf, kernel_init=kernel_init())(self._act(embedding))
+
+    def _down_path(self, images: Images, block: Block) -> list[Images]:
+        """All feature maps on the way down, those of the highest resolution first."""
+        pyramid = images
+        skips = [conv(self.nf)(images)]
+        for level, multiplier in enumerate(self.ch_mult):
+            for _ in range(self.num_res_blocks):
+                h = block(skips[-1], features=self.nf * multiplier)
+                skips.append(self._attention_if_due(h))
+            if level < len(self.ch_mult) - 1:
+                pyramid, h = self._join_input_pyramid(pyramid, self._halve(skips[-1], block))
+                skips.append(h)
+        return skips
+
+    def _middle(self, h: Images, block: Block) -> Images:
+        return block(self._attention(block(h)))
+
+    def _up_path(self, h: Images, skips: list[Images], block: Block, channels: int) -> Images:
+        """From the lowest resolution, joined by every map of the way down, to an image of so many channels."""
+        skips = list(skips)
+        pyramid = None
+        for level, multiplier in reversed(list(enumerate(self.ch_mult))):
+            for _ in range(self.num_res_blocks + 1):
+                h = block(jnp.concatenate([h, skips.pop()], axis=-1), features=self.nf * multiplier)
+            h = self._attention_if_due(h)
+            pyramid, h = self._join_output_pyramid(pyramid, h, channels)
+            if level > 0:
+                h = self._double(h, block)
+        if self.progressive == "output_skip" and pyramid is not None:
+            return pyramid
+        return self._head(h, channels, self.init_scale)
+
+    def _join_input_pyramid(self, pyramid: Images, h: Images) -> tuple[Images, Images]:
+        """The pyramid, one resolution lower, and the feature maps joined with it."""
+        if self.progressive_input == "none":
+            return pyramid, h
+        if self.progressive_input == "input_skip":
+            pyramid = Downsample(None, self.fir_kernel)(pyramid)
+            return pyramid, Combine(self.progressive_combine)(pyramid, h)
+        pyramid = Downsample(h.shape[-1], self.fir_kernel)(pyramid)
+        h = residual_sum(pyramid, h, self.skip_rescale)
+        return h, h
+
+    def _join_output_pyramid(self, pyramid: Images | None, h: Images, channels: int) -> tuple[Images | None, Images]:
+        """The pyramid, one resolution higher and joined with the feature maps, and the maps to go on with."""
+        if self.progressive == "none":
+            return None, h
+        if self.progressive == "output_skip":
+            image = self._head(h, channels, self.init_scale)
+            return (image if pyramid is None else Upsample(None, self.fir_kernel)(pyramid) + image), h
+        if pyramid is None:
+            return self._head(h, h.shape[-1], init_scale=1.0), h
+        pyramid = Upsample(h.shape[-1], self.fir_kernel)(pyramid)
+        h = residual_sum(pyramid, h, self.skip_rescale)
+        return h, h
+
+    def _halve(self, h: Images, block: Block) -> Images:
+        if self.resblock_type == "ddpm":
+            return Downsample(h.shape[-1] if self.resamp_with_conv else None, self.fir_kernel)(h)
+        return block(h, resample=downsample)
+
+    def _double(self, h: Images, block: Block) -> Images:
+        if self.resblock_type == "ddpm":
+            return Upsample(h.shape[-1] if self.resamp_with_conv else None, self.fir_kernel)(h)
+        return block(h, resample=upsample)
+
+    def _block(
+        self,
+        h: Images,
+        embedding: Embedding | None,
+        train: bool,
+        features: int | None = None,
+        resample: Callable[[Images, Taps | None], Images] | None = None,
+    ) -> Images:
+        """A residual block; `resample` is for those that resample inside."""
+        options: dict[str, Any] = {
+            "nonlinearity": NONLINEARITIES[self.nonlinearity],
+            "dropout": self.dropout,
+            "init_scale": self.init_scale,
+            "skip_rescale": self.skip_rescale,
+            "features": features,
+        }
+        if self.resblock_type == "ddpm":
+            block = ResnetBlockDDPMpp(**options)
+        else:
+            block = ResnetBlockBigGANpp(**options, resample=resample, taps=self.fir_kernel)
+        return self._apply(block, h, embedding, train)
+
+    def _attention(self, h: Images) -> Images:
+        return self._apply(AttnBlockpp(self.init_scale, self.skip_rescale), h)
+
+    def _attention_if_due(self, h: Images) -> Images:
+        return self._attention(h) if h.shape[1] in self.attn_resolutions else h
+
+    def _head(self, h: Images, features: int, init_scale: float) -> Images:
+        """From feature maps to an image, or to the start of the output pyramid."""
+        return conv(features, init_scale=init_scale)(self._act(group_norm(h.shape[-1])(h)))
+
+    def _act(self, x: Array) -> Array:
+        return NONLINEARITIES[self.nonlinearity](x)
+
+    def _apply(self, layer: Callable[..., Images], h: Images, *args: Any) -> Images:
+        def call(layer: Callable[..., Images], h: Images) -> Images:
+            return layer(h, *args)
+
+        return nn.remat(call)(layer, h) if self.remat else call(layer, h)
+
+    def _check_size(self, x: Images) -> None:
+        height, width, multiple = x.shape[1], x.shape[2], 2 ** (len(self.ch_mult) - 1)
+        if height % multiple or width % multiple:
+            raise ValueError(
+                f"images of {height}x{width} pixels cannot be halved {len(self.ch_mult) - 1} times: "
+                f"height and width must be multiples of {multiple}, or ch_mult shorter"
+            )
+
+
+def _check_fields(network: NCSNpp) -> None:
+    for field, known in CHOICES.items():
+        if getattr(network, field) not in known:
+            raise ValueError(f"{field} is {getattr(network, field)!r}; known are {', '.join(known)}")
+    allowed = {
+        "nf": (network.nf >= 4, "at least 4"),
+        "ch_mult": (len(network.ch_mult) > 0 and min(network.ch_mult) >= 1, "positive integers, at least one"),
+        "num_res_blocks": (network.num_res_blocks >= 1, "at least 1"),
+        "dropout": (0 <= network.dropout < 1, "in [0, 1)"),
+        "fir_kernel": (network.fir_kernel is None or sum(network.fir_kernel) > 0, "of positive sum"),
+        "fourier_scale": (network.fourier_scale > 0, "positive"),
+        "init_scale": (network.init_scale >= 0, "0 or more"),
+    }
+    for field, (is_allowed, text) in allowed.items():
+        if not is_allowed:
+            raise ValueError(f"{field} is {getattr(network, field)!r}; it must be {text}")
+
+
+ONLY_CHOICES: dict[str, Any] = {
+    "attention_type": "ddpm",
+    "normalization": "GroupNorm",
+    "conv_size": 3,
+    "trainable_embedding": False,
+    "data_init": False,
+}
+"""Fields of config.model that published configurations have and that leave no choice."""
+
+
+def ncsnpp_from_config(config: Config) -> NCSNpp:
+    """The network that config.model describes, for the images of config.data and the SDE of config.training.
+
+    Raises:
+        ValueError: a field of config.model has a value that is not allowed.
+    """
+    model = config.model
+    for field, only in ONLY_CHOICES.items():
+        if model[field] != only:
+            raise ValueError(f"model.{field} is {model[field]!r}; it must be {only!r}")
+    if model.scale_by_sigma != (config.training.sde == "vesde"):
+        raise ValueError(
+            f"model.scale_by_sigma is {model.scale_by_sigma}; with training.sde {config.training.sde!r} "
+            f"it must be {not model.scale_by_sigma}: exactly the networks for vesde divide by sigma"
+        )
+    return NCSNpp(
+        nf=model.nf,
+        ch_mult=tuple(model.ch_mult),
+        num_res_blocks=model.num_res_blocks,
+        attn_resolutions=tuple(model.attn_resolutions),
+        nonlinearity=model.nonlinearity,
+        dropout=model.dropout,
+        resblock_type=model.resblock_type,
+        resamp_with_conv=model.resamp_with_conv,
+        fir_kernel=tuple(model.fir_kernel) if model.fir else None,
+        skip_rescale=model.skip_rescale,
+        progressive=model.progressive,
+        progressive_input=model.progressive_input,
+        progressive_combine=model.progressive_combine,
+        embedding_type=model.embedding_type,
+        fourier_scale=model.fourier_scale,
+        conditional=model.conditional,
+        init_scale=model.init_scale,
+        scale_by_sigma=model.scale_by_sigma,
+        centered=config.data.centered,
+        remat=model.remat,
+    )
