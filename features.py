@@ -1,0 +1,251 @@
+"""Networks whose features measure sample quality, behind one interface, and the classifier this project trains.
+
+FID and KID compare pooled features, the Inception Score reads class logits. Where Inception makes no sense (8x8
+digits), a small classifier trained on the training split stands in for it; every number then carries its name.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import linen as nn
+from flax import traverse_util
+from jaxtyping import Array, Float, Int, UInt8
+
+from files import write_npz
+
+Images = UInt8[np.ndarray, "n height width channels"]
+"""Images as the integer levels 0, ..., levels - 1 of each channel."""
+
+
+class Features(NamedTuple):
+    """What a network says about n images: pooled features for FID and KID, class logits for the Inception Score."""
+
+    pool: Float[np.ndarray, "n d"]
+    logits: Float[np.ndarray, "n classes"]
+
+
+class FeatureExtractor(Protocol):
+    """A fixed network that measures images. Numbers are comparable only between equal `hash`es."""
+
+    @property
+    def name(self) -> str:
+        """What results are labelled with."""
+        ...
+
+    @property
+    def hash(self) -> str:
+        """The first digits of the SHA-256 of the network's parameters."""
+        ...
+
+    def __call__(self, images: Images) -> Features: ...
+
+
+def extract_features(extractor: FeatureExtractor, batches: Iterable[Images]) -> Features:
+    """Features of all images of all batches, in order."""
+    parts = [extractor(images) for images in batches]
+    if not parts:
+        raise ValueError("no images to extract features from")
+    return Features(np.concatenate([p.pool for p in parts]), np.concatenate([p.logits for p in parts]))
+
+
+def array_hash(*arrays: np.ndarray) -> str:
+    """The first 16 digits of the SHA-256 of the arrays' shapes, types and contents."""
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()[:16]
+
+
+class LabelledImages(NamedTuple):
+    """Images with their classes 0, ..., K - 1."""
+
+    images: Images
+    labels: Int[np.ndarray, " n"]
+
+
+class Classifier(nn.Module):
+    """Two convolutions and two dense layers; the hidden dense layer is the pooled feature."""
+
+    num_classes: int
+    width: int = 16
+    num_features: int = 64
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> tuple[Float[Array, "n d"], Float[Array, "n classes"]]:
+        highest = jax.lax.Precision.HIGHEST  # features are compared across machines, so no reduced precision
+        # Biases of convolutions are left out: XLA splits the sums of their gradients over threads, so that the trained
+        # parameters would depend on the number of processors.
+        x = nn.relu(nn.Conv(self.width, (3, 3), use_bias=False, precision=highest)(x))
+        x = nn.relu(nn.Conv(2 * self.width, (3, 3), strides=(2, 2), use_bias=False, precision=highest)(x))
+        pool = nn.relu(nn.Dense(self.num_features, precision=highest)(x.reshape(len(x), -1)))
+        return pool, nn.Dense(self.num_classes, precision=highest)(pool)
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierRecipe:
+    """How the classifier is trained. Any change, as of `version`, makes another network of another hash."""
+
+    num_epochs: int = 15
+    batch_size: int = 64
+    learning_rate: float = 3e-3  # of Adam, falling to 0 along a cosine
+    label_smoothing: float = 0.02
+    seed: int = 0
+    version: int = 1
+
+
+DEFAULT_RECIPE = ClassifierRecipe()
+_CHUNK = 512  # images measured together; a fixed size, so that one compilation serves any number of images
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassifierFeatures:
+    """A trained classifier as a `FeatureExtractor`."""
+
+    network: Classifier
+    params: dict
+    levels: int
+    test_accuracy: float
+
+    @property
+    def name(self) -> str:
+        return "classifier"
+
+    @functools.cached_property
+    def hash(self) -> str:
+        return _params_hash(self.params)
+
+    def __call__(self, images: Images) -> Features:
+        return _measure(self.network, self.params, images, self.levels)
+
+
+def trained_classifier(
+    train: LabelledImages,
+    test: LabelledImages,
+    *,
+    levels: int,
+    cache_dir: Path,
+    recipe: ClassifierRecipe = DEFAULT_RECIPE,
+) -> ClassifierFeatures:
+    """The classifier of a training split, from `cache_dir` or trained now (a few seconds for 8x8 images).
+
+    It is a function of the training split, `levels` and `recipe` alone: the same on every run on one machine, whatever its number of
+    processors. A cache
+    file of other data or another recipe, or one that is damaged, is replaced. The test accuracy is logged.
+
+    Raises:
+        ValueError: empty splits, labels that do not match the images, or images beyond `levels`.
+    """
+    _check_split("train", train, levels)
+    _check_split("test", test, levels)
+    network = Classifier(num_classes=int(train.labels.max()) + 1)
+    identity = f"{array_hash(*train)} {levels} {network.width} {network.num_features} {recipe}"
+    path = cache_dir / f"classifier_{hashlib.sha256(identity.encode()).hexdigest()[:12]}.npz"
+    params = _load_params(path, identity)
+    if params is None:
+        params = _train(network, train, levels, recipe)
+        write_npz(path, identity=identity, hash=_params_hash(params), **_flat(params))
+    logits = _measure(network, params, test.images, levels).logits
+    accuracy = float(np.mean(logits.argmax(-1) == test.labels))
+    logging.info("Feature classifier %s: accuracy %.4f on %d test images", path.name, accuracy, len(test.labels))
+    return ClassifierFeatures(network, params, levels, accuracy)
+
+
+def _check_split(split: str, data: LabelledImages, levels: int) -> None:
+    if len(data.images) == 0 or data.labels.shape != data.images.shape[:1]:
+        raise ValueError(f"{split} split: {len(data.images)} images and labels of shape {data.labels.shape}")
+    if data.images.max() >= levels:
+        raise ValueError(f"{split} split: image level {data.images.max()}, but levels is {levels}")
+
+
+def _load_params(path: Path, identity: str) -> dict | None:
+    """The cached parameters, or None if there are none or they cannot be trusted."""
+    if not path.exists():
+        return None
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+        matches = str(arrays.pop("identity")) == identity
+        stored_hash = str(arrays.pop("hash"))
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        logging.warning("%s is damaged (%s); training the classifier again", path, error)
+        return None
+    params = traverse_util.unflatten_dict(arrays, sep="/")
+    if not matches or _params_hash(params) != stored_hash:
+        logging.warning("%s is of other data or changed; training the classifier again", path)
+        return None
+    return params
+
+
+def _params_hash(params: dict) -> str:
+    flat = _flat(params)
+    return array_hash(np.array(sorted(flat)), *(flat[name] for name in sorted(flat)))
+
+
+def _flat(params: dict) -> dict[str, np.ndarray]:
+    return {str(name): np.asarray(leaf) for name, leaf in traverse_util.flatten_dict(params, sep="/").items()}
+
+
+def _train(network: Classifier, train: LabelledImages, levels: int, recipe: ClassifierRecipe) -> dict:
+    """Minimises the cross-entropy by Adam; each epoch takes whole batches of a new permutation."""
+    images = jnp.asarray(_normalize(train.images, levels))
+    labels = jnp.asarray(train.labels, jnp.int32)
+    init_key, order_key = jax.random.split(jax.random.key(recipe.seed))
+    params = network.init(init_key, images[:1])["params"]
+    params = _fit(network, recipe, params, order_key, images, labels)
+    return jax.tree.map(np.asarray, params)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _fit(network: Classifier, recipe: ClassifierRecipe, params: dict, key: Array, images: Array, labels: Array) -> dict:
+    batch_size = min(recipe.batch_size, len(images))
+    steps_per_epoch = len(images) // batch_size
+    schedule = optax.cosine_decay_schedule(recipe.learning_rate, recipe.num_epochs * steps_per_epoch)
+    optimizer = optax.adam(schedule)
+    targets = optax.smooth_labels(jax.nn.one_hot(labels, network.num_classes), recipe.label_smoothing)
+
+    def cross_entropy(params: dict, batch: Array) -> Array:
+        _, logits = _apply(network, params, images[batch])
+        return optax.softmax_cross_entropy(logits, targets[batch]).mean()
+
+    def step(carry: tuple, batch: Array) -> tuple[tuple, None]:
+        params, opt_state = carry
+        updates, opt_state = optimizer.update(jax.grad(cross_entropy)(params, batch), opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    orders = jax.vmap(lambda k: jax.random.permutation(k, len(images)))(jax.random.split(key, recipe.num_epochs))
+    batches = orders[:, : steps_per_epoch * batch_size].reshape(-1, batch_size)
+    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), batches)
+    return params
+
+
+def _normalize(images: Images, levels: int) -> Float[np.ndarray, "n height width channels"]:
+    """Levels to [-1, 1]."""
+    return images.astype(np.float32) * np.float32(2 / (levels - 1)) - np.float32(1)
+
+
+def _measure(network: Classifier, params: dict, images: Images, levels: int) -> Features:
+    pools, logits = [], []
+    for start in range(0, len(images), _CHUNK):
+        chunk = images[start : start + _CHUNK]
+        padding = ((0, _CHUNK - len(chunk)),) + ((0, 0),) * 3
+        pool, logit = _apply(network, params, np.pad(_normalize(chunk, levels), padding))
+        pools.append(np.asarray(pool)[: len(chunk)])
+        logits.append(np.asarray(logit)[: len(chunk)])
+    return Features(np.concatenate(pools), np.concatenate(logits))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(network: Classifier, params: dict, x: Array) -> tuple[Array, Array]:
+    outputs: Any = network.apply({"params": params}, x)
+    return outputs

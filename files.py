@@ -1,0 +1,27 @@
+"""Files that are either complete or absent: written beside their place, then renamed into it."""
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes `data` (text as UTF-8) to `path`, making its folder; readers see the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The process id keeps processes that write the same file apart.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_npz(path: Path, **arrays: ArrayLike) -> None:
+    """`write_atomic` for named arrays, compressed."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
+    write_atomic(path, buffer.getvalue())
