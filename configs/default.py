@@ -125,7 +125,7 @@ def _sampling() -> ConfigDict:
     sampling.atol = 1e-5
     sampling.max_nfe = 20  # network evaluations that dpm_solver and heun may spend
     sampling.order = 3  # of dpm_solver: 1, 2, 3
-    sampling.schedule = "power"  # steps of dpm_solver and heun are equal in: log_snr, power (of noise level), time
+    sampling.schedule = "auto"  # grid of dpm_solver and heun, uniform in: log_snr, power, time; auto: the method's own
     sampling.schedule_exponent = 7.0  # of power: equal steps in (sigma / alpha)^(1 / exponent)
     sampling.batch_size = 256  # images drawn together, over all devices
     return sampling

@@ -1,0 +1,90 @@
+"""From a configuration to the objects of a run. Configurations are read here, and checked by being built."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+import parallel
+from configs.default import Config
+from datasets import preprocess_from_config
+from losses import Objective
+from models.score import NetworkScore, Params, build_network, init_params, sde_from_config
+from sde_lib import SDE
+from train_state import Trainer, TrainState, create_state, optimizer_from_config
+
+INIT_KEY, TRAIN_KEY, EVAL_KEY, SAMPLE_KEY = range(4)
+"""What the seed is folded with for each purpose, so that no two share random numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What training and evaluation share."""
+
+    config: Config
+    mesh: Mesh
+    trainer: Trainer
+
+    @property
+    def sde(self) -> SDE:
+        return self.trainer.score_fn.sde
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        return self.config.data.image_size, self.config.data.image_size, self.config.data.num_channels
+
+    def key(self, purpose: int) -> jax.Array:
+        return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
+
+    def fresh_state(self) -> TrainState:
+        params = init_params(self.trainer.score_fn.network, self.key(INIT_KEY), self.image_shape)
+        return create_state(params, self.trainer.optimizer)
+
+    def score_fn(self, params: Params) -> NetworkScore:
+        """The score network with these parameters, without dropout."""
+        return dataclasses.replace(self.trainer.score_fn, params=params)
+
+    def network_description(self) -> dict[str, Any]:
+        """What a checkpoint must agree with to be of this network: its fields, the SDE, and the kind of images."""
+        free = ("ema_rate", "dropout", "num_scales")
+        model = {f"model.{k}": v for k, v in self.config.model.to_dict().items() if k not in free}
+        data = {f"data.{k}": self.config.data[k] for k in ("image_size", "num_channels", "levels", "centered")}
+        return {"training.sde": self.config.training.sde, **model, **data}
+
+
+def build(config: Config) -> Run:
+    """Builds what the configuration says.
+
+    Raises:
+        ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
+    """
+    training = config.training
+    for field in ("n_iters", "n_jitted_steps", "accumulation_steps", "log_freq", "eval_freq", "snapshot_freq"):
+        if training[field] < 1:
+            raise ValueError(f"training.{field} is {training[field]}; it must be at least 1")
+    if not 0 <= config.model.ema_rate < 1:
+        raise ValueError(f"model.ema_rate is {config.model.ema_rate}; it must lie in [0, 1)")
+    parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps)
+    trainer = Trainer(
+        score_fn=NetworkScore(None, build_network(config), sde_from_config(config)),
+        objective=objective_from_config(training),
+        optimizer=optimizer_from_config(config.optim),
+        preprocess=preprocess_from_config(config, train=True),
+        ema_rate=config.model.ema_rate,
+        accumulation_steps=training.accumulation_steps,
+    )
+    return Run(config, parallel.device_mesh(), trainer)
+
+
+def objective_from_config(training: Config) -> Objective:
+    return Objective(
+        order=training.score_matching_order,
+        t_min=training.smallest_time,
+        likelihood_weighting=training.likelihood_weighting,
+        importance_weighting=training.importance_weighting,
+        reduce_mean=training.reduce_mean,
+        second_weight=training.second_order_weight,
+        third_weight=training.third_order_weight,
+    )

@@ -1,0 +1,46 @@
+"""NCSN++ (VE) on scikit-learn's handwritten digits: 1797 real 8x8 images with 17 grey levels, no download.
+
+    python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=train
+    python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=eval
+
+About 190,000 parameters; minutes on two CPU cores.
+"""
+
+from configs.default import Config
+from configs.default import get_config as default
+
+
+def get_config() -> Config:
+    config = default()
+
+    config.data.dataset = "digits"
+    config.data.image_size = 8
+    config.data.num_channels = 1
+    config.data.levels = 17
+    config.data.random_flip = False
+    config.data.uniform_dequantization = True
+
+    config.model.sigma_max = 50.0
+    config.model.dropout = 0.0
+    config.model.nf = 16
+    config.model.ch_mult = (1, 2)
+    config.model.num_res_blocks = 1
+    config.model.attn_resolutions = (4,)
+
+    config.optim.lr = 1e-3
+    config.optim.warmup = 200
+
+    config.training.batch_size = 64
+    config.training.n_iters = 4000
+    config.training.snapshot_freq = 1000
+    config.training.snapshot_freq_for_preemption = 200
+    config.training.snapshot_sampling = False
+
+    config.sampling.num_steps = 200
+
+    config.eval.batch_size = 120
+    config.eval.enable_sampling = True
+    config.eval.num_samples = 1000
+    config.eval.num_repeats = 1
+    config.eval.features = "classifier"
+    return config

@@ -1,0 +1,123 @@
+"""The training state, and one step of training as a pure function of (state, images, key)."""
+
+import dataclasses
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, UInt8
+
+from arrays import Batch
+from configs.default import Config
+from datasets import Preprocess
+from losses import Noise, Objective, draw_noise, score_matching_losses
+from models.score import NetworkScore, Params
+
+Metrics = dict[str, Array]
+ImageLevels = UInt8[Array, "batch height width channel"]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """All that training changes. Data order, noise and learning rate follow from the step and the seed."""
+
+    step: Int[Array, ""]
+    params: Params
+    ema_params: Params
+    opt_state: optax.OptState
+
+
+def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state at step 0. Copies the parameters, since a donated state must not alias its parts."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema_params=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+    )
+
+
+def optimizer_from_config(optim: Config) -> optax.GradientTransformation:
+    """Adam with linear warm-up, after clipping the gradient's global norm; weight decay is decoupled.
+
+    Raises:
+        ValueError: for an optimizer other than Adam, or a learning rate that is not positive.
+    """
+    if optim.optimizer != "Adam":
+        raise ValueError(f"optim.optimizer is {optim.optimizer!r}; known is Adam")
+    if not optim.lr > 0:
+        raise ValueError(f"optim.lr is {optim.lr}; it must be positive")
+    rate = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup > 0 else optim.lr
+    steps = [optax.clip_by_global_norm(optim.grad_clip)] if optim.grad_clip >= 0 else []
+    steps.append(optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps))
+    if optim.weight_decay:
+        steps.append(optax.add_decayed_weights(optim.weight_decay))
+    return optax.chain(*steps, optax.scale_by_learning_rate(rate))
+
+
+@dataclasses.dataclass(frozen=True)
+class Trainer:
+    """What a training step needs besides the state, fixed for the run; the parameters in `score_fn` are not used."""
+
+    score_fn: NetworkScore
+    objective: Objective
+    optimizer: optax.GradientTransformation
+    preprocess: Preprocess
+    ema_rate: float
+    accumulation_steps: int = 1
+
+    def train_steps(self, state: TrainState, images: ImageLevels, key: Array) -> tuple[TrainState, Metrics]:
+        """One step for each batch along the leading axis of `images`; metrics are their means."""
+        state, metrics = jax.lax.scan(lambda s, batch: self.train_step(s, batch, key), state, images)
+        return state, jax.tree.map(jnp.mean, metrics)
+
+    def train_step(self, state: TrainState, images: ImageLevels, key: Array) -> tuple[TrainState, Metrics]:
+        """One step of the optimizer on a batch of integer levels.
+
+        Args:
+            key: the run's; what the step draws follows from it and the step's number.
+
+        Returns:
+            The next state, and the batch means of the loss and its terms with the gradient's global norm.
+        """
+        gradient, losses = self.gradient(state.params, images, jax.random.fold_in(key, state.step))
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema_params = optax.incremental_update(params, state.ema_params, 1 - self.ema_rate)
+        metrics = losses | {"grad_norm": optax.global_norm(gradient)}
+        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+
+    def gradient(self, params: Params, images: ImageLevels, key: Array) -> tuple[Params, Metrics]:
+        """Gradient of the mean loss, and the mean of each term, accumulated over equal parts of the batch.
+
+        Data and noise are drawn for the whole batch, so the number of parts only changes the memory it takes.
+        """
+        data_key, noise_key, dropout_key = jax.random.split(key, 3)
+        x0 = self.preprocess(data_key, images)
+        noise = draw_noise(noise_key, self.score_fn.sde, self.objective, x0.shape)
+        if self.accumulation_steps == 1:
+            return self.loss_gradient(params, x0, noise, dropout_key)
+
+        def accumulate(total: Params, part: tuple[Batch, Noise, Array]) -> tuple[Params, Metrics]:
+            gradient, metrics = self.loss_gradient(params, *part)
+            return jax.tree.map(jnp.add, total, gradient), metrics
+
+        batches = jax.tree.map(self._split, (x0, noise))
+        parts = (*batches, jax.random.split(dropout_key, self.accumulation_steps))
+        total, metrics = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), parts)
+        return jax.tree.map(lambda g: g / self.accumulation_steps, total), jax.tree.map(jnp.mean, metrics)
+
+    def loss_gradient(self, params: Params, x0: Batch, noise: Noise, dropout_key: Array) -> tuple[Params, Metrics]:
+        """Gradient of the mean total loss over x0, and the mean of each term."""
+
+        def mean_loss(params: Params) -> tuple[Array, Metrics]:
+            score_fn = dataclasses.replace(self.score_fn, params=params, dropout_key=dropout_key)
+            losses = score_matching_losses(score_fn, score_fn.sde, self.objective, x0, noise)
+            metrics = {name: jnp.mean(value) for name, value in losses.named().items()}
+            return metrics["total"], metrics
+
+        return jax.grad(mean_loss, has_aux=True)(params)
+
+    def _split(self, a: Array) -> Array:
+        """[batch, ...] to [parts, batch / parts, ...], each part taking its rows from every device."""
+        return a.reshape(-1, self.accumulation_steps, *a.shape[1:]).swapaxes(0, 1)
