@@ -139,9 +139,9 @@ def trained_classifier(
 ) -> ClassifierFeatures:
     """The classifier of a training split, from `cache_dir` or trained now (a few seconds for 8x8 images).
 
-    It is a function of the training split, `levels` and `recipe` alone: the same on every run on one machine, whatever its number of
-    processors. A cache
-    file of other data or another recipe, or one that is damaged, is replaced. The test accuracy is logged.
+    It is a function of the training split, `levels` and `recipe` alone: the same on every run on one machine, whatever
+    its number of processors. A cache file of other data or another recipe, or one that is damaged, is replaced. The
+    test accuracy is logged.
 
     Raises:
         ValueError: empty splits, labels that do not match the images, or images beyond `levels`.

@@ -1,0 +1,333 @@
+"""Numbers that say how good a model is: means with standard errors, and the distances between samples and data.
+
+Everything here is NumPy in float64, on arrays of features or of per-example values; features.py has the networks.
+Sources: FID, Heusel et al. 2017; Inception Score, Salimans et al. 2016; KID, Binkowski et al. 2018.
+"""
+
+import dataclasses
+import itertools
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import scipy.special
+from absl import logging
+from jaxtyping import Bool, Float
+
+from features import FeatureExtractor, Features, Images, array_hash, extract_features
+from files import write_npz
+
+PUBLISHED_SAMPLES = 50_000
+"""Samples behind published FIDs. FID falls with n, so numbers of fewer samples compare only with each other."""
+
+
+class MeanEstimate(NamedTuple):
+    """A mean over n independent values and its standard error (nan for n = 1)."""
+
+    mean: float
+    se: float
+    n: int
+
+    @property
+    def ci95(self) -> tuple[float, float]:
+        """The 95 % interval by Student's t."""
+        half_width = float(scipy.special.stdtrit(self.n - 1, 0.975)) * self.se if self.n > 1 else float("nan")
+        return self.mean - half_width, self.mean + half_width
+
+
+def mean_estimate(values: Float[np.ndarray, "*repeats n"], mask: Bool[np.ndarray, " n"] | None = None) -> MeanEstimate:
+    """The mean over examples, those with mask false left out.
+
+    Repeats of an example (other probes, other noise) are averaged first: the standard error is that over examples,
+    which repeats do not make more independent.
+
+    Raises:
+        ValueError: if no example is left.
+    """
+    per_example = np.asarray(values, np.float64)
+    per_example = per_example.mean(axis=tuple(range(per_example.ndim - 1)))
+    if mask is not None:
+        per_example = per_example[np.asarray(mask, bool)]
+    n = len(per_example)
+    if n == 0:
+        raise ValueError(f"no values to average: shape {np.shape(values)}, mask {mask}")
+    se = per_example.std(ddof=1) / np.sqrt(n) if n > 1 else float("nan")
+    return MeanEstimate(float(per_example.mean()), float(se), n)
+
+
+def frechet_distance(
+    mu1: Float[np.ndarray, " d"],
+    sigma1: Float[np.ndarray, "d d"],
+    mu2: Float[np.ndarray, " d"],
+    sigma2: Float[np.ndarray, "d d"],
+) -> float:
+    """Squared Frechet distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
+
+    The trace of the root is the sum of the singular values of sigma1^(1/2) sigma2^(1/2). So no root is taken of a
+    product that is not symmetric, and singular covariances need no added diagonal.
+
+    Raises:
+        ValueError: if the dimensions differ or a value is not finite.
+    """
+    if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[:1]:
+        raise ValueError(f"dimensions differ: {mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}")
+    if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
+        raise ValueError("a mean or covariance is not finite")
+    overlap = np.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False).sum()
+    difference = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
+    distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
+    return max(float(distance), 0.0)  # rounding may leave it below
+
+
+def _root(sigma: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
+    """The symmetric root of a covariance; eigenvalues within rounding of 0 count as 0."""
+    values, vectors = np.linalg.eigh(np.asarray(sigma, np.float64))
+    rounding = len(values) * np.finfo(np.float64).eps * values[-1]
+    return (vectors * np.sqrt(np.where(values > rounding, values, 0))) @ vectors.T
+
+
+class InceptionScore(NamedTuple):
+    """Mean and standard deviation over splits."""
+
+    mean: float
+    std: float
+
+
+def inception_score(logits: Float[np.ndarray, "n classes"], splits: int = 10) -> InceptionScore:
+    """exp(E_x KL(p(y|x) || p(y))), computed within each of `splits` parts of the samples, taken in order.
+
+    Raises:
+        ValueError: if there are fewer samples than splits.
+    """
+    if not 1 <= splits <= len(logits):
+        raise ValueError(f"splits is {splits}; it must lie between 1 and the number of samples, {len(logits)}")
+    log_p = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
+    bounds = np.arange(splits + 1) * len(logits) // splits
+    scores = [_split_score(log_p[start:end]) for start, end in itertools.pairwise(bounds)]
+    return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
+
+
+def _split_score(log_p: Float[np.ndarray, "n classes"]) -> float:
+    log_marginal = scipy.special.logsumexp(log_p, axis=0) - np.log(len(log_p))
+    return float(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_marginal), axis=1))))
+
+
+class KernelDistance(NamedTuple):
+    """The squared maximum mean discrepancy, its standard error (nan below three vectors), and the subsets averaged."""
+
+    mean: float
+    se: float
+    subsets: int
+
+
+def kernel_distance(
+    x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], *, subset_size: int = 1000, seed: int = 0
+) -> KernelDistance:
+    """KID: unbiased estimates of the squared MMD for the kernel (x.y / d + 1)^3, averaged over subsets.
+
+    It may be negative. As published, subsets have at most 1000 members of each set. Published code draws subsets that overlap, and whose
+    spread says little about the error; here they are disjoint, as few as hold all of the smaller set, and the standard
+    error comes from a jackknife within each. It is too large rather than too small where the distance is near 0.
+
+    Raises:
+        ValueError: if a set has fewer than two members, or the dimensions differ.
+    """
+    fewer = min(len(x), len(y))
+    if fewer < 2 or x.shape[1:] != y.shape[1:]:
+        raise ValueError(f"need two sets of at least two vectors of equal length, got {x.shape} and {y.shape}")
+    subsets = -(-fewer // subset_size)
+    generator = np.random.default_rng(seed)
+    parts_x, parts_y = (_subsets(a, subsets, subset_size, generator) for a in (x, y))
+    estimates = [_squared_mmd(part_x, part_y) for part_x, part_y in zip(parts_x, parts_y, strict=True)]
+    means, variances = np.array(estimates).T
+    return KernelDistance(float(means.mean()), float(np.sqrt(variances.sum()) / subsets), subsets)
+
+
+def _subsets(
+    x: Float[np.ndarray, "n d"], count: int, largest: int, generator: np.random.Generator
+) -> Float[np.ndarray, "count size d"]:
+    """Disjoint random subsets of equal size."""
+    size = min(len(x) // count, largest)
+    return np.asarray(x[generator.permutation(len(x))[: count * size]], np.float64).reshape(count, size, -1)
+
+
+def _squared_mmd(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], groups: int = 20) -> tuple[float, float]:
+    """The unbiased estimate of the squared MMD, and its variance by leaving out one of `groups` parts at a time."""
+    groups = min(groups, len(x), len(y))
+    in_x, in_y = (np.eye(groups)[np.arange(len(a)) % groups] for a in (x, y))
+    # Sums of the kernel over pairs of parts: all that estimates from any of the parts need.
+    within_x = in_x.T @ _off_diagonal(_kernel(x, x)) @ in_x
+    within_y = in_y.T @ _off_diagonal(_kernel(y, y)) @ in_y
+    between = in_x.T @ _kernel(x, y) @ in_y
+
+    def estimate(sum_x: Any, sum_y: Any, sum_xy: Any, n: Any, m: Any) -> Any:
+        return sum_x / (n * (n - 1)) + sum_y / (m * (m - 1)) - 2 * sum_xy / (n * m)
+
+    value = estimate(within_x.sum(), within_y.sum(), between.sum(), len(x), len(y))
+    left_n, left_m = len(x) - in_x.sum(axis=0), len(y) - in_y.sum(axis=0)
+    if min(left_n.min(), left_m.min()) < 2:
+        return float(value), float("nan")
+    left_x, left_y, left_xy = (
+        s.sum() - s.sum(axis=0) - s.sum(axis=1) + s.diagonal() for s in (within_x, within_y, between)
+    )
+    return float(value), float((groups - 1) * estimate(left_x, left_y, left_xy, left_n, left_m).var())
+
+
+def _kernel(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "n m"]:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _off_diagonal(kernel: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
+    return kernel - np.diag(kernel.diagonal())
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """What samples are compared with: mean and covariance of the features of n images, and some of the features.
+
+    `pool` serves KID and may be missing. `features` and `features_hash` are the extractor's; published files, which do
+    not say, have the hash "". `data` describes the images.
+    """
+
+    mu: Float[np.ndarray, " d"]
+    sigma: Float[np.ndarray, "d d"]
+    n: int | None
+    features: str
+    features_hash: str
+    data: str
+    pool: Float[np.ndarray, "kept d"] | None = None
+
+    @property
+    def hash(self) -> str:
+        return array_hash(self.mu, self.sigma)
+
+
+def statistics_of(
+    pool: Float[np.ndarray, "n d"], *, features: str, features_hash: str, data: str, keep: int = 10_000
+) -> Statistics:
+    """The statistics of n >= 2 feature vectors; the covariance divides by n - 1. At most `keep` vectors stay with it.
+
+    Raises:
+        ValueError: for fewer than two vectors.
+    """
+    if len(pool) < 2:
+        raise ValueError(f"{data}: {len(pool)} feature vectors, but a covariance needs at least 2")
+    mu, sigma = _moments(pool)
+    kept = np.random.default_rng(0).permutation(len(pool))[:keep] if len(pool) > keep else slice(None)
+    return Statistics(mu, sigma, len(pool), features, features_hash, data, pool[kept])
+
+
+def _moments(pool: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
+    exact = np.asarray(pool, np.float64)
+    return exact.mean(axis=0), np.atleast_2d(np.cov(exact, rowvar=False))
+
+
+def dataset_statistics(path: Path, extractor: FeatureExtractor, data: str, batches: Iterable[Images]) -> Statistics:
+    """The statistics of a data set: read from `path` if they are of this extractor and `data`, else computed and saved.
+
+    `data` must identify the images; `batches` is only read when they have to be measured.
+    """
+    if path.exists():
+        try:
+            stored = load_statistics(path)
+        except ValueError as error:
+            logging.warning("%s; computing the statistics again", error)
+        else:
+            if (stored.features, stored.features_hash, stored.data) == (extractor.name, extractor.hash, data):
+                return stored
+    pool = extract_features(extractor, batches).pool
+    statistics = statistics_of(pool, features=extractor.name, features_hash=extractor.hash, data=data)
+    save_statistics(path, statistics)
+    return statistics
+
+
+def save_statistics(path: Path, statistics: Statistics) -> None:
+    """Writes an .npz file whose `mu` and `sigma` other implementations of FID read, too."""
+    fields = {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
+    write_npz(path, **{name: value for name, value in fields.items() if value is not None})
+
+
+def load_statistics(path: Path, *, features: str = "inception") -> Statistics:
+    """Reads our own files and the published ones, which hold `pool_3` (all features) or `mu` and `sigma`.
+
+    Args:
+        features: the extractor's name, for files that do not say.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or holds neither.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"no statistics file {path}")
+    try:
+        with np.load(path) as file:
+            arrays = dict(file)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is no readable .npz file: {error}") from error
+    name, digest = str(arrays.get("features", features)), str(arrays.get("features_hash", ""))
+    data = str(arrays.get("data", path.name))
+    if "pool_3" in arrays:
+        pool = arrays["pool_3"].reshape(len(arrays["pool_3"]), -1)  # some files keep the 1 x 1 spatial axes
+        return statistics_of(pool, features=name, features_hash=digest, data=data)
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}, but neither pool_3 nor mu and sigma")
+    n = int(arrays["n"]) if "n" in arrays else None
+    return Statistics(arrays["mu"], arrays["sigma"], n, name, digest, data, arrays.get("pool"))
+
+
+def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics: Statistics) -> dict[str, Any]:
+    """FID, IS and KID of samples whose features `extractor` measured, with all that is needed to compare them.
+
+    KID is left out where the statistics keep no features. Under 50,000 samples the result has a `warning`.
+
+    Raises:
+        ValueError: if the statistics are of another extractor, or there are fewer than two samples.
+    """
+    _check_extractor(extractor, statistics)
+    n = len(features.pool)
+    if n < 2:
+        raise ValueError(f"{n} samples, but FID needs at least 2")
+    splits = min(10, n)
+    score = inception_score(features.logits, splits)
+    result: dict[str, Any] = {
+        "fid": frechet_distance(*_moments(features.pool), statistics.mu, statistics.sigma),
+        "fid_features": extractor.name,
+        "features_hash": extractor.hash,
+        "is_mean": score.mean,
+        "is_std": score.std,
+        "is_splits": splits,
+        "n": n,
+        "statistics_data": statistics.data,
+        "statistics_n": statistics.n,
+        "statistics_hash": statistics.hash,
+    }
+    if statistics.pool is not None:
+        kid = kernel_distance(features.pool, statistics.pool)
+        result |= {"kid_mean": kid.mean, "kid_se": kid.se, "kid_subsets": kid.subsets}
+    if n < PUBLISHED_SAMPLES:
+        result["warning"] = f"FID and IS of {n} samples do not compare with those of {PUBLISHED_SAMPLES}, as published"
+        logging.warning("%s", result["warning"])
+    return result
+
+
+def _check_extractor(extractor: FeatureExtractor, statistics: Statistics) -> None:
+    unknown = statistics.features_hash == ""
+    if statistics.features != extractor.name or not (unknown or statistics.features_hash == extractor.hash):
+        raise ValueError(
+            f"statistics of {statistics.data} are those of features {statistics.features} {statistics.features_hash}, "
+            f"but the samples were measured by {extractor.name} {extractor.hash}"
+        )
+
+
+def self_test(extractor: FeatureExtractor, train: Features, test: Features, data: str) -> dict[str, dict[str, Any]]:
+    """Real images against the statistics of the training images: `train` must give FID 0, `test` the floor to expect.
+
+    The floor belongs to the number of test images: FID falls with n.
+    """
+    statistics = statistics_of(train.pool, features=extractor.name, features_hash=extractor.hash, data=data)
+    return {
+        split: evaluate_samples(features, extractor, statistics)
+        for split, features in (("train", train), ("test", test))
+    }
