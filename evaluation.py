@@ -6,7 +6,6 @@ Sources: FID, Heusel et al. 2017; Inception Score, Salimans et al. 2016; KID, Bi
 
 import dataclasses
 import itertools
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +16,7 @@ from absl import logging
 from jaxtyping import Bool, Float
 
 from features import FeatureExtractor, Features, Images, array_hash, extract_features
-from files import write_npz
+from files import read_npz, write_npz
 
 PUBLISHED_SAMPLES = 50_000
 """Samples behind published FIDs. FID falls with n, so numbers of fewer samples compare only with each other."""
@@ -127,9 +126,10 @@ def kernel_distance(
 ) -> KernelDistance:
     """KID: unbiased estimates of the squared MMD for the kernel (x.y / d + 1)^3, averaged over subsets.
 
-    It may be negative. As published, subsets have at most 1000 members of each set. Published code draws subsets that overlap, and whose
-    spread says little about the error; here they are disjoint, as few as hold all of the smaller set, and the standard
-    error comes from a jackknife within each. It is too large rather than too small where the distance is near 0.
+    It may be negative. As published, subsets have at most 1000 members of each set. Published code draws subsets that
+    overlap, and whose spread says little about the error; here they are disjoint, as few as hold all of the smaller
+    set, and the standard error comes from a jackknife within each. It is too large rather than too small where the
+    distance is near 0.
 
     Raises:
         ValueError: if a set has fewer than two members, or the dimensions differ.
@@ -259,13 +259,7 @@ def load_statistics(path: Path, *, features: str = "inception") -> Statistics:
         FileNotFoundError: if there is no such file.
         ValueError: if it is damaged or holds neither.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"no statistics file {path}")
-    try:
-        with np.load(path) as file:
-            arrays = dict(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is no readable .npz file: {error}") from error
+    arrays = read_npz(path)
     name, digest = str(arrays.get("features", features)), str(arrays.get("features_hash", ""))
     data = str(arrays.get("data", path.name))
     if "pool_3" in arrays:

@@ -7,7 +7,6 @@ digits), a small classifier trained on the training split stands in for it; ever
 import dataclasses
 import functools
 import hashlib
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +20,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt8
 
-from files import write_npz
+from files import read_npz, write_npz
 
 Images = UInt8[np.ndarray, "n height width channels"]
 """Images as the integer levels 0, ..., levels - 1 of each channel."""
@@ -173,13 +172,11 @@ def _load_params(path: Path, identity: str) -> dict | None:
     if not path.exists():
         return None
     try:
-        with np.load(path) as file:
-            arrays = dict(file)
-        matches = str(arrays.pop("identity")) == identity
-        stored_hash = str(arrays.pop("hash"))
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        logging.warning("%s is damaged (%s); training the classifier again", path, error)
+        arrays = read_npz(path)
+    except ValueError as error:
+        logging.warning("%s; training the classifier again", error)
         return None
+    matches, stored_hash = str(arrays.pop("identity", "")) == identity, str(arrays.pop("hash", ""))
     params = traverse_util.unflatten_dict(arrays, sep="/")
     if not matches or _params_hash(params) != stored_hash:
         logging.warning("%s is of other data or changed; training the classifier again", path)

@@ -25,3 +25,18 @@ def write_npz(path: Path, **arrays: ArrayLike) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
     write_atomic(path, buffer.getvalue())
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """All arrays of an .npz file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or no .npz file.
+    """
+    with path.open("rb") as file:
+        try:
+            with np.load(file) as arrays:
+                return dict(arrays)
+        except Exception as error:  # damaged bytes make NumPy, zipfile and zlib raise a dozen kinds
+            raise ValueError(f"{path} is no readable .npz file: {error}") from error
