@@ -17,11 +17,11 @@ from models.layers import (
     Downsample,
     Embedding,
     GaussianFourierProjection,
+    GroupNorm,
     ResnetBlockBigGANpp,
     ResnetBlockDDPMpp,
     Upsample,
     conv,
-    group_norm,
     kernel_init,
     positional_embedding,
     residual_sum,
@@ -192,7 +192,7 @@ class NCSNpp(nn.Module):
 
     def _head(self, h: Images, features: int, init_scale: float) -> Images:
         """From feature maps to an image, or to the start of the output pyramid."""
-        return conv(features, init_scale=init_scale)(self._act(group_norm(h.shape[-1])(h)))
+        return conv(features, init_scale=init_scale)(self._act(GroupNorm()(h)))
 
     def _act(self, x: Array) -> Array:
         return NONLINEARITIES[self.nonlinearity](x)
