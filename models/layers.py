@@ -39,7 +39,7 @@ def conv(features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0)
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He, 2018): at most 32 groups of at least 4 channels, of equal size.
 
-    Means are taken of pixels first, so that all else works on one number a channel: third derivatives are cheaper for it.
+    Pixels are averaged first, and all else works on one number a channel: that makes third derivatives cheaper.
     """
 
     epsilon: float = 1e-6
