@@ -171,9 +171,10 @@ def evaluation_batch(source: Source, batch_size: int, number: int, max_examples:
     return EvaluationBatch(images, padded_indices, np.arange(batch_size) < len(indices))
 
 
-def num_evaluation_batches(source: Source, batch_size: int, max_examples: int = 0) -> int:
+def evaluation_batch_sizes(source: Source, batch_size: int, max_examples: int = 0) -> list[int]:
+    """How many images count in each batch of a pass."""
     end = min(len(source), max_examples or len(source))
-    return -(-end // batch_size)
+    return [min(batch_size, end - start) for start in range(0, end, batch_size)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +203,11 @@ class Preprocess:
     def unscale(self, x: Batch) -> Batch:
         """The inverse of `scale`."""
         return (x + 1) / 2 if self.centered else x
+
+    @property
+    def unit_scale(self) -> float:
+        """The derivative of `unscale`."""
+        return 0.5 if self.centered else 1.0
 
     def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
         """Samples as integer levels: those of dequantized data are its bins; else the nearest level is taken."""

@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
     logging.set_verbosity(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value).absolute()
+    config, workdir = _CONFIG.value, Path(str(_WORKDIR.value)).absolute()
     try:
         if _MODE.value == "train":
             run_lib.train(config, workdir)

@@ -5,10 +5,14 @@ random numbers do not depend on the number of devices.
 """
 
 import math
+from typing import TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Tree = TypeVar("Tree")
 
 
 def device_mesh() -> Mesh:
@@ -28,6 +32,18 @@ def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def global_array(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
     """One global array from each host's rows of it along `axis`."""
     return jax.make_array_from_process_local_data(along_batch(mesh, axis), local)
+
+
+def fetch(tree: Tree) -> Tree:
+    """The whole arrays as NumPy's, on every host."""
+    if jax.process_count() > 1:
+        return multihost_utils.process_allgather(tree, tiled=True)
+    return jax.device_get(tree)
+
+
+def agree(value: bool) -> bool:
+    """The first host's value, on every host: for decisions that all must take alike."""
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value))) if jax.process_count() > 1 else value
 
 
 def local_rows(batch_size: int) -> slice:

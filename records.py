@@ -120,10 +120,12 @@ def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
 
 
 def log_to_file(path: Path) -> None:
-    """Appends what is logged to a file, beside standard error."""
+    """Appends what is logged to a file, beside standard error; of the checkpoint library only what is wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
+    for each in (handler, absl_logging.get_absl_handler()):
+        each.addFilter(lambda record: record.levelno >= logging.WARNING or "orbax" not in record.pathname)
     absl_logging.get_absl_logger().addHandler(handler)
 
 

@@ -14,25 +14,28 @@ import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from report import save_grid, write_report
 
 import datasets
 import parallel
 import passes
-from build import SAMPLE_KEY, TRAIN_KEY, Run, build
+from build import TRAIN_KEY, Run, build
 from checkpoints import Checkpoints, reset_parts
 from configs.default import Config
 from datasets import Source
 from files import write_atomic, write_npz
 from records import MetricsWriter, StopRequest, log_to_file, progress, stop_on_signal
-from report import write_report
 from train_state import TrainState
+
+SHOWN = 64
+"""Samples in the report's grid."""
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -197,3 +200,83 @@ def _log_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
             _log_changes(old, new, f"{prefix}{name}.")
         elif old != new:
             logging.info("changed since the last start: %s%s was %r, is %r", prefix, name, old, new)
+
+
+def evaluate(config: Config, workdir: Path, eval_folder: str) -> None:
+    """Evaluates checkpoints as `eval` asks: loss, bits/dim, samples; writes results and the report.
+
+    Interrupted and run again, it goes on with the batch it was at. Parts not asked for keep earlier results.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+        ValueError, OSError: for bad input, before anything is written.
+        RuntimeError: if an ODE solve fails.
+    """
+    run = build(config)
+    parallel.divisible(config.eval.batch_size, "eval.batch_size")
+    parallel.divisible(config.sampling.batch_size, "sampling.batch_size")
+    with open_existing_checkpoints(run, workdir) as checkpoints:
+        check_writable(workdir)
+        shapes = jax.eval_shape(run.fresh_state)
+        for step in chosen_steps(config, checkpoints.steps()):
+            state = checkpoints.restore(step, shapes, parallel.replicated(run.mesh))
+            evaluate_checkpoint(run, state, step, workdir, eval_folder)
+
+
+def chosen_steps(config: Config, steps: Sequence[int]) -> Sequence[int]:
+    """The checkpoints from `eval.begin_ckpt` to `eval.end_ckpt`, or else the newest.
+
+    Raises:
+        FileNotFoundError: if one is missing, naming those there are.
+    """
+    begin, end, every = config.eval.begin_ckpt, config.eval.end_ckpt, config.training.snapshot_freq
+    if end < begin:
+        return steps[-1:]
+    wanted = [number * every for number in range(begin, end + 1)]
+    missing = sorted(set(wanted) - set(steps))
+    if missing:
+        raise FileNotFoundError(f"no checkpoint of step {missing[0]}; there are those of {', '.join(map(str, steps))}")
+    return wanted
+
+
+def evaluate_checkpoint(run: Run, state: TrainState, step: int, workdir: Path, eval_folder: str) -> None:
+    """Adds to eval/step_<step>.json what `eval` asks for, each part as soon as it is there."""
+    folder, settings = workdir / eval_folder, run.config.eval
+    path = folder / f"step_{step}.json"
+    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    result |= {"checkpoint_step": step, "order": run.config.training.score_matching_order, "ema": True}
+
+    def keep(**parts: Any) -> None:
+        result.update(parts)
+        if jax.process_index() == 0:
+            write_atomic(path, json.dumps(result, indent=1))
+            write_report(workdir)
+
+    if settings.enable_loss:
+        test_source = datasets.source_from_config(run.config, "test")
+        keep(loss=passes.LossPass(run, test_source).whole(state.ema_params))
+    if settings.enable_bpd:
+        keep(bpd=passes.bits_per_dim_pass(run, state.ema_params, folder))
+    if settings.enable_sampling:
+        samples, images = passes.sampling_pass(run, state.ema_params, folder)
+        keep(samples=samples)
+        save_images(run, images, step, workdir)
+
+
+def save_images(run: Run, images: np.ndarray, step: int, workdir: Path) -> None:
+    """Some samples and as many real images, for the report."""
+    if jax.process_index() != 0:
+        return
+    source = datasets.source_from_config(run.config, "test")
+    real, shown, levels = source.images(np.arange(min(SHOWN, len(source)))), images[:SHOWN], run.config.data.levels
+    write_npz(workdir / "samples" / "data.npz", samples=real, levels=levels, step=0)
+    write_npz(workdir / "samples" / f"step_{step}.npz", samples=shown, levels=levels, step=step)
+    save_grid(workdir / "samples" / f"step_{step}.png", shown, levels)
+    write_report(workdir)
+
+
+def report(workdir: Path) -> None:
+    """Writes the report again, from what is in the folder."""
+    if not workdir.is_dir():
+        raise FileNotFoundError(f"no folder {workdir}")
+    write_report(workdir)

@@ -143,14 +143,17 @@ def _eval() -> ConfigDict:
     evaluate.bpd_dataset = "test"  # train or test
     evaluate.num_repeats = 5  # passes over the images, each with new dequantization noise and probes
     evaluate.max_examples = 0  # evaluate only so many images; 0: all
-    evaluate.ode_solver = "dopri5"  # dopri5 (on the devices), scipy (RK45 on the host, as published)
-    evaluate.rtol = 1e-5  # tolerances of the likelihood's solver
+    evaluate.ode_solver = "dopri5"  # dopri5 (on the devices), scipy (RK45 on the host, as published), rk4_log
+    evaluate.ode_steps = 50  # of rk4_log, four evaluations each
+    evaluate.rtol = 1e-5  # tolerances of dopri5 and scipy
     evaluate.atol = 1e-5
     evaluate.probe = "rademacher"  # of the divergence: rademacher, gaussian; or exact, for small images
+    evaluate.num_probes = 1  # probes for each image
     evaluate.bound = False  # bound on the SDE's likelihood instead of the ODE's likelihood
     evaluate.dsm = True  # the bound's form: denoising or sliced score matching
     evaluate.offset = True  # the bound's start-time correction
     evaluate.dequantizer = False  # learned dequantization noise instead of uniform
     evaluate.num_samples = 50_000  # images behind FID, IS and KID
     evaluate.features = "inception"  # the network whose features FID compares: inception, classifier
+    evaluate.statistics_dir = "assets/stats"  # where features and their statistics of data sets are kept
     return evaluate

@@ -42,5 +42,7 @@ def get_config() -> Config:
     config.eval.enable_sampling = True
     config.eval.num_samples = 1000
     config.eval.num_repeats = 1
+    config.eval.ode_solver = "rk4_log"
+    config.eval.ode_steps = 32
     config.eval.features = "classifier"
     return config
