@@ -1,0 +1,168 @@
+"""Pictures for people: curves of a run, and grids of images whose pixels stay sharp."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from PIL import Image, ImageDraw, ImageFont
+
+from files import write_atomic
+from run_files import Curve, RunCurves
+
+COLOURS = ("#2563a8", "#d1600a", "#2f855a", "#8a4fb0", "#b83250", "#5a6472")
+"""One for each run."""
+
+TITLES = {
+    "total": "total",
+    "loss": "total",
+    "first": "first order: score",
+    "second_frob": "second order: Jacobian",
+    "second_trace": "second order: trace",
+    "third": "third order: gradient of the trace",
+    "grad_norm": "gradient norm, before clipping",
+}
+"""Of the panels, by the names that metrics have."""
+
+_TILE_PIXELS = 56  # images smaller than this are enlarged by a whole factor, each pixel to a square
+_GAP = 2
+
+
+def loss_figure(runs: Mapping[str, RunCurves]) -> Figure:
+    """A panel for each term of the losses that any of the runs has, and the gradient's norm; runs over one another."""
+    present = {name for curves in runs.values() for of_split in curves.values() for name in of_split}
+    names = [name for name in TITLES if name in present]
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(max(3.7 * columns, 5.5), 2.8 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, name in zip(panels, names, strict=False):
+        for colour, curves in zip(_colours(len(runs)), runs.values(), strict=True):
+            _draw_curves(panel, colour, {split: c[name] for split, c in curves.items() if name in c})
+        _style(panel, TITLES[name], "norm" if name == "grad_norm" else "loss (dimensionless)")
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    _legend(figure, runs)
+    return figure
+
+
+def seconds_figure(runs: Mapping[str, RunCurves]) -> Figure:
+    """Seconds per training step."""
+    figure = Figure(figsize=(7.4, 2.6), layout="constrained")
+    panel = figure.subplots()
+    for colour, (label, curves) in zip(_colours(len(runs)), runs.items(), strict=True):
+        rate = curves.get("train", {}).get("steps_per_second")
+        if rate is not None:
+            panel.plot(rate.steps, 1 / rate.values, color=colour, linewidth=1.2, label=label)
+    _style(panel, "", "seconds per step")
+    panel.set_ylim(bottom=0)
+    if len(runs) > 1:
+        panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def _colours(count: int) -> list[str]:
+    return [COLOURS[k % len(COLOURS)] for k in range(count)]
+
+
+def _draw_curves(panel: Axes, colour: str, curves: Mapping[str, Curve]) -> None:
+    """The training curve, smoothed over raw; test losses, of one batch each, as dots with their own smoothed line."""
+    for split, curve in curves.items():
+        if split == "train":
+            panel.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=0.7)
+            panel.plot(curve.steps, curve.smoothed(), color=colour, linewidth=1.6)
+        else:
+            panel.plot(curve.steps, curve.values, ".", color=colour, alpha=0.3, markersize=2.5, markeredgewidth=0)
+            panel.plot(curve.steps, curve.smoothed(), color=colour, linewidth=1.3, linestyle="--")
+        _choose_scale(panel, curve.values)
+
+
+def _choose_scale(panel: Axes, values: Float[np.ndarray, " n"]) -> None:
+    """A logarithmic axis where positive values span more than a factor of 5."""
+    finite = values[np.isfinite(values)]
+    if len(finite) and finite.min() > 0 and finite.max() > 5 * finite.min():
+        panel.set_yscale("log")
+
+
+def _style(panel: Axes, title: str, ylabel: str) -> None:
+    panel.set_title(title, fontsize=10, loc="left")
+    panel.set_xlabel("training step", fontsize=8.5)
+    panel.set_ylabel(ylabel, fontsize=8.5)
+    panel.tick_params(labelsize=8)
+    panel.tick_params(which="minor", labelsize=7)
+    panel.grid(color="#e3e6ea", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    panel.locator_params(axis="x", nbins=5)
+
+
+def _legend(figure: Figure, runs: Mapping[str, RunCurves]) -> None:
+    """One for all panels: a colour for each run, a line style for each split."""
+    several = len(runs) > 1
+    colours = zip(runs, _colours(len(runs)), strict=True) if several else ()
+    handles = [Line2D([], [], color=colour, label=label) for label, colour in colours]
+    colour = "#30363d" if several else COLOURS[0]
+    handles.append(Line2D([], [], color=colour, label="train (raw behind smoothed)"))
+    if any("test" in curves for curves in runs.values()):
+        handles.append(Line2D([], [], color=colour, linestyle="--", label="test (dots: single batches)"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
+
+
+def figure_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144)
+    return buffer.getvalue()
+
+
+def image_grid(images: UInt8[np.ndarray, "n height width channels"], levels: int) -> Image.Image:
+    """Images side by side, as nearly square as goes, row after row; level 0 is black, level `levels` - 1 white.
+
+    Raises:
+        ValueError: if there are no images, or they have neither 1 nor 3 channels.
+    """
+    n, height, width, channels = images.shape
+    if n == 0 or channels not in (1, 3):
+        raise ValueError(f"need images of 1 or 3 channels, got an array of shape {images.shape}")
+    scale = max(1, round(_TILE_PIXELS / height))
+    columns = math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    step_y, step_x = scale * height + _GAP, scale * width + _GAP
+    canvas = np.full((rows * step_y - _GAP, columns * step_x - _GAP, channels), 255, np.uint8)
+    bytes_ = np.rint(np.minimum(images.astype(np.float64) / (levels - 1), 1) * 255).astype(np.uint8)
+    for k, image in enumerate(bytes_.repeat(scale, axis=1).repeat(scale, axis=2)):
+        top, left = k // columns * step_y, k % columns * step_x
+        canvas[top : top + scale * height, left : left + scale * width] = image
+    return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+
+
+def save_grid(path: Path, images: UInt8[np.ndarray, "n height width channels"], levels: int) -> None:
+    """Writes `image_grid` as a PNG file."""
+    write_atomic(path, image_png(image_grid(images, levels)))
+
+
+def image_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def captioned(captions: Sequence[str], images: Sequence[Image.Image]) -> Image.Image:
+    """Images beside one another, each below its caption."""
+    margin, line = 16, 24
+    font = ImageFont.load_default(15)
+    widths = [max(image.width, math.ceil(font.getlength(text))) for text, image in zip(captions, images, strict=True)]
+    height = max(image.height for image in images)
+    canvas = Image.new("RGB", (sum(widths) + margin * (len(images) + 1), height + line + 2 * margin), "white")
+    draw = ImageDraw.Draw(canvas)
+    left = margin
+    for text, image, width in zip(captions, images, widths, strict=True):
+        draw.text((left, margin - 4), text, fill="#24292f", font=font)
+        canvas.paste(image, (left, margin + line))
+        left += width + margin
+    return canvas

@@ -1,0 +1,370 @@
+"""One page for each run, to look at instead of reading logs: curves, tables, samples, settings.
+
+The page is made from the run's folder alone, from whatever is there, and needs no other file to be shown.
+"""
+
+import base64
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from figures import TITLES, captioned, figure_png, image_grid, image_png, loss_figure, seconds_figure
+from files import write_atomic
+from run_files import Grid, RunFiles, read_run
+from tables import MISSING, Row, duration, html_table, number, text_table, with_error
+
+SHOWN = 64
+"""Images in a grid, at most."""
+
+Runs: TypeAlias = Mapping[str, RunFiles]
+"""Runs by their labels."""
+
+Result: TypeAlias = Mapping[str, Any]
+"""An evaluation, as it is stored."""
+
+
+def write_report(workdir: Path, *, others: Sequence[Path] = ()) -> None:
+    """Writes report.html into a run's folder, and copies of its figures into figures/.
+
+    Args:
+        others: folders of runs to show beside this one: curves over one another, tables joined.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist.
+    """
+    runs = _labelled([read_run(folder) for folder in (workdir, *others)])
+    write_atomic(workdir / "report.html", _page(runs, workdir / "figures"))
+
+
+def comparison_table(results: Iterable[Result]) -> str:
+    """Evaluations as plain text, a line each. `run_files.read_run(workdir).results` has those of a run."""
+    headers = ("order", "steps", "bits/dim", "FID", "IS", "NFE likelihood", "NFE sample", "s training", "s evaluation")
+    return text_table(headers, [_comparison_row(result) for result in results])
+
+
+def _comparison_row(result: Result) -> Row:
+    bpd, samples = result.get("bpd", {}), result.get("samples", {})
+    seconds = [part["seconds"] for part in (bpd, samples) if "seconds" in part]
+    return (
+        number(result.get("order")),
+        number(result.get("checkpoint_step")),
+        with_error(bpd.get("mean"), bpd.get("se")),
+        number(samples.get("fid")),
+        with_error(samples.get("is_mean"), samples.get("is_std")),
+        number(bpd.get("nfe"), 0),
+        number(samples.get("nfe"), 0),
+        number(result.get("train_seconds"), 0),
+        number(sum(seconds) if seconds else None, 0),
+    )
+
+
+def _page(runs: Runs, figures: Path) -> str:
+    sections = {
+        "Loss": _losses(runs, figures),
+        "Likelihood": _likelihoods(runs),
+        "Sample quality": _sample_quality(runs),
+        "Samples": _samples(runs, figures),
+        "Time": _times(runs, figures),
+        "Configuration": _configurations(runs),
+        "Environment": _environments(runs),
+    }
+    problems = [problem for run in runs.values() for problem in run.problems]
+    if problems:
+        sections["Unreadable files"] = "".join(_paragraph(problem) for problem in problems)
+    title = html.escape(" and ".join(runs))
+    summaries = "".join(_paragraph(_summary(label, run), "summary") for label, run in runs.items())
+    body = "".join(f"<section>\n<h2>{heading}</h2>\n{content}</section>\n" for heading, content in sections.items())
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
+        f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{summaries}{body}</body>\n</html>\n"
+    )
+
+
+def _labelled(runs: Sequence[RunFiles]) -> dict[str, RunFiles]:
+    """Runs by the names of their folders, numbered where a name is taken."""
+    labelled: dict[str, RunFiles] = {}
+    for run in runs:
+        label, count = run.name, 2
+        while label in labelled:
+            label, count = f"{run.name} ({count})", count + 1
+        labelled[label] = run
+    return labelled
+
+
+def _described(label: str, run: RunFiles) -> str:
+    return label if run.order is None else f"{label}, order {run.order}"
+
+
+def _summary(label: str, run: RunFiles) -> str:
+    """The run in one line."""
+    parts = []
+    if run.last_step is not None:
+        parts.append(f"{run.last_step:,} steps")
+    if run.environment and "num_parameters" in run.environment:
+        parts.append(f"{number(run.environment['num_parameters'])} parameters")
+    for part in ("bpd", "samples"):
+        newest = next((result[part] for result in reversed(run.results) if part in result), None)
+        if newest and part == "bpd":
+            parts.append(f"{with_error(newest.get('mean'), newest.get('se'))} bits/dim")
+        elif newest:
+            parts.append(f"FID {number(newest.get('fid'))} ({newest.get('fid_features', 'unknown')} features)")
+    return f"{_described(label, run)}: {', '.join(parts) or 'nothing recorded yet'}"
+
+
+# --- sections ---
+
+
+def _losses(runs: Runs, figures: Path) -> str:
+    curves = {_described(label, run): run.metrics for label, run in runs.items() if run.has_curves(TITLES)}
+    if not curves:
+        content = _paragraph("No training recorded yet.")
+    else:
+        content = _figure(_saved(loss_figure(curves), figures / "loss.png"), "Loss curves") + _paragraph(
+            "The terms of the objective, each without its weight; the total is what training minimises. Losses are "
+            "squared errors relative to the noise, so they have no unit. Test losses are those of the averaged "
+            "parameters."
+        )
+    results = _results(runs, "loss")
+    if not results:
+        return content
+    names = [name for name in TITLES if any(name in result["loss"] for _, result in results)]
+    rows = [
+        (*_which(label, result), *(with_error(*_mean_and_se(result["loss"].get(name))) for name in names))
+        for label, result in results
+    ]
+    return content + "<h3>Over all test images</h3>\n" + _results_table(runs, [TITLES[name] for name in names], rows)
+
+
+def _likelihoods(runs: Runs) -> str:
+    results = _results(runs, "bpd")
+    if not results:
+        return _paragraph("No evaluation of the likelihood yet.")
+    names = list(dict.fromkeys(name for _, result in results for name in result["bpd"].get("terms", {})))
+    headers = [name.replace("_", " ") for name in names]
+    terms = [
+        (*_which(label, result), *(with_error(*_mean_and_se(result["bpd"].get("terms", {}).get(n))) for n in names))
+        for label, result in results
+    ]
+    return (
+        _results_table(runs, _BPD_HEADERS, [(*_which(label, r), *_bpd_cells(r["bpd"])) for label, r in results])
+        + _paragraph("Mean ± standard error over images, of which each counts with the mean of its repeats.")
+        + ("<h3>Terms, in bits/dim</h3>\n" + _results_table(runs, headers, terms) if names else "")
+    )
+
+
+_BPD_HEADERS = (
+    "bits/dim",
+    "95 % interval",
+    "images",
+    "repeats",
+    "NFE",
+    "time",
+    "solver",
+    "from t",
+    "probe",
+    "dequantization",
+    "images of",
+)
+
+
+def _bpd_cells(bpd: Mapping[str, Any]) -> Row:
+    interval = bpd.get("ci95")
+    settings = [f"{name} {bpd[name]:.0e}" for name in ("rtol", "atol") if name in bpd]
+    settings += [f"{bpd['steps']} steps"] if "steps" in bpd else []
+    probes = [number(bpd.get(name)) for name in ("num_probes", "probe") if name in bpd]
+    return (
+        with_error(bpd.get("mean"), bpd.get("se")),
+        f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else MISSING,
+        number(bpd.get("n")),
+        number(bpd.get("repeats")),
+        number(bpd.get("nfe"), 0),
+        duration(bpd.get("seconds")),
+        ", ".join([number(bpd.get("solver")), *settings]),
+        number(bpd.get("t_min")),
+        " ".join(probes) or MISSING,
+        number(bpd.get("dequantization")),
+        number(bpd.get("data")),
+    )
+
+
+def _sample_quality(runs: Runs) -> str:
+    results = _results(runs, "samples")
+    if not results:
+        return _paragraph("No evaluation of samples yet.")
+    headers = ("FID", "of features", "IS", "KID", "samples", "sampler", "NFE", "time", "compared with")
+    rows = [(*_which(label, result), *_quality_cells(result["samples"])) for label, result in results]
+    warnings = dict.fromkeys(result["samples"].get("warning") for _, result in results)
+    return (
+        _results_table(runs, headers, rows)
+        + _paragraph("IS: mean ± standard deviation over splits. KID: mean ± standard error.")
+        + "".join(_paragraph(f"{warning}.", "warning") for warning in warnings if warning)
+    )
+
+
+def _quality_cells(samples: Mapping[str, Any]) -> Row:
+    return (
+        number(samples.get("fid")),
+        number(samples.get("fid_features")),
+        with_error(samples.get("is_mean"), samples.get("is_std")),
+        with_error(samples.get("kid_mean"), samples.get("kid_se")),
+        number(samples.get("n")),
+        number(samples.get("sampler")),
+        number(samples.get("nfe"), 0),
+        duration(samples.get("seconds")),
+        number(samples.get("statistics_data")),
+    )
+
+
+def _samples(runs: Runs, figures: Path) -> str:
+    grids = [
+        (f"{_described(label, run)}, step {run.samples.step:,}", run.samples)
+        for label, run in runs.items()
+        if run.samples is not None
+    ]
+    missing = "" if grids else _paragraph("No samples drawn yet.")
+    real = next((run.data for run in runs.values() if run.data is not None), None)
+    if real is not None:
+        grids.append(("real images", real))
+    elif grids:
+        missing = _paragraph("No real images stored to hold them against.")
+    if not grids:
+        return missing
+    captions = [caption for caption, _ in grids]
+    pictures = [image_grid(_shown(grid), grid.levels) for _, grid in grids]
+    write_atomic(figures / "samples.png", image_png(captioned(captions, pictures)))
+    shown = "".join(
+        _figure(image_png(picture), caption, caption) for caption, picture in zip(captions, pictures, strict=True)
+    )
+    return f'<div class="grids">{shown}</div>\n{missing}'
+
+
+def _shown(grid: Grid) -> np.ndarray:
+    """Fewer of larger images, so that the grid fits a screen."""
+    per_row = max(1, min(8, 600 // grid.images.shape[2]))
+    return grid.images[: min(SHOWN, per_row**2)]
+
+
+def _times(runs: Runs, figures: Path) -> str:
+    timed = {label: run for label, run in runs.items() if run.has_curves(["steps_per_second"])}
+    if not timed:
+        return _paragraph("No training recorded yet.")
+    rows = []
+    for label, run in timed.items():
+        train = run.metrics["train"]
+        slow, median, fast = np.quantile(1 / train["steps_per_second"].values, [0.9, 0.5, 0.1])
+        seconds = float(train["seconds"].values[-1]) if "seconds" in train else None
+        times = (f"{value:.4g}" for value in (median, fast, slow))
+        rows.append((_described(label, run), number(run.last_step), duration(seconds), *times))
+    headers = ("run", "steps", "training time", "seconds per step, median", "10 % quantile", "90 % quantile")
+    curves = {_described(label, run): run.metrics for label, run in timed.items()}
+    return html_table(headers, rows) + _figure(
+        _saved(seconds_figure(curves), figures / "seconds.png"), "Seconds per training step"
+    )
+
+
+def _configurations(runs: Runs) -> str:
+    flat = {label: _flat(run.config) for label, run in runs.items() if run.config is not None}
+    if not flat:
+        return _paragraph("No configuration stored.")
+    names = list(dict.fromkeys(name for fields in flat.values() for name in fields))
+    rows = [(name, *(fields.get(name, MISSING) for fields in flat.values())) for name in names]
+    different = [row for row in rows if len(set(row[1:])) > 1]
+    headers = ("field", *flat)
+    difference = html_table(headers, different) if different else ""
+    return f"{difference}<details><summary>all {len(rows)} fields</summary>\n{html_table(headers, rows)}</details>\n"
+
+
+def _environments(runs: Runs) -> str:
+    flat = {label: _flat(run.environment) for label, run in runs.items() if run.environment is not None}
+    if not flat:
+        return _paragraph("No environment stored.")
+    names = list(dict.fromkeys(name for fields in flat.values() for name in fields))
+    rows = [
+        (name.removeprefix("versions.").replace("_", " "), *(fields.get(name, MISSING) for fields in flat.values()))
+        for name in names
+    ]
+    return html_table(("", *flat), rows)
+
+
+def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested fields as text, by their dotted names."""
+    flat: dict[str, str] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = str(value)
+    return flat
+
+
+# --- parts of sections ---
+
+
+def _results(runs: Runs, part: str) -> list[tuple[str, Result]]:
+    """The evaluations that have this part, with their runs' labels."""
+    return [(label, result) for label, run in runs.items() for result in run.results if part in result]
+
+
+def _which(label: str, result: Result) -> Row:
+    """What tells an evaluation from the others; see `_results_table`."""
+    weights = {True: "averaged", False: "last"}.get(result.get("ema", None), MISSING)
+    return label, result["file"], number(result.get("order")), number(result.get("checkpoint_step")), weights
+
+
+def _results_table(runs: Runs, headers: Sequence[str], rows: Sequence[Row]) -> str:
+    """Rows that begin with `_which`."""
+    first = 0 if len(runs) > 1 else 1
+    return html_table(("run", "file", "order", "step", "weights", *headers)[first:], [row[first:] for row in rows])
+
+
+def _mean_and_se(estimate: Any) -> tuple[float | None, float | None]:
+    """Of an estimate stored as a number, or as its mean and standard error."""
+    if isinstance(estimate, Mapping):
+        return estimate.get("mean"), estimate.get("se")
+    return estimate, None
+
+
+def _saved(figure: Figure, path: Path) -> bytes:
+    png = figure_png(figure)
+    write_atomic(path, png)
+    return png
+
+
+def _figure(png: bytes, description: str, caption: str = "") -> str:
+    data = base64.b64encode(png).decode()
+    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
+    return f'<figure><img alt="{html.escape(description)}" src="data:image/png;base64,{data}">{below}</figure>\n'
+
+
+def _paragraph(text: str, kind: str = "note") -> str:
+    return f'<p class="{kind}">{html.escape(text)}</p>\n'
+
+
+_STYLE = """
+:root { color-scheme: light; }
+body { max-width: 1180px; margin: 2rem auto; padding: 0 1.5rem; background: #fff; color: #1f2328;
+  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+h1 { font-size: 1.6rem; margin: 0 0 .4rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid #d8dee4; }
+h3 { font-size: .95rem; margin: 1.2rem 0 .3rem; }
+.summary { margin: .1rem 0; font-size: 1.02rem; }
+.note { margin: .4rem 0; color: #57606a; font-size: .88rem; max-width: 75ch; }
+.warning { margin: .4rem 0; padding: .3rem .7rem; font-size: .88rem; background: #fff6dd;
+  border-left: 3px solid #d4a72c; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; margin: .4rem 0; }
+th, td { padding: .28rem .7rem; text-align: left; border-bottom: 1px solid #e6eaee; white-space: nowrap; }
+th { font-weight: 600; color: #424a53; border-bottom: 1px solid #b9c1c9; }
+.n { text-align: right; }
+tr:hover td { background: #f6f8fa; }
+figure { margin: .6rem 0; }
+img { max-width: 100%; }
+.grids { display: flex; flex-wrap: wrap; gap: 1.6rem; align-items: flex-start; }
+.grids img { image-rendering: pixelated; display: block; }
+figcaption { font-size: .86rem; color: #424a53; margin-top: .35rem; }
+details summary { cursor: pointer; color: #2563a8; margin: .4rem 0; }
+"""
