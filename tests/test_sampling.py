@@ -1,0 +1,435 @@
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fast_samplers
+from configs.default import Config, get_config
+from fast_samplers import denoise, multistep_coefficients, noise_levels
+from predictor_corrector import CORRECTORS, PREDICTORS
+from sampling import (
+    DPMSolverSampler,
+    FastSampler,
+    HeunSampler,
+    ODESampler,
+    PredictorCorrector,
+    Sampler,
+    image_keys,
+    prior_samples,
+    sampler_from_config,
+)
+from sde_lib import SDE, SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE
+from tests.analytic import GaussianMixture, asymmetric_mixture, correlated_gaussian
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALLEST_TIMES = {VESDE(0.01, 10): 1e-5, LinearVESDE(5): 1e-3, VPSDE(): 1e-3, SubVPSDE(): 1e-2}
+ALL_SDES = pytest.mark.parametrize("sde", SMALLEST_TIMES, ids=lambda sde: type(sde).__name__)
+DATA = correlated_gaussian(2)
+MIXTURE = asymmetric_mixture(2)
+
+
+def allowed(sde: SDE, predictor: str, corrector: str) -> bool:
+    ancestral = predictor == "ancestral_sampling" and not isinstance(sde, VESDE | VPSDE)
+    return not ancestral and not predictor == corrector == "none"
+
+
+PAIRS = [(s, p, c) for s in SMALLEST_TIMES for p in PREDICTORS for c in CORRECTORS if allowed(s, p, c)]
+ALL_PAIRS = pytest.mark.parametrize(
+    ("sde", "predictor", "corrector"), PAIRS, ids=[f"{type(s).__name__}-{p}-{c}" for s, p, c in PAIRS]
+)
+
+
+# Updates against the published code's
+
+
+@pytest.mark.parametrize("name", ["vesde", "vpsde", "subvpsde"])
+def test_updates_match_golden_data(name):
+    with np.load(GOLDEN / f"likelihood_{name}.npz") as archive:
+        golden = {key: archive[key] for key in archive.files if not key.startswith("params/")}
+    sde, x, t = SDES[name](), jnp.asarray(golden["sampler_x"]), jnp.asarray(golden["sampler_t"])
+    compared = 0
+
+    def score_fn(x, t):
+        return jnp.asarray(golden["score"])
+
+    def compare(key, value):
+        nonlocal compared
+        if key in golden:
+            compared += 1
+            np.testing.assert_allclose(
+                value, golden[key], rtol=1e-3, atol=1e-3 * np.abs(golden[key]).max(), err_msg=key
+            )
+
+    for predictor in ("euler_maruyama", "reverse_diffusion", "ancestral_sampling"):
+        if not allowed(sde, predictor, "none"):
+            continue
+        update = functools.partial(PREDICTORS[predictor], score_fn, sde, x, t, golden["predictor_noise"], 1000)
+        x_next, x_mean = update()
+        compare(f"{predictor}_x", x_next)
+        compare(f"{predictor}_x_mean", x_mean)
+        if predictor != "ancestral_sampling":
+            compare(f"{predictor}_pflow_x", update(probability_flow=True)[0])
+    for corrector in ("langevin", "ald"):
+        if "corrector_noise" in golden:  # the published correctors fail on sub-VP
+            x_next, x_mean = CORRECTORS[corrector](
+                score_fn, sde, x, t, golden["corrector_noise"], 1000, float(golden["snr"])
+            )
+            compare(f"{corrector}_x", x_next)
+            compare(f"{corrector}_x_mean", x_mean)
+    assert compared == {"vesde": 12, "vpsde": 12, "subvpsde": 6}[name]
+
+
+# For Gaussian data and its exact score every update is affine, so the samples are Gaussian with known moments.
+
+
+def affine_parts(update, t, d):
+    """A [n, d, d], b [n, d] and g [n] of update(x, t, noise) = (A x + b + g noise, A x + b), at every time."""
+    x = jnp.tile(jnp.concatenate([jnp.zeros((1, d)), jnp.eye(d)]), (len(t), 1))
+    noisy, mean = (np.asarray(a).reshape(len(t), d + 1, d) for a in update(x, jnp.repeat(t, d + 1), jnp.ones_like(x)))
+    return np.swapaxes(mean[:, 1:] - mean[:, :1], 1, 2), mean[:, 0], (noisy - mean)[:, 0, 0]
+
+
+NODES, WEIGHTS = np.polynomial.hermite_e.hermegauss(40)
+
+
+def mean_norm(mean, covariance):
+    """E|s| for s ~ N(mean, covariance) in 2-D, by Gauss-Hermite quadrature."""
+    z = np.stack(np.meshgrid(NODES, NODES), axis=-1).reshape(-1, 2)
+    weights = np.outer(WEIGHTS, WEIGHTS).reshape(-1) / WEIGHTS.sum() ** 2
+    return weights @ np.linalg.norm(mean + z @ np.linalg.cholesky(covariance).T, axis=1)
+
+
+def exact_moments(sampler: PredictorCorrector, data: GaussianMixture):
+    """Mean and covariance of what the sampler returns, in float64; for Langevin in the limit of large batches."""
+    sde, n, d = sampler.sde, sampler.num_steps, len(data.mean)
+    predict, correct = PREDICTORS[sampler.predictor], CORRECTORS[sampler.corrector]
+    with jax.enable_x64(True):
+        t, score_fn = jnp.linspace(sde.t_max, sampler.smallest_time, n), data.score_fn(sde)
+        step_alpha = np.asarray(sde.step_alpha(t, n))
+        updates = []
+        if sampler.corrector == "ald":
+            updates = [lambda x, t, z: correct(score_fn, sde, x, t, z, n, sampler.snr)]
+        if sampler.corrector == "langevin":
+            updates = [lambda x, t, z: (score_fn(x, t),) * 2]
+        updates = updates * sampler.corrector_steps
+        if predict is not None:
+            updates += [lambda x, t, z: predict(score_fn, sde, x, t, z, n, sampler.probability_flow)]
+        parts = [affine_parts(update, t, d) for update in updates]
+    mean, covariance = np.zeros(d), sde.prior_sigma**2 * np.eye(d)
+    quiet = covariance
+    for i in range(n):
+        for k, (a, b, g) in enumerate(parts):
+            a, b, g = a[i], b[i], g[i]
+            if sampler.corrector == "langevin" and k < sampler.corrector_steps:
+                ratio = mean_norm(np.zeros(2), np.eye(2)) / mean_norm(a @ mean + b, a @ covariance @ a.T)
+                step = 2 * step_alpha[i] * (sampler.snr * ratio) ** 2
+                a, b, g = np.eye(d) + step * a, step * b, np.sqrt(2 * step)
+            mean, quiet = a @ mean + b, a @ covariance @ a.T
+            covariance = quiet + g**2 * np.eye(d)
+    return mean, quiet if sampler.noise_removal else covariance
+
+
+def assert_moments(x, mean, covariance):
+    """Within 5 standard errors, those of independent draws from N(mean, covariance)."""
+    x, n = np.asarray(x, np.float64), len(x)
+    variances = np.diag(covariance)
+    assert np.all(np.abs(x.mean(0) - mean) < 5 * np.sqrt(variances / n))
+    errors = np.sqrt((np.outer(variances, variances) + covariance**2) / n)
+    assert np.all(np.abs(np.cov(x.T) - covariance) < 5 * errors)
+
+
+def pair_sampler(sde, predictor, corrector, **kwargs):
+    return PredictorCorrector(
+        sde=sde, predictor=predictor, corrector=corrector, smallest_time=SMALLEST_TIMES[sde], **kwargs
+    )
+
+
+@ALL_PAIRS
+def test_moments_of_samples_are_those_of_the_chain(sde, predictor, corrector):
+    sampler = pair_sampler(sde, predictor, corrector, num_steps=30)
+    samples = sampler(DATA.score_fn(sde), jax.random.key(0), jnp.arange(50_000), (2,))
+    assert_moments(samples.x, *exact_moments(sampler, DATA))
+
+
+@pytest.mark.parametrize(
+    "options", [{"noise_removal": False}, {"corrector_steps": 2}, {"probability_flow": True}], ids=str
+)
+def test_moments_with_options(options):
+    sampler = pair_sampler(VPSDE(), "euler_maruyama", "ald", num_steps=30, **options)
+    samples = sampler(DATA.score_fn(sampler.sde), jax.random.key(0), jnp.arange(50_000), (2,))
+    assert_moments(samples.x, *exact_moments(sampler, DATA))
+
+
+@ALL_PAIRS
+def test_moments_of_the_chain_are_those_of_the_data(sde, predictor, corrector):
+    """Up to the discretisation, in units of the largest variance."""
+    if predictor == "none":
+        pytest.skip("correctors alone lag behind the falling noise level; see the test of their invariant density")
+    # first-order errors in 1 / num_steps, and what is left to do at smallest_time
+    tolerance = 0.015
+    if corrector == "langevin":
+        tolerance += 1.5 * 0.16**2  # see the test of the invariant density: step / 2C is about snr^2
+    mean, covariance = exact_moments(pair_sampler(sde, predictor, corrector, num_steps=1000), DATA)
+    scale = np.max(np.diag(DATA.covariance))
+    assert np.max(np.abs(mean - DATA.mean)) < tolerance * np.sqrt(scale)
+    assert np.max(np.abs(covariance - DATA.covariance)) < tolerance * scale
+
+
+@ALL_SDES
+@pytest.mark.parametrize("corrector", ["langevin", "ald"])
+def test_correctors_leave_the_marginal_invariant(sde, corrector):
+    """N(m, C_t) but for the discretisation, which is known: x + step score + sqrt(2 step) noise leaves invariant the
+    covariance C with C = (I - step P) C (I - step P) + 2 step I, P the inverse of C_t, so C = C_t (I - step P / 2)^-1.
+    """
+    with jax.enable_x64(True):
+        t = jnp.array([0.02, 0.3, 0.8])
+        snr, score_fn = 0.2, DATA.score_fn(sde)
+        for i in range(3):
+            alpha, sigma = (float(a[i]) for a in sde.alpha_sigma(t))
+            marginal = alpha**2 * DATA.covariance + sigma**2 * np.eye(2)
+            step_alpha = float(sde.step_alpha(t, 50)[i])
+            step = 2 * step_alpha * (snr * sigma) ** 2
+            if corrector == "langevin":
+                ratio = mean_norm(np.zeros(2), np.eye(2)) / mean_norm(np.zeros(2), np.linalg.inv(marginal))
+                step = 2 * step_alpha * (snr * ratio) ** 2
+            invariant = marginal @ np.linalg.inv(np.eye(2) - 0.5 * step * np.linalg.inv(marginal))
+            normal = np.random.default_rng(0).normal(size=(2, 50_000, 2))
+            x = alpha * DATA.mean + normal[0] @ np.linalg.cholesky(invariant).T
+            moved, _ = CORRECTORS[corrector](score_fn, sde, jnp.asarray(x), jnp.full(50_000, t[i]), normal[1], 50, snr)
+            assert_moments(moved, alpha * DATA.mean, invariant)
+            assert float(jnp.mean((moved - x) ** 2)) > step
+
+
+# The ODE
+
+
+def gaussian_flow(sde, x, t0, t1):
+    """The probability flow of Gaussian data from t0 to t1: it stretches the principal axes."""
+    variances, axes = np.linalg.eigh(DATA.covariance)
+    (alpha0, sigma0), (alpha1, sigma1) = (
+        [np.asarray(a, np.float64) for a in sde.alpha_sigma(jnp.asarray(t))] for t in (t0, t1)
+    )
+    stretch = np.sqrt((alpha1**2 * variances + sigma1**2) / (alpha0**2 * variances + sigma0**2))
+    return alpha1 * DATA.mean + (x - alpha0 * DATA.mean) @ (axes * stretch) @ axes.T
+
+
+@ALL_SDES
+def test_denoise_is_the_posterior_mean_of_a_gaussian(sde):
+    t = jnp.array([0.05, 0.4, 0.9])
+    x = DATA.sample_at(sde, jax.random.key(0), t, (2,))
+    for i in range(3):
+        alpha, sigma = (float(a[i]) for a in sde.alpha_sigma(t))
+        gain = alpha * DATA.covariance @ np.linalg.inv(alpha**2 * DATA.covariance + sigma**2 * np.eye(2))
+        expected = DATA.mean + gain @ (np.asarray(x[i]) - alpha * DATA.mean)
+        # float32 rounding of x / alpha
+        tolerance = 1e-5 * (1 + float(jnp.max(jnp.abs(x[i]))) / alpha)
+        np.testing.assert_allclose(denoise(DATA.score_fn(sde), sde, x, t)[i], expected, atol=tolerance)
+
+
+@ALL_SDES
+def test_ode_sampler_follows_the_flow(sde):
+    score_fn, key, numbers = DATA.score_fn(sde), jax.random.key(0), jnp.arange(100)
+    t = SMALLEST_TIMES[sde]
+    start = prior_samples(sde, image_keys(key, numbers), (2,))
+    expected = gaussian_flow(sde, np.asarray(start), sde.t_max, t)
+    sampler = ODESampler(sde=sde, smallest_time=t, noise_removal=False)
+    samples = sampler(score_fn, key, numbers, (2,))
+    # the prior's scale counts: errors made there shrink with the flow, but relative tolerances refer to it
+    np.testing.assert_allclose(samples.x, expected, atol=1e-3)
+    denoised = dataclasses.replace(sampler, noise_removal=True)(score_fn, key, numbers, (2,))
+    assert denoised.nfe == samples.nfe + 1
+    np.testing.assert_allclose(denoised.x, denoise(score_fn, sde, samples.x, jnp.full(100, t)), atol=1e-5)
+
+
+def test_failure_of_the_ode_solver_is_an_error():
+    sampler = ODESampler(sde=VPSDE())
+    with pytest.raises(RuntimeError, match="broke down"):
+        sampler(lambda x, t: x * jnp.inf, jax.random.key(0), jnp.arange(2), (2,))
+
+
+# Fast samplers
+
+
+@ALL_SDES
+@pytest.mark.parametrize("schedule", fast_samplers.SCHEDULES)
+def test_noise_levels(sde, schedule):
+    levels = noise_levels(sde, SMALLEST_TIMES[sde], 11, schedule, 7.0)
+    times = np.asarray(sde.time_of_log_noise_level(jnp.asarray(levels)))
+    np.testing.assert_allclose(times[[0, -1]], [1, SMALLEST_TIMES[sde]], rtol=1e-4, atol=2e-7)
+    grid = {"log_snr": levels, "power": np.exp(levels / 7), "time": times}[schedule]
+    np.testing.assert_allclose(np.diff(grid), (grid[-1] - grid[0]) / 10, rtol=1e-4)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_multistep_is_exact_for_polynomials(order):
+    """If D is a polynomial p in lambda, dy / dlambda = D - y has the solution p - p' + p'' - ... + c exp(-lambda)."""
+    p = np.polynomial.Polynomial([0.3, -0.8, 0.5][:order])
+    particular = p - p.deriv() + p.deriv(2)
+    lambdas = np.array([-2.0, -1.2, -0.9, 0.3, 0.7, 1.9])
+    solution = particular(lambdas) + 1.7 * np.exp(-lambdas)
+    decay, weights = multistep_coefficients(-lambdas, order, to_zero=False)
+    for i in range(order - 1, 5):
+        y = decay[i] * solution[i] + weights[i] @ p(lambdas[i - np.arange(order)])
+        np.testing.assert_allclose(y, solution[i + 1], rtol=1e-12)
+
+
+def test_multistep_to_zero_ends_with_the_denoiser():
+    decay, weights = multistep_coefficients(np.linspace(2, -4, 7), 3, to_zero=True)
+    assert decay[-1] == 0
+    np.testing.assert_array_equal(weights[-1], [1, 0, 0])
+
+
+@functools.cache
+def precise_flow(sde):
+    """The mixture's flow to t = 0.01 by a tight adaptive solve."""
+    sampler = ODESampler(sde=sde, smallest_time=1e-2, noise_removal=False, rtol=1e-9, atol=1e-9)
+    return sampler(MIXTURE.score_fn(sde), jax.random.key(0), jnp.arange(100), (2,)).x
+
+
+ORDERS = [(VPSDE(), DPMSolverSampler, order, order) for order in (1, 2, 3)]
+ORDERS += [(sde, DPMSolverSampler, 3, 3) for sde in (VESDE(), SubVPSDE())]
+ORDERS += [(sde, HeunSampler, None, 2) for sde in (VPSDE(), VESDE())]
+
+
+@pytest.mark.parametrize(
+    ("sde", "kind", "option", "order"), ORDERS, ids=[f"{type(s).__name__}-{k.__name__}-{o}" for s, k, _, o in ORDERS]
+)
+def test_order_of_convergence(sde, kind, option, order):
+    """The error falls as steps^-order, by regression over 40 to 160 evaluations."""
+    evaluations, errors = (40, 80, 160), []
+    options = {"sde": sde, "smallest_time": 1e-2, "noise_removal": False, "schedule": "log_snr"}
+    if option:
+        options["order"] = option
+    with jax.enable_x64(True):
+        for n in evaluations:
+            samples = kind(**options, max_nfe=n)(MIXTURE.score_fn(sde), jax.random.key(0), jnp.arange(100), (2,))
+            assert samples.nfe == n
+            errors.append(float(jnp.sqrt(jnp.mean((samples.x - precise_flow(sde)) ** 2))))
+    slope = np.polyfit(np.log(evaluations), np.log(errors), 1)[0]
+    # higher-order terms still count at 40 evaluations
+    assert abs(-slope - order) < 0.15, errors
+
+
+# What all samplers share
+
+
+def all_samplers(sde: SDE) -> dict[str, Sampler]:
+    common = {"sde": sde, "smallest_time": 1e-3}
+    return {
+        "reverse_diffusion": PredictorCorrector(**common, corrector="none", num_steps=25),
+        "ald": PredictorCorrector(**common, corrector="ald", num_steps=25, corrector_steps=2),
+        "langevin": PredictorCorrector(**common, num_steps=25),
+        "ode": ODESampler(**common),
+        "dpm_solver": DPMSolverSampler(**common),
+        "heun": HeunSampler(**common),
+    }
+
+
+@pytest.mark.parametrize("name", ["reverse_diffusion", "ald", "dpm_solver", "heun"])
+def test_an_image_depends_on_its_number_only(name):
+    sde = VPSDE()
+    sampler, score_fn, key = all_samplers(sde)[name], MIXTURE.score_fn(sde), jax.random.key(3)
+    together = sampler(score_fn, key, jnp.arange(8), (2,)).x
+    apart = jnp.concatenate([sampler(score_fn, key, jnp.arange(*ends), (2,)).x for ends in ((0, 4), (4, 8))])
+    reversed_ = sampler(score_fn, key, jnp.arange(8)[::-1], (2,)).x[::-1]
+    # programs for other batch sizes may round differently
+    np.testing.assert_allclose(apart, together, atol=1e-5)
+    np.testing.assert_allclose(reversed_, together, atol=1e-5)
+    assert len(np.unique(np.round(np.asarray(together), 3), axis=0)) == 8
+    other = sampler(score_fn, jax.random.key(4), jnp.arange(8), (2,)).x
+    assert np.min(np.abs(other - together)) > 1e-4
+
+
+def test_progress_changes_nothing():
+    sde = VPSDE()
+    sampler, score_fn, seen = all_samplers(sde)["langevin"], MIXTURE.score_fn(sde), []
+    plain = sampler(score_fn, jax.random.key(0), jnp.arange(8), (2,))
+    watched = sampler(score_fn, jax.random.key(0), jnp.arange(8), (2,), lambda *done: seen.append(done))
+    np.testing.assert_array_equal(watched.x, plain.x)
+    assert seen == [(i, 25) for i in (*range(2, 25, 2), 25)]
+
+
+@pytest.mark.parametrize("name", all_samplers(VPSDE()))
+def test_evaluations_are_counted_and_new_weights_compile_nothing(name):
+    calls, traces, results = [], [], []
+    sampler = all_samplers(VPSDE())[name]
+
+    def score_fn(weight, x, t):
+        traces.append(None)
+        jax.debug.callback(lambda: calls.append(None))
+        return -weight * x
+
+    for weight in (1.0, 1.5):
+        traces.clear()
+        calls.clear()
+        weighted = jax.tree_util.Partial(score_fn, jnp.float32(weight))
+        results.append(sampler(weighted, jax.random.key(0), jnp.arange(2), (2,)))
+        jax.effects_barrier()
+        if name != "ode":  # ode.integrate counts for itself
+            assert results[-1].nfe == len(calls)
+    assert not traces
+    assert np.min(np.abs(results[0].x - results[1].x)) > 1e-4
+
+
+# From the configuration
+
+
+def default_config() -> Config:
+    return get_config()
+
+
+def test_samplers_from_the_configuration():
+    config, sde = default_config(), VESDE()
+    sampler = sampler_from_config(config, sde)
+    assert sampler == PredictorCorrector(sde=sde, num_steps=config.model.num_scales)
+    config.sampling.num_steps, config.sampling.smallest_time = 50, 1e-3
+    sampler = sampler_from_config(config, sde)
+    assert sampler == PredictorCorrector(sde=sde, num_steps=50, smallest_time=1e-3)
+    for method, kind in (("ode", ODESampler), ("dpm_solver", DPMSolverSampler), ("heun", HeunSampler)):
+        config.sampling.method = method
+        sampler = sampler_from_config(config, sde)
+        assert type(sampler) is kind
+        assert sampler.smallest_time == 1e-3
+        if isinstance(sampler, FastSampler):
+            samples = sampler(MIXTURE.score_fn(sde), jax.random.key(0), jnp.arange(2), (2,))
+            assert samples.nfe <= config.sampling.max_nfe
+
+
+@pytest.mark.parametrize(
+    ("method", "field", "value", "message"),
+    [
+        ("pd", "n_steps_each", 1, "sampling.method must be one of pc, ode, dpm_solver, heun, got 'pd'"),
+        ("pc", "predictor", "euler", "sampling.predictor must be one of euler_maruyama, reverse_diffusion, .*'euler'"),
+        ("pc", "corrector", "mala", "sampling.corrector must be one of langevin, ald, none, got 'mala'"),
+        ("pc", "predictor", "ancestral_sampling", "needs training.sde vesde or vpsde, got SubVPSDE"),
+        ("pc", "num_steps", -1, "sampling.num_steps must be at least 1, got -1"),
+        ("pc", "n_steps_each", 0, "sampling.n_steps_each must be at least 1, got 0"),
+        ("pc", "snr", -0.1, "sampling.snr must be positive, got -0.1"),
+        ("pc", "smallest_time", 1.0, "sampling.smallest_time must lie between 0 and 1.0, got 1.0"),
+        ("ode", "ode_solver", "euler", "sampling.ode_solver must be one of dopri5, scipy, got 'euler'"),
+        ("ode", "rtol", 0.0, "sampling.rtol must be positive, got 0.0"),
+        ("dpm_solver", "order", 4, "sampling.order must be one of 1, 2, 3, got 4"),
+        ("heun", "schedule", "cosine", "sampling.schedule must be one of auto, log_snr, power, time, got 'cosine'"),
+        ("heun", "max_nfe", 2, "sampling.max_nfe must be at least 3, got 2"),
+    ],
+)
+def test_bad_configurations_are_refused(method, field, value, message):
+    config = default_config()
+    config.sampling.method = method
+    config.sampling[field] = value
+    with pytest.raises(ValueError, match=message):
+        sampler_from_config(config, SubVPSDE())
+
+
+def test_ancestral_sampling_follows_no_ode():
+    with pytest.raises(ValueError, match="no probability_flow"):
+        PredictorCorrector(sde=VPSDE(), predictor="ancestral_sampling", probability_flow=True)
+
+
+def test_none_twice_is_refused():
+    with pytest.raises(ValueError, match="both none"):
+        PredictorCorrector(sde=VPSDE(), predictor="none", corrector="none")
