@@ -29,6 +29,7 @@ from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, num_dims, per_example
@@ -58,8 +59,8 @@ class Reference(NamedTuple):
     Numbers, or arrays that broadcast against one example. Any values give a correct result, good ones a cheap one.
     """
 
-    mean: float | Float[Array, "*dims"] = 0.0
-    std: float | Float[Array, "*dims"] = 0.5
+    mean: float | Float[Array | np.ndarray, "*dims"] = 0.0
+    std: float | Float[Array | np.ndarray, "*dims"] = 0.5
 
 
 DEFAULT_REFERENCE = Reference()

@@ -185,11 +185,13 @@ def _scipy_rk45(
 ) -> tuple[State, Info]:
     """SciPy's RK45, step by step: solve_ivp with the same solver would keep every state on the way."""
     flat0, unravel = ravel_pytree(y0)
-    sharding = jax.tree.map(lambda a: a.sharding if isinstance(a, jax.Array) else None, y0)
+
+    def state(flat: np.ndarray) -> State:
+        return jax.tree.map(_spread_as, unravel(jnp.asarray(flat, flat0.dtype)), y0)
 
     def derivative(t: float, flat: np.ndarray) -> np.ndarray:
-        y = jax.tree.map(_place, unravel(jnp.asarray(flat, flat0.dtype)), sharding)
-        return np.asarray(ravel_pytree(_evaluate(field, jnp.asarray(t, flat0.dtype), y))[0], np.float64)
+        dy = _evaluate(field, jnp.asarray(t, flat0.dtype), state(flat))
+        return np.asarray(ravel_pytree(dy)[0], np.float64)
 
     if not bool(_is_finite(y0)):  # SciPy refuses this with an exception
         zero = jnp.int32(0)
@@ -199,7 +201,7 @@ def _scipy_rk45(
     healthy = bool(np.isfinite(solver.f).all())
     while healthy and solver.status == "running" and _attempted_steps(solver) < max_steps:
         solver.step()
-    y = jax.tree.map(_place, unravel(jnp.asarray(solver.y, flat0.dtype)), sharding)
+    y = state(solver.y)
     solved = jnp.asarray(solver.status == "finished" and bool(_is_finite(y)))
     nfe, steps = jnp.int32(solver.nfev), jnp.int32(_attempted_steps(solver))
     return y, _info(field, jnp.asarray(solver.t, flat0.dtype), y, t1 - t0, solved, nfe, steps)
@@ -214,8 +216,11 @@ def _evaluate(field: Field, t: Float[Array, ""], y: State) -> State:
     return field(t, y)
 
 
-def _place(array: Array, sharding: jax.sharding.Sharding | None) -> Array:
-    return array if sharding is None else jax.device_put(array, sharding)
+def _spread_as(array: Array, like: Array | np.ndarray) -> Array:
+    """The array over the devices that `like` is on, if these are several."""
+    if isinstance(like, jax.Array) and len(like.sharding.device_set) > 1:
+        return jax.device_put(array, like.sharding)
+    return array
 
 
 def _is_finite(y: PyTree) -> Bool[Array, ""]:

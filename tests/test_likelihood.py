@@ -1,0 +1,215 @@
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrays import Batch, PerExample
+from likelihood import METHODS, LogLikelihood, Reference, bits_per_dim, draw_probes, ode_log_likelihood
+from ode import require_success
+from sde_lib import SDE, SDES, VPSDE
+from tests.analytic import GaussianMixture, asymmetric_mixture, correlated_gaussian, gaussian
+
+# One object each, and mostly one shape of batch, so that the tests share what they compile.
+MIXTURE, GAUSSIAN = asymmetric_mixture(3), correlated_gaussian(3)
+VP = VPSDE()
+VP_SCORE = MIXTURE.score_fn(VP)
+SHAPE = (6, 3)
+T_MIN = {"vesde": 1e-5, "linearvesde": 1e-3, "vpsde": 1e-5, "subvpsde": 1e-2}
+
+
+@partial(jax.jit, static_argnums=(0, 1, 3))
+def data_at(density: GaussianMixture, sde: SDE, t: float, shape: tuple[int, ...]) -> Batch:
+    return density.sample_at(sde, jax.random.key(0), jnp.full(shape[:1], t), shape[1:])
+
+
+@partial(jax.jit, static_argnums=(0, 1, 4))
+def bits_error(density: GaussianMixture, sde: SDE, x: Batch, result: LogLikelihood, t_min: float) -> PerExample:
+    """Error in bits/dim of the solve itself: with the exact score it carries q_{t_min} to q_T, not to the prior."""
+    times = jnp.ones(len(x), x.dtype)
+    logp = result.divergence + density.log_density(sde, result.latent, sde.t_max * times)
+    return (logp - density.log_density(sde, x, t_min * times)) / (x[0].size * math.log(2))
+
+
+@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize(("density", "method"), [(MIXTURE, "dopri5"), (MIXTURE, "rk4_log"), (GAUSSIAN, "dopri5")])
+def test_exact_for_known_densities(name, density, method):
+    sde, t_min = SDES[name](), T_MIN[name]
+    x = data_at(density, sde, t_min, SHAPE)
+    solve = {"t_min": t_min, "method": method, "num_steps": 50, "rtol": 1e-6, "atol": 1e-6}
+    result = ode_log_likelihood(density.score_fn(sde), sde, x, None, **solve)
+    require_success(result.info)
+    assert jnp.max(jnp.abs(bits_error(density, sde, x, result, t_min))) < 1e-4
+    np.testing.assert_allclose(result.prior_logp, sde.prior_logp(result.latent))
+    np.testing.assert_allclose(result.logp, result.prior_logp + result.divergence)
+
+
+def test_near_the_density_of_the_data():
+    """What the identity above leaves out, the prior's mismatch at T and the noise at t_min, is small by itself."""
+    x = data_at(MIXTURE, VP, 1e-5, (256, 3))
+    result = ode_log_likelihood(VP_SCORE, VP, x, None, t_min=1e-5)
+    mismatch = jnp.mean(result.logp - MIXTURE.log_density_of_data(x)) / (3 * math.log(2))
+    assert abs(mismatch) < 1e-3
+
+
+def test_published_protocol_agrees_with_the_solver_on_the_device():
+    x = data_at(MIXTURE, VP, 1e-3, SHAPE)
+    probes = draw_probes(jax.random.key(4), "rademacher", x.shape)
+    ours, scipy = (ode_log_likelihood(VP_SCORE, VP, x, probes, t_min=1e-3, method=m) for m in ("dopri5", "scipy"))
+    np.testing.assert_allclose(ours.logp, scipy.logp, atol=3e-4)
+    np.testing.assert_allclose(ours.latent, scipy.latent, atol=1e-4)
+    assert abs(int(ours.info.nfe) - int(scipy.info.nfe)) <= 12
+
+
+def test_every_method_computes_the_same_estimate():
+    # Rademacher probes give the same estimate in either coordinates, whatever the reference.
+    x = data_at(MIXTURE, VP, 1e-3, SHAPE)
+    probes = draw_probes(jax.random.key(6), "rademacher", x.shape, 2)
+    solve = {"t_min": 1e-3, "rtol": 1e-6, "atol": 1e-6, "num_steps": 200, "reference": Reference(0.1, 0.7)}
+    results = {m: ode_log_likelihood(VP_SCORE, VP, x, probes, method=m, **solve) for m in METHODS}
+    for result in results.values():
+        np.testing.assert_allclose(result.divergence_of_probe, results["scipy"].divergence_of_probe, atol=5e-4)
+        np.testing.assert_allclose(result.logp, results["scipy"].logp, atol=5e-4)
+        np.testing.assert_allclose(result.latent, results["scipy"].latent, atol=2e-4)
+        assert float(result.info.t) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [("rademacher", "dopri5"), ("gaussian", "dopri5"), ("gaussian", "rk4_log")]
+)
+def test_probes_estimate_the_exact_divergence(kind, method):
+    x = data_at(MIXTURE, VP, 1e-3, SHAPE)
+    solve = {"t_min": 1e-3, "method": method, "num_steps": 40, "reference": Reference(MIXTURE.mean, 0.5)}
+    exact = ode_log_likelihood(VP_SCORE, VP, x, None, **solve)
+    probes = draw_probes(jax.random.key(8), kind, x.shape, 200)
+    estimate = ode_log_likelihood(VP_SCORE, VP, x, probes, **solve)
+    assert jnp.all(estimate.probe_error > 0)
+    assert jnp.all(jnp.abs(estimate.logp - exact.logp) < 5 * estimate.probe_error)
+    standard_error = jnp.std(estimate.divergence_of_probe, axis=1, ddof=1) / math.sqrt(200)
+    np.testing.assert_allclose(estimate.probe_error, standard_error, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_nothing_is_left_to_integrate_for_the_reference_gaussian(name):
+    mean, std = np.array([0.3, -0.2, 0.5]), np.array([0.2, 0.4, 0.3])
+    density, sde, t_min = gaussian(mean, np.diag(std**2)), SDES[name](), T_MIN[name]
+    x = data_at(density, sde, t_min, SHAPE)
+    solve = {"t_min": t_min, "method": "rk4_log", "num_steps": 2, "reference": Reference(mean, std)}
+    result = ode_log_likelihood(density.score_fn(sde), sde, x, None, **solve)
+    assert jnp.max(jnp.abs(bits_error(density, sde, x, result, t_min))) < 1e-5
+
+
+def test_fixed_steps_in_log_noise_are_of_fourth_order():
+    with jax.enable_x64(True):
+        x = jnp.linspace(-1.5, 1.5, 36, dtype=jnp.float64).reshape(12, 3)
+
+        @partial(jax.jit, static_argnums=0)
+        def error(num_steps: int) -> PerExample:
+            solve = {"t_min": 1e-3, "method": "rk4_log", "num_steps": num_steps}
+            return bits_error(MIXTURE, VP, x, ode_log_likelihood(VP_SCORE, VP, x, None, **solve), 1e-3)
+
+        errors = [np.sqrt(np.mean(error(num_steps) ** 2)) for num_steps in (40, 80, 160)]
+    np.testing.assert_allclose(np.log2(np.divide(errors[:-1], errors[1:])), 4, atol=0.4)
+
+
+def test_fixed_steps_do_not_depend_on_the_rest_of_the_batch():
+    x = data_at(MIXTURE, VP, 1e-3, SHAPE)
+    probes = jax.random.rademacher(jax.random.key(14), (1, *x.shape), x.dtype)
+    solve = {"t_min": 1e-3, "method": "rk4_log", "num_steps": 20}
+    whole = ode_log_likelihood(VP_SCORE, VP, x, probes, **solve)
+    other = ode_log_likelihood(VP_SCORE, VP, x.at[3:].multiply(2.0), probes, **solve)
+    np.testing.assert_array_equal(whole.logp[:3], other.logp[:3])
+    assert jnp.all(whole.logp[3:] != other.logp[3:])
+    assert jnp.all(jnp.isnan(whole.probe_error))  # of one probe no error can be told
+
+
+def score_that_breaks(x, t):
+    broken = (t[:, None] > 0.5) & (jnp.arange(len(x))[:, None] == 2)
+    return jnp.where(broken, jnp.nan, -x)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4_log"])
+def test_failure_names_time_and_example(method):
+    result = ode_log_likelihood(score_that_breaks, VP, jnp.ones(SHAPE), None, t_min=1e-3, method=method)
+    with pytest.raises(RuntimeError, match=r"at t = 0\.[45]\d* after \d+ steps; example 2 "):
+        require_success(result.info)
+
+
+def test_new_parameters_trace_nothing_anew():
+    traces = []
+
+    def score(weight, x, t):
+        traces.append(1)
+        return -weight * x
+
+    def solve(weight: float) -> int:
+        score_fn = jax.tree_util.Partial(score, jnp.float32(weight))
+        require_success(ode_log_likelihood(score_fn, VP, jnp.ones(SHAPE), None, t_min=1e-3).info)
+        return len(traces)
+
+    assert solve(1.0) == solve(1.5)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4_log"])
+def test_matrix_products_have_full_precision(method):
+    score_fn = jax.tree_util.Partial(lambda weight, x, t: x @ weight, -jnp.eye(3))
+    solve = partial(ode_log_likelihood, score_fn, VP, probes=None, t_min=1e-3, method=method)
+    assert "HIGHEST" in str(jax.make_jaxpr(lambda x: solve(x=x))(jnp.ones(SHAPE)))
+
+
+def test_bits_per_dim_are_those_of_the_discrete_image():
+    x = data_at(MIXTURE, VP, 1e-3, SHAPE)
+    result = ode_log_likelihood(VP_SCORE, VP, x, None, t_min=1e-3, method="rk4_log")
+    # y = (x + 1) / 2 has density 2^d p(x), and one of 17 levels a probability of density / 17^d.
+    log2_probability = result.logp / math.log(2) + 3 * (math.log2(2) - math.log2(17))
+    bits = bits_per_dim(result, levels=17, unit_scale=0.5)
+    np.testing.assert_allclose(bits.total, -log2_probability / 3, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(bits, axis=0), bits.total, rtol=1e-6)
+    constants = bits_per_dim(result, levels=256, unit_scale=0.5)
+    np.testing.assert_allclose(constants.levels + constants.scaler, 7.0)
+
+
+MANY_DEVICES = """
+import jax, numpy as np
+from likelihood import draw_probes, ode_log_likelihood
+from ode import require_success
+from parallel import along_batch, device_mesh
+from sde_lib import VPSDE
+from tests.analytic import asymmetric_mixture
+
+density, sde, mesh = asymmetric_mixture(3), VPSDE(), device_mesh()
+x = density.sample(jax.random.key(0), (8, 3))
+probes = draw_probes(jax.random.key(1), "rademacher", x.shape)
+assert jax.device_count() == 4
+score_fn = density.score_fn(sde)
+one = ode_log_likelihood(score_fn, sde, x, probes, t_min=1e-3)
+for method in ("dopri5", "scipy", "rk4_log"):
+    shards = jax.device_put(x, along_batch(mesh)), jax.device_put(probes, along_batch(mesh, axis=1))
+    many = ode_log_likelihood(score_fn, sde, *shards, t_min=1e-3, method=method)
+    require_success(many.info)
+    np.testing.assert_allclose(many.logp, one.logp, rtol=1e-4, atol=1e-3)
+    assert many.latent.sharding.is_equivalent_to(shards[0].sharding, 2), (method, many.latent.sharding)
+"""
+
+
+def test_over_several_devices():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", MANY_DEVICES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bad_arguments():
+    x = jnp.ones(SHAPE)
+    with pytest.raises(ValueError, match=r"unknown likelihood method 'euler'; known: dopri5, scipy"):
+        ode_log_likelihood(lambda x, t: -x, VP, x, None, t_min=1e-3, method="euler")
+    with pytest.raises(ValueError, match=r"unknown probe 'cauchy'; known: rademacher, gaussian, exact"):
+        draw_probes(jax.random.key(0), "cauchy", x.shape)
+    assert draw_probes(jax.random.key(0), "exact", x.shape) is None
+    result = ode_log_likelihood(lambda x, t: -x, VP, x, None, t_min=1e-3, method="rk4_log", num_steps=2)
+    with pytest.raises(ValueError, match="levels >= 2"):
+        bits_per_dim(result, levels=1, unit_scale=1.0)
