@@ -11,7 +11,7 @@ Config: TypeAlias = Any
 """A ConfigDict, or a part of one, in the signatures that read it; its fields are dynamic."""
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Config:
     config = ConfigDict()
     config.seed = 42  # of everything random: initialisation, data order, noise, probes, samples
     config.training = _training()
@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.optim = _optim()
     config.sampling = _sampling()
     config.eval = _eval()
+    config.deq = _deq()
     return config
 
 
@@ -51,6 +52,7 @@ def _training() -> ConfigDict:
 def _data() -> ConfigDict:
     data = ConfigDict()
     data.dataset = "CIFAR10"  # name of the source; see datasets.py
+    data.category = ""  # of a data set that has several: LSUN's scene
     data.image_size = 32
     data.num_channels = 3
     data.levels = 256  # grey levels of a channel; bits/dim are those of the discrete image
@@ -157,3 +159,12 @@ def _eval() -> ConfigDict:
     evaluate.features = "inception"  # the network whose features FID compares: inception, classifier
     evaluate.statistics_dir = "assets/stats"  # where features and their statistics of data sets are kept
     return evaluate
+
+
+def _deq() -> ConfigDict:
+    deq = ConfigDict()  # training of the learned dequantization noise
+    deq.n_iters = 300_001  # the run ends at this step
+    deq.dropout = 0.0
+    deq.ema_rate = 0.99  # decay of the averaged parameters that evaluation uses
+    deq.offset = True  # train on the bound with its start-time correction
+    return deq

@@ -1,0 +1,155 @@
+"""Compares this project with golden data: numbers that the published implementation computed.
+
+    python -m tests.golden FILE...
+
+The first words of a file's name say what it holds; the file may lie anywhere. For each quantity the largest error is
+printed with its tolerance; the exit code is 0 if none is over and every file is of a known kind.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict
+
+from configs.default import Config
+from models import resample
+from models.score import ScoreNetwork, build_network, init_params
+from tests.golden_common import Result, UnknownKind, golden_config, golden_params, load_config, relative_error
+from tests.golden_sde import check_sde
+
+
+def check_configs(path: Path) -> Iterator[Result]:
+    """Every field of every configuration; the error counts the fields that differ."""
+    golden = json.loads(path.read_text())
+    for name, differences in golden["differences"].items():
+        config = load_config(name.replace("/", "."))
+        wrong = []
+        for field, value in {**golden["common"], **differences}.items():
+            got = functools.reduce(lambda part, key: part.get(key) if part else None, field.split("."), config)
+            if (list(got) if isinstance(got, tuple) else got) != value:
+                wrong.append(f"{field} is {got!r}, not {value!r}")
+        yield _count(name, wrong)
+
+
+def check_param_trees(path: Path) -> Iterator[Result]:
+    """Parameter paths and shapes of configurations; the error counts those missing, unexpected or of another shape."""
+    golden = json.loads(path.read_text())
+    same = golden.pop("_same_tree", {})
+    for name, tree in golden.items():
+        for base in (name, *same.get(name, [])):
+            yield _count(base, _tree_differences(_shapes_of_config(load_config(base)), tree))
+
+
+def check_network(path: Path) -> Iterator[Result]:
+    """A network's parameter tree, and its output for given parameters: to 1e-4 of itself plus 1e-5 of the largest."""
+    data = np.load(path)
+    config = golden_config(data)
+    network = build_network(config)
+    params = golden_params(data)
+    differences = _tree_differences(_shapes(network, data["x"].shape[1:]), _tree_shapes(params))
+    yield _count("parameters", differences)
+    if not differences:
+        output = _network_output(network, params, data["x"], data["labels"])
+        yield Result("output", relative_error(output, data["output"], floor=0.1), 1e-4)
+
+
+def check_resample(path: Path) -> Iterator[Result]:
+    data = np.load(path)
+    x, weight, taps = jnp.asarray(data["x"]), jnp.asarray(data["w"]), tuple(data["kernel"].tolist())
+    got = {
+        "upsample": resample.upsample(x, taps),
+        "downsample": resample.downsample(x, taps),
+        "upsample_conv": resample.upsample_conv(x, weight, taps),
+        "conv_downsample": resample.conv_downsample(x, weight, taps),
+        "naive_up": resample.upsample(x, None),
+        "naive_down": resample.downsample(x, None),
+    }
+    for name, value in got.items():
+        yield Result(name, relative_error(value, data[name], floor=1.0), 1e-5)
+
+
+KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
+    "configs": check_configs,
+    "param_trees": check_param_trees,
+    "network": check_network,
+    "resample": check_resample,
+    "sde": check_sde,
+}
+"""The check for files whose name begins so; the longest name that fits counts."""
+
+
+def check(path: Path) -> Iterator[Result]:
+    """All results of one file.
+
+    Raises:
+        UnknownKind: the file's name, or what its content names, is not known.
+    """
+    name = path.name.split(".")[0] + "_"
+    kind = max((kind for kind in KINDS if name.startswith(f"{kind}_")), key=len, default=None)
+    if kind is None:
+        raise UnknownKind(f"{path.name}: unknown kind of file; known names begin with {', '.join(KINDS)}")
+    return KINDS[kind](path)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _network_output(network: ScoreNetwork, params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
+    return network.apply({"params": params}, x, labels, False)
+
+
+def _shapes_of_config(config: Config) -> dict[str, list[int]]:
+    size = config.data.image_size
+    return _shapes(build_network(config), (size, size, config.data.num_channels))
+
+
+@functools.cache
+def _shapes(network: ScoreNetwork, image_shape: tuple[int, ...]) -> dict[str, list[int]]:
+    params = jax.eval_shape(lambda: init_params(network, jax.random.key(0), image_shape))
+    return _tree_shapes(params)
+
+
+def _tree_shapes(params: Any) -> dict[str, list[int]]:
+    leaves: Any = flatten_dict(params, sep="/")
+    return {name: list(leaf.shape) for name, leaf in leaves.items()}
+
+
+def _tree_differences(got: dict[str, list[int]], want: dict[str, list[int]]) -> list[str]:
+    missing = [f"{name} is missing" for name in want.keys() - got.keys()]
+    unexpected = [f"{name} is unexpected" for name in got.keys() - want.keys()]
+    both = got.keys() & want.keys()
+    other = [f"{name} is {got[name]}, not {want[name]}" for name in both if got[name] != want[name]]
+    return sorted(missing + unexpected + other)
+
+
+def _count(quantity: str, wrong: list[str]) -> Result:
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return Result(quantity, len(wrong), 0, "; ".join(wrong[:3]) + more)
+
+
+def main(paths: Sequence[str]) -> int:
+    if not paths:
+        sys.stderr.write("usage: python -m tests.golden FILE...\n")
+        return 2
+    failed = 0
+    for path in paths:
+        sys.stdout.write(f"{path}\n")
+        try:
+            for result in check(Path(path)):
+                sys.stdout.write(f"  {result}\n")
+                failed += not result.passed
+        except Exception as error:  # whatever is wrong with one file, the others are checked
+            sys.stdout.write(f"  {type(error).__name__}: {error}\n")
+            failed += 1
+    sys.stdout.write("all within tolerance\n" if not failed else f"{failed} failed\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    with jax.default_matmul_precision("highest"):
+        sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""What the checks of golden data share: results, errors, and the configuration and parameters in a file."""
+
+import importlib
+import json
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from configs.default import Config
+
+
+class UnknownKind(ValueError):
+    """A file that no check is for, by its name or by what its content names."""
+
+
+class Result(NamedTuple):
+    """One quantity of a golden file."""
+
+    quantity: str
+    error: float
+    tolerance: float
+    detail: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.error <= self.tolerance)  # false for NaN
+
+    def __str__(self) -> str:
+        verdict = "ok" if self.passed else "OVER"
+        detail = f"  {self.detail}" if self.detail else ""
+        return f"{self.quantity:<48} error {self.error:8.1e}  tolerance {self.tolerance:8.1e}  {verdict}{detail}"
+
+
+def load_config(name: str) -> Config:
+    """The configuration in configs/, its path written with dots."""
+    try:
+        return importlib.import_module(f"configs.{name}").get_config()
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("configs"):
+            raise
+        raise UnknownKind(f"no configuration {name!r}") from error
+
+
+def golden_config(data: Any) -> Config:
+    """The configuration that a golden .npz was made with: a published one and the fields changed in it."""
+    description = json.loads(str(data["config"]))
+    config = load_config(description["base"])
+    for field, value in description["overrides"].items():
+        config.update_from_flattened_dict({field: tuple(value) if isinstance(value, list) else value})
+    return config
+
+
+def golden_params(data: Any) -> Any:
+    """The parameters in a golden .npz, nested as the network's."""
+    flat = {key.removeprefix("params/"): data[key] for key in data.files if key.startswith("params/")}
+    return unflatten_dict(flat, sep="/")
+
+
+def relative_error(got: Any, want: Any, floor: float = 0.0, scale: float | None = None) -> float:
+    """The largest |got - want| / (|want| + floor * largest |want|), or / `scale`; infinite if shapes differ."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    if got.shape != want.shape:
+        return np.inf
+    error = np.abs(got - want)
+    size = np.abs(want) + floor * np.abs(want).max(initial=0.0) if scale is None else np.full(error.shape, scale)
+    # 0 / 0 is no error
+    return float(np.max(np.divide(error, size, out=np.where(error == 0, 0.0, np.inf), where=size > 0), initial=0.0))
