@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from files import write_atomic
@@ -29,13 +30,15 @@ TITLES = {
 }
 """Of the panels, by the names that metrics have."""
 
-_TILE_PIXELS = 56  # images smaller than this are enlarged by a whole factor, each pixel to a square
+_TILE_PIXELS = 40  # smaller images are enlarged at least so far, by a whole factor, each pixel to a square
 _GAP = 2
 
 
 def loss_figure(runs: Mapping[str, RunCurves]) -> Figure:
     """A panel for each term of the losses that any of the runs has, and the gradient's norm; runs over one another."""
     present = {name for curves in runs.values() for of_split in curves.values() for name in of_split}
+    if "first" in present and "second_frob" not in present:
+        present -= {"total", "loss"}  # the same as the only term
     names = [name for name in TITLES if name in present]
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
@@ -47,22 +50,22 @@ def loss_figure(runs: Mapping[str, RunCurves]) -> Figure:
         _style(panel, TITLES[name], "norm" if name == "grad_norm" else "loss (dimensionless)")
     for panel in panels[len(names) :]:
         panel.set_axis_off()
-    _legend(figure, runs)
+    _loss_legend(figure, runs)
     return figure
 
 
 def seconds_figure(runs: Mapping[str, RunCurves]) -> Figure:
     """Seconds per training step."""
-    figure = Figure(figsize=(7.4, 2.6), layout="constrained")
+    figure = Figure(figsize=(11.1, 2.4), layout="constrained")
     panel = figure.subplots()
-    for colour, (label, curves) in zip(_colours(len(runs)), runs.items(), strict=True):
+    for colour, curves in zip(_colours(len(runs)), runs.values(), strict=True):
         rate = curves.get("train", {}).get("steps_per_second")
         if rate is not None:
-            panel.plot(rate.steps, 1 / rate.values, color=colour, linewidth=1.2, label=label)
+            panel.plot(rate.steps, 1 / rate.values, color=colour, linewidth=1.2)
     _style(panel, "", "seconds per step")
     panel.set_ylim(bottom=0)
     if len(runs) > 1:
-        panel.legend(frameon=False, fontsize=8)
+        _legend(figure, _run_entries(runs))
     return figure
 
 
@@ -77,16 +80,20 @@ def _draw_curves(panel: Axes, colour: str, curves: Mapping[str, Curve]) -> None:
             panel.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=0.7)
             panel.plot(curve.steps, curve.smoothed(), color=colour, linewidth=1.6)
         else:
-            panel.plot(curve.steps, curve.values, ".", color=colour, alpha=0.3, markersize=2.5, markeredgewidth=0)
+            panel.plot(curve.steps, curve.values, ".", color=colour, alpha=0.5, markersize=4, markeredgewidth=0)
             panel.plot(curve.steps, curve.smoothed(), color=colour, linewidth=1.3, linestyle="--")
         _choose_scale(panel, curve.values)
 
 
 def _choose_scale(panel: Axes, values: Float[np.ndarray, " n"]) -> None:
-    """A logarithmic axis where positive values span more than a factor of 5."""
+    """A logarithmic axis where positive values span more than a factor of 5, its ticks labelled by plain numbers."""
     finite = values[np.isfinite(values)]
-    if len(finite) and finite.min() > 0 and finite.max() > 5 * finite.min():
-        panel.set_yscale("log")
+    if len(finite) == 0 or finite.min() <= 0 or finite.max() <= 5 * finite.min():
+        return
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if finite.max() < 300 * finite.min() else (1,)))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _style(panel: Axes, title: str, ylabel: str) -> None:
@@ -94,7 +101,6 @@ def _style(panel: Axes, title: str, ylabel: str) -> None:
     panel.set_xlabel("training step", fontsize=8.5)
     panel.set_ylabel(ylabel, fontsize=8.5)
     panel.tick_params(labelsize=8)
-    panel.tick_params(which="minor", labelsize=7)
     panel.grid(color="#e3e6ea", linewidth=0.7)
     panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
@@ -102,16 +108,32 @@ def _style(panel: Axes, title: str, ylabel: str) -> None:
     panel.locator_params(axis="x", nbins=5)
 
 
-def _legend(figure: Figure, runs: Mapping[str, RunCurves]) -> None:
+def _loss_legend(figure: Figure, runs: Mapping[str, RunCurves]) -> None:
     """One for all panels: a colour for each run, a line style for each split."""
     several = len(runs) > 1
-    colours = zip(runs, _colours(len(runs)), strict=True) if several else ()
-    handles = [Line2D([], [], color=colour, label=label) for label, colour in colours]
+    entries = _run_entries(runs) if several else {}
     colour = "#30363d" if several else COLOURS[0]
-    handles.append(Line2D([], [], color=colour, label="train (raw behind smoothed)"))
+    entries["train (raw behind smoothed)"] = Line2D([], [], color=colour)
     if any("test" in curves for curves in runs.values()):
-        handles.append(Line2D([], [], color=colour, linestyle="--", label="test (dots: single batches)"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False, fontsize=9)
+        entries["test (dots: single batches)"] = Line2D([], [], color=colour, linestyle="--")
+    _legend(figure, entries)
+
+
+def _run_entries(runs: Mapping[str, RunCurves]) -> dict[str, Line2D]:
+    return {label: Line2D([], [], color=colour) for label, colour in zip(runs, _colours(len(runs)), strict=True)}
+
+
+def _legend(figure: Figure, entries: Mapping[str, Line2D]) -> None:
+    legend = figure.legend(
+        handles=list(entries.values()),
+        labels=list(entries),
+        loc="outside lower center",
+        ncols=min(4, len(entries)),
+        frameon=False,
+        fontsize=9,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names of folders are no formulas
 
 
 def figure_png(figure: Figure) -> bytes:
@@ -129,7 +151,7 @@ def image_grid(images: UInt8[np.ndarray, "n height width channels"], levels: int
     n, height, width, channels = images.shape
     if n == 0 or channels not in (1, 3):
         raise ValueError(f"need images of 1 or 3 channels, got an array of shape {images.shape}")
-    scale = max(1, round(_TILE_PIXELS / height))
+    scale = math.ceil(_TILE_PIXELS / height)
     columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     step_y, step_x = scale * height + _GAP, scale * width + _GAP

@@ -5,6 +5,7 @@ The page is made from the run's folder alone, from whatever is there, and needs 
 
 import base64
 import html
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -123,7 +124,7 @@ def _losses(runs: Runs, figures: Path) -> str:
     if not curves:
         content = _paragraph("No training recorded yet.")
     else:
-        content = _figure(_saved(loss_figure(curves), figures / "loss.png"), "Loss curves") + _paragraph(
+        content = _plot(loss_figure(curves), figures / "loss.png", "Loss curves") + _paragraph(
             "The terms of the objective, each without its weight; the total is what training minimises. Losses are "
             "squared errors relative to the noise, so they have no unit. Test losses are those of the averaged "
             "parameters."
@@ -144,38 +145,28 @@ def _likelihoods(runs: Runs) -> str:
     if not results:
         return _paragraph("No evaluation of the likelihood yet.")
     names = list(dict.fromkeys(name for _, result in results for name in result["bpd"].get("terms", {})))
-    headers = [name.replace("_", " ") for name in names]
-    terms = [
-        (*_which(label, result), *(with_error(*_mean_and_se(result["bpd"].get("terms", {}).get(n))) for n in names))
-        for label, result in results
-    ]
-    return (
-        _results_table(runs, _BPD_HEADERS, [(*_which(label, r), *_bpd_cells(r["bpd"])) for label, r in results])
-        + _paragraph("Mean ± standard error over images, of which each counts with the mean of its repeats.")
-        + ("<h3>Terms, in bits/dim</h3>\n" + _results_table(runs, headers, terms) if names else "")
+    tables = {
+        "": (_BPD_HEADERS, _bpd_cells),
+        "Terms, in bits/dim": (
+            [name.replace("_", " ") for name in names],
+            lambda bpd: [with_error(*_mean_and_se(bpd.get("terms", {}).get(name))) for name in names],
+        ),
+        "How it was computed": (_SOLVE_HEADERS, _solve_cells),
+    }
+    content = ""
+    for heading, (headers, cells) in tables.items():
+        rows = [(*_which(label, result), *cells(result["bpd"])) for label, result in results]
+        content += (f"<h3>{heading}</h3>\n" if heading else "") + _results_table(runs, headers, rows)
+    return content + _paragraph(
+        "± is the standard error over images, of which each counts with the mean of its repeats."
     )
 
 
-_BPD_HEADERS = (
-    "bits/dim",
-    "95 % interval",
-    "images",
-    "repeats",
-    "NFE",
-    "time",
-    "solver",
-    "from t",
-    "probe",
-    "dequantization",
-    "images of",
-)
+_BPD_HEADERS = ("bits/dim", "95 % interval", "images", "repeats", "NFE", "time")
 
 
 def _bpd_cells(bpd: Mapping[str, Any]) -> Row:
     interval = bpd.get("ci95")
-    settings = [f"{name} {bpd[name]:.0e}" for name in ("rtol", "atol") if name in bpd]
-    settings += [f"{bpd['steps']} steps"] if "steps" in bpd else []
-    probes = [number(bpd.get(name)) for name in ("num_probes", "probe") if name in bpd]
     return (
         with_error(bpd.get("mean"), bpd.get("se")),
         f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else MISSING,
@@ -183,6 +174,17 @@ def _bpd_cells(bpd: Mapping[str, Any]) -> Row:
         number(bpd.get("repeats")),
         number(bpd.get("nfe"), 0),
         duration(bpd.get("seconds")),
+    )
+
+
+_SOLVE_HEADERS = ("solver", "from t", "probes", "dequantization", "images of")
+
+
+def _solve_cells(bpd: Mapping[str, Any]) -> Row:
+    settings = [f"{name} {bpd[name]:.0e}" for name in ("rtol", "atol") if name in bpd]
+    settings += [f"{bpd['steps']} steps"] if "steps" in bpd else []
+    probes = [number(bpd[name]) for name in ("num_probes", "probe") if name in bpd]
+    return (
         ", ".join([number(bpd.get("solver")), *settings]),
         number(bpd.get("t_min")),
         " ".join(probes) or MISSING,
@@ -237,7 +239,8 @@ def _samples(runs: Runs, figures: Path) -> str:
     pictures = [image_grid(_shown(grid), grid.levels) for _, grid in grids]
     write_atomic(figures / "samples.png", image_png(captioned(captions, pictures)))
     shown = "".join(
-        _figure(image_png(picture), caption, caption) for caption, picture in zip(captions, pictures, strict=True)
+        f"<figure>{_image(image_png(picture), caption)}<figcaption>{html.escape(caption)}</figcaption></figure>\n"
+        for caption, picture in zip(captions, pictures, strict=True)
     )
     return f'<div class="grids">{shown}</div>\n{missing}'
 
@@ -261,8 +264,8 @@ def _times(runs: Runs, figures: Path) -> str:
         rows.append((_described(label, run), number(run.last_step), duration(seconds), *times))
     headers = ("run", "steps", "training time", "seconds per step, median", "10 % quantile", "90 % quantile")
     curves = {_described(label, run): run.metrics for label, run in timed.items()}
-    return html_table(headers, rows) + _figure(
-        _saved(seconds_figure(curves), figures / "seconds.png"), "Seconds per training step"
+    return html_table(headers, rows) + _plot(
+        seconds_figure(curves), figures / "seconds.png", "Seconds per training step"
     )
 
 
@@ -274,7 +277,7 @@ def _configurations(runs: Runs) -> str:
     rows = [(name, *(fields.get(name, MISSING) for fields in flat.values())) for name in names]
     different = [row for row in rows if len(set(row[1:])) > 1]
     headers = ("field", *flat)
-    difference = html_table(headers, different) if different else ""
+    difference = "<h3>Fields that differ</h3>\n" + html_table(headers, different) if different else ""
     return f"{difference}<details><summary>all {len(rows)} fields</summary>\n{html_table(headers, rows)}</details>\n"
 
 
@@ -316,9 +319,13 @@ def _which(label: str, result: Result) -> Row:
 
 
 def _results_table(runs: Runs, headers: Sequence[str], rows: Sequence[Row]) -> str:
-    """Rows that begin with `_which`."""
-    first = 0 if len(runs) > 1 else 1
-    return html_table(("run", "file", "order", "step", "weights", *headers)[first:], [row[first:] for row in rows])
+    """A table of rows that begin with `_which`; run and file are only shown where there are several for one step."""
+    several_runs = len(runs) > 1
+    several_files = len({(row[0], row[3]) for row in rows}) < len(rows)
+    chosen = [several_runs, several_files, *[True] * (len(headers) + 3)]
+    all_headers = ("run", "file", "order", "step", "weights", *headers)
+    kept = [list(itertools.compress(row, chosen)) for row in (all_headers, *rows)]
+    return html_table(kept[0], kept[1:])
 
 
 def _mean_and_se(estimate: Any) -> tuple[float | None, float | None]:
@@ -328,16 +335,16 @@ def _mean_and_se(estimate: Any) -> tuple[float | None, float | None]:
     return estimate, None
 
 
-def _saved(figure: Figure, path: Path) -> bytes:
+def _plot(figure: Figure, path: Path, description: str) -> str:
+    """A figure as part of the page, and as a file."""
     png = figure_png(figure)
     write_atomic(path, png)
-    return png
+    return _image(png, description, f"{100 * figure.get_figwidth():.0f}px")
 
 
-def _figure(png: bytes, description: str, caption: str = "") -> str:
+def _image(png: bytes, description: str, width: str = "auto") -> str:
     data = base64.b64encode(png).decode()
-    below = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><img alt="{html.escape(description)}" src="data:image/png;base64,{data}">{below}</figure>\n'
+    return f'<img alt="{html.escape(description)}" style="width: {width}" src="data:image/png;base64,{data}">\n'
 
 
 def _paragraph(text: str, kind: str = "note") -> str:
@@ -352,7 +359,7 @@ h1 { font-size: 1.6rem; margin: 0 0 .4rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid #d8dee4; }
 h3 { font-size: .95rem; margin: 1.2rem 0 .3rem; }
 .summary { margin: .1rem 0; font-size: 1.02rem; }
-.note { margin: .4rem 0; color: #57606a; font-size: .88rem; max-width: 75ch; }
+.note { margin: .4rem 0; color: #57606a; font-size: .88rem; max-width: 100ch; }
 .warning { margin: .4rem 0; padding: .3rem .7rem; font-size: .88rem; background: #fff6dd;
   border-left: 3px solid #d4a72c; }
 .wide { overflow-x: auto; }

@@ -23,7 +23,7 @@ def number(value: Any, decimals: int = 3) -> str:
         return "not finite"
     if decimals == 0 or float(value).is_integer():
         return f"{value:,.0f}"
-    return f"{value:,.{decimals}f}" if abs(value) >= 10**-decimals else f"{value:.1e}"
+    return f"{value:,.{decimals}f}" if abs(value) >= 10**-decimals else f"{value:.3g}"
 
 
 def with_error(value: float | None, error: float | None) -> str:

@@ -1,0 +1,367 @@
+"""The report page, its figures and tables, from files as runs write them, whole, damaged or missing."""
+
+import base64
+import html.parser
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from figures import captioned, image_grid, loss_figure, save_grid, seconds_figure
+from files import write_npz
+from report import comparison_table, write_report
+from run_files import Curve, read_metrics, read_run
+from tables import duration, html_table, number, text_table, with_error
+
+SECTIONS = ["Loss", "Likelihood", "Sample quality", "Samples", "Time", "Configuration", "Environment"]
+
+BPD = {
+    "mean": 2.0523, "se": 0.0214, "ci95": [2.0104, 2.0942], "n": 359, "repeats": 2, "nfe": 129.0, "seconds": 38.2,
+    "solver": "rk4_log", "steps": 32, "t_min": 1e-5, "dequantization": "uniform", "probe": "rademacher",
+    "num_probes": 1, "data": "digits, test", "terms": {"prior": 7.5648, "divergence": -9.6, "levels": 4.0875},
+}  # fmt: skip
+SAMPLES = {
+    "fid": 1.2346, "fid_features": "classifier", "is_mean": 7.913, "is_std": 0.218, "kid_mean": 0.0412,
+    "kid_se": 0.0113, "n": 1000, "sampler": "pc", "nfe": 401, "seconds": 51.0, "statistics_data": "digits, train",
+    "warning": "few samples",
+}  # fmt: skip
+
+
+def record(step: int, split: str = "train", order: int = 3, **values: float) -> str:
+    losses = {"total": 3.0 / step, "first": 1.0 / step}
+    if order > 1:
+        losses |= {"second_frob": 1.0 / step, "second_trace": 0.5 / step}
+    if order > 2:
+        losses |= {"third": 0.5 / step}
+    times = {"steps_per_second": 10.0, "seconds": step / 10, "grad_norm": 0.3} if split == "train" else {}
+    return json.dumps({"step": step, "split": split, "order": order, **losses, **times, **values}) + "\n"
+
+
+def write_run(workdir: Path, order: int = 3) -> Path:
+    """All the files of a run."""
+    (workdir / "train").mkdir(parents=True)
+    lines = [record(step, split, order) for step in range(100, 2001, 100) for split in ("train", "test")]
+    (workdir / "train" / "metrics.jsonl").write_text("".join(lines))
+    training = {"score_matching_order": order, "note": "<b>&amp;</b>"}
+    write_json(workdir / "config.json", {"seed": 42, "training": training})
+    environment = {"versions": {"jax": "0.10.2"}, "device": "cpu", "devices": 1, "hosts": 1, "num_parameters": 190321}
+    write_json(workdir / "environment.json", environment)
+    result = {"checkpoint_step": 2000, "order": order, "ema": True, "bpd": BPD, "samples": SAMPLES}
+    write_json(workdir / "eval" / "step_2000.json", result)
+    images = np.random.default_rng(order).integers(0, 17, (16, 8, 8, 1)).astype(np.uint8)
+    for step in (1000, 2000):
+        write_npz(workdir / "samples" / f"step_{step}.npz", samples=images, levels=17, step=step)
+    write_npz(workdir / "samples" / "data.npz", samples=images[::-1], levels=17, step=0)
+    return workdir
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+class Page(html.parser.HTMLParser):
+    """What a browser would see of a page: its text by sections, images, and whether its tags match."""
+
+    VOID = ("meta", "img")
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.sections: dict[str, str] = {"": ""}
+        self.links: list[str] = []
+        self.images: list[Image.Image] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            if name in ("src", "href"):
+                self.links.append(value or "")
+        if tag == "img":
+            self.images.append(Image.open(io.BytesIO(base64.b64decode(self.links[-1].split(",")[1]))))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" in self.open:
+            return
+        if self.open and self.open[-1] == "h2":
+            self.sections[data] = ""
+        else:
+            self.sections[list(self.sections)[-1]] += data + " "
+
+
+def page_of(workdir: Path, **arguments: Any) -> Page:
+    write_report(workdir, **arguments)
+    return Page((workdir / "report.html").read_text())
+
+
+def words(text: str) -> str:
+    return " ".join(text.split())
+
+
+# --- the page ---
+
+
+def test_report_has_every_section_with_its_numbers(tmp_path):
+    page = page_of(write_run(tmp_path / "run"))
+    assert list(page.sections) == ["", *SECTIONS]
+    assert "run, order 3: 2,000 steps, 190,321 parameters, 2.052 ± 0.021 bits/dim, FID 1.235" in words(
+        page.sections[""]
+    )
+    likelihood = words(page.sections["Likelihood"])
+    assert "2.052 ± 0.021 2.0104 to 2.0942 359 2 129 38.2 s" in likelihood
+    assert "prior divergence levels 3 2,000 averaged 7.565 -9.600 4.088" in likelihood
+    assert "rk4_log, 32 steps 1e-05 1 rademacher uniform digits, test" in likelihood
+    quality = words(page.sections["Sample quality"])
+    assert "1.235 classifier 7.91 ± 0.22 0.041 ± 0.011 1,000 pc 401 51.0 s digits, train" in quality
+    assert "few samples." in quality
+    assert "run, order 3, step 2,000 real images" in words(page.sections["Samples"])
+    assert "2,000 3.3 min 0.1 0.1 0.1" in words(page.sections["Time"])
+    assert "training.score_matching_order 3" in words(page.sections["Configuration"])
+    assert "jax 0.10.2 device cpu" in words(page.sections["Environment"])
+
+
+def test_report_needs_no_other_file(tmp_path):
+    page = page_of(write_run(tmp_path / "run"))
+    assert len(page.images) == 4  # losses, samples, real images, seconds
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "://" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_report_leaves_png_copies(tmp_path):
+    write_report(write_run(tmp_path / "run"))
+    for name in ("loss", "samples", "seconds"):
+        with Image.open(tmp_path / "run" / "figures" / f"{name}.png") as image:
+            assert image.format == "PNG"
+            assert image.width > 300
+
+
+def test_text_is_escaped(tmp_path):
+    page = page_of(write_run(tmp_path / "a<i>&b"))
+    assert words(page.sections[""]).startswith("a<i>&b a<i>&b a<i>&b, order 3: ")
+    assert "training.note <b>&amp;</b>" in words(page.sections["Configuration"])
+
+
+def test_report_of_an_empty_folder_says_what_is_missing(tmp_path):
+    page = page_of(tmp_path)
+    assert list(page.sections) == ["", *SECTIONS]
+    assert "nothing recorded yet" in page.sections[""]
+    for section in SECTIONS[:5]:
+        assert re.search(r"No .* yet\.", page.sections[section])
+    assert "No configuration" in page.sections["Configuration"]
+    assert not page.images
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        write_report(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    "missing", ["train/metrics.jsonl", "config.json", "environment.json", "eval/step_2000.json", "samples/data.npz"]
+)
+def test_report_does_without_any_one_file(tmp_path, missing):
+    run = write_run(tmp_path / "run")
+    (run / missing).unlink()
+    assert list(page_of(run).sections) == ["", *SECTIONS]
+
+
+@pytest.mark.parametrize("part", ["bpd", "samples"])
+def test_results_may_lack_a_part(tmp_path, part):
+    run = write_run(tmp_path / "run")
+    result = {"checkpoint_step": 2000, "order": 3, part: {"bpd": BPD, "samples": SAMPLES}[part]}
+    write_json(run / "eval" / "step_2000.json", result)
+    page = page_of(run)
+    assert ("No evaluation" in page.sections["Likelihood"]) == (part == "samples")
+    assert ("No evaluation" in page.sections["Sample quality"]) == (part == "bpd")
+
+
+def test_results_may_be_nearly_empty(tmp_path):
+    write_json(tmp_path / "eval" / "step_1.json", {"checkpoint_step": 1, "bpd": {"mean": 2.5}, "samples": {}})
+    page = page_of(tmp_path)
+    assert "2.500" in page.sections["Likelihood"]
+    assert "nan" not in page.sections["Sample quality"]
+
+
+def test_loss_over_all_test_images_is_shown(tmp_path):
+    write_json(tmp_path / "eval" / "a.json", {"checkpoint_step": 1, "loss": {"total": {"mean": 0.5, "se": 0.012}}})
+    assert "0.500 ± 0.012" in page_of(tmp_path).sections["Loss"]
+
+
+def test_unreadable_files_are_named_and_the_rest_is_shown(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "config.json").write_text('{"seed": ')
+    (run / "samples" / "step_2000.npz").write_bytes(b"PK")
+    page = page_of(run)
+    assert "config.json" in page.sections["Unreadable files"]
+    assert "step_2000.npz" in page.sections["Unreadable files"]
+    assert "step 1,000" in page.sections["Samples"]
+
+
+def test_evaluations_of_one_step_are_told_apart_by_their_files(tmp_path):
+    run = write_run(tmp_path / "run")
+    assert "step_2000.json" not in page_of(run).sections["Likelihood"]
+    write_json(run / "eval_tight" / "step_2000.json", {"checkpoint_step": 2000, "order": 3, "bpd": BPD})
+    likelihood = page_of(run).sections["Likelihood"]
+    assert "eval/step_2000.json" in likelihood
+    assert "eval_tight/step_2000.json" in likelihood
+
+
+def test_runs_side_by_side(tmp_path):
+    first, third = write_run(tmp_path / "a" / "_$x^", order=1), write_run(tmp_path / "b" / "_$x^", order=3)
+    page = page_of(third, others=[first])
+    assert "_$x^, order 3: " in page.sections[""]
+    assert "_$x^ (2), order 1: " in page.sections[""]
+    assert words(page.sections["Likelihood"]).count("2.052 ± 0.021") == 2
+    assert "training.score_matching_order 3 1" in words(page.sections["Configuration"].split("all")[0])
+    assert len(page.images) == 5  # two grids of samples
+    assert not (first / "report.html").exists()
+
+
+# --- what it is made from ---
+
+
+def test_later_records_of_a_step_count(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        record(1, total=5.0),
+        record(2, total=4.0),
+        record(3, total=9.0),
+        record(2, total=1.0),
+        record(3, total=2.0),
+    ]
+    path.write_text("".join(lines) + '{"step": 4, "split": "tr\n' + "null\n" + record(5, "test", total=0.5))
+    metrics = read_metrics(path)
+    np.testing.assert_array_equal(metrics["train"]["total"].steps, [1, 2, 3])
+    np.testing.assert_array_equal(metrics["train"]["total"].values, [5, 1, 2])
+    np.testing.assert_array_equal(metrics["test"]["total"].values, [0.5])
+
+
+def test_terms_may_come_later(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(record(1, order=1) + record(2, order=3))
+    train = read_metrics(path)["train"]
+    np.testing.assert_array_equal(train["first"].steps, [1, 2])
+    np.testing.assert_array_equal(train["third"].steps, [2])
+
+
+def test_results_know_the_time_of_training(tmp_path):
+    run = read_run(write_run(tmp_path / "run"))
+    assert run.results[0]["train_seconds"] == 200.0
+    assert run.order == 3
+    assert run.samples is not None
+    assert run.samples.step == 2000
+
+
+def test_smoothing_keeps_constants_and_leaves_out_gaps():
+    values = np.full(200, 3.0)
+    values[50] = np.nan
+    smooth = Curve(np.arange(200), values).smoothed()
+    assert np.isnan(smooth[50])
+    np.testing.assert_allclose(np.delete(smooth, 50), 3.0)
+    noisy = Curve(np.arange(200), np.random.default_rng(0).normal(size=200))
+    assert noisy.smoothed().std() < 0.5
+
+
+def curves(**values: np.ndarray) -> dict[str, dict[str, Curve]]:
+    return {"train": {name: Curve(np.arange(1, len(v) + 1), v) for name, v in values.items()}}
+
+
+def test_loss_figure_has_a_panel_for_each_term():
+    falling = 1 / np.arange(1.0, 30)
+    first = curves(total=falling, first=falling)
+    third = curves(total=falling, first=falling, second_frob=falling, second_trace=-falling, third=falling)
+    figure = loss_figure({"a": first, "b": third})
+    panels = {axes.get_title("left"): axes for axes in figure.axes if axes.axison}
+    assert len(panels) == 5
+    assert len(panels["first order: score"].lines) == 4  # raw and smoothed, of both runs
+    assert len(panels["third order: gradient of the trace"].lines) == 2
+    assert panels["total"].get_yscale() == "log"
+    assert panels["second order: trace"].get_yscale() == "linear"  # not all positive
+    assert all(axes.get_xlabel() and axes.get_ylabel() for axes in panels.values())
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels[:2] == ["a", "b"]
+
+
+def test_loss_figure_of_first_order_has_one_loss():
+    figure = loss_figure({"a": curves(total=np.ones(5), first=np.ones(5), grad_norm=np.ones(5))})
+    assert [axes.get_title("left") for axes in figure.axes] == ["first order: score", "gradient norm, before clipping"]
+
+
+def test_figures_survive_numbers_that_are_not_finite(tmp_path):
+    run = write_run(tmp_path / "run")
+    with (run / "train" / "metrics.jsonl").open("a") as lines:
+        lines.write(record(2100, total=float("nan"), first=float("inf")))
+    assert len(page_of(run).images) == 4
+
+
+def test_seconds_are_the_inverse_of_the_rate():
+    figure = seconds_figure({"a": curves(steps_per_second=np.array([2.0, 4.0]))})
+    np.testing.assert_allclose(np.asarray(figure.axes[0].lines[0].get_ydata()), [0.5, 0.25])
+
+
+def test_grid_enlarges_pixels_to_squares(tmp_path):
+    images = np.arange(5 * 8 * 8).reshape(5, 8, 8, 1).astype(np.uint8) % 17
+    save_grid(tmp_path / "new" / "grid.png", images, levels=17)
+    with Image.open(tmp_path / "new" / "grid.png") as image:
+        pixels = np.asarray(image)
+    assert pixels.shape == (2 * 40 + 2, 3 * 40 + 4)  # 3 columns, 2 rows
+    tile = pixels[42:82, 42:82]  # the last image
+    np.testing.assert_array_equal(tile[::5, ::5], np.rint(images[4, ..., 0] / 16 * 255))
+    np.testing.assert_array_equal(tile, tile[::5, ::5].repeat(5, 0).repeat(5, 1))
+    assert (pixels[42:, 84:] == 255).all()  # no sixth image
+
+
+def test_grid_keeps_large_colour_images():
+    images = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
+    np.testing.assert_array_equal(np.asarray(image_grid(images, 256)), images[0])
+    with pytest.raises(ValueError, match="1 or 3 channels"):
+        image_grid(images[..., :2], 256)
+
+
+def test_captioned_images_do_not_overlap():
+    tiles = [Image.new("L", (30, 20), 10), Image.new("RGB", (50, 40), (200, 0, 0))]
+    pixels = np.asarray(captioned(["a long caption above it", "b"], tiles))
+    assert (pixels == 10).all(axis=-1).sum() == 30 * 20
+    assert (pixels == (200, 0, 0)).all(axis=-1).sum() == 50 * 40
+
+
+# --- numbers and tables ---
+
+
+def test_comparison_table_is_aligned_and_plain(tmp_path):
+    results = [*read_run(write_run(tmp_path / "run")).results, {"checkpoint_step": 12000, "order": 1}]
+    lines = comparison_table(results).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert lines[0].split("  ")[0] == "order"
+    assert words(lines[2]) == "3 2,000 2.052 +- 0.021 1.235 7.91 +- 0.22 129 401 200 89"
+    assert lines[3].split() == ["1", "12,000", *"-------"]
+    assert comparison_table(results).isascii()
+    assert comparison_table([]).startswith("order")
+
+
+def test_numbers():
+    assert [number(v) for v in (None, True, 12345, 2.0, 0.12345, 1e-5, "x")] == [
+        "\N{EN DASH}", "yes", "12,345", "2", "0.123", "1e-05", "x",
+    ]  # fmt: skip
+    assert number(float("nan")) == "not finite"
+    assert with_error(2.05234, 0.0214) == "2.052 ± 0.021"
+    assert with_error(2.05234, 1.3) == "2.05 ± 1.30"
+    assert with_error(2.05234, float("nan")) == "2.052"
+    assert [duration(s) for s in (3.21, 600, 7200)] == ["3.2 s", "10.0 min", "2.0 h"]
+
+
+def test_tables_drop_empty_columns_and_escape():
+    table = html_table(("<a>", "b", "c"), [("1", "\N{EN DASH}", "x&y")])
+    assert "&lt;a&gt;" in table
+    assert "x&amp;y" in table
+    assert ">b<" not in table
+    assert text_table(("a", "bb"), [("123", "4")]) == "  a  bb\n-------\n123   4"
