@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from report import save_grid, write_report
 
 import datasets
 import parallel
@@ -30,8 +29,10 @@ from build import TRAIN_KEY, Run, build
 from checkpoints import Checkpoints, reset_parts
 from configs.default import Config
 from datasets import Source
+from figures import save_grid
 from files import write_atomic, write_npz
 from records import MetricsWriter, StopRequest, log_to_file, progress, stop_on_signal
+from report import write_report
 from train_state import TrainState
 
 SHOWN = 64
