@@ -120,7 +120,7 @@ class ClassifierFeatures:
     def name(self) -> str:
         return "classifier"
 
-    @functools.cached_property
+    @property
     def hash(self) -> str:
         return _params_hash(self.params)
 
