@@ -31,7 +31,7 @@ TITLES = {
 """Of the panels, by the names that metrics have."""
 
 _TILE_PIXELS = 40  # smaller images are enlarged at least so far, by a whole factor, each pixel to a square
-_GAP = 2
+_GAP, _GAP_GREY = 2, 176  # between images; neither black nor white, which images may be
 
 
 def loss_figure(runs: Mapping[str, RunCurves]) -> Figure:
@@ -55,15 +55,17 @@ def loss_figure(runs: Mapping[str, RunCurves]) -> Figure:
 
 
 def seconds_figure(runs: Mapping[str, RunCurves]) -> Figure:
-    """Seconds per training step."""
+    """Seconds per training step. The axis ends at three times the median: early records contain compilation."""
     figure = Figure(figsize=(11.1, 2.4), layout="constrained")
     panel = figure.subplots()
+    top = 0.0
     for colour, curves in zip(_colours(len(runs)), runs.values(), strict=True):
         rate = curves.get("train", {}).get("steps_per_second")
         if rate is not None:
             panel.plot(rate.steps, 1 / rate.values, color=colour, linewidth=1.2)
+            top = max(top, 3 * float(np.median(1 / rate.values)))
     _style(panel, "", "seconds per step")
-    panel.set_ylim(bottom=0)
+    panel.set_ylim(0, min(top, panel.get_ylim()[1]))
     if len(runs) > 1:
         _legend(figure, _run_entries(runs))
     return figure
@@ -155,7 +157,7 @@ def image_grid(images: UInt8[np.ndarray, "n height width channels"], levels: int
     columns = math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     step_y, step_x = scale * height + _GAP, scale * width + _GAP
-    canvas = np.full((rows * step_y - _GAP, columns * step_x - _GAP, channels), 255, np.uint8)
+    canvas = np.full((rows * step_y - _GAP, columns * step_x - _GAP, channels), _GAP_GREY, np.uint8)
     bytes_ = np.rint(np.minimum(images.astype(np.float64) / (levels - 1), 1) * 255).astype(np.uint8)
     for k, image in enumerate(bytes_.repeat(scale, axis=1).repeat(scale, axis=2)):
         top, left = k // columns * step_y, k % columns * step_x
