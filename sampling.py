@@ -132,6 +132,8 @@ class PredictorCorrector(Sampler):
         if self.predictor == "ancestral_sampling":
             check_ancestral(self.sde, self.probability_flow)
         _check_at_least("sampling.num_steps", self.num_steps, 1)
+        if self.predictor in ("reverse_diffusion", "ancestral_sampling"):
+            _check_chain(self.sde, self.num_steps)
         _check_at_least("sampling.n_steps_each", self.corrector_steps, 1)
         _check_positive("sampling.snr", self.snr)
 
@@ -309,6 +311,14 @@ def sampler_from_config(config: Config, sde: SDE) -> Sampler:
 def _check_choice(field: str, value: object, allowed: Iterable) -> None:
     if value not in allowed:
         raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+
+
+def _check_chain(sde: SDE, num_steps: int) -> None:
+    """Raises ValueError where the SDE has no discrete chain of so few steps."""
+    try:
+        jax.eval_shape(lambda t: sde.discretize(t, t, num_steps), jnp.ones(1))
+    except ValueError as error:
+        raise ValueError(f"sampling.num_steps is too small: {error}") from error
 
 
 def _check_at_least(field: str, value: int, least: int) -> None:

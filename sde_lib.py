@@ -243,7 +243,13 @@ class VPSDE(_LinearBetaSDE):
         return per_example(-beta / (1 + jnp.sqrt(1 - beta)), x) * x, jnp.sqrt(beta)
 
     def chain_beta(self, t: PerExample, num_steps: int) -> PerExample:
-        """beta_i of the DDPM chain with `num_steps` steps."""
+        """beta_i of the DDPM chain with `num_steps` steps.
+
+        Raises:
+            ValueError: if the steps are so few that beta_i, a variance of at most 1, would not stay below it.
+        """
+        if num_steps <= self.beta_max:
+            raise ValueError(f"the discrete chain of {self} needs more than {self.beta_max} steps, got {num_steps}")
         return jnp.linspace(self.beta_min / num_steps, self.beta_max / num_steps, num_steps)[_chain_index(t, num_steps)]
 
 
