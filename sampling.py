@@ -42,7 +42,7 @@ class Samples(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler(abc.ABC):
-    """Draws images with numbers: by their numbers. Equal samplers share compiled programs.
+    """A way of drawing images, each by its number. Equal samplers share compiled programs.
 
     Attributes:
         smallest_time: sampling ends at this time.
@@ -84,6 +84,7 @@ class Sampler(abc.ABC):
 
 
 def image_keys(key: Key[Array, ""], image_indices: Int[Array, " batch"]) -> ImageKeys:
+    """The keys of the images with these numbers."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, image_indices)
 
 
