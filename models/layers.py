@@ -5,8 +5,8 @@ Images are [batch, height, width, channels], embeddings of the time [batch, embe
 """
 
 import math
-from collections.abc import Callable
-from typing import TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -29,7 +29,15 @@ NONLINEARITIES: dict[str, Nonlinearity] = {
 
 def kernel_init(scale: float = 1.0) -> nn.initializers.Initializer:
     """Uniform with variance scale / mean of fan-in and fan-out; scale 0 means nearly zero, so that gradients flow."""
-    return nn.initializers.variance_scaling(scale or 1e-10, "fan_avg", "uniform")
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        pixels, size = math.prod(shape[:-2]), math.prod(shape)
+        variance = (scale or 1e-10) * 2 / (pixels * (shape[-2] + shape[-1]))
+        # Powers of two: few programs to compile for the many shapes of a network.
+        drawn = jax.random.uniform(key, (1 << (size - 1).bit_length(),), dtype, -1, 1)
+        return math.sqrt(3 * variance) * drawn[:size].reshape(shape)
+
+    return init
 
 
 def conv(features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0) -> nn.Conv:
@@ -52,13 +60,18 @@ class GroupNorm(nn.Module):
         groups = num_groups(channels)
         centered = x - _group_mean(x, groups)
         variance = _group_mean(jnp.square(centered), groups)
-        return centered * (jax.lax.rsqrt(variance + self.epsilon) * scale) + bias
+        return centered * (jax.lax.rsqrt(variance + self.epsilon) * _per_channel(scale, x)) + _per_channel(bias, x)
 
 
 def num_groups(channels: int) -> int:
     """The largest number of groups that divides the channels."""
     most = max(1, min(channels // 4, 32))
     return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
+
+
+def _per_channel(values: Float[Array, " channels"], like: Array) -> Array:
+    """Reshapes one number for each channel so that it broadcasts against `like`."""
+    return values.reshape((1,) * (like.ndim - 1) + values.shape)
 
 
 def _group_mean(x: Images, groups: int) -> Float[Array, "batch 1 1 channels"]:
@@ -77,7 +90,7 @@ def positional_embedding(times: PerExample, size: int, max_period: float = 10_00
     """Sines and cosines of `times` at size / 2 frequencies, from 1 down to 1 / max_period in geometric steps."""
     half = size // 2
     frequencies = jnp.exp(-math.log(max_period) / (half - 1) * jnp.arange(half))
-    angles = times[:, None] * frequencies
+    angles = times[:, None] * frequencies[None, :]
     embedding = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
     return jnp.pad(embedding, ((0, 0), (0, size % 2)))
 
@@ -91,7 +104,7 @@ class GaussianFourierProjection(nn.Module):
     @nn.compact
     def __call__(self, x: PerExample) -> Embedding:
         frequencies = self.param("W", nn.initializers.normal(self.scale), (self.size,))
-        angles = 2 * math.pi * x[:, None] * jax.lax.stop_gradient(frequencies)
+        angles = 2 * math.pi * x[:, None] * jax.lax.stop_gradient(frequencies)[None, :]
         return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
 
 
@@ -104,7 +117,7 @@ class NIN(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         weight = self.param("W", kernel_init(self.init_scale), (x.shape[-1], self.features))
-        return x @ weight + self.param("b", nn.initializers.zeros, (self.features,))
+        return x @ weight + _per_channel(self.param("b", nn.initializers.zeros, (self.features,)), x)
 
 
 class Conv2d(nn.Module):
@@ -118,7 +131,7 @@ class Conv2d(nn.Module):
     def __call__(self, x: Images) -> Images:
         weight = self.param("weight", kernel_init(), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return self.resample(x, weight, self.taps) + bias
+        return self.resample(x, weight, self.taps) + _per_channel(bias, x)
 
 
 class Downsample(nn.Module):

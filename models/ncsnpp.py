@@ -241,20 +241,25 @@ ONLY_CHOICES: dict[str, Any] = {
 
 
 def ncsnpp_from_config(config: Config) -> NCSNpp:
-    """The network that config.model describes, for the images of config.data and the SDE of config.training.
+    """The score network that config.model describes, for the images of config.data and the SDE of config.training.
 
     Raises:
         ValueError: a field of config.model has a value that is not allowed.
     """
-    model = config.model
+    scale_by_sigma, sde = config.model.scale_by_sigma, config.training.sde
+    if scale_by_sigma != (sde == "vesde"):
+        raise ValueError(
+            f"model.scale_by_sigma is {scale_by_sigma} with training.sde {sde!r}; it must be {not scale_by_sigma}: "
+            "exactly the networks for vesde divide by sigma"
+        )
+    return ncsnpp_from_fields(config.model, config.data.centered)
+
+
+def ncsnpp_from_fields(model: Config, centered: bool) -> NCSNpp:
+    """The network with the fields of config.model, whatever it is used for."""
     for field, only in ONLY_CHOICES.items():
         if model[field] != only:
             raise ValueError(f"model.{field} is {model[field]!r}; it must be {only!r}")
-    if model.scale_by_sigma != (config.training.sde == "vesde"):
-        raise ValueError(
-            f"model.scale_by_sigma is {model.scale_by_sigma}; with training.sde {config.training.sde!r} "
-            f"it must be {not model.scale_by_sigma}: exactly the networks for vesde divide by sigma"
-        )
     return NCSNpp(
         nf=model.nf,
         ch_mult=tuple(model.ch_mult),
@@ -274,6 +279,6 @@ def ncsnpp_from_config(config: Config) -> NCSNpp:
         conditional=model.conditional,
         init_scale=model.init_scale,
         scale_by_sigma=model.scale_by_sigma,
-        centered=config.data.centered,
+        centered=centered,
         remat=model.remat,
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -27,7 +28,7 @@ class ScoreNetwork(Protocol):
     @property
     def scale_by_sigma(self) -> bool: ...
 
-    def init(self, rngs: Array, *args: Any, **kwargs: Any) -> Any: ...
+    def lazy_init(self, rngs: Array, *args: Any) -> Any: ...
 
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
@@ -70,7 +71,8 @@ def build_network(config: Config) -> ScoreNetwork:
 
 def init_params(network: ScoreNetwork, key: Array, image_shape: tuple[int, ...]) -> Params:
     """First parameters of a network for images of [height, width, channels]."""
-    return network.init(key, jnp.zeros((1, *image_shape)), jnp.ones(1), False)["params"]
+    images, labels = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    return network.lazy_init(key, images, labels, False)["params"]
 
 
 def sde_from_config(config: Config) -> SDE:

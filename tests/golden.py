@@ -20,7 +20,8 @@ from flax.traverse_util import flatten_dict
 
 from configs.default import Config
 from models import resample
-from models.score import ScoreNetwork, build_network, init_params
+from models.ncsnpp import ncsnpp_from_fields
+from models.score import build_network, init_params
 from tests.golden_common import Result, UnknownKind, golden_config, golden_params, load_config, relative_error
 from tests.golden_sde import check_sde
 
@@ -44,16 +45,18 @@ def check_param_trees(path: Path) -> Iterator[Result]:
     same = golden.pop("_same_tree", {})
     for name, tree in golden.items():
         for base in (name, *same.get(name, [])):
-            yield _count(base, _tree_differences(_shapes_of_config(load_config(base)), tree))
+            yield _count(base, _tree_differences(_tree_shapes(abstract_params(load_config(base))), tree))
 
 
 def check_network(path: Path) -> Iterator[Result]:
     """A network's parameter tree, and its output for given parameters: to 1e-4 of itself plus 1e-5 of the largest."""
     data = np.load(path)
     config = golden_config(data)
-    network = build_network(config)
+    network: Any = ncsnpp_from_fields(
+        config.model, config.data.centered
+    )  # also where the SDE's scores would need another
     params = golden_params(data)
-    differences = _tree_differences(_shapes(network, data["x"].shape[1:]), _tree_shapes(params))
+    differences = _tree_differences(_tree_shapes(_abstract(network, data["x"].shape[1:])), _tree_shapes(params))
     yield _count("parameters", differences)
     if not differences:
         output = _network_output(network, params, data["x"], data["labels"])
@@ -82,7 +85,7 @@ KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "resample": check_resample,
     "sde": check_sde,
 }
-"""The check for files whose name begins so; the longest name that fits counts."""
+"""The checks, by how the names of their files begin."""
 
 
 def check(path: Path) -> Iterator[Result]:
@@ -91,27 +94,33 @@ def check(path: Path) -> Iterator[Result]:
     Raises:
         UnknownKind: the file's name, or what its content names, is not known.
     """
-    name = path.name.split(".")[0] + "_"
-    kind = max((kind for kind in KINDS if name.startswith(f"{kind}_")), key=len, default=None)
-    if kind is None:
+    return KINDS[kind_of(path)](path)
+
+
+def kind_of(path: Path) -> str:
+    """The longest of `KINDS` that the name is or begins with, before an underscore."""
+    name = path.name.split(".")[0]
+    kinds = [kind for kind in KINDS if name == kind or name.startswith(f"{kind}_")]
+    if not kinds:
         raise UnknownKind(f"{path.name}: unknown kind of file; known names begin with {', '.join(KINDS)}")
-    return KINDS[kind](path)
+    return max(kinds, key=len)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _network_output(network: ScoreNetwork, params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
+def _network_output(network: Any, params: Any, x: jax.Array, labels: jax.Array) -> jax.Array:
     return network.apply({"params": params}, x, labels, False)
 
 
-def _shapes_of_config(config: Config) -> dict[str, list[int]]:
+def abstract_params(config: Config) -> Any:
+    """The shapes of a configuration's parameters, without computing any."""
+    config.model.dropout = 0.0  # has no parameters; networks that differ in it share a computation
     size = config.data.image_size
-    return _shapes(build_network(config), (size, size, config.data.num_channels))
+    return _abstract(build_network(config), (size, size, config.data.num_channels))
 
 
 @functools.cache
-def _shapes(network: ScoreNetwork, image_shape: tuple[int, ...]) -> dict[str, list[int]]:
-    params = jax.eval_shape(lambda: init_params(network, jax.random.key(0), image_shape))
-    return _tree_shapes(params)
+def _abstract(network: Any, image_shape: tuple[int, ...]) -> Any:
+    return jax.eval_shape(lambda: init_params(network, jax.random.key(0), image_shape))
 
 
 def _tree_shapes(params: Any) -> dict[str, list[int]]:

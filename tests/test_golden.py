@@ -1,0 +1,142 @@
+"""The golden data pass, and a wrong number in them is noticed."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.golden import KINDS, check, kind_of, main
+from tests.golden_common import UnknownKind, relative_error
+
+FOLDER = Path(__file__).parent / "golden"
+FILES = sorted(FOLDER.iterdir())
+CHECKED = [path for path in FILES if path.name.startswith(tuple(KINDS))]
+
+
+@pytest.mark.parametrize("path", CHECKED, ids=lambda path: path.name)
+def test_golden_file(path: Path) -> None:
+    results = list(check(path))
+    assert results
+    failed = [str(result) for result in results if not result.passed]
+    assert not failed, "\n".join(failed)
+
+
+def rewrite_npz(path: Path, **changes: Callable[[np.ndarray], Any]) -> Path:
+    data = dict(np.load(path))
+    np.savez(path, **{**data, **{name: change(data[name]) for name, change in changes.items()}})
+    return path
+
+
+def rewrite_json(path: Path, change: Callable[[Any], None]) -> Path:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def copy(name: str, folder: Path) -> Path:
+    target = folder / name
+    target.write_bytes((FOLDER / name).read_bytes())
+    return target
+
+
+def failed(path: Path) -> list[str]:
+    return [result.quantity for result in check(path) if not result.passed]
+
+
+def test_a_wrong_field_is_noticed(tmp_path: Path) -> None:
+    path = copy("configs.json", tmp_path)
+    rewrite_json(
+        path, lambda golden: golden["differences"]["vp/cifar10_ddpmpp_continuous"].update({"model.dropout": 0.2})
+    )
+    assert failed(path) == ["vp/cifar10_ddpmpp_continuous"]
+    rewrite_json(path, lambda golden: golden["common"].update({"model.no_such_field": 1}))
+    assert len(failed(path)) == 13
+
+
+@pytest.mark.parametrize("change", [{"Conv_0/bias": [127]}, {"Conv_9/bias": [3]}, {"Conv_0/bias": None}])
+def test_a_wrong_tree_is_noticed(change: dict[str, list[int] | None], tmp_path: Path) -> None:
+    name = "vp.cifar10_ddpmpp_continuous"
+    tree = {**json.loads((FOLDER / "param_trees.json").read_text())[name], **change}
+    path = tmp_path / "param_trees_changed.json"
+    path.write_text(json.dumps({name: {key: shape for key, shape in tree.items() if shape is not None}}))
+    assert failed(path) == [name]
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x * (1 + 3e-4), lambda x: x[:1], lambda x: np.where(x == x.max(), np.nan, x)]
+)
+def test_a_wrong_output_is_noticed(change: Callable[[np.ndarray], np.ndarray], tmp_path: Path) -> None:
+    path = rewrite_npz(copy("network_vp_unconditional_gray.npz", tmp_path), output=change)
+    assert failed(path) == ["output"]
+
+
+def test_a_wrong_parameter_shape_is_noticed(tmp_path: Path) -> None:
+    path = rewrite_npz(copy("network_vp_unconditional_gray.npz", tmp_path), **{"params/Conv_0/bias": lambda b: b[:-1]})
+    assert failed(path) == ["parameters"]
+
+
+def test_wrong_resampling_is_noticed(tmp_path: Path) -> None:
+    path = rewrite_npz(copy("resample.npz", tmp_path), upsample=lambda x: x + 1e-4, naive_down=lambda x: -x)
+    assert failed(path) == ["upsample", "naive_down"]
+
+
+@pytest.mark.parametrize("sde", ["vesde", "linearvesde", "vpsde", "subvpsde"])
+def test_a_wrong_sde_is_noticed(sde: str, tmp_path: Path) -> None:
+    path = rewrite_npz(copy(f"sde_{sde}.npz", tmp_path), diffusion=lambda g: g * 1.001, mean=lambda x: x[::-1])
+    assert {"diffusion", "mean"} <= set(failed(path)) <= {"diffusion", "mean", "diffusion (small t)", "mean (small t)"}
+
+
+def test_wrong_importance_sampling_is_noticed(tmp_path: Path) -> None:
+    path = copy("sde_vpsde.npz", tmp_path)
+    rewrite_npz(path, **{"time_of_quantile_eps0.01": lambda t: t * 1.001, "cum_weight_T_eps1e-05": lambda w: w * 1.001})
+    assert failed(path) == ["cum_weight, eps 1e-05", "time_of_quantile, eps 0.01"]
+
+
+@pytest.mark.parametrize("name", ["unknown.npz", "networks.npz", "sde_heat.npz"])
+def test_unknown_kinds_are_refused(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes((FOLDER / "sde_vesde.npz").read_bytes())
+    with pytest.raises(UnknownKind, match=name):
+        list(check(tmp_path / name))
+    assert main([str(tmp_path / name)]) == 1
+
+
+def test_a_tree_of_an_unknown_configuration_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "param_trees_new.json"
+    path.write_text('{"ve.no_such_config": {}}')
+    with pytest.raises(UnknownKind, match="no_such_config"):
+        list(check(path))
+
+
+def test_the_longest_kind_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(KINDS, "network_other", KINDS["network"])
+    assert kind_of(Path("network_other_mix.npz")) == "network_other"
+    assert kind_of(Path("network_otherwise.npz")) == "network"
+
+
+def test_relative_error() -> None:
+    assert relative_error([1.0, 10.1], [1.0, 10.0]) == pytest.approx(0.01)
+    assert relative_error([0.1, 10.0], [0.0, 10.0]) == np.inf
+    assert relative_error([0.1, 10.0], [0.0, 10.0], floor=0.1) == pytest.approx(0.1)
+    assert relative_error([0.0], [0.0]) == 0
+    assert np.isnan(relative_error([np.nan], [1.0]))
+
+
+def test_the_command_from_another_folder(tmp_path: Path) -> None:
+    good = copy("resample.npz", tmp_path)
+    bad = tmp_path / "resample_bad.npz"
+    bad.write_bytes(good.read_bytes())
+    rewrite_npz(bad, downsample=lambda x: x * 2)
+    environment = {**os.environ, "PYTHONPATH": str(FOLDER.parent.parent), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.golden", good.name, bad.name]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    over = [line.split()[0] for line in done.stdout.splitlines() if line.endswith("OVER")]
+    assert over == ["downsample"]
+    assert done.stdout.splitlines()[-1] == "1 failed"

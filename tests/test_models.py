@@ -1,0 +1,257 @@
+"""Networks: every option, resampling identities, dropout, and what a score function makes of a network's output."""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.ve.cifar10_ncsnpp_continuous import get_config
+from models import resample
+from models.layers import GroupNorm, num_groups, positional_embedding
+from models.ncsnpp import CHOICES, NCSNpp
+from models.score import NetworkScore, build_network, init_params, sde_from_config
+from sde_lib import VESDE, VPSDE
+
+KEY = jax.random.key(0)
+TAPS = (1.0, 3.0, 3.0, 1.0)
+SMALL: dict[str, Any] = {"nf": 4, "ch_mult": (1, 2), "num_res_blocks": 1, "attn_resolutions": (2,)}
+OPTIONS: dict[str, tuple[Any, ...]] = {
+    **CHOICES,
+    "fir_kernel": (None, TAPS, (1.0, 2.0, 1.0)),
+    "conditional": (True, False),
+    "skip_rescale": (True, False),
+    "resamp_with_conv": (True, False),
+    "scale_by_sigma": (True, False),
+    "centered": (True, False),
+    "remat": (True, False),
+    "channels": (1, 3),
+}
+
+
+def images(*shape: int) -> jax.Array:
+    return jax.random.uniform(jax.random.key(1), shape)
+
+
+def pairwise_mixes() -> list[dict[str, Any]]:
+    """A few mixes of options in which every pair of choices of two options occurs."""
+    rng = np.random.default_rng(0)
+    pairs = {
+        ((a, x), (b, y))
+        for a, b in itertools.combinations(OPTIONS, 2)
+        for x, y in itertools.product(OPTIONS[a], OPTIONS[b])
+    }
+    mixes = []
+    while pairs:
+        drawn = [{name: known[rng.integers(len(known))] for name, known in OPTIONS.items()} for _ in range(200)]
+        best = max(drawn, key=lambda mix: len(pairs & set(itertools.combinations(mix.items(), 2))))
+        pairs -= set(itertools.combinations(best.items(), 2))
+        mixes.append(best)
+    return mixes
+
+
+@pytest.mark.parametrize("mix", pairwise_mixes(), ids=lambda mix: "-".join(str(v) for v in mix.values()))
+def test_every_pair_of_options_builds(mix: dict[str, Any]) -> None:
+    fields = {name: value for name, value in mix.items() if name != "channels"}
+    network = NCSNpp(**SMALL, **fields, dropout=0.1)
+    x = jax.ShapeDtypeStruct((2, 4, 8, mix["channels"]), jnp.float32)
+    labels = jax.ShapeDtypeStruct((2,), jnp.float32)
+    params = jax.eval_shape(lambda: init_params(network, KEY, x.shape[1:]))
+    output = jax.eval_shape(
+        lambda p, x, labels: network.apply({"params": p}, x, labels, True, rngs={"dropout": KEY}), params, x, labels
+    )
+    assert (output.shape, output.dtype) == (x.shape, x.dtype)
+
+
+def test_a_new_network_is_finite_and_nearly_zero() -> None:
+    network = NCSNpp(**SMALL)
+    params = init_params(network, KEY, (4, 4, 1))
+    output = jax.jit(network.apply, static_argnums=3)(
+        {"params": params}, images(2, 4, 4, 1), jnp.array([0.01, 999.0]), False
+    )
+    assert 0 < jnp.max(jnp.abs(jnp.asarray(output))) < 1e-3
+
+
+def test_recomputing_blocks_changes_nothing() -> None:
+    x, labels = images(2, 4, 4, 1), jnp.array([1.0, 500.0])
+
+    def gradient(remat: bool) -> Any:
+        network = NCSNpp(nf=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(4,), init_scale=1.0, remat=remat)
+        params = init_params(network, KEY, x.shape[1:])
+        return jax.jit(jax.grad(lambda p: jnp.mean(jnp.asarray(network.apply({"params": p}, x, labels, False)) ** 2)))(
+            params
+        )
+
+    kept, recomputed = gradient(remat=False), gradient(remat=True)
+    assert jax.tree.structure(kept) == jax.tree.structure(recomputed)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(recomputed), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_is_active_in_training_only() -> None:
+    network = NCSNpp(nf=4, ch_mult=(1,), num_res_blocks=1, init_scale=1.0, dropout=0.5)
+    score = NetworkScore(init_params(network, KEY, (4, 4, 1)), network, VPSDE())
+    x, t = images(2, 4, 4, 1), jnp.array([0.1, 0.9])
+    evaluate = jax.jit(lambda score: score(x, t))
+    first, second = (evaluate(dataclasses.replace(score, dropout_key=jax.random.key(seed))) for seed in (1, 2))
+    assert jnp.max(jnp.abs(first - second)) > 1e-3
+    np.testing.assert_array_equal(first, evaluate(dataclasses.replace(score, dropout_key=jax.random.key(1))))
+    np.testing.assert_array_equal(evaluate(score), evaluate(score))
+    without = NCSNpp(nf=4, ch_mult=(1,), num_res_blocks=1, init_scale=1.0, dropout=0.0)
+    np.testing.assert_array_equal(evaluate(score), evaluate(dataclasses.replace(score, network=without)))
+
+
+def test_naive_downsampling_undoes_upsampling() -> None:
+    x = images(2, 4, 6, 3)
+    np.testing.assert_allclose(resample.downsample(resample.upsample(x, None), None), x, rtol=1e-6)
+
+
+@pytest.mark.parametrize("taps", [TAPS, (1.0, 1.0), (1.0, 4.0, 6.0, 4.0, 1.0, 0.0)])
+def test_filters_keep_the_mean(taps: tuple[float, ...]) -> None:
+    flat = jnp.ones((1, 16, 16, 1))
+    for resampled in (resample.upsample(flat, taps), resample.downsample(flat, taps)):
+        np.testing.assert_allclose(resampled[:, 3:-3, 3:-3], 1, rtol=1e-6)
+
+
+def test_the_usual_filter_keeps_straight_lines() -> None:
+    rows, columns = jnp.meshgrid(jnp.arange(8.0), jnp.arange(12.0), indexing="ij")
+    plane = (2 * rows - 3 * columns)[None, :, :, None]
+    there_and_back = resample.downsample(resample.upsample(plane, TAPS), TAPS)
+    np.testing.assert_allclose(there_and_back[:, 1:-1, 1:-1], plane[:, 1:-1, 1:-1], atol=1e-5)
+
+
+def test_filtered_upsampling_is_four_times_the_adjoint_of_downsampling() -> None:
+    small, large = images(2, 4, 6, 3), images(2, 8, 12, 3)
+    np.testing.assert_allclose(
+        jnp.vdot(resample.upsample(small, TAPS), large),
+        4 * jnp.vdot(small, resample.downsample(large, TAPS)),
+        rtol=1e-5,
+    )
+
+
+def test_resampling_convolutions_reduce_to_resampling() -> None:
+    """With a kernel that is 1 in the middle, and at the border too."""
+    x = images(2, 4, 6, 3)
+    middle = jnp.zeros((3, 3, 3, 3)).at[1, 1].set(jnp.eye(3))
+    np.testing.assert_allclose(resample.upsample_conv(x, middle, TAPS), resample.upsample(x, TAPS), atol=1e-6)
+    np.testing.assert_allclose(resample.conv_downsample(x, middle, TAPS), resample.downsample(x, TAPS), atol=1e-6)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(4, 1), (6, 1), (10, 2), (14, 2), (128, 32), (136, 17), (256, 32)])
+def test_groups_are_of_equal_size(channels: int, groups: int) -> None:
+    assert num_groups(channels) == groups
+
+
+def test_group_norm_whitens_groups() -> None:
+    x = 100 + images(2, 3, 5, 10)
+    normalized, _ = jax.jit(GroupNorm().init_with_output)(KEY, x)
+    parts = np.asarray(x, np.float64).reshape(2, 15, 2, 5)
+    mean, variance = parts.mean((1, 3), keepdims=True), parts.var((1, 3), keepdims=True)
+    expected = ((parts - mean) / np.sqrt(variance + 1e-6)).reshape(x.shape)
+    # x is near 100 with spread 0.3, so float32 knows it to 3e-5 of the spread
+    np.testing.assert_allclose(jnp.asarray(normalized), expected, atol=3e-4)
+
+
+def test_positional_embedding_has_its_size_and_frequencies() -> None:
+    times = jnp.array([0.0, 2.0])
+    for size in (8, 9):
+        embedding = positional_embedding(times, size)
+        assert embedding.shape == (2, size)
+        np.testing.assert_allclose(embedding[1, :4], np.sin(2.0 * 10_000.0 ** (-np.arange(4) / 3)), rtol=1e-5)
+        np.testing.assert_allclose(embedding[0, 4:8], 1)
+
+
+class Traces:
+    """What a network was called with, at each trace; hashable, as the fields of static arguments must be."""
+
+    def __init__(self) -> None:
+        self.train: list[bool] = []
+
+
+class Echo(nn.Module):
+    """Returns its conditioning, times a parameter, and counts how often it is traced."""
+
+    scale_by_sigma: bool
+    traces: Traces
+
+    @nn.compact
+    def __call__(self, x: jax.Array, labels: jax.Array, train: bool) -> jax.Array:
+        self.traces.train.append(train)
+        return self.param("factor", nn.initializers.ones, ()) * jnp.broadcast_to(labels[:, None], x.shape)
+
+
+T = jnp.array([0.1, 0.7])
+
+
+@pytest.mark.parametrize("sde", [VESDE(), VPSDE()], ids=["ve", "vp"])
+def test_score_conventions(sde: VESDE | VPSDE) -> None:
+    x, sigma = jnp.zeros((2, 5)), sde.alpha_sigma(T)[1]
+    divides, predicts_noise = (
+        NetworkScore({"factor": jnp.ones(())}, Echo(by_sigma, Traces()), sde)(x, T) for by_sigma in (True, False)
+    )
+    np.testing.assert_allclose(divides, jnp.broadcast_to(sigma[:, None], x.shape), rtol=1e-6)
+    np.testing.assert_allclose(predicts_noise, jnp.broadcast_to((-999 * T / sigma)[:, None], x.shape), rtol=1e-6)
+
+
+def test_two_parameter_sets_share_one_trace() -> None:
+    traces = Traces()
+    score = NetworkScore({"factor": jnp.ones(())}, Echo(True, traces), VESDE())
+    evaluate = jax.jit(lambda score: score(jnp.zeros((2, 5)), T))
+    one, two = evaluate(score), evaluate(dataclasses.replace(score, params={"factor": 2 * jnp.ones(())}))
+    np.testing.assert_allclose(two, 2 * one)
+    assert traces.train == [False]
+    evaluate(dataclasses.replace(score, dropout_key=KEY))
+    assert traces.train == [False, True]
+
+
+def error_of(field: str, value: Any) -> str:
+    """The message for a configuration with this field."""
+    config = get_config()
+    config.update_from_flattened_dict({field: value})
+    with pytest.raises(ValueError, match=field.split(".")[-1]) as caught:  # noqa: PT012
+        sde_from_config(config)
+        build_network(config)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("model.name", "ncsn", "ncsnpp"),
+        ("training.sde", "ve", "vesde, linearvesde, vpsde, subvpsde"),
+        ("model.scale_by_sigma", False, "True"),
+        ("model.sigma_min", 60.0, "sigma_max"),
+        ("model.nonlinearity", "gelu", "swish, elu, relu, lrelu"),
+        ("model.resblock_type", "resnet", "biggan, ddpm"),
+        ("model.embedding_type", "learned", "fourier, positional"),
+        ("model.progressive", "skip", "none, output_skip, residual"),
+        ("model.progressive_input", "skip", "none, input_skip, residual"),
+        ("model.progressive_combine", "add", "sum, cat"),
+        ("model.normalization", "BatchNorm", "GroupNorm"),
+        ("model.attention_type", "linear", "ddpm"),
+        ("model.conv_size", 5, "3"),
+        ("model.nf", 2, "at least 4"),
+        ("model.ch_mult", (), "at least one"),
+        ("model.ch_mult", (1, 0), "positive"),
+        ("model.num_res_blocks", 0, "at least 1"),
+        ("model.dropout", 1.0, "[0, 1)"),
+        ("model.init_scale", -1.0, "0 or more"),
+        ("model.fourier_scale", 0, "positive"),
+        ("model.fir_kernel", (1, -1), "positive"),
+    ],
+)
+def test_bad_fields_end_in_one_line(field: str, value: Any, allowed: str) -> None:
+    message = error_of(field, value)
+    assert "\n" not in message
+    assert allowed in message
+    assert field == "model.sigma_min" or repr(value) in message or str(value) in message
+
+
+def test_images_that_cannot_be_halved() -> None:
+    network = NCSNpp(**{**SMALL, "ch_mult": (1, 2, 2)})
+    with pytest.raises(ValueError, match="6x8 pixels cannot be halved 2 times"):
+        init_params(network, KEY, (6, 8, 3))
