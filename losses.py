@@ -211,7 +211,7 @@ def exact_terms(
     |sigma^3 grad tr J + |u|^2 u - (sigma^2 tr J-bar + d) u - 2 (sigma^2 J-bar + I) u|^2 / d.
     """
     d = u.shape[1]
-    spread = jacobian + jnp.eye(d, dtype=u.dtype)
+    spread = jacobian + jnp.eye(d, dtype=u.dtype)[None]
     trace = jnp.trace(spread, axis1=1, axis2=2)
     norm = inner(u, u)
     spread_bar, trace_bar = stop_gradient(spread), stop_gradient(trace)

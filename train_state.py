@@ -87,7 +87,7 @@ class Trainer:
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema_params = optax.incremental_update(params, state.ema_params, 1 - self.ema_rate)
-        metrics = losses | {"grad_norm": optax.global_norm(gradient)}
+        metrics = losses | {"grad_norm": optax.tree.norm(gradient)}
         return TrainState(state.step + 1, params, ema_params, opt_state), metrics
 
     def gradient(self, params: Params, images: ImageLevels, key: Array) -> tuple[Params, Metrics]:

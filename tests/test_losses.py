@@ -1,0 +1,251 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from arrays import per_example
+from derivatives import exact_trace_gradient
+from losses import (
+    Objective,
+    draw_noise,
+    draw_times,
+    exact_losses,
+    score_matching_losses,
+)
+from sde_lib import SDES, VESDE, VPSDE, SubVPSDE
+from tests.analytic import asymmetric_mixture
+
+D = 3
+DENSITY = asymmetric_mixture(D)
+VP = VPSDE()
+
+
+def mixture_score(sde):
+    return DENSITY.score_fn(sde)
+
+
+def wrong_score(sde, params):
+    """The mixture's score, with errors in value, Jacobian and third derivative that `params` scales."""
+    a, b, c = params
+
+    def score_fn(x, t):
+        sigma = per_example(sde.alpha_sigma(t)[1], x)
+        return DENSITY.score(sde, x, t) + (a + b * x + c * jnp.roll(x, 1, axis=1) ** 2 * x) / sigma
+
+    return score_fn
+
+
+def all_sign_vectors(d):
+    return jnp.array(list(itertools.product((-1.0, 1.0), repeat=d)))
+
+
+def test_terms_average_over_probes_to_what_the_paper_derives():
+    """Rademacher probes in 3-D have 8 values: expectations are exact sums over them ([L22] App. G).
+
+    With A = sigma^2 J + I - u u^T, the first second-order term is |A v|^2, whose mean is |A|_F^2, and the other
+    (v.A v)^2, whose mean is (tr A)^2 + 2 (|A|_F^2 - sum_i A_ii^2) for symmetric A. The third-order vector is linear in
+    products v_i v_j; its mean is the exact vector, and the mean of its square exceeds the square of that by the
+    variance, here of the vector's own components over the 8 probes.
+    """
+    sde, d = VP, D
+    x0 = DENSITY.sample(jax.random.key(0), (5, d))
+    noise = draw_noise(jax.random.key(1), sde, Objective(order=3, t_min=1e-2), x0.shape)
+    score_fn = wrong_score(sde, (0.3, 0.2, 0.1))
+    mean, sigma = sde.marginal(x0, noise.t)
+    sigma = sigma[:, None]
+    value, jacobian, trace_gradient = exact_trace_gradient(lambda x: score_fn(x, noise.t), mean + sigma * noise.z)
+    u = noise.z + sigma * value
+    scaled = sigma[..., None] ** 2 * jacobian
+    a = scaled + jnp.eye(d)[None] - u[:, :, None] * u[:, None, :]
+    probes = all_sign_vectors(d)
+
+    terms = jax.vmap(
+        lambda v: score_matching_losses(
+            score_fn, sde, Objective(order=3, t_min=1e-2), x0, noise._replace(probe=jnp.broadcast_to(v, x0.shape))
+        )
+    )(probes)
+    frob = jnp.sum(a**2, axis=(1, 2)) / d**2
+    np.testing.assert_allclose(jnp.mean(terms.second_frob, 0), frob, rtol=1e-4)
+    symmetric = 0.5 * (a + a.transpose(0, 2, 1))
+    trace = jnp.trace(a, axis1=1, axis2=2)
+    off_diagonal = jnp.sum(symmetric**2, axis=(1, 2)) - jnp.sum(jnp.diagonal(a, axis1=1, axis2=2) ** 2, axis=1)
+    np.testing.assert_allclose(jnp.mean(terms.second_trace, 0), (trace**2 + 2 * off_diagonal) / d**2, rtol=1e-4)
+
+    exact = sigma**3 * trace_gradient + (jnp.sum(u**2, 1) - jnp.trace(scaled, axis1=1, axis2=2) - d)[:, None] * u
+    exact -= 2 * jnp.einsum("bij,bj->bi", scaled + jnp.eye(d)[None], u)
+    quadratic = third_order_vector(score_fn, sde, x0, noise, probes)
+    np.testing.assert_allclose(jnp.mean(quadratic, 0), exact, rtol=1e-3, atol=1e-4)
+    expected = (jnp.sum(exact**2, 1) + jnp.sum(jnp.var(quadratic, axis=0), 1)) / d**3
+    np.testing.assert_allclose(jnp.mean(terms.third, 0), expected, rtol=1e-4)
+    assert jnp.max(jnp.abs(sigma**3 * trace_gradient)) > 0.1, "no third derivative: the test would see no error in it"
+
+
+def third_order_vector(score_fn, sde, x0, noise, probes):
+    """The vector inside the third-order term for each probe, by nested reverse mode: independent of the code tested."""
+    mean, sigma = sde.marginal(x0, noise.t)
+    xt, sigma = mean + sigma[:, None] * noise.z, sigma[:, None]
+
+    def one(x, t):
+        return score_fn(x[None], t[None])[0]
+
+    jacobian = jax.vmap(jax.jacrev(one))
+    u = noise.z + sigma * score_fn(xt, noise.t)
+
+    def vector(v):
+        gradient = jax.vmap(jax.grad(lambda x, t: v @ jax.jacrev(one)(x, t) @ v))(xt, noise.t)
+        jacobian_probe = jnp.einsum("bij,j->bi", jacobian(xt, noise.t), v)
+        along = (u @ v)[:, None]
+        spread = sigma**2 * (jacobian_probe @ v)[:, None] + D
+        return sigma**3 * gradient + along**2 * u - spread * u - 2 * along * (sigma**2 * jacobian_probe + v[None])
+
+    return jax.vmap(vector)(probes)
+
+
+def test_exact_terms_are_the_limit_of_the_probes():
+    """Losses of the exact form equal those written out for the whole Jacobian."""
+    x0 = DENSITY.sample(jax.random.key(0), (4, D))
+    noise = draw_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
+    score_fn = wrong_score(VP, (0.3, 0.2, 0.1))
+    first, terms = exact_losses(score_fn, VP, x0, noise)
+    expected = score_matching_losses(score_fn, VP, Objective(t_min=1e-2), x0, noise)
+    np.testing.assert_allclose(first, expected.first, rtol=1e-5)
+    mean, sigma = VP.marginal(x0, noise.t)
+    xt, sigma = mean + sigma[:, None] * noise.z, sigma[:, None]
+
+    def one(x, t):
+        return score_fn(x[None], t[None])[0]
+
+    spread = sigma[..., None] ** 2 * jax.vmap(jax.jacrev(one))(xt, noise.t) + jnp.eye(D)[None]
+    u = noise.z + sigma * score_fn(xt, noise.t)
+    trace = jnp.trace(spread, axis1=1, axis2=2)
+    norm = jnp.sum(u**2, axis=1)
+    gradient = jax.vmap(jax.grad(lambda x, t: jnp.trace(jax.jacrev(one)(x, t))))(xt, noise.t)
+    third = sigma**3 * gradient + (norm - trace)[:, None] * u - 2 * jnp.einsum("bij,bj->bi", spread, u)
+    np.testing.assert_allclose(
+        terms.second_jacobian, jnp.mean((spread - u[:, :, None] * u[:, None, :]) ** 2, axis=(1, 2)), rtol=1e-4
+    )
+    np.testing.assert_allclose(terms.second_trace, (trace - norm) ** 2 / D, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(terms.third, jnp.mean(third**2, axis=1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", SDES)
+def test_true_score_is_stationary_for_every_order(name):
+    """At the true score the expected gradient of each term is 0; away from it, it is not (5 standard errors)."""
+    sde = SDES[name](**({"sigma_max": 3.0} if "ve" in name else {}))
+    objective = Objective(order=3, t_min=0.05)
+    batch, repeats = 4000, 40
+
+    @jax.jit
+    def gradients(params, key):
+        data_key, noise_key = jax.random.split(key)
+        x0 = DENSITY.sample(data_key, (batch, D))
+        noise = draw_noise(noise_key, sde, objective, x0.shape)
+
+        def terms(params):
+            losses = score_matching_losses(wrong_score(sde, params), sde, objective, x0, noise)
+            return jnp.stack(
+                [jnp.mean(v) for v in (losses.first, losses.second_frob, losses.second_trace, losses.third)]
+            )
+
+        return jax.jacrev(terms)(params)
+
+    def z_scores(params):
+        keys = jax.random.split(jax.random.key(3), repeats)
+        values = jax.lax.map(lambda key: gradients(params, key), keys)
+        error = jnp.std(values, axis=0, ddof=1) / np.sqrt(repeats)
+        # a bar makes some gradients 0 in every draw
+        return jnp.where(error > 0, jnp.mean(values, 0) / jnp.where(error > 0, error, 1), 0)
+
+    assert jnp.max(jnp.abs(z_scores(jnp.zeros(3)))) < 5
+    away = jnp.abs(z_scores(jnp.array([0.0, 0.0, -0.3])))
+    assert jnp.all(jnp.max(away, axis=1) > 5), "the draws are too few to see an error of this size"
+
+
+def test_bars_carry_no_gradient():
+    """The second order does not move the score's value, nor the third its Jacobian."""
+    x0 = DENSITY.sample(jax.random.key(0), (4, D))
+    noise = draw_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
+
+    def term(name):
+        def of_params(params):
+            losses = score_matching_losses(wrong_score(VP, params), VP, Objective(order=3, t_min=1e-2), x0, noise)
+            return jnp.mean(getattr(losses, name))
+
+        return jax.grad(of_params)((0.1, 0.1, 0.1))
+
+    value, slope, curvature = term("second_frob")
+    assert value == 0
+    assert abs(slope) > 1e-3
+    value, slope, curvature = term("third")
+    assert value == 0
+    assert slope == 0
+    assert abs(curvature) > 1e-3
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE(), VESDE()])
+def test_weightings_estimate_one_objective(sde):
+    """Likelihood weighting with uniform t, and importance sampling times its total weight, have equal means."""
+    t_min, n = 1e-2, 400_000
+    uniform = Objective(t_min=t_min, likelihood_weighting=True)
+    sampled = Objective(t_min=t_min, likelihood_weighting=True, importance_weighting=True)
+
+    @jax.jit
+    def means(key):
+        keys = jax.random.split(key)
+        x0 = jnp.zeros((n, 1))
+        results = []
+        for objective, key in zip((uniform, sampled), keys, strict=True):
+            noise = draw_noise(key, sde, objective, x0.shape)
+            scale = jnp.tanh(3 * noise.t)[:, None]
+            losses = score_matching_losses(
+                lambda x, t, s=scale: -s * x / per_example(sde.alpha_sigma(t)[1], x), sde, objective, x0, noise
+            )
+            results.append((jnp.mean(losses.total), jnp.std(losses.total) / np.sqrt(n)))
+        return results
+
+    (a, a_error), (b, b_error) = means(jax.random.key(0))
+    weight = sde.importance_weight(jnp.array(1.0), t_min) / (1 - t_min)
+    assert abs(a - weight * b) < 5 * jnp.hypot(a_error, weight * b_error)
+
+
+def test_times_have_their_density():
+    sde, t_min = VPSDE(), 1e-3
+    objective = Objective(t_min=t_min, likelihood_weighting=True, importance_weighting=True)
+    times = draw_times(jax.random.key(0), sde, objective, 50_000)
+    levels = sde.importance_weight(times, t_min) / sde.importance_weight(jnp.array(1.0), t_min)
+    assert abs(jnp.mean(levels) - 0.5) < 5 * np.sqrt(1 / 12 / 50_000)
+    uniform = draw_times(jax.random.key(0), sde, Objective(t_min=t_min), 50_000)
+    assert jnp.min(uniform) >= t_min
+    assert abs(jnp.mean(uniform) - (1 + t_min) / 2) < 5 * np.sqrt(1 / 12 / 50_000)
+
+
+def test_half_sum_and_weights():
+    x0 = DENSITY.sample(jax.random.key(0), (4, D))
+    noise = draw_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
+    score_fn = mixture_score(VP)
+    mean = score_matching_losses(score_fn, VP, Objective(t_min=1e-2), x0, noise)
+    half = score_matching_losses(score_fn, VP, Objective(t_min=1e-2, reduce_mean=False), x0, noise)
+    np.testing.assert_allclose(half.total, 0.5 * D * mean.total, rtol=1e-6)
+    weighted = Objective(order=3, t_min=1e-2, second_weight=0.5, third_weight=0.1)
+    losses = score_matching_losses(score_fn, VP, weighted, x0, noise)
+    total = losses.first + 0.5 * (losses.second_frob + losses.second_trace) + 0.1 * losses.third
+    np.testing.assert_allclose(losses.total, total, rtol=1e-6)
+    second = score_matching_losses(score_fn, VP, Objective(order=2, t_min=1e-2), x0, noise)
+    np.testing.assert_allclose(second.second_frob, losses.second_frob, rtol=1e-5)
+    assert set(second.named()) == {"total", "first", "second_frob", "second_trace"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"order": 4}, "score_matching_order is 4; it must be 1, 2 or 3"),
+        ({"order": 2, "reduce_mean": False}, "reduce_mean"),
+        ({"importance_weighting": True}, "likelihood_weighting"),
+        ({"t_min": 0.0}, "smallest_time"),
+    ],
+)
+def test_impossible_objectives_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**fields)

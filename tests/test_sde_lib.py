@@ -1,0 +1,133 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sde_lib import SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE
+from tests.analytic import asymmetric_mixture
+
+TIMES = jnp.array([1e-5, 1e-3, 0.05, 0.3, 0.7, 1.0])
+EACH_SDE = pytest.mark.parametrize("sde", [cls() for cls in SDES.values()], ids=list(SDES))
+
+
+@EACH_SDE
+def test_marginals_solve_the_moment_equations(sde):
+    """d alpha / dt = f alpha and d sigma^2 / dt = 2 f sigma^2 + g^2: the closed forms are those of the SDE."""
+
+    def moments(t):
+        alpha, sigma = sde.alpha_sigma(t)
+        return alpha, sigma**2
+
+    with jax.enable_x64():
+        times = jnp.array([1e-3, 0.05, 0.3, 0.7, 1.0])
+        (alpha, variance), (d_alpha, d_variance) = jax.vmap(lambda t: jax.jvp(moments, (t,), (1.0,)))(times)
+        drift, diffusion = sde.drift_coeff(times), sde.diffusion(times)
+        np.testing.assert_allclose(d_alpha, drift * alpha, rtol=1e-10, atol=1e-12)
+        np.testing.assert_allclose(d_variance, 2 * drift * variance + diffusion**2, rtol=1e-10)
+
+
+@EACH_SDE
+def test_float32_is_exact_near_zero(sde):
+    """Forms such as 1 - exp(-x) are wrong by up to a percent at t = 1e-5 in float32."""
+    single = [*sde.alpha_sigma(TIMES), sde.diffusion(TIMES), sde.log_noise_level(TIMES)]
+    with jax.enable_x64():
+        times = jnp.asarray(np.asarray(TIMES, np.float64))
+        double = [*sde.alpha_sigma(times), sde.diffusion(times), sde.log_noise_level(times)]
+    for one, two in zip(single, double, strict=True):
+        # a few roundings; the exponent of exp(-B / 2) amplifies them by up to B / 2 = 5
+        np.testing.assert_allclose(one, two, rtol=3e-6)
+
+
+@EACH_SDE
+def test_noise_level_and_its_inverse(sde):
+    alpha, sigma = sde.alpha_sigma(TIMES)
+    np.testing.assert_allclose(sde.log_noise_level(TIMES), jnp.log(sigma / alpha), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sde.time_of_log_noise_level(sde.log_noise_level(TIMES)), TIMES, rtol=1e-4, atol=1e-7)
+
+
+@EACH_SDE
+def test_importance_sampling_follows_its_density(sde):
+    """Z is the integral of g^2 / sigma^2, by quadrature, and the quantiles invert it."""
+    t_min = 1e-3
+    with jax.enable_x64():
+        log_t = jnp.linspace(np.log(t_min), 0.0, 20_001)
+        times = jnp.exp(log_t)
+        integrand = times * (sde.diffusion(times) / sde.alpha_sigma(times)[1]) ** 2
+        total = jnp.trapezoid(integrand, log_t)
+        np.testing.assert_allclose(sde.importance_weight(jnp.array(1.0), t_min), total, rtol=1e-6)
+        quantiles = jnp.linspace(0.0, 1.0, 7) * total
+        times = sde.time_of_quantile(quantiles, t_min)
+        np.testing.assert_allclose(sde.importance_weight(times, t_min), quantiles, atol=1e-6)
+        assert times[0] == pytest.approx(t_min)
+        assert times[-1] == pytest.approx(1.0)
+
+
+@EACH_SDE
+def test_prior_density_is_normalised_and_sampled(sde):
+    grid = jnp.linspace(-10, 10, 4001) * sde.prior_sigma
+    density = jnp.exp(sde.prior_logp(grid[:, None]))
+    assert jnp.trapezoid(density, grid) == pytest.approx(1, abs=1e-5)
+    samples = sde.prior_sample(jax.random.key(0), (20_000, 2)) / sde.prior_sigma
+    assert abs(jnp.var(samples) - 1) < 5 * np.sqrt(2 / samples.size)
+
+
+@EACH_SDE
+@pytest.mark.parametrize("num_steps", [100, 1000])
+def test_discrete_chain_approaches_the_sde(sde, num_steps):
+    """f_i N and G_i^2 N tend to the drift and g^2, with an error that falls as 1 / N."""
+    t = jnp.array([0.2, 0.5, 0.9])
+    x = jnp.ones((3, 2))
+    drift, diffusion = sde.discretize(x, t, num_steps)
+    np.testing.assert_allclose(drift * num_steps, sde.drift(x, t), rtol=12 / num_steps, atol=1e-6)
+    np.testing.assert_allclose(diffusion**2 * num_steps, sde.diffusion(t) ** 2, rtol=25 / num_steps)
+
+
+def test_vp_chain_is_ddpm():
+    sde, steps = VPSDE(), 1000
+    betas = np.linspace(0.1 / steps, 20 / steps, steps)
+    t = jnp.linspace(0, 1, steps)
+    x = jnp.ones((steps, 1))
+    drift, diffusion = sde.discretize(x, t + 1e-7, steps)
+    np.testing.assert_allclose(diffusion, np.sqrt(betas), rtol=1e-5)
+    np.testing.assert_allclose(drift[:, 0], np.sqrt(1 - betas) - 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("sde", "expected"), [(VESDE(), 1), (LinearVESDE(), 1)])
+def test_step_alpha_without_drift(sde, expected):
+    np.testing.assert_allclose(sde.step_alpha(TIMES, 1000), expected)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), SubVPSDE()])
+@pytest.mark.parametrize("num_steps", [10, 1000])
+def test_step_alpha_is_that_of_the_marginals(sde, num_steps):
+    """1 - beta_i for many steps; for few, where that is negative, still between 0 and 1."""
+    t = jnp.array([0.1, 0.5, 1.0])
+    factor = sde.step_alpha(t, num_steps)
+    assert jnp.all((factor > 0) & (factor < 1))
+    if num_steps == 1000:
+        np.testing.assert_allclose(factor, 1 - sde.beta(t) / num_steps, rtol=3e-4)
+
+
+@EACH_SDE
+def test_probability_flow_keeps_the_marginals(sde):
+    """The continuity equation, d ln q / dt = -div h - h . grad ln q, for the exact score of a mixture."""
+    density = asymmetric_mixture(2)
+    with jax.enable_x64():
+        t = jnp.array([0.05, 0.3, 0.8])
+        x = density.sample_at(sde, jax.random.key(1), t, (2,)).astype(jnp.float64)
+        score_fn = density.score_fn(sde)
+        _, time_derivative = jax.jvp(lambda t: density.log_density(sde, x, t), (t,), (jnp.ones_like(t),))
+        flow = sde.probability_flow(score_fn, x, t)
+        jacobian = jax.vmap(jax.jacfwd(lambda x, t: sde.probability_flow(score_fn, x[None], t[None])[0]))(x, t)
+        divergence = jnp.trace(jacobian, axis1=1, axis2=2)
+        expected = -divergence - jnp.sum(flow * score_fn(x, t), axis=1)
+        np.testing.assert_allclose(time_derivative, expected, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(sde.drift_divergence(x, t), 2 * sde.drift_coeff(t))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: VESDE(sigma_min=0), lambda: VESDE(1, 1), lambda: LinearVESDE(-1), lambda: VPSDE(2, 1)]
+)
+def test_impossible_constants_are_refused(make):
+    with pytest.raises(ValueError, match="need"):
+        make()

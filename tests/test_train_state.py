@@ -1,0 +1,129 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh
+
+import parallel
+from build import TRAIN_KEY, build
+from configs.digits.smoke import get_config
+from datasets import source_from_config, training_batches
+from train_state import create_state, optimizer_from_config
+
+
+@pytest.fixture(scope="module")
+def batches():
+    source = source_from_config(get_config(), "train")
+    return list(training_batches(source, 16, seed=0, first_step=0, num_steps=20))
+
+
+def run_of_order(order):
+    config = get_config()
+    config.training.score_matching_order = order
+    return build(config)
+
+
+def train_on(devices, run, batches):
+    """Parameters after one step for each batch, data-parallel over the devices, and the last metrics."""
+    mesh = Mesh(np.array(devices), ("data",))
+    whole, along = parallel.replicated(mesh), parallel.along_batch(mesh)
+    step = jax.jit(run.trainer.train_step, in_shardings=(whole, along, whole), out_shardings=whole, donate_argnums=0)
+    state = jax.device_put(run.fresh_state(), whole)
+    for images in batches:
+        state, metrics = step(state, images, run.key(TRAIN_KEY))
+    return jax.device_get(state), jax.device_get(metrics)
+
+
+def relative_distance(a, b):
+    difference = jax.tree.map(lambda a, b: a - b, a, b)
+    return optax.tree.norm(difference) / optax.tree.norm(b)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_four_devices_train_as_one(order, batches):
+    """20 steps give the same parameters to 1e-4; also that the steps were worth comparing, and the metrics finite."""
+    run = run_of_order(order)
+    one, metrics_of_one = train_on(jax.devices()[:1], run, batches)
+    four, metrics_of_four = train_on(jax.devices(), run, batches)
+    assert relative_distance(four.params, one.params) < 1e-4
+    assert relative_distance(four.ema_params, one.ema_params) < 1e-4
+    assert relative_distance(one.params, jax.device_get(run.fresh_state().params)) > 1e-2
+    assert one.step == 20
+    terms = {1: {"first"}, 2: {"first", "second_frob", "second_trace"}}.get(
+        order, {"first", "second_frob", "second_trace", "third"}
+    )
+    assert set(metrics_of_one) == terms | {"total", "grad_norm"}
+    for name in metrics_of_one:
+        np.testing.assert_allclose(metrics_of_four[name], metrics_of_one[name], rtol=1e-3)
+
+
+def test_accumulated_gradient_is_that_of_the_whole_batch(batches):
+    run = run_of_order(1)
+    params = run.fresh_state().params
+    split = dataclasses.replace(run.trainer, accumulation_steps=4)
+    key = jax.random.key(0)
+    whole, metrics = jax.jit(run.trainer.gradient)(params, batches[0], key)
+    parts, metrics_of_parts = jax.jit(split.gradient)(params, batches[0], key)
+    assert relative_distance(parts, whole) < 1e-4
+    np.testing.assert_allclose(metrics_of_parts["total"], metrics["total"], rtol=1e-5)
+
+
+def test_several_steps_in_one_call(batches):
+    run = run_of_order(1)
+    key = run.key(TRAIN_KEY)
+    together, metrics = jax.jit(run.trainer.train_steps)(run.fresh_state(), np.stack(batches[:3]), key)
+    state, losses = run.fresh_state(), []
+    step = jax.jit(run.trainer.train_step)
+    for images in batches[:3]:
+        state, values = step(state, images, key)
+        losses.append(values["total"])
+    assert relative_distance(together.params, state.params) < 1e-5
+    np.testing.assert_allclose(metrics["total"], np.mean(losses), rtol=1e-5)
+
+
+def test_optimizer_is_the_published_one():
+    """Clip by the global norm, Adam with warm-up from 0, by hand for three steps on a small vector."""
+    optim = get_config().optim
+    optim.lr, optim.warmup, optim.grad_clip, optim.eps = 0.1, 2, 1.0, 1e-8
+    optimizer = optimizer_from_config(optim)
+    params = {"w": jnp.array([1.0, -2.0])}
+    state = optimizer.init(params)
+    m = v = np.zeros(2)
+    w = np.array([1.0, -2.0])
+    for step, gradient in enumerate(np.array([[3.0, 4.0], [0.3, -0.1], [-2.0, 1.0]])):
+        updates, state = optimizer.update({"w": jnp.asarray(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+        clipped = gradient / max(np.linalg.norm(gradient), 1)
+        m, v = 0.9 * m + 0.1 * clipped, 0.999 * v + 0.001 * clipped**2
+        rate = 0.1 * min(step / 2, 1)
+        w = w - rate * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
+        np.testing.assert_allclose(params["w"], w, rtol=1e-5)
+
+
+def test_average_of_parameters(batches):
+    """ema <- rate ema + (1 - rate) params, from the parameters at step 0."""
+    run = run_of_order(1)
+    before = run.fresh_state()
+    after, _ = jax.jit(run.trainer.train_step)(before, batches[0], run.key(TRAIN_KEY))
+    rate = run.config.model.ema_rate
+    expected = jax.tree.map(lambda a, b: rate * a + (1 - rate) * b, before.params, after.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), after.ema_params, expected)
+
+
+def test_a_state_shares_no_buffers():
+    """Donation would free one buffer twice."""
+    params = {"w": jnp.ones(3)}
+    state = create_state(params, optax.adam(1e-3))
+    pointers = [a.unsafe_buffer_pointer() for a in jax.tree.leaves((state.params, state.ema_params))]
+    assert len(set(pointers)) == len(pointers)
+
+
+@pytest.mark.parametrize(("field", "value"), [("optimizer", "SGD"), ("lr", 0.0)])
+def test_impossible_optimizers_are_refused(field, value):
+    optim = get_config().optim
+    optim[field] = value
+    with pytest.raises(ValueError, match=f"optim.{field} is"):
+        optimizer_from_config(optim)
