@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup setup-dev test lint clean
+.PHONY: setup setup-dev test lint clean digits-orders
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -25,6 +25,10 @@ $(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2
+
+# An experiment of about an hour on two cores, which resumes; writes docs/results/digits.md
+digits-orders: setup
+	$(BIN)/python -m benchmarks.digits_orders
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -43,6 +43,6 @@ def get_config() -> Config:
     config.eval.num_samples = 1000
     config.eval.num_repeats = 1
     config.eval.ode_solver = "rk4_log"
-    config.eval.ode_steps = 32
+    config.eval.ode_steps = 20
     config.eval.features = "classifier"
     return config
