@@ -39,6 +39,9 @@ from sde_lib import SDE
 
 Probes: TypeAlias = Float[Array, "k batch *dims"]
 
+Dims: TypeAlias = Float[Array, "1 *dims"]
+"""One number for each data dimension, as it combines with a batch."""
+
 State: TypeAlias = tuple[Batch, Float[Array, "batch k"]]
 """Where the examples are, and the integral of the divergence so far."""
 
@@ -61,6 +64,11 @@ class Reference(NamedTuple):
 
     mean: float | Float[Array | np.ndarray, "*dims"] = 0.0
     std: float | Float[Array | np.ndarray, "*dims"] = 0.5
+
+    def of_batch(self, x: Batch) -> tuple[Dims, Dims]:
+        """Mean and standard deviation as they combine with a batch shaped as x."""
+        mean, std = (jnp.broadcast_to(jnp.asarray(a, x.dtype), x.shape[1:])[None] for a in self)
+        return mean, std
 
 
 DEFAULT_REFERENCE = Reference()
@@ -193,7 +201,7 @@ class LogNoiseField:
         y, _ = state
         times = jnp.full(y.shape[:1], self.sde.time_of_log_noise_level(log_rho))
         _, sigma = self.sde.alpha_sigma(times)
-        scale = self._scale(y, log_rho)
+        _, scale = self._moments(y, log_rho)
 
         def flow(y: Batch) -> Batch:
             score = self.score_fn(self.restore(y, log_rho), times)
@@ -203,24 +211,25 @@ class LogNoiseField:
 
     def standardize(self, x: Batch, log_rho: Float[Array, ""]) -> Batch:
         """y of x."""
-        return (x - self._alpha(log_rho) * self.reference.mean) / self._scale(x, log_rho)
+        mean, scale = self._moments(x, log_rho)
+        return (x - mean) / scale
 
     def restore(self, y: Batch, log_rho: Float[Array, ""]) -> Batch:
         """x of y."""
-        return self._alpha(log_rho) * self.reference.mean + self._scale(y, log_rho) * y
+        mean, scale = self._moments(y, log_rho)
+        return mean + scale * y
 
     def log_stretch(self, like: Batch, log_rho: Float[Array, ""]) -> Float[Array, ""]:
         """ln |dx/dy| of an example, in nats."""
-        return jnp.sum(jnp.log(self._scale(like, log_rho)))
+        return jnp.sum(jnp.log(self._moments(like, log_rho)[1]))
 
-    def _alpha(self, log_rho: Float[Array, ""]) -> Float[Array, ""]:
-        return self.sde.alpha_sigma(self.sde.time_of_log_noise_level(log_rho))[0]
-
-    def _scale(self, like: Batch, log_rho: Float[Array, ""]) -> Float[Array, "*dims"]:
-        """a = sqrt(alpha^2 c^2 + sigma^2) of each dimension."""
+    def _moments(
+        self, like: Batch, log_rho: Float[Array, ""]
+    ) -> tuple[Float[Array, "1 *dims"], Float[Array, "1 *dims"]]:
+        """alpha m, and a = sqrt(alpha^2 c^2 + sigma^2), of each dimension."""
         alpha, sigma = self.sde.alpha_sigma(self.sde.time_of_log_noise_level(log_rho))
-        std = jnp.broadcast_to(jnp.asarray(self.reference.std, like.dtype), like.shape[1:])
-        return jnp.hypot(alpha * std, sigma)
+        mean, std = self.reference.of_batch(like)
+        return alpha * mean, jnp.hypot(alpha * std, sigma)
 
 
 def _with_divergence(flow: Field, x: Batch, probes: Probes | None) -> State:
@@ -258,13 +267,22 @@ def bits_per_dim(result: LogLikelihood, *, levels: int, unit_scale: float) -> Bi
     Raises:
         ValueError: fewer than 2 levels, or a scale that is not positive.
     """
-    if levels < 2 or not unit_scale > 0:
-        raise ValueError(f"need levels >= 2 and unit_scale > 0, got {levels} and {unit_scale}")
+    level_bits, scaler_bits = discrete_bits(levels, unit_scale)
     nats = num_dims(result.latent) * math.log(2)
-    constant = jnp.ones_like(result.prior_logp)
     return BitsPerDim(
         prior=-result.prior_logp / nats,
         divergence=-result.divergence / nats,
-        levels=math.log2(levels) * constant,
-        scaler=math.log2(unit_scale) * constant,
+        levels=jnp.full_like(result.prior_logp, level_bits),
+        scaler=jnp.full_like(result.prior_logp, scaler_bits),
     )
+
+
+def discrete_bits(levels: int, unit_scale: float) -> tuple[float, float]:
+    """Bits/dim from the density of the network's data to the probability of an image: log2(levels), log2(unit_scale).
+
+    Raises:
+        ValueError: fewer than 2 levels, or a scale that is not positive.
+    """
+    if levels < 2 or not unit_scale > 0:
+        raise ValueError(f"need levels >= 2 and unit_scale > 0, got {levels} and {unit_scale}")
+    return math.log2(levels), math.log2(unit_scale)

@@ -23,6 +23,7 @@ from models import resample
 from models.ncsnpp import ncsnpp_from_fields
 from models.score import build_network, init_params
 from tests.golden_common import Result, UnknownKind, golden_config, golden_params, load_config, relative_error
+from tests.golden_likelihood import check_likelihood
 from tests.golden_sde import check_sde
 
 
@@ -80,6 +81,7 @@ def check_resample(path: Path) -> Iterator[Result]:
 
 KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "configs": check_configs,
+    "likelihood": check_likelihood,
     "param_trees": check_param_trees,
     "network": check_network,
     "resample": check_resample,

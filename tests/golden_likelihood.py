@@ -1,0 +1,74 @@
+"""The check of golden likelihood_*.npz files: bits/dim, latents, start-time corrections and sampler updates."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from arrays import num_dims
+from bounds import start_correction
+from datasets import preprocess_from_config
+from likelihood import bits_per_dim, ode_log_likelihood
+from models.score import NetworkScore, build_network, sde_from_config
+from ode import require_success
+from predictor_corrector import CORRECTORS, PREDICTORS
+from tests.golden_common import Result, golden_config, golden_params, relative_error
+
+NUM_SCALES = 1000
+"""Steps of the discrete chains that the updates belong to."""
+
+
+def check_likelihood(path: Path) -> Iterator[Result]:
+    data = np.load(path)
+    config = golden_config(data)
+    score_fn = NetworkScore(golden_params(data), build_network(config), sde_from_config(config))
+    scale = preprocess_from_config(config, train=False).unit_scale
+    x, t_min = jnp.asarray(data["x"]), float(data["smallest_time"])
+    # Either stops within 5e-3; on the device the file's own tolerance, 1e-5, only just does.
+    for method, tolerance in (("dopri5", 3e-6), ("scipy", 1e-5)):
+        solve = {"t_min": t_min, "method": method, "rtol": tolerance, "atol": tolerance}
+        result = ode_log_likelihood(score_fn, score_fn.sde, x, jnp.asarray(data["hutchinson"])[None], **solve)
+        require_success(result.info)
+        bits = bits_per_dim(result, levels=256, unit_scale=scale).total
+        yield Result(f"bpd, {method}", float(np.abs(bits - data["bpd_tol1e-7"]).max()), 5e-3)
+        # The file's latent is from 1e-5 in float32 and itself up to 1e-2 off a converged solve's.
+        error = relative_error(result.latent, data["latent"], scale=_size(data["latent"]))
+        yield Result(f"latent, {method}", error, 2e-2)
+    offset = _published_offset(score_fn, x, data["offset_noise"], t_min)
+    yield Result("offset_nats", relative_error(offset, data["offset_nats"], scale=_size(data["offset_nats"])), 1e-3)
+    yield from _sampler_updates(score_fn, data)
+
+
+def _published_offset(score_fn: NetworkScore, x: jax.Array, noise: np.ndarray, t_min: float) -> np.ndarray:
+    """The correction with E ln p(x_{t_min} | x) in closed form in place of its draw."""
+    draw = np.asarray(start_correction(score_fn, score_fn.sde, x, jnp.asarray(noise), t_min))
+    return draw + 0.5 * (np.sum(noise**2, axis=(1, 2, 3)) - num_dims(x))
+
+
+def _sampler_updates(score_fn: NetworkScore, data: Any) -> Iterator[Result]:
+    x, t = jnp.asarray(data["sampler_x"]), jnp.asarray(data["sampler_t"])
+    score = jax.jit(lambda x, t: score_fn(x, t))(x, t)
+    got = {"score": score}
+
+    def keep(name: str, update: tuple[jax.Array, jax.Array]) -> None:
+        got[f"{name}_x"], got[f"{name}_x_mean"] = update
+
+    for name, predictor in PREDICTORS.items():
+        if f"{name}_x" in data:
+            settings = (lambda x, t: score, score_fn.sde, x, t, jnp.asarray(data["predictor_noise"]), NUM_SCALES)
+            keep(name, predictor(*settings))
+            if f"{name}_pflow_x" in data:
+                got[f"{name}_pflow_x"] = predictor(*settings, probability_flow=True)[0]
+    for name, corrector in CORRECTORS.items():
+        if f"{name}_x" in data:
+            noise, snr = jnp.asarray(data["corrector_noise"]), float(data["snr"])
+            keep(name, corrector(lambda x, t: score, score_fn.sde, x, t, noise, NUM_SCALES, snr))
+    for name, value in got.items():
+        yield Result(name, relative_error(value, data[name], scale=_size(data[name])), 1e-3)
+
+
+def _size(values: np.ndarray) -> float:
+    return float(np.abs(values).max())
