@@ -64,7 +64,7 @@ class GroupNorm(nn.Module):
 
 
 def num_groups(channels: int) -> int:
-    """The largest number of groups that divides the channels."""
+    """The largest number of groups that divides the channels, within the limits of `GroupNorm`."""
     most = max(1, min(channels // 4, 32))
     return next(groups for groups in range(most, 0, -1) if channels % groups == 0)
 

@@ -22,9 +22,11 @@ from configs.default import Config
 from models import resample
 from models.ncsnpp import ncsnpp_from_fields
 from models.score import build_network, init_params
+from released import read_released
 from tests.golden_common import Result, UnknownKind, golden_config, golden_params, load_config, relative_error
 from tests.golden_likelihood import check_likelihood
 from tests.golden_sde import check_sde
+from train_state import create_state, optimizer_from_config
 
 
 def check_configs(path: Path) -> Iterator[Result]:
@@ -53,9 +55,8 @@ def check_network(path: Path) -> Iterator[Result]:
     """A network's parameter tree, and its output for given parameters: to 1e-4 of itself plus 1e-5 of the largest."""
     data = np.load(path)
     config = golden_config(data)
-    network: Any = ncsnpp_from_fields(
-        config.model, config.data.centered
-    )  # also where the SDE's scores would need another
+    # whether or not it fits the SDE
+    network: Any = ncsnpp_from_fields(config.model, config.data.centered)
     params = golden_params(data)
     differences = _tree_differences(_tree_shapes(_abstract(network, data["x"].shape[1:])), _tree_shapes(params))
     yield _count("parameters", differences)
@@ -79,11 +80,24 @@ def check_resample(path: Path) -> Iterator[Result]:
         yield Result(name, relative_error(value, data[name], floor=1.0), 1e-5)
 
 
+def check_released(path: Path) -> Iterator[Result]:
+    """A released checkpoint, and the output of its averaged parameters in the .npz beside it; either may be given."""
+    checkpoint = path.with_suffix("") if path.suffix == ".npz" else path
+    data = np.load(checkpoint.with_name(f"{checkpoint.name}.npz"))
+    config = golden_config(data)
+    network, optimizer = ncsnpp_from_fields(config.model, config.data.centered), optimizer_from_config(config.optim)
+    like = jax.eval_shape(lambda params: create_state(params, optimizer), _abstract(network, data["x"].shape[1:]))
+    state = read_released(checkpoint, like)
+    output = _network_output(network, state.ema_params, data["x"], data["labels"])
+    yield Result("output", relative_error(output, data["output_ema"], floor=0.1), 1e-4)
+
+
 KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "configs": check_configs,
     "likelihood": check_likelihood,
     "param_trees": check_param_trees,
     "network": check_network,
+    "released_checkpoint": check_released,
     "resample": check_resample,
     "sde": check_sde,
 }
