@@ -22,28 +22,23 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration, a file under configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results, report.")
-_MODE = flags.DEFINE_enum("mode", None, MODES, "What to do.")
+_MODE = flags.DEFINE_enum("mode", None, MODES, "What to do; report draws the report again and prints the results.")
 _EVAL_FOLDER = flags.DEFINE_string("eval_folder", "eval", "Folder for results, inside the workdir.")
+_COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows beside this one's run.")
 
 
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         return _complain(f"unexpected argument {argv[1]!r}; flags begin with --")
-    for flag in (_CONFIG, _WORKDIR, _MODE):
-        if not flag.value:
-            return _complain(f"--{flag.name} is missing; see python main.py --help")
-    import run_lib  # here, so that --help and a mistyped flag are answered at once
-
+    missing = [flag.name for flag in (_MODE, _WORKDIR) if not flag.value]
+    if _MODE.value != "report" and _CONFIG.value is None:
+        missing.append(_CONFIG.name)
+    if missing:
+        return _complain(f"--{missing[0]} is missing; see python main.py --help")
     logging.set_verbosity(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
-    config, workdir = _CONFIG.value, Path(str(_WORKDIR.value)).absolute()
     try:
-        if _MODE.value == "train":
-            run_lib.train(config, workdir)
-        elif _MODE.value == "eval":
-            run_lib.evaluate(config, workdir, _EVAL_FOLDER.value)
-        else:
-            run_lib.report(workdir)
+        _run(str(_MODE.value), Path(str(_WORKDIR.value)).absolute())
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from here\n")
         return INTERRUPTED
@@ -57,17 +52,36 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
+def _run(mode: str, workdir: Path) -> None:
+    import run_lib  # here, so that --help and mistyped flags are answered at once
+
+    if mode == "train":
+        run_lib.train(_CONFIG.value, workdir)
+    elif mode == "eval":
+        run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
+    else:
+        run_lib.report(workdir, [Path(other) for other in _COMPARE.value or []])
+
+
 def _complain(message: str) -> int:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return BAD_INPUT
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Flags as absl parses them; a field that the configuration does not have is one line, not a traceback."""
+    """Flags as absl parses them; what is wrong with them is one line, not a traceback."""
     try:
-        return app.parse_flags_with_usage(argv)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        sys.exit(_complain(str(error.args[0] if error.args else error)))
+        rest = flags.FLAGS(argv)
+    except (KeyError, AttributeError) as error:
+        said = str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+        sys.exit(_complain(f"the configuration has no such field: {said}"))
+    except (flags.Error, TypeError, ValueError, OSError) as error:
+        sys.exit(_complain(str(error)))
+    if flags.FLAGS["config"].present:
+        path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+        if not Path(path).is_file():
+            sys.exit(_complain(f"--config={path}: there is no such file"))
+    return rest
 
 
 if __name__ == "__main__":

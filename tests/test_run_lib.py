@@ -1,0 +1,211 @@
+"""The loops as their users run them, on the smallest network, and what they say to bad input."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import run_lib
+from build import build
+from configs.digits.smoke import get_config
+from parallel import replicated
+
+ROOT = Path(__file__).parent.parent
+
+
+def config_with(**fields):
+    config = get_config()
+    config.training.n_iters = 12
+    config.training.snapshot_freq = 6
+    config.training.snapshot_freq_for_preemption = 4
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+def state_of(config, workdir, step=None):
+    run = build(config)
+    with run_lib.open_existing_checkpoints(run, workdir) as checkpoints:
+        shapes = jax.eval_shape(run.fresh_state)
+        return jax.device_get(checkpoints.restore(step or checkpoints.newest(), shapes, replicated(run.mesh)))
+
+
+def same_bits(a, b):
+    leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in leaves)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 12 steps without interruption."""
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    run_lib.train(config_with(), workdir)
+    return workdir
+
+
+def test_training_leaves_what_the_run_needs(trained):
+    records = [json.loads(line) for line in (trained / "train" / "metrics.jsonl").read_text().splitlines()]
+    steps = [r["step"] for r in records if r["split"] == "train"]
+    assert steps == sorted(steps)
+    assert steps[-1] == 12
+    assert {"total", "first", "grad_norm", "seconds", "steps_per_second"} <= records[0].keys()
+    kept = sorted(int(p.name) for p in (trained / "checkpoints").iterdir() if p.name.isdigit())
+    assert kept == [6, 12], "every snapshot_freq steps, and the newest"
+    assert json.loads((trained / "config.json").read_text())["training"]["n_iters"] == 12
+    assert json.loads((trained / "environment.json").read_text())["num_parameters"] > 1000
+    assert "<html" in (trained / "report.html").read_text()
+
+
+def test_resumed_training_is_bit_for_bit_that_of_one_run(trained, tmp_path):
+    workdir = tmp_path / "run"
+    run_lib.train(config_with(training__n_iters=5), workdir)
+    assert state_of(config_with(), workdir).step == 5
+    run_lib.train(config_with(), workdir)
+    assert same_bits(state_of(config_with(), workdir), state_of(config_with(), trained))
+
+
+def test_continuing_with_a_higher_order(trained, tmp_path):
+    """Order 3 goes on from a first-order run: its step, parameters and optimizer, or those it is asked to reset."""
+    config = config_with(
+        training__score_matching_order=3, training__init_from=str(trained), training__n_iters=12, optim__lr=1e-4
+    )
+    run_lib.train(config, tmp_path / "kept")  # nothing left to do: exactly the state it starts from
+    assert same_bits(state_of(config, tmp_path / "kept"), state_of(config, trained))
+    config.training.init_reset = "step,opt,ema"
+    config.training.n_iters = 2
+    run_lib.train(config, tmp_path / "reset")
+    state = state_of(config, tmp_path / "reset")
+    assert state.step == 2
+    record = json.loads((tmp_path / "reset" / "train" / "metrics.jsonl").read_text().splitlines()[0])
+    assert record["order"] == 3
+    assert record["third"] > 0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    config = config_with(optim__lr=1e30, optim__warmup=0, optim__grad_clip=-1.0)
+    with pytest.raises(FloatingPointError, match="not finite between steps 0 and"):
+        run_lib.train(config, tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*")), "a broken state was saved"
+
+
+def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypatch):
+    config = config_with(eval__num_repeats=2, eval__enable_loss=True, eval__statistics_dir=str(tmp_path / "stats"))
+    run_lib.evaluate(config, trained, "whole")
+    whole = json.loads((trained / "whole" / "step_12.json").read_text())
+    assert whole["bpd"]["n"] == 48
+    assert whole["bpd"]["repeats"] == 2
+    assert sum(whole["bpd"]["terms"].values()) == pytest.approx(whole["bpd"]["mean"], abs=1e-5)
+    assert whole["samples"]["n"] == 48
+    assert whole["samples"]["fid_features"] == "classifier"
+    assert whole["loss"]["total"]["n"] == 359
+
+    import passes
+
+    solved = []
+    solve = passes._bits_per_dim_batch
+
+    def interrupted(*arguments):
+        if len(solved) == 2:
+            raise KeyboardInterrupt
+        solved.append(arguments)
+        return solve(*arguments)
+
+    monkeypatch.setattr(passes, "_bits_per_dim_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_lib.evaluate(config, trained, "parts")
+    monkeypatch.setattr(passes, "_bits_per_dim_batch", solve)
+    run_lib.evaluate(config, trained, "parts")
+    parts = json.loads((trained / "parts" / "step_12.json").read_text())
+    timeless = [{**r["bpd"], "seconds": 0} for r in (whole, parts)]
+    assert timeless[0] == timeless[1]
+    assert "bits/dim" in (trained / "report.html").read_text()
+
+
+def test_missing_checkpoints_are_named(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no checkpoint in"):
+        run_lib.evaluate(config_with(), tmp_path, "eval")
+    config = config_with(eval__begin_ckpt=1, eval__end_ckpt=3)
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 18; there are those of 6, 12"):
+        run_lib.evaluate(config, trained, "eval")
+
+
+def command(*arguments, config="configs/digits/smoke.py"):
+    return [sys.executable, "main.py", f"--config={config}", *arguments]
+
+
+BAD_INPUT = {
+    "misspelled field": ("--config.training.btach_size=3", "batch_size"),
+    "wrong type": ("--config.training.batch_size=many", "many"),
+    "order 4": ("--config.training.score_matching_order=4", "score_matching_order is 4; it must be 1, 2 or 3"),
+    "unknown network": ("--config.model.name=unet", "model.name is 'unet'; known are"),
+    "unknown data": ("--config.data.dataset=digitz", "data.dataset is 'digitz'"),
+    "negative batch": ("--config.training.batch_size=-4", "training.batch_size is -4"),
+    "no such init_from": ("--config.training.init_from=/nowhere", "no checkpoint in /nowhere"),
+    "unknown mode": ("--mode=trian", "train|eval"),
+    "no such config": ("--config=configs/digits/none.py", "none.py"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path):
+    argument, message = BAD_INPUT[name]
+    workdir = tmp_path / "run"
+    arguments = ["--mode=train", f"--workdir={workdir}", argument]
+    result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    said_by_us = [line for line in result.stderr.splitlines() if not re.match(r"[IW]\d{4} ", line)]
+    assert result.returncode not in (0, 1)
+    assert len(said_by_us) == 1, result.stderr
+    assert message in said_by_us[0]
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("arguments", [["--mode=train"], ["--mode=train", "--workdir=/proc/nowhere/run"]])
+def test_missing_and_unwritable_workdirs(arguments):
+    result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    said_by_us = [line for line in result.stderr.splitlines() if not re.match(r"[IW]\d{4} ", line)]
+    assert result.returncode == 2
+    assert len(said_by_us) == 1, result.stderr
+    assert "--workdir" in said_by_us[0]
+
+
+def test_a_checkpoint_of_another_network_is_refused(trained):
+    before = (trained / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"another network: model.nf is 8 there, 16 in the configuration"):
+        run_lib.train(config_with(model__nf=16), trained)
+    assert (trained / "config.json").read_bytes() == before
+
+
+def test_stopped_by_a_signal_it_saves_and_goes_on(tmp_path):
+    """Ctrl-C in the middle, then the same command: the result is that of a run never interrupted."""
+    settings = {"n_iters": 300, "snapshot_freq": 300, "snapshot_freq_for_preemption": 300}
+    flags = [f"--config.training.{name}={value}" for name, value in settings.items()]
+    workdir = tmp_path / "stopped"
+
+    def start():
+        arguments = command("--mode=train", f"--workdir={workdir}", *flags)
+        return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+    stopped = start()
+    metrics = workdir / "train" / "metrics.jsonl"
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and stopped.poll() is None and not (metrics.exists() and metrics.read_text()):
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGINT)
+    _, said = stopped.communicate(timeout=300)
+    assert stopped.returncode == 130, said
+    assert "goes on from here" in said
+    (step,) = (int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
+    assert 0 < step < 300
+
+    _, said = (again := start()).communicate(timeout=600)
+    assert again.returncode == 0, said
+    assert f"going on from step {step}" in said
+    config = config_with(**{f"training__{name}": value for name, value in settings.items()})
+    run_lib.train(config, tmp_path / "whole")
+    assert same_bits(state_of(config, workdir), state_of(config, tmp_path / "whole"))
