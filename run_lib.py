@@ -10,6 +10,7 @@ A run's folder (workdir) holds
     log.txt
 """
 
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -32,7 +33,9 @@ from datasets import Source
 from figures import save_grid
 from files import write_atomic, write_npz
 from records import MetricsWriter, StopRequest, log_to_file, progress, stop_on_signal
-from report import write_report
+from released import read_released
+from report import comparison_table, write_report
+from run_files import read_run
 from train_state import TrainState
 
 SHOWN = 64
@@ -53,6 +56,8 @@ def train(config: Config, workdir: Path) -> None:
     check_writable(workdir)
     with open_checkpoints(run, workdir) as checkpoints:
         state = starting_state(run, checkpoints, init_state)
+        if checkpoints.newest() is None and init_state is not None:
+            checkpoints.save(state)  # what was started from may be gone when this goes on
         describe_run(run, workdir, num_parameters=sum(p.size for p in jax.tree.leaves(state.params)))
         with MetricsWriter(workdir / "train") as metrics, stop_on_signal() as stop:
             training_loop(run, state, train_source, test_source, checkpoints, metrics, stop)
@@ -141,18 +146,34 @@ def starting_state(run: Run, checkpoints: Checkpoints, init_state: TrainState | 
 
 
 def initial_state(run: Run) -> TrainState:
-    """The newest state in the workdir `training.init_from`, with the parts of `training.init_reset` as in a new run.
+    """The state at `training.init_from`, with the parts of `training.init_reset` as in a new run.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is of another network, or `init_reset` has an unknown part.
+        ValueError: if it is of another network or damaged, or `init_reset` has an unknown part.
     """
     training = run.config.training
-    with open_existing_checkpoints(run, Path(training.init_from)) as checkpoints:
-        state = checkpoints.restore(
-            checkpoints.steps()[-1], jax.eval_shape(run.fresh_state), parallel.replicated(run.mesh)
+    return reset_parts(stored_state(run, Path(training.init_from)), run.fresh_state(), training.init_reset)
+
+
+def stored_state(run: Run, path: Path) -> TrainState:
+    """The state in a released file, in a step's folder among a run's checkpoints, or the newest of a workdir.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it is of another network, or damaged.
+    """
+    path, shapes, whole = path.absolute(), jax.eval_shape(run.fresh_state), parallel.replicated(run.mesh)
+    if path.is_file():
+        return jax.device_put(read_released(path, shapes), whole)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no checkpoint in {path}, which does not exist; name a workdir, a step's folder in its checkpoints, or a "
+            "released file"
         )
-    return reset_parts(state, run.fresh_state(), training.init_reset)
+    of_step = path.parent.name == "checkpoints" and path.name.isdigit()
+    with open_existing_checkpoints(run, path.parent.parent if of_step else path) as checkpoints:
+        return checkpoints.restore(int(path.name) if of_step else checkpoints.steps()[-1], shapes, whole)
 
 
 def open_existing_checkpoints(run: Run, workdir: Path) -> Checkpoints:
@@ -206,6 +227,8 @@ def _log_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") 
 def evaluate(config: Config, workdir: Path, eval_folder: str) -> None:
     """Evaluates checkpoints as `eval` asks: loss, bits/dim, samples; writes results and the report.
 
+    They are those of the run in `workdir`, or else the one at `eval.checkpoint`.
+
     Interrupted and run again, it goes on with the batch it was at. Parts not asked for keep earlier results.
 
     Raises:
@@ -216,12 +239,31 @@ def evaluate(config: Config, workdir: Path, eval_folder: str) -> None:
     run = build(config)
     parallel.divisible(config.eval.batch_size, "eval.batch_size")
     parallel.divisible(config.sampling.batch_size, "sampling.batch_size")
+    if config.eval.checkpoint:
+        return evaluate_stored(run, workdir, eval_folder)
     with open_existing_checkpoints(run, workdir) as checkpoints:
         check_writable(workdir)
         shapes = jax.eval_shape(run.fresh_state)
         for step in chosen_steps(config, checkpoints.steps()):
             state = checkpoints.restore(step, shapes, parallel.replicated(run.mesh))
-            evaluate_checkpoint(run, state, step, workdir, eval_folder)
+            stamp = {"order": config.training.score_matching_order}
+            evaluate_checkpoint(run, state, f"step_{step}", stamp, workdir, eval_folder)
+
+
+def evaluate_stored(run: Run, workdir: Path, eval_folder: str) -> None:
+    """Evaluates the state at `eval.checkpoint`, which may be of another run or a released file.
+
+    Results go to a file named after the checkpoint and its parameters, so that those of two never mix.
+    """
+    path = Path(run.config.eval.checkpoint)
+    state = stored_state(run, path)
+    stamp = {"checkpoint": str(path)}
+    if path.is_file():
+        with path.open("rb") as file:
+            stamp["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    check_writable(workdir)
+    label = f"{path.absolute().name}_{passes.params_digest(state.ema_params)}"
+    evaluate_checkpoint(run, state, label, stamp, workdir, eval_folder)
 
 
 def chosen_steps(config: Config, steps: Sequence[int]) -> Sequence[int]:
@@ -240,12 +282,14 @@ def chosen_steps(config: Config, steps: Sequence[int]) -> Sequence[int]:
     return wanted
 
 
-def evaluate_checkpoint(run: Run, state: TrainState, step: int, workdir: Path, eval_folder: str) -> None:
-    """Adds to eval/step_<step>.json what `eval` asks for, each part as soon as it is there."""
+def evaluate_checkpoint(
+    run: Run, state: TrainState, label: str, stamp: dict[str, Any], workdir: Path, eval_folder: str
+) -> None:
+    """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`."""
     folder, settings = workdir / eval_folder, run.config.eval
-    path = folder / f"step_{step}.json"
+    path, step = folder / f"{label}.json", int(state.step)
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    result |= {"checkpoint_step": step, "order": run.config.training.score_matching_order, "ema": True}
+    result |= {"checkpoint_step": step, "ema": True} | stamp
 
     def keep(**parts: Any) -> None:
         result.update(parts)
@@ -261,23 +305,30 @@ def evaluate_checkpoint(run: Run, state: TrainState, step: int, workdir: Path, e
     if settings.enable_sampling:
         samples, images = passes.sampling_pass(run, state.ema_params, folder)
         keep(samples=samples)
-        save_images(run, images, step, workdir)
+        save_images(run, images, label, step, workdir)
 
 
-def save_images(run: Run, images: np.ndarray, step: int, workdir: Path) -> None:
+def save_images(run: Run, images: np.ndarray, label: str, step: int, workdir: Path) -> None:
     """Some samples and as many real images, for the report."""
     if jax.process_index() != 0:
         return
     source = datasets.source_from_config(run.config, "test")
     real, shown, levels = source.images(np.arange(min(SHOWN, len(source)))), images[:SHOWN], run.config.data.levels
     write_npz(workdir / "samples" / "data.npz", samples=real, levels=levels, step=0)
-    write_npz(workdir / "samples" / f"step_{step}.npz", samples=shown, levels=levels, step=step)
-    save_grid(workdir / "samples" / f"step_{step}.png", shown, levels)
+    write_npz(workdir / "samples" / f"{label}.npz", samples=shown, levels=levels, step=step)
+    save_grid(workdir / "samples" / f"{label}.png", shown, levels)
     write_report(workdir)
 
 
-def report(workdir: Path) -> None:
-    """Writes the report again, from what is in the folder."""
-    if not workdir.is_dir():
-        raise FileNotFoundError(f"no folder {workdir}")
-    write_report(workdir)
+def report(workdir: Path, others: Sequence[Path] = ()) -> None:
+    """Writes the report again, from what is in the folder, beside other runs; prints their results as a table.
+
+    Raises:
+        FileNotFoundError: if a folder is not there.
+    """
+    for folder in (workdir, *others):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}")
+    write_report(workdir, others=others)
+    print(comparison_table([result for folder in (*others, workdir) for result in read_run(folder).results]))
+    print(f"\nreport: {workdir / 'report.html'}")

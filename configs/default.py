@@ -44,7 +44,7 @@ def _training() -> ConfigDict:
     training.snapshot_freq = 50_000  # steps between checkpoints that are kept for good
     training.snapshot_freq_for_preemption = 10_000  # steps between checkpoints that only serve to go on from
     training.snapshot_sampling = True  # draw a grid of samples with every kept checkpoint
-    training.init_from = ""  # checkpoint to start from: a workdir, a checkpoint folder or a released file
+    training.init_from = ""  # start from: a workdir, a step's folder in its checkpoints, or a released file
     training.init_reset = ""  # parts of init_from not to take over: any of step,opt,ema, joined by commas
     return training
 
@@ -137,6 +137,7 @@ def _eval() -> ConfigDict:
     evaluate = ConfigDict()
     evaluate.begin_ckpt = 1  # first and last kept checkpoint to evaluate, counted in units of snapshot_freq;
     evaluate.end_ckpt = 0  # an end below the beginning: the newest checkpoint only
+    evaluate.checkpoint = ""  # evaluate this one instead: as training.init_from, a released file for one
     evaluate.ckpt_id = 0  # the checkpoint that a dequantizer is trained for
     evaluate.batch_size = 1024  # images evaluated together, over all devices
     evaluate.enable_loss = False  # mean of the training loss over the test images
