@@ -45,7 +45,7 @@ def read_released(path: Path, like: TrainState) -> TrainState:
         ValueError: if it is damaged, of another format, or of another network; of the latter, with a list of the leaves
             that are missing, unexpected or of another shape.
     """
-    found, wanted = _read_leaves(path), flatten_dict(_released_tree(like), sep="/")
+    found, wanted = _read_leaves(path), _flat(_released_tree(like))
     _check_leaves(path, found, wanted)
     leaves = {name: np.asarray(found[name], leaf.dtype).reshape(leaf.shape) for name, leaf in wanted.items()}
     broken = [name for name, leaf in leaves.items() if not np.isfinite(leaf).all()]
@@ -110,12 +110,17 @@ def _has_count(node: Any) -> bool:
 def _read_leaves(path: Path) -> Leaves:
     content = path.read_bytes()
     try:
-        tree = msgpack_restore(content)
-        return flatten_dict({name: part for name, part in tree.items() if name in READ}, sep="/")
+        tree: Any = msgpack_restore(content)
+        return _flat({name: part for name, part in tree.items() if name in READ})
     except Exception as error:  # bytes of another kind make msgpack, flax and NumPy raise a dozen kinds
         raise ValueError(
             f"{path} is no released checkpoint (a training state in msgpack), or is damaged: {error}"
         ) from error
+
+
+def _flat(tree: dict[str, Any]) -> Leaves:
+    leaves: Any = flatten_dict(tree, sep="/")
+    return leaves
 
 
 def _check_leaves(path: Path, found: Leaves, wanted: Leaves) -> None:

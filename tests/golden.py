@@ -85,7 +85,8 @@ def check_released(path: Path) -> Iterator[Result]:
     checkpoint = path.with_suffix("") if path.suffix == ".npz" else path
     data = np.load(checkpoint.with_name(f"{checkpoint.name}.npz"))
     config = golden_config(data)
-    network, optimizer = ncsnpp_from_fields(config.model, config.data.centered), optimizer_from_config(config.optim)
+    network: Any = ncsnpp_from_fields(config.model, config.data.centered)
+    optimizer = optimizer_from_config(config.optim)
     like = jax.eval_shape(lambda params: create_state(params, optimizer), _abstract(network, data["x"].shape[1:]))
     state = read_released(checkpoint, like)
     output = _network_output(network, state.ema_params, data["x"], data["labels"])
