@@ -15,7 +15,8 @@ Three steps lead there; alpha x_0 + sigma z is x_t, rho = sigma / alpha the nois
 3. dy/dlambda = -(sigma / a)^2 (a score(x, t) + y): what the score adds to that Gaussian's. It is exactly 0 for such
    data, small where the noise hides the data's shape, and falls off like rho where the data hide the noise.
 
-The volume of the stretch is known, so div h integrates to sum_i ln(a_i(T) / a_i(t_min)) + integral of div_y dy/dlambda.
+The volume of the stretch is known, so div h integrates to sum_i ln(a_i(T) / a_i(t_min)) + integral of div_y dy/dlambda,
+where div_y dy/dlambda = -(sigma^2 div_x score + sum_i (sigma / a_i)^2); probes v estimate both terms, by v.J v and v.v.
 For any m and c this is an identity; they only decide how much is left to integrate. Without data to fit a Gaussian to,
 the middle and spread of the data's range will do.
 
@@ -32,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ScoreFn, num_dims, per_example
+from arrays import Batch, PerExample, ScoreFn, num_dims
 from derivatives import PROBES, Field, exact_divergence, probe_divergence
 from ode import Info, as_pytree, integrate
 from sde_lib import SDE
@@ -200,14 +201,19 @@ class LogNoiseField:
     def __call__(self, log_rho: Float[Array, ""], state: State) -> State:
         y, _ = state
         times = jnp.full(y.shape[:1], self.sde.time_of_log_noise_level(log_rho))
-        _, sigma = self.sde.alpha_sigma(times)
+        sigma = self.sde.alpha_sigma(times[0])[1]
         _, scale = self._moments(y, log_rho)
+        weight = jnp.square(sigma / scale)
+        score, divergence = _with_divergence(partial(self._score_at, times), self.restore(y, log_rho), self.probes)
+        # Probed in x, whatever the reference: J is symmetric there, so that nothing varies less.
+        known = jnp.sum(weight[None] * self._probe_squares(y), axis=range(2, y.ndim + 1)).T
+        return -weight * (scale * score + y), -(sigma**2 * divergence + known)
 
-        def flow(y: Batch) -> Batch:
-            score = self.score_fn(self.restore(y, log_rho), times)
-            return -jnp.square(per_example(sigma, y) / scale) * (scale * score + y)
+    def _score_at(self, times: PerExample, x: Batch) -> Batch:
+        return self.score_fn(x, times)
 
-        return _with_divergence(flow, y, self.probes)
+    def _probe_squares(self, like: Batch) -> Probes:
+        return jnp.ones((1, *like.shape), like.dtype) if self.probes is None else jnp.square(self.probes)
 
     def standardize(self, x: Batch, log_rho: Float[Array, ""]) -> Batch:
         """y of x."""
@@ -223,9 +229,7 @@ class LogNoiseField:
         """ln |dx/dy| of an example, in nats."""
         return jnp.sum(jnp.log(self._moments(like, log_rho)[1]))
 
-    def _moments(
-        self, like: Batch, log_rho: Float[Array, ""]
-    ) -> tuple[Float[Array, "1 *dims"], Float[Array, "1 *dims"]]:
+    def _moments(self, like: Batch, log_rho: Float[Array, ""]) -> tuple[Dims, Dims]:
         """alpha m, and a = sqrt(alpha^2 c^2 + sigma^2), of each dimension."""
         alpha, sigma = self.sde.alpha_sigma(self.sde.time_of_log_noise_level(log_rho))
         mean, std = self.reference.of_batch(like)

@@ -117,7 +117,7 @@ def _add(y: State, scale: Float[Array, ""], direction: State) -> State:
     return jax.tree.map(lambda y, k: y + scale * k, y, direction)
 
 
-@partial(jax.jit, static_argnames="num_steps")
+@jax.jit
 def _rk4(field: Field, y0: State, t0: Float[Array, ""], t1: Float[Array, ""], num_steps: int) -> tuple[State, Info]:
     dt = (t1 - t0) / num_steps
 

@@ -25,6 +25,7 @@ from models.score import build_network, init_params
 from released import read_released
 from tests.golden_common import Result, UnknownKind, golden_config, golden_params, load_config, relative_error
 from tests.golden_likelihood import check_likelihood
+from tests.golden_losses import check_losses
 from tests.golden_sde import check_sde
 from train_state import create_state, optimizer_from_config
 
@@ -96,6 +97,7 @@ def check_released(path: Path) -> Iterator[Result]:
 KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "configs": check_configs,
     "likelihood": check_likelihood,
+    "losses": check_losses,
     "param_trees": check_param_trees,
     "network": check_network,
     "released_checkpoint": check_released,
