@@ -216,7 +216,9 @@ def trained_state(run: Run) -> TrainState:
     noise = tree.unflatten([0.05 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)])
     params = jax.tree.map(jnp.add, state.params, noise)
     ema_params = jax.tree.map(lambda p, n: p - 0.5 * n, params, noise)
-    return state.replace(step=jnp.int32(FIRST_STEP), params=params, ema_params=ema_params)
+    step = jnp.int32(FIRST_STEP)
+    opt_state = jax.tree.map(lambda a: jnp.full_like(a, 0.01) if a.ndim else step.copy(), state.opt_state)
+    return TrainState(step, params, ema_params, opt_state)
 
 
 @pytest.fixture(scope="module")
