@@ -127,7 +127,7 @@ def _check_leaves(path: Path, found: Leaves, wanted: Leaves) -> None:
     """Raises ValueError with a list of the differences, if there are any."""
     differences = {
         "missing": [name for name in wanted if name not in found],
-        "unexpected": [name for name in found if name not in wanted],
+        "unexpected": sorted(found.keys() - wanted.keys(), key=lambda name: ("/state/" in name, name)),  # moments last
         "of another shape": [
             f"{name} is {_described(found[name])}, not {_described(leaf)}"
             for name, leaf in wanted.items()

@@ -262,6 +262,8 @@ def evaluate_stored(run: Run, workdir: Path, eval_folder: str) -> None:
         with path.open("rb") as file:
             stamp["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
     check_writable(workdir)
+    if not (workdir / "config.json").exists():
+        describe_run(run, workdir, num_parameters=sum(p.size for p in jax.tree.leaves(state.params)))
     label = f"{path.absolute().name}_{passes.params_digest(state.ema_params)}"
     evaluate_checkpoint(run, state, label, stamp, workdir, eval_folder)
 

@@ -286,6 +286,7 @@ def test_a_released_file_is_evaluated_directly(released_file: Path, own: Path, c
     assert result["checkpoint_step"] == FIRST_STEP
     assert result["bpd"]["n"] == 16
     assert (tmp_path / "released" / "report.html").exists()
+    assert json.loads((tmp_path / "released" / "config.json").read_text())["eval"]["checkpoint"] == str(released_file)
 
     run_lib.evaluate(config_with(), own, "eval")
     of_own = json.loads((own / "eval" / f"step_{FIRST_STEP}.json").read_text())
