@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup setup-dev test lint clean digits-orders
+
+.PHONY: setup setup-dev demo test lint clean digits-orders
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -22,6 +23,17 @@ $(VENV)/.run-installed: requirements.txt | $(BIN)/python
 $(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
 	$(PIP) -r requirements-dev.txt
 	@touch $@
+
+# Every line is a plain command; whatever was interrupted goes on where it was.
+DIGITS := $(BIN)/python main.py --config=configs/digits/ncsnpp.py
+ORDER3 := --config.training.score_matching_order=3 --config.training.init_from=runs/order1 \
+	--config.training.batch_size=32 --config.training.n_iters=4800
+demo: setup
+	$(DIGITS) --workdir=runs/order1 --mode=train
+	$(DIGITS) --workdir=runs/order1 --mode=eval
+	$(DIGITS) --workdir=runs/order3 --mode=train $(ORDER3)
+	$(DIGITS) --workdir=runs/order3 --mode=eval $(ORDER3)
+	@$(BIN)/python main.py --workdir=runs/order3 --compare=runs/order1 --mode=report
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2

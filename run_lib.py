@@ -52,7 +52,8 @@ def train(config: Config, workdir: Path) -> None:
     """
     run = build(config)
     train_source, test_source = (datasets.source_from_config(config, split) for split in datasets.SPLITS)
-    init_state = initial_state(run) if config.training.init_from else None
+    new = not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    init_state = initial_state(run) if config.training.init_from and new else None
     check_writable(workdir)
     with open_checkpoints(run, workdir) as checkpoints:
         state = starting_state(run, checkpoints, init_state)

@@ -77,6 +77,9 @@ def test_continuing_with_a_higher_order(trained, tmp_path):
     )
     run_lib.train(config, tmp_path / "kept")  # nothing left to do: exactly the state it starts from
     assert same_bits(state_of(config, tmp_path / "kept"), state_of(config, trained))
+    config.training.init_from = str(tmp_path / "gone")  # a run that is under way does not need it
+    run_lib.train(config, tmp_path / "kept")
+    config.training.init_from = str(trained)
     config.training.init_reset = "step,opt,ema"
     config.training.n_iters = 2
     run_lib.train(config, tmp_path / "reset")

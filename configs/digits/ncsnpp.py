@@ -36,11 +36,11 @@ def get_config() -> Config:
     config.training.snapshot_freq_for_preemption = 200
     config.training.snapshot_sampling = False
 
-    config.sampling.num_steps = 200
+    config.sampling.num_steps = 100
 
     config.eval.batch_size = 120
     config.eval.enable_sampling = True
-    config.eval.num_samples = 1000
+    config.eval.num_samples = 512
     config.eval.num_repeats = 1
     config.eval.ode_solver = "rk4_log"
     config.eval.ode_steps = 20
