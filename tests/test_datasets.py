@@ -7,6 +7,7 @@ import parallel
 from configs.digits.smoke import get_config
 from datasets import (
     BatchOrder,
+    MemorySource,
     Preprocess,
     evaluation_batch,
     evaluation_batch_sizes,
@@ -30,8 +31,10 @@ def test_digits_splits_are_disjoint_and_complete(digits):
     import sklearn.datasets
 
     both = np.concatenate([s.images(np.arange(len(s))).reshape(-1, 64) for s in (digits, test)])
-    expected = sklearn.datasets.load_digits()["data"].astype(np.uint8)
+    expected = np.asarray(sklearn.datasets.load_digits(return_X_y=True)[0], np.uint8)
     assert np.array_equal(np.sort(both, axis=0), np.sort(expected, axis=0))
+    assert isinstance(test, MemorySource)
+    assert test.labels is not None
     assert set(np.unique(test.labels)) == set(range(10))
 
 

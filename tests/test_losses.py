@@ -64,21 +64,21 @@ def test_terms_average_over_probes_to_what_the_paper_derives():
     terms = jax.vmap(
         lambda v: score_matching_losses(
             score_fn, sde, Objective(order=3, t_min=1e-2), x0, noise._replace(probe=jnp.broadcast_to(v, x0.shape))
-        )
+        ).named()
     )(probes)
     frob = jnp.sum(a**2, axis=(1, 2)) / d**2
-    np.testing.assert_allclose(jnp.mean(terms.second_frob, 0), frob, rtol=1e-4)
+    np.testing.assert_allclose(jnp.mean(terms["second_frob"], 0), frob, rtol=1e-4)
     symmetric = 0.5 * (a + a.transpose(0, 2, 1))
     trace = jnp.trace(a, axis1=1, axis2=2)
     off_diagonal = jnp.sum(symmetric**2, axis=(1, 2)) - jnp.sum(jnp.diagonal(a, axis1=1, axis2=2) ** 2, axis=1)
-    np.testing.assert_allclose(jnp.mean(terms.second_trace, 0), (trace**2 + 2 * off_diagonal) / d**2, rtol=1e-4)
+    np.testing.assert_allclose(jnp.mean(terms["second_trace"], 0), (trace**2 + 2 * off_diagonal) / d**2, rtol=1e-4)
 
     exact = sigma**3 * trace_gradient + (jnp.sum(u**2, 1) - jnp.trace(scaled, axis1=1, axis2=2) - d)[:, None] * u
     exact -= 2 * jnp.einsum("bij,bj->bi", scaled + jnp.eye(d)[None], u)
     quadratic = third_order_vector(score_fn, sde, x0, noise, probes)
     np.testing.assert_allclose(jnp.mean(quadratic, 0), exact, rtol=1e-3, atol=1e-4)
     expected = (jnp.sum(exact**2, 1) + jnp.sum(jnp.var(quadratic, axis=0), 1)) / d**3
-    np.testing.assert_allclose(jnp.mean(terms.third, 0), expected, rtol=1e-4)
+    np.testing.assert_allclose(jnp.mean(terms["third"], 0), expected, rtol=1e-4)
     assert jnp.max(jnp.abs(sigma**3 * trace_gradient)) > 0.1, "no third derivative: the test would see no error in it"
 
 
@@ -145,9 +145,7 @@ def test_true_score_is_stationary_for_every_order(name):
 
         def terms(params):
             losses = score_matching_losses(wrong_score(sde, params), sde, objective, x0, noise)
-            return jnp.stack(
-                [jnp.mean(v) for v in (losses.first, losses.second_frob, losses.second_trace, losses.third)]
-            )
+            return jnp.stack([jnp.mean(value) for name, value in losses.named().items() if name != "total"])
 
         return jax.jacrev(terms)(params)
 
@@ -171,7 +169,7 @@ def test_bars_carry_no_gradient():
     def term(name):
         def of_params(params):
             losses = score_matching_losses(wrong_score(VP, params), VP, Objective(order=3, t_min=1e-2), x0, noise)
-            return jnp.mean(getattr(losses, name))
+            return jnp.mean(losses.named()[name])
 
         return jax.grad(of_params)((0.1, 0.1, 0.1))
 
@@ -229,12 +227,12 @@ def test_half_sum_and_weights():
     half = score_matching_losses(score_fn, VP, Objective(t_min=1e-2, reduce_mean=False), x0, noise)
     np.testing.assert_allclose(half.total, 0.5 * D * mean.total, rtol=1e-6)
     weighted = Objective(order=3, t_min=1e-2, second_weight=0.5, third_weight=0.1)
-    losses = score_matching_losses(score_fn, VP, weighted, x0, noise)
-    total = losses.first + 0.5 * (losses.second_frob + losses.second_trace) + 0.1 * losses.third
-    np.testing.assert_allclose(losses.total, total, rtol=1e-6)
-    second = score_matching_losses(score_fn, VP, Objective(order=2, t_min=1e-2), x0, noise)
-    np.testing.assert_allclose(second.second_frob, losses.second_frob, rtol=1e-5)
-    assert set(second.named()) == {"total", "first", "second_frob", "second_trace"}
+    third = score_matching_losses(score_fn, VP, weighted, x0, noise).named()
+    total = third["first"] + 0.5 * (third["second_frob"] + third["second_trace"]) + 0.1 * third["third"]
+    np.testing.assert_allclose(third["total"], total, rtol=1e-6)
+    second = score_matching_losses(score_fn, VP, Objective(order=2, t_min=1e-2), x0, noise).named()
+    np.testing.assert_allclose(second["second_frob"], third["second_frob"], rtol=1e-5)
+    assert set(second) == {"total", "first", "second_frob", "second_trace"}
 
 
 @pytest.mark.parametrize(

@@ -29,11 +29,11 @@ def config_with(**fields):
     return config
 
 
-def state_of(config, workdir, step=None):
+def state_of(config, workdir):
     run = build(config)
     with run_lib.open_existing_checkpoints(run, workdir) as checkpoints:
         shapes = jax.eval_shape(run.fresh_state)
-        return jax.device_get(checkpoints.restore(step or checkpoints.newest(), shapes, replicated(run.mesh)))
+        return jax.device_get(checkpoints.restore(checkpoints.steps()[-1], shapes, replicated(run.mesh)))
 
 
 def same_bits(a, b):

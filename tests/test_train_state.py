@@ -1,4 +1,5 @@
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def train_on(devices, run, batches):
     mesh = Mesh(np.array(devices), ("data",))
     whole, along = parallel.replicated(mesh), parallel.along_batch(mesh)
     step = jax.jit(run.trainer.train_step, in_shardings=(whole, along, whole), out_shardings=whole, donate_argnums=0)
-    state = jax.device_put(run.fresh_state(), whole)
+    state, metrics = jax.device_put(run.fresh_state(), whole), {}
     for images in batches:
         state, metrics = step(state, images, run.key(TRAIN_KEY))
     return jax.device_get(state), jax.device_get(metrics)
@@ -89,7 +90,7 @@ def test_optimizer_is_the_published_one():
     optim = get_config().optim
     optim.lr, optim.warmup, optim.grad_clip, optim.eps = 0.1, 2, 1.0, 1e-8
     optimizer = optimizer_from_config(optim)
-    params = {"w": jnp.array([1.0, -2.0])}
+    params: Any = {"w": jnp.array([1.0, -2.0])}
     state = optimizer.init(params)
     m = v = np.zeros(2)
     w = np.array([1.0, -2.0])
@@ -100,7 +101,7 @@ def test_optimizer_is_the_published_one():
         m, v = 0.9 * m + 0.1 * clipped, 0.999 * v + 0.001 * clipped**2
         rate = 0.1 * min(step / 2, 1)
         w = w - rate * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
-        np.testing.assert_allclose(params["w"], w, rtol=1e-5)
+        np.testing.assert_allclose(np.asarray(params["w"]), w, rtol=1e-5)
 
 
 def test_average_of_parameters(batches):
