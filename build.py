@@ -17,6 +17,18 @@ from train_state import Trainer, TrainState, create_state, optimizer_from_config
 INIT_KEY, TRAIN_KEY, EVAL_KEY, SAMPLE_KEY = range(4)
 """What the seed is folded with for each purpose, so that no two share random numbers."""
 
+AT_LEAST_ONE = (
+    "n_iters",
+    "n_jitted_steps",
+    "accumulation_steps",
+    "log_freq",
+    "eval_freq",
+    "eval_batches",
+    "snapshot_freq",
+    "snapshot_freq_for_preemption",
+)
+"""Fields of `training` that count something there must be one of."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -61,7 +73,7 @@ def build(config: Config) -> Run:
         ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
     """
     training = config.training
-    for field in ("n_iters", "n_jitted_steps", "accumulation_steps", "log_freq", "eval_freq", "snapshot_freq"):
+    for field in AT_LEAST_ONE:
         if training[field] < 1:
             raise ValueError(f"training.{field} is {training[field]}; it must be at least 1")
     if not 0 <= config.model.ema_rate < 1:

@@ -48,18 +48,18 @@ class LossPass:
         self.preprocess = dataclasses.replace(run.trainer.preprocess, random_flip=False)
         self._losses = jax.jit(self._per_example)
 
-    def batch(self, params: Params, step: int) -> dict[str, float]:
-        """Means over one batch of the images, another for each record of the test loss, with noise of its own."""
-        number = step // self.run.config.training.eval_freq
-        values, counts = self._values(
-            params, number % self.num_batches, jax.random.fold_in(self.run.key(EVAL_KEY), step)
-        )
-        return {name: float(np.mean(value[counts])) for name, value in values.items()}
+    def some(self, params: Params) -> dict[str, float]:
+        """Means over the first `training.eval_batches` batches; always of the same images and noise, to be compared."""
+        means = self._means(params, min(self.run.config.training.eval_batches, self.num_batches))
+        return {name: mean["mean"] for name, mean in means.items()}
 
     def whole(self, params: Params) -> dict[str, Any]:
         """Means over all of the images, with standard errors."""
+        return self._means(params, self.num_batches)
+
+    def _means(self, params: Params, num_batches: int) -> dict[str, dict[str, float]]:
         key = self.run.key(EVAL_KEY)
-        parts = [self._values(params, number, jax.random.fold_in(key, number)) for number in range(self.num_batches)]
+        parts = [self._values(params, number, jax.random.fold_in(key, number)) for number in range(num_batches)]
         names = parts[0][0]
         return {name: mean_estimate(np.concatenate([v[name][c] for v, c in parts]))._asdict() for name in names}
 

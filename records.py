@@ -73,6 +73,15 @@ class MetricsWriter:
             )
         return means
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """For work between steps whose time does not count as theirs."""
+        if self.pending:
+            jax.block_until_ready(self.pending[-1])
+        started = time.monotonic()
+        yield
+        self.recorded += time.monotonic() - started
+
     def write(self, step: int, split: str, **values: float | int) -> None:
         """Writes one record; `seconds` counts the time of training, interruptions left out."""
         if not self.active:

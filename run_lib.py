@@ -97,9 +97,9 @@ def training_loop(
                 means = metrics.record_train(step, training.score_matching_order, training.n_jitted_steps)
                 bar.set_postfix(loss=f"{means['total']:.4g}", refresh=False)
             if due(step, before, training.eval_freq):
-                metrics.write(
-                    step, "test", order=training.score_matching_order, **test_loss.batch(state.ema_params, step)
-                )
+                with metrics.aside():
+                    means = test_loss.some(state.ema_params)
+                metrics.write(step, "test", order=training.score_matching_order, **means)
             if saving:
                 checkpoints.save(state)
             bar.update(step - before)

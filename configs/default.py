@@ -41,6 +41,7 @@ def _training() -> ConfigDict:
     training.reduce_mean = True  # mean over dimensions, else half the sum; orders 2 and 3 need the mean
     training.log_freq = 100  # steps between records of the losses
     training.eval_freq = 100  # steps between losses on test data
+    training.eval_batches = 1  # batches of test data behind each; the same ones, with the same noise, every time
     training.snapshot_freq = 50_000  # steps between checkpoints that are kept for good
     training.snapshot_freq_for_preemption = 10_000  # steps between checkpoints that only serve to go on from
     training.snapshot_sampling = True  # draw a grid of samples with every kept checkpoint

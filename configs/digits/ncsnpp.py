@@ -32,6 +32,8 @@ def get_config() -> Config:
 
     config.training.batch_size = 64
     config.training.n_iters = 4000
+    config.training.eval_freq = 200
+    config.training.eval_batches = 6
     config.training.snapshot_freq = 1000
     config.training.snapshot_freq_for_preemption = 200
     config.training.snapshot_sampling = False
