@@ -1,111 +1,27 @@
-"""Images as integer levels, from named sources to seeded batches.
+"""From a source's images to seeded batches.
 
-A source holds the images of one split as unsigned bytes, levels 0 .. levels-1. Batches keep that form until they are on
-the devices, where `Preprocess` mirrors, dequantizes and scales them; so everything random about a batch follows from
-the seed and the step, on any number of hosts.
+Batches are unsigned bytes, levels 0 .. levels-1, until they are on the devices, where `Preprocess` mirrors, dequantizes
+and scales them; so everything random about a batch follows from the seed and the step, on any number of hosts.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from arrays import Batch, per_example
 from configs.default import Config
 from parallel import local_rows, pad_rows
-
-SPLITS = ("train", "test")
-Levels = UInt8[np.ndarray, "batch height width channel"]
-
-
-class Source(Protocol):
-    """The images of one split, in a fixed order, and what describes them."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels)."""
-        ...
-
-    @property
-    def description(self) -> str:
-        """Name, version and split, as stamped into results."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def images(self, indices: np.ndarray) -> Levels:
-        """The images of these indices."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class MemorySource:
-    """Images held decoded in memory, with class labels where there are any."""
-
-    levels_array: Levels
-    description: str
-    labels: np.ndarray | None = None
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        _, height, width, channels = self.levels_array.shape
-        return height, width, channels
-
-    def __len__(self) -> int:
-        return len(self.levels_array)
-
-    def images(self, indices: np.ndarray) -> Levels:
-        return self.levels_array[indices]
-
-
-def load_digits(config: Config, split: str) -> MemorySource:
-    """scikit-learn's handwritten digits: 1797 images of 8x8 with 17 levels, one in five of them for testing."""
-    del config
-    import sklearn.datasets  # here, because its import takes a second that other data sets need not spend
-
-    digits: Any = sklearn.datasets.load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.images))
-    test_size = len(order) // 5
-    chosen = order[:test_size] if split == "test" else order[test_size:]
-    images = digits.images[chosen].astype(np.uint8)[..., None]
-    return MemorySource(images, f"digits (scikit-learn), {split}", digits.target[chosen])
-
-
-SOURCES: dict[str, Callable[[Config, str], Source]] = {"digits": load_digits}
-
-
-def source_from_config(config: Config, split: str) -> Source:
-    """Opens one split of `data.dataset`.
-
-    Raises:
-        ValueError: for an unknown data set, or when its images are not as `data` says.
-    """
-    if config.data.dataset not in SOURCES:
-        raise ValueError(f"data.dataset is {config.data.dataset!r}; known are {', '.join(SOURCES)}")
-    source = SOURCES[config.data.dataset](config, split)
-    wanted = (config.data.image_size, config.data.image_size, config.data.num_channels)
-    if source.image_shape != wanted:
-        raise ValueError(
-            f"{source.description} has images of {source.image_shape}, but data.image_size and data.num_channels "
-            f"ask for {wanted}"
-        )
-    _check_levels(source, config.data.levels)
-    return source
-
-
-def _check_levels(source: Source, levels: int) -> None:
-    """Checks data.levels against a sample of the images: all below it, and the upper half in use."""
-    highest = int(source.images(np.arange(min(len(source), 1000))).max())
-    if not levels // 2 <= highest < levels:
-        raise ValueError(
-            f"data.levels is {levels}, but the brightest pixel of {source.description} has level {highest}; "
-            "bits/dim would be wrong"
-        )
+from sources import MemorySource as MemorySource  # sources are found here, too
+from sources import Source as Source
+from sources import source_from_config as source_from_config
+from sources.splits import SPLITS as SPLITS
+from sources.splits import Levels
 
 
 @dataclasses.dataclass(frozen=True)

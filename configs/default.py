@@ -52,8 +52,13 @@ def _training() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    data.dataset = "CIFAR10"  # name of the source; see datasets.py
+    data.dataset = "CIFAR10"  # CIFAR10, MNIST, SVHN, ImageNet; digits; npz, folder: the user's own, at data.path
+    data.variant = ""  # of ImageNet: old (the papers') or new (image-net.org's of 2021); never comparable
     data.category = ""  # of a data set that has several: LSUN's scene
+    data.path = ""  # of npz the file, of folder the folder
+    data.dir = "assets/data"  # where --mode=prepare keeps data sets, and folders their decoded images
+    data.archive = ""  # for --mode=prepare: the file as published, or the folder with the files
+    data.archive_sha256 = ""  # accept files of these hashes, joined by commas, instead of the known ones
     data.image_size = 32
     data.num_channels = 3
     data.levels = 256  # grey levels of a channel; bits/dim are those of the discrete image

@@ -12,8 +12,9 @@ LAYERS = (
     {"build", "tables", "figures", "run_files", "released"},
     {"checkpoints"},
     {"train_state", "evaluation", "sampling", "likelihood", "bounds"},
-    {"losses", "features", "fast_samplers", "predictor_corrector", "ode", "datasets", "models", "records"},
+    {"losses", "features", "fast_samplers", "predictor_corrector", "ode", "datasets", "models"},
     {"sources"},
+    {"records"},
     {"derivatives", "sde_lib", "parallel", "files"},
     {"arrays", "configs"},
 )
@@ -34,7 +35,7 @@ def imports(path: Path) -> set[str]:
 def files() -> dict[Path, str]:
     """The source files, with the name of the module or package each belongs to."""
     top = {path: path.stem for path in ROOT.glob("*.py")}
-    return top | {path: name for name in ("models", "configs") for path in (ROOT / name).rglob("*.py")}
+    return top | {path: name for name in ("models", "sources", "configs") for path in (ROOT / name).rglob("*.py")}
 
 
 def test_every_module_has_its_layer():

@@ -1,0 +1,172 @@
+"""Images as integer levels, by the name of their data set.
+
+A source holds the images of one split as unsigned bytes, levels 0 .. levels-1, in an order that never changes.
+To add one, write a function like `load_digits` and name it in SOURCES.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from configs.default import Config
+from sources.folder import load_folder
+from sources.splits import TEST_SHARE, Levels, Split, describe, is_test
+
+IN_A_FOLDER = ("LSUN", "CelebA", "CelebAHQ", "FFHQ")
+"""Published data sets that come as, or are easily made, a folder of images."""
+
+
+class Source(Protocol):
+    """The images of one split, in a fixed order, and what describes them."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, channels)."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """Name, version and split, as stamped into results; two sources of other images differ in it."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: np.ndarray) -> Levels:
+        """The images of these indices."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class MemorySource:
+    """Images held decoded in memory, or mapped into it, with class labels where there are any."""
+
+    levels_array: Levels
+    description: str
+    labels: np.ndarray | None = None
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        _, height, width, channels = self.levels_array.shape
+        return height, width, channels
+
+    def __len__(self) -> int:
+        return len(self.levels_array)
+
+    def images(self, indices: np.ndarray) -> Levels:
+        return np.asarray(self.levels_array[indices])
+
+
+def load_digits(split: str) -> MemorySource:
+    """scikit-learn's handwritten digits: 1797 images of 8x8 with 17 levels, one in five of them for testing."""
+    import sklearn.datasets  # here, because its import takes a second that other data sets need not spend
+
+    digits: Any = sklearn.datasets.load_digits()
+    order = np.random.default_rng(0).permutation(len(digits.images))
+    test_size = len(order) // 5
+    chosen = order[:test_size] if split == "test" else order[test_size:]
+    images = digits.images[chosen].astype(np.uint8)[..., None]
+    return MemorySource(images, f"digits (scikit-learn), {split}", digits.target[chosen])
+
+
+def load_npz(path: Path, split: str) -> MemorySource:
+    """Images of an .npz file: x_train and x_test, or `images`, of which those are for testing whose hashes say so.
+
+    Arrays are unsigned bytes, [n, height, width, channels] or [n, height, width]. Labels are y_train and y_test, or
+    `labels`, where there are any.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged or has no such arrays, or a split has no images.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"data.path is {str(path)!r}, which is no file")
+    try:
+        with path.open("rb") as file, np.load(file) as arrays:
+            held = list(arrays)
+            read = {name: arrays[name] for name in held if name in ("images", "labels", f"x_{split}", f"y_{split}")}
+    except Exception as error:  # damaged bytes make NumPy, zipfile and zlib raise a dozen kinds
+        raise ValueError(f"{path} is no readable .npz file: {error}") from error
+    if "images" not in held and f"x_{split}" not in held:
+        raise ValueError(f"{path} holds {', '.join(held) or 'nothing'}, but neither images nor x_{split}")
+    images, labels = _split_of(read, path, split)
+    return MemorySource(images, describe(f"npz {path.name}", split, images), labels)
+
+
+def _split_of(arrays: dict[str, np.ndarray], path: Path, split: str) -> Split:
+    whole = "images" in arrays
+    name, labels_name = ("images", "labels") if whole else (f"x_{split}", f"y_{split}")
+    images = arrays[name]
+    labels = arrays[labels_name].ravel() if labels_name in arrays else None
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise ValueError(
+            f"{name} in {path} is {images.dtype} of shape {images.shape}; it must be uint8 of 3 or 4 axes, "
+            "[n, height, width] or [n, height, width, channels]"
+        )
+    if labels is not None and len(labels) != len(images):
+        raise ValueError(f"{path} has {len(images)} images in {name}, but {len(labels)} labels in {labels_name}")
+    if whole:
+        chosen = np.array([is_test(image.tobytes()) == (split == "test") for image in images], bool)
+        images, labels = images[chosen], None if labels is None else labels[chosen]
+    if not len(images):
+        raise ValueError(f"{path} has no {split} images; of `images`, about {TEST_SHARE:.0%} are for testing")
+    return Split(images if images.ndim == 4 else images[..., None], labels)
+
+
+def _npz(data: Config, split: str) -> Source:
+    return load_npz(_path(data), split)
+
+
+def _folder(data: Config, split: str) -> Source:
+    return MemorySource(*load_folder(_path(data), split, data.image_size, data.num_channels, Path(data.dir)))
+
+
+def _path(data: Config) -> Path:
+    if not data.path:
+        raise ValueError(f"data.path is empty; data.dataset={data.dataset} reads the images that are there")
+    return Path(data.path)
+
+
+SOURCES: dict[str, Callable[[Config, str], Source]] = {
+    "digits": lambda data, split: load_digits(split),
+    "npz": _npz,
+    "folder": _folder,
+}
+
+
+def source_from_config(config: Config, split: str) -> Source:
+    """Opens one split of `data.dataset`.
+
+    Raises:
+        FileNotFoundError: if its files are not there, saying what to supply.
+        ValueError: for an unknown data set, for damaged files, or when its images are not as `data` says.
+    """
+    data = config.data
+    if data.dataset in IN_A_FOLDER:
+        raise ValueError(
+            f"data.dataset is {data.dataset!r}: extract its images into a folder, and use data.dataset=folder and "
+            "data.path=FOLDER"
+        )
+    if data.dataset not in SOURCES:
+        raise ValueError(f"data.dataset is {data.dataset!r}; known are {', '.join(SOURCES)}")
+    source = SOURCES[data.dataset](data, split)
+    wanted = (data.image_size, data.image_size, data.num_channels)
+    if source.image_shape != wanted:
+        raise ValueError(
+            f"{source.description} has images of {source.image_shape}, but data.image_size and data.num_channels "
+            f"ask for {wanted}"
+        )
+    _check_levels(source, data.levels)
+    return source
+
+
+def _check_levels(source: Source, levels: int) -> None:
+    """Checks data.levels against a sample of the images: all below it, and the upper half in use."""
+    highest = int(source.images(np.arange(min(len(source), 1000))).max())
+    if not levels // 2 <= highest < levels:
+        raise ValueError(
+            f"data.levels is {levels}, but the brightest pixel of {source.description} has level {highest}; "
+            "bits/dim would be wrong"
+        )

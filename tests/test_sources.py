@@ -1,0 +1,201 @@
+"""Data of each kind, made on the spot: what is read is what was written, and what is wrong is named."""
+
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from configs.digits.smoke import get_config
+from sources import MemorySource, source_from_config
+
+RNG = np.random.default_rng(0)
+
+
+def random_images(*shape):
+    images = RNG.integers(0, 256, shape, dtype=np.uint8)
+    images.flat[0] = 255
+    return images
+
+
+def config_for(dataset, tmp_path, **fields):
+    config = get_config()
+    config.data.update(dataset=dataset, levels=256, dir=str(tmp_path / "data"), **fields)
+    return config
+
+
+def both_splits(config):
+    sources = []
+    for split in ("train", "test"):
+        source = source_from_config(config, split)
+        assert isinstance(source, MemorySource)
+        sources.append(source)
+    return sources
+
+
+def images_of(source):
+    return source.images(np.arange(len(source)))
+
+
+def test_npz_with_its_own_split(tmp_path):
+    train, test, labels = random_images(5, 8, 8), random_images(3, 8, 8), np.arange(3)
+    np.savez(tmp_path / "a.npz", x_train=train, x_test=test, y_test=labels)
+    sources = both_splits(config_for("npz", tmp_path, path=str(tmp_path / "a.npz")))
+    np.testing.assert_array_equal(images_of(sources[0])[..., 0], train)
+    np.testing.assert_array_equal(images_of(sources[1])[..., 0], test)
+    assert sources[0].labels is None
+    np.testing.assert_array_equal(sources[1].labels, labels)
+
+
+def test_npz_without_a_split(tmp_path):
+    """Every image is in one of the splits, where its content alone puts it, so that copies stay together."""
+    images = np.concatenate([random_images(200, 8, 8, 3)] * 2)
+    labels = np.arange(400) % 200
+    np.savez_compressed(tmp_path / "a.npz", images=images, labels=labels)
+    train, test = both_splits(config_for("npz", tmp_path, path=str(tmp_path / "a.npz"), num_channels=3))
+    assert abs(len(test) / 2 - 20) < 5 * np.sqrt(200 * 0.1 * 0.9)
+    assert len(train) + len(test) == 400
+    assert set(train.labels) | set(test.labels) == set(range(200))
+    assert set(train.labels) & set(test.labels) == set()
+    for source in (train, test):
+        np.testing.assert_array_equal(images_of(source), images[source.labels])
+
+
+def test_descriptions_tell_contents_apart(tmp_path):
+    descriptions = set()
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        path = tmp_path / str(number) / "a.npz"
+        np.savez(path, x_train=random_images(4, 8, 8), x_test=random_images(4, 8, 8))
+        config = config_for("npz", tmp_path, path=str(path))
+        descriptions |= {source.description for source in both_splits(config)}
+        descriptions |= {source.description for source in both_splits(config)}
+    assert len(descriptions) == 6
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pictures": np.zeros((4, 8, 8), np.uint8)}, "holds pictures, but neither images nor x_train"),
+        ({"images": np.zeros((4, 8, 8), np.float32)}, "images in .* is float32"),
+        ({"images": np.zeros((4, 64), np.uint8)}, r"of shape \(4, 64\)"),
+        ({"x_train": random_images(4, 8, 8), "y_train": np.arange(3)}, "4 images in x_train, but 3 labels in y_train"),
+        ({"x_train": np.zeros((0, 8, 8), np.uint8)}, "has no train images"),
+        ({"x_train": random_images(4, 9, 9)}, r"has images of \(9, 9, 1\), but data.image_size"),
+        ({"x_train": np.ones((4, 8, 8), np.uint8)}, "brightest pixel of .* has level 1"),
+    ],
+)
+def test_npz_that_does_not_fit_is_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ValueError, match=message):
+        source_from_config(config_for("npz", tmp_path, path=str(tmp_path / "a.npz")), "train")
+
+
+def test_damaged_and_missing_npz_are_named(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, x_train=random_images(4, 8, 8))
+    whole = path.read_bytes()
+    for damaged in (b"", b"no npz", whole[:-100], whole[:200] + bytes(50) + whole[250:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"a.npz is no readable .npz file"):
+            source_from_config(config_for("npz", tmp_path, path=str(path)), "train")
+    with pytest.raises(FileNotFoundError, match=r"data.path is .*nowhere"):
+        source_from_config(config_for("npz", tmp_path, path="/nowhere"), "train")
+    with pytest.raises(ValueError, match=r"data.path is empty"):
+        source_from_config(config_for("npz", tmp_path), "train")
+
+
+def save(path, pixels, mode=None):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Sixty images: colour and grey, PNG and JPEG, of several sizes, two folders deep, and a file that is no image."""
+    for number in range(60):
+        height, width = [(16, 16), (16, 20), (40, 32), (9, 30)][number % 4]
+        pixels = random_images(height, width, 3)
+        name = ["a.png", "B.PNG", "c.jpg", "d.jpeg"][number % 4]
+        save(tmp_path / "pictures" / f"{number % 3}" / f"{number}{name}", pixels, "L" if number % 5 == 0 else None)
+    (tmp_path / "pictures" / "readme.txt").write_text("hello")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_folder_of_mixed_images(folder, tmp_path, channels):
+    config = config_for("folder", tmp_path, path=str(folder), image_size=16, num_channels=channels)
+    train, test = both_splits(config)
+    assert len(train) + len(test) == 60
+    assert 0 < len(test) < 20
+    assert train.image_shape == (16, 16, channels)
+    # one of the right size is not touched, a wider one is cut in its middle
+    images = np.concatenate([images_of(train), images_of(test)])
+    for number, cut in (("1/4a.png", slice(None)), ("2/5B.PNG", slice(2, 18))):
+        with Image.open(folder / number) as image:
+            expected = np.asarray(image.convert("L" if channels == 1 else "RGB"))[:, cut].reshape(16, 16, channels)
+        assert np.any(np.all(images == expected, axis=(1, 2, 3))), number
+
+
+def test_shrinking_averages(tmp_path):
+    """Halved in size, pixels are weighted means over all pixels of the original: stripes turn grey, flat stays flat."""
+    stripes = np.zeros((64, 32, 3), np.uint8)
+    stripes[:, ::2] = 255
+    for split in ("train", "test"):
+        save(tmp_path / "stripes" / split / "a.png", stripes)
+    config = config_for("folder", tmp_path, path=str(tmp_path / "stripes"), image_size=16, num_channels=3)
+    source, _ = both_splits(config)
+    inner = images_of(source)[:, :, 2:-2].astype(int)
+    assert np.all(abs(inner - 127.5) <= 1.5)
+
+
+def test_folder_with_train_and_test(tmp_path):
+    for split, count in (("train", 4), ("test", 2)):
+        for number in range(count):
+            save(tmp_path / "own" / split / f"{number}.png", random_images(8, 8))
+    train, test = both_splits(config_for("folder", tmp_path, path=str(tmp_path / "own")))
+    assert (len(train), len(test)) == (4, 2)
+
+
+def test_decoded_folder_is_kept_until_it_changes(folder, tmp_path, monkeypatch):
+    config = config_for("folder", tmp_path, path=str(folder), image_size=16, num_channels=3)
+    first = both_splits(config)[0]
+    monkeypatch.setattr("sources.folder.decode_image", lambda *_: pytest.fail("decoded again"))
+    again = both_splits(config)[0]
+    np.testing.assert_array_equal(images_of(first), images_of(again))
+    assert again.description == first.description
+    monkeypatch.undo()
+    path = next(path for path in sorted(folder.rglob("*.png")))
+    before = path.stat()
+    save(path, random_images(16, 16, 3))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+    changed = {source.description for source in both_splits(config)}
+    assert changed != {source.description for source in (first, both_splits(config)[1])}
+
+
+def test_corrupt_image_is_named(folder, tmp_path):
+    config = config_for("folder", tmp_path, path=str(folder), image_size=16, num_channels=3)
+    victim = folder / "1" / "1B.PNG"
+    whole = victim.read_bytes()
+    for damaged in (b"", b"no image", whole[: len(whole) // 2], whole[:200] + bytes(60) + whole[260:]):
+        victim.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"1B.PNG cannot be read as an image"):
+            source_from_config(config, "train")
+    Image.fromarray(RNG.integers(0, 2**16, (16, 16), dtype=np.uint16)).save(victim)
+    with pytest.raises(ValueError, match=r"1B.PNG has pixels of Pillow's mode I;16"):
+        source_from_config(config, "train")
+    assert not list((tmp_path / "data").glob("*/about.json")), "nothing half-decoded is kept"
+
+
+def test_folder_that_does_not_fit_is_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty has no train images"):
+        source_from_config(config_for("folder", tmp_path, path=str(tmp_path / "empty")), "train")
+    with pytest.raises(FileNotFoundError, match=r"which is no folder"):
+        source_from_config(config_for("folder", tmp_path, path="/nowhere"), "train")
+    with pytest.raises(ValueError, match=r"num_channels is 2"):
+        source_from_config(config_for("folder", tmp_path, path=str(tmp_path / "empty"), num_channels=2), "train")
+    with pytest.raises(ValueError, match=r"LSUN.*data.dataset=folder"):
+        source_from_config(config_for("LSUN", tmp_path), "train")
