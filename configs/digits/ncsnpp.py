@@ -38,7 +38,7 @@ def get_config() -> Config:
     config.training.snapshot_freq_for_preemption = 200
     config.training.snapshot_sampling = False
 
-    config.sampling.num_steps = 100
+    config.sampling.num_steps = 200
 
     config.eval.batch_size = 120
     config.eval.enable_sampling = True
