@@ -60,7 +60,7 @@ class Run:
 
     def network_description(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be of this network: its fields, the SDE, and the kind of images."""
-        free = ("ema_rate", "dropout", "num_scales")
+        free = ("ema_rate", "dropout", "num_scales", "remat")
         model = {f"model.{k}": v for k, v in self.config.model.to_dict().items() if k not in free}
         data = {f"data.{k}": self.config.data[k] for k in ("image_size", "num_channels", "levels", "centered")}
         return {"training.sde": self.config.training.sde, **model, **data}

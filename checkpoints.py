@@ -82,10 +82,10 @@ class Checkpoints:
 
 def _same_network(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     wanted = json.loads(json.dumps(wanted))  # as it reads back: tuples are lists
-    for field in sorted(found.keys() | wanted.keys()):
-        if found.get(field) != wanted.get(field):
+    for field in sorted(found.keys() & wanted.keys()):  # one that only one of them knows is of another version
+        if found[field] != wanted[field]:
             raise ValueError(
-                f"{what} is of another network: {field} is {found.get(field)!r} there, {wanted.get(field)!r} in the "
+                f"{what} is of another network: {field} is {found[field]!r} there, {wanted[field]!r} in the "
                 "configuration; change the configuration or choose another workdir"
             )
 

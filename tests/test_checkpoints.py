@@ -1,0 +1,74 @@
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import Mesh
+
+import parallel
+from checkpoints import Checkpoints, reset_parts
+from train_state import create_state
+
+OPTIMIZER = optax.adam(1e-3)
+
+
+def state_at(step, value=1.0):
+    state = create_state({"w": jnp.full((4, 2), value)}, OPTIMIZER)
+    return state.replace(step=jnp.asarray(step, jnp.int32))
+
+
+def whole(devices=None):
+    return parallel.replicated(Mesh(devices or jax.devices(), ("data",)))
+
+
+def test_restored_on_another_number_of_devices(tmp_path):
+    with Checkpoints(tmp_path, {"nf": 8}) as checkpoints:
+        checkpoints.save(jax.device_put(state_at(3, 0.25), whole()))
+    with Checkpoints(tmp_path, {"nf": 8}, read_only=True) as checkpoints:
+        restored = checkpoints.restore(3, jax.eval_shape(lambda: state_at(0)), whole(jax.devices()[:1]))
+    assert restored.step == 3
+    assert jnp.array_equal(restored.params["w"], jnp.full((4, 2), 0.25))
+    assert jax.tree.all(jax.tree.map(lambda a: len(a.devices()) == 1, restored))
+
+
+def test_the_newest_and_every_nth_are_kept(tmp_path):
+    with Checkpoints(tmp_path, {}, keep_every=4) as checkpoints:
+        for step in (2, 4, 6, 8, 10):
+            checkpoints.save(state_at(step))
+        checkpoints.save(state_at(10))  # there already
+    with Checkpoints(tmp_path, {}, read_only=True) as checkpoints:
+        assert list(checkpoints.steps()) == [4, 8, 10]
+        assert checkpoints.newest() == 10
+
+
+def test_another_network_is_refused_and_a_newer_field_is_not(tmp_path):
+    with Checkpoints(tmp_path, {"nf": 8, "ch_mult": (1, 2)}) as checkpoints:
+        checkpoints.save(state_at(1))
+    shapes = jax.eval_shape(lambda: state_at(0))
+    refused = pytest.raises(ValueError, match="another network: nf is 8 there, 16 in the configuration")
+    with Checkpoints(tmp_path, {"nf": 16, "ch_mult": (1, 2)}, read_only=True) as checkpoints, refused:
+        checkpoints.restore(1, shapes, whole())
+    with Checkpoints(tmp_path, {"nf": 8, "ch_mult": (1, 2), "new": 0}, read_only=True) as checkpoints:
+        assert checkpoints.restore(1, shapes, whole()).step == 1
+
+
+def test_an_unfinished_save_is_no_checkpoint(tmp_path):
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(state_at(1))
+    (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        assert list(checkpoints.steps()) == [1]
+
+
+def test_parts_of_a_state_are_reset():
+    old, fresh = state_at(7, 2.0), state_at(0, 1.0)
+    old = old.replace(ema_params={"w": jnp.full((4, 2), 3.0)}, opt_state=jax.tree.map(lambda a: a + 1, old.opt_state))
+    kept = reset_parts(old, fresh, "")
+    assert kept.step == 7
+    assert kept.ema_params["w"][0, 0] == 3
+    reset = reset_parts(old, fresh, "step,opt,ema")
+    assert reset.step == 0
+    assert reset.params["w"][0, 0] == 2
+    assert reset.ema_params["w"][0, 0] == 2, "the average starts from the parameters"
+    assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b), reset.opt_state, fresh.opt_state))
+    with pytest.raises(ValueError, match="init_reset has 'lr'; it takes any of step,opt,ema"):
+        reset_parts(old, fresh, "lr")
