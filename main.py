@@ -4,7 +4,10 @@
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=eval
 
 Any field of the configuration can be changed: --config.training.score_matching_order=3. Both modes can be interrupted
-and started again; they go on from where they were.
+and started again; they go on from where they were. --mode=report draws the report again and prints the results.
+Data sets that are not the user's own are converted once, from the files in which they are published:
+
+    python main.py --config=configs/vp/cifar10_ddpmpp_continuous.py --config.data.archive=PATH --mode=prepare
 """
 
 import os
@@ -16,13 +19,15 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("train", "eval", "report")
+MODES = ("train", "eval", "report", "prepare")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes besides 0."""
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration, a file under configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results, report.")
-_MODE = flags.DEFINE_enum("mode", None, MODES, "What to do; report draws the report again and prints the results.")
+_MODE = flags.DEFINE_enum(
+    "mode", None, MODES, "What to do; prepare converts data once, report prints the results again."
+)
 _EVAL_FOLDER = flags.DEFINE_string("eval_folder", "eval", "Folder for results, inside the workdir.")
 _COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows beside this one's run.")
 
@@ -30,7 +35,8 @@ _COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report show
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         return _complain(f"unexpected argument {argv[1]!r}; flags begin with --")
-    missing = [flag.name for flag in (_MODE, _WORKDIR) if not flag.value]
+    required = (_MODE,) if _MODE.value == "prepare" else (_MODE, _WORKDIR)
+    missing = [flag.name for flag in required if not flag.value]
     if _MODE.value != "report" and _CONFIG.value is None:
         missing.append(_CONFIG.name)
     if missing:
@@ -38,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     try:
-        _run(str(_MODE.value), Path(str(_WORKDIR.value)).absolute())
+        _run(str(_MODE.value), Path(_WORKDIR.value or "").absolute())
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from here\n")
         return INTERRUPTED
@@ -59,6 +65,8 @@ def _run(mode: str, workdir: Path) -> None:
         run_lib.train(_CONFIG.value, workdir)
     elif mode == "eval":
         run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
+    elif mode == "prepare":
+        run_lib.prepare(_CONFIG.value)
     else:
         run_lib.report(workdir, [Path(other) for other in _COMPARE.value or []])
 

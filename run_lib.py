@@ -36,6 +36,7 @@ from records import MetricsWriter, StopRequest, log_to_file, progress, stop_on_s
 from released import read_released
 from report import comparison_table, write_report
 from run_files import read_run
+from sources import prepare_from_config
 from train_state import TrainState
 
 SHOWN = 64
@@ -321,6 +322,15 @@ def save_images(run: Run, images: np.ndarray, label: str, step: int, workdir: Pa
     write_npz(workdir / "samples" / f"{label}.npz", samples=shown, levels=levels, step=step)
     save_grid(workdir / "samples" / f"{label}.png", shown, levels)
     write_report(workdir)
+
+
+def prepare(config: Config) -> None:
+    """Converts a published data set from the files at `data.archive`, once; see sources/published.py.
+
+    Raises:
+        FileNotFoundError, ValueError: if a file is missing, not the published one, or damaged.
+    """
+    print(prepare_from_config(config))
 
 
 def report(workdir: Path, others: Sequence[Path] = ()) -> None:

@@ -54,10 +54,13 @@ def content_digest(images: Levels) -> str:
 def write_splits(folder: Path, name: str, splits: Mapping[str, Split]) -> None:
     """Stores a data set; its descriptions are made of `name`, the split and a hash of the images."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "about.json").unlink(missing_ok=True)
     descriptions = {}
     for split, (images, labels) in splits.items():
         _write_array(folder / f"{split}_images.npy", images)
-        if labels is not None:
+        if labels is None:
+            (folder / f"{split}_labels.npy").unlink(missing_ok=True)
+        else:
             _write_array(folder / f"{split}_labels.npy", labels)
         descriptions[split] = describe(name, split, images)
     write_atomic(folder / "about.json", json.dumps(descriptions, indent=1))

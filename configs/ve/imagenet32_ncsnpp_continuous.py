@@ -13,6 +13,7 @@ from configs.ve.cifar10_ncsnpp_continuous import get_config as cifar10
 def get_config() -> Config:
     config = cifar10()
     config.data.dataset = "ImageNet"
+    config.data.variant = "old"
     config.data.random_flip = False
     config.model.dropout = 0.0
     config.training.n_iters = 1_400_001

@@ -1,0 +1,261 @@
+"""Published data sets: files in the published formats, made on the spot, come back image by image."""
+
+import gzip
+import hashlib
+import io
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+from PIL import Image
+
+import run_lib
+from configs.default import get_config
+from configs.vp.imagenet32_ddpmpp_continuous import get_config as imagenet_config
+from sources import MemorySource, source_from_config
+from sources.published import CIFAR10, check_file
+
+ROOT = Path(__file__).parent.parent
+RNG = np.random.default_rng(0)
+SPLITS = ("train", "test")
+
+
+def random_images(*shape):
+    return RNG.integers(0, 256, shape, dtype=np.uint8)
+
+
+def planes(images):
+    """By channel, row and column."""
+    return images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+
+
+def sha256(*paths):
+    return ",".join(hashlib.sha256(path.read_bytes()).hexdigest() for path in paths)
+
+
+def tar_file(path, contents, mode):
+    with tarfile.open(path, mode) as tar:
+        for name, data in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def cifar10_archive(path, per_batch=3):
+    """A small archive in the published layout, with the images and labels of each split."""
+    images, labels = random_images(6 * per_batch, 32, 32, 3), RNG.integers(0, 10, 6 * per_batch, dtype=np.uint8)
+    records = np.concatenate([labels[:, None], planes(images)], axis=1)
+    names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
+    batches = dict(zip(names, np.split(records, 6), strict=True))
+    order = ["data_batch_3", "data_batch_1", "test_batch", "data_batch_5", "data_batch_2", "data_batch_4"]
+    contents = {f"cifar-10-batches-bin/{name}.bin": batches[name].tobytes() for name in order}
+    contents |= {"cifar-10-batches-bin/readme.html": b"<html>", "cifar-10-batches-bin/batches.meta.txt": b"airplane"}
+    tar_file(path, contents, "w:gz")
+    cut = 5 * per_batch
+    return {"train": (images[:cut], labels[:cut]), "test": (images[cut:], labels[cut:])}
+
+
+def prepared(config):
+    run_lib.prepare(config)
+    sources = {}
+    for split in SPLITS:
+        source = source_from_config(config, split)
+        assert isinstance(source, MemorySource)
+        sources[split] = source
+    return sources
+
+
+def config_for(dataset, tmp_path, archive, *files, **fields):
+    config = get_config()
+    accepted = sha256(*(files or [archive]))
+    data = {"dataset": dataset, "dir": str(tmp_path / "data"), "archive": str(archive), "archive_sha256": accepted}
+    config.data.update(data, **fields)
+    return config
+
+
+def check(source, images, labels=None):
+    np.testing.assert_array_equal(source.images(np.arange(len(source))), images)
+    if labels is None:
+        assert source.labels is None
+    else:
+        np.testing.assert_array_equal(source.labels, labels)
+
+
+def test_cifar10(tmp_path):
+    archive = tmp_path / "mine.tar.gz"
+    expected = cifar10_archive(archive)
+    config = config_for("CIFAR10", tmp_path, archive)
+    for split, source in prepared(config).items():
+        check(source, *expected[split])
+        assert source.description.startswith(f"CIFAR10, {split}, images ")
+    # other images under the same name are described otherwise
+    before = source_from_config(config, "test").description
+    cifar10_archive(archive)
+    config.data.archive_sha256 = sha256(archive)
+    assert prepared(config)["test"].description != before
+
+
+def test_mnist(tmp_path):
+    files, expected = [], {}
+    for split, name, count in (("train", "train", 5), ("test", "t10k", 3)):
+        images, labels = random_images(count, 28, 28), RNG.integers(0, 10, count, dtype=np.uint8)
+        expected[split] = images[..., None], labels
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            path = tmp_path / f"{name}-{kind}-ubyte.gz"
+            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+            path.write_bytes(gzip.compress(header + array.tobytes()))
+            files.append(path)
+    config = config_for("MNIST", tmp_path, tmp_path, *files, image_size=28, num_channels=1)
+    for split, source in prepared(config).items():
+        check(source, *expected[split])
+
+
+def test_svhn(tmp_path):
+    files, expected = [], {}
+    for split, count in (("train", 5), ("test", 3)):
+        images, labels = random_images(count, 32, 32, 3), np.arange(1, 11, dtype=np.uint8)[-count:]
+        expected[split] = images, labels % 10
+        path = tmp_path / f"{split}_32x32.mat"
+        scipy.io.savemat(str(path), {"X": images.transpose(1, 2, 3, 0), "y": labels[:, None]})
+        files.append(path)
+    for split, source in prepared(config_for("SVHN", tmp_path, tmp_path, *files)).items():
+        check(source, *expected[split])
+
+
+def png(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def imagenet_for(tmp_path, variant, *files):
+    return config_for("ImageNet", tmp_path, tmp_path, *files, variant=variant)
+
+
+def old_imagenet(tmp_path, spoil=None):
+    files, expected = [], {}
+    for split, name, count in (("train", "train", 5), ("test", "valid", 3)):
+        images = random_images(count, 32, 32, 3)
+        expected[split] = images
+        contents = {f"{name}_32x32/{number:04d}.png": png(image) for number, image in enumerate(images)}
+        if spoil and split == "train":
+            contents["train_32x32/0002.png"] = spoil
+        files.append(tar_file(tmp_path / f"{name}_32x32.tar", contents, "w"))
+    return files, expected
+
+
+def test_both_versions_of_imagenet(tmp_path):
+    files, expected = old_imagenet(tmp_path)
+    old = prepared(imagenet_for(tmp_path, "old", *files))
+    for split in SPLITS:
+        check(old[split], expected[split])
+        assert old[split].description.startswith(f"ImageNet 32x32, old version (downsampled_imagenet), {split}")
+
+    files = [tmp_path / "Imagenet32_train_npz.zip", tmp_path / "Imagenet32_val_npz.zip"]
+    images, labels = random_images(24, 32, 32, 3), np.arange(24)
+    names = [*(f"train_data_batch_{number}.npz" for number in range(1, 12)), "val_data.npz"]
+    for path, held in zip(files, (sorted(names[:-1]), names[-1:]), strict=True):
+        with zipfile.ZipFile(path, "w") as archive:
+            for name in held:
+                rows = slice(2 * names.index(name), 2 * names.index(name) + 2)
+                buffer = io.BytesIO()
+                np.savez(buffer, data=planes(images[rows]), labels=labels[rows] + 1, mean=np.zeros(3072))
+                archive.writestr(name, buffer.getvalue())
+    new = prepared(imagenet_for(tmp_path, "new", *files))
+    check(new["train"], images[:22], labels[:22])
+    check(new["test"], images[22:], labels[22:])
+    assert "new version (imagenet_resized)" in new["test"].description
+    # both are kept, and the published configurations say which is meant
+    check(source_from_config(imagenet_for(tmp_path, "old", *files), "train"), expected["train"])
+    assert imagenet_config().data.variant == "old"
+    with pytest.raises(ValueError, match=r"data.variant is ''; it must be old .* or new"):
+        source_from_config(imagenet_for(tmp_path, "", *files), "train")
+    with pytest.raises(ValueError, match=r"data.image_size is 16; of ImageNet it must be 32 or 64"):
+        source_from_config(config_for("ImageNet", tmp_path, tmp_path, *files, variant="old", image_size=16), "train")
+
+
+@pytest.mark.parametrize("spoil", [b"no image", png(random_images(31, 32, 3))])
+def test_corrupt_image_in_an_archive_is_named(tmp_path, spoil):
+    config = imagenet_for(tmp_path, "old", *old_imagenet(tmp_path, spoil)[0])
+    with pytest.raises(ValueError, match=r"train_32x32/0002.png in .*train_32x32.tar"):
+        run_lib.prepare(config)
+    with pytest.raises(FileNotFoundError):
+        source_from_config(config, "train")
+
+
+def test_what_is_not_the_published_file_is_refused(tmp_path):
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    cifar10_archive(archive)
+    config = config_for("CIFAR10", tmp_path, archive)
+    config.data.archive_sha256 = ""
+    with pytest.raises(ValueError, match=f"is not the published file.*{sha256(archive)}.*data.archive_sha256"):
+        run_lib.prepare(config)
+    assert not (tmp_path / "data").exists()
+    check_file(archive, {sha256(archive)})
+    # accepted, but cut short
+    archive.write_bytes(archive.read_bytes()[:5000])
+    config.data.archive_sha256 = sha256(archive)
+    with pytest.raises(ValueError, match=r"is damaged, or not CIFAR10"):
+        run_lib.prepare(config)
+    config.data.archive = ""
+    with pytest.raises(ValueError, match=r"data.archive is empty; CIFAR10 needs .*cifar-10-binary.tar.gz"):
+        run_lib.prepare(config)
+    config.data.archive = str(tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match=r"there is no cifar-10-binary.tar.gz in"):
+        run_lib.prepare(config)
+    config.data.dataset = "digits"
+    with pytest.raises(ValueError, match=r"data.dataset is 'digits'; those to prepare are CIFAR10"):
+        run_lib.prepare(config)
+
+
+def test_missing_data_say_what_to_supply(tmp_path):
+    config = get_config()
+    config.data.dir = str(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"CIFAR10 is not in .*cifar-10-binary.tar.gz.*--mode=prepare"):
+        source_from_config(config, "train")
+
+
+def test_damaged_prepared_data_are_named(tmp_path):
+    archive = tmp_path / "cifar.tar.gz"
+    cifar10_archive(archive)
+    config = config_for("CIFAR10", tmp_path, archive)
+    run_lib.prepare(config)
+    path = tmp_path / "data" / CIFAR10.name / "train_images.npy"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"CIFAR10 is damaged .*prepare the data again"):
+        source_from_config(config, "train")
+
+
+WITHOUT_OTHER_FRAMEWORKS = """
+import sys
+sys.modules["tensorflow"] = None  # importing it fails
+from pathlib import Path
+import run_lib
+from configs.digits.smoke import get_config
+config = get_config()
+config.data.update(dataset="CIFAR10", image_size=32, num_channels=3, levels=256, random_flip=True)
+config.data.update(dir=sys.argv[1], archive=sys.argv[2], archive_sha256=sys.argv[3])
+config.model.num_res_blocks = 1
+config.training.n_iters = 2
+config.training.batch_size = 4
+run_lib.prepare(config)
+run_lib.train(config, Path(sys.argv[4]))
+assert not {"torch", "wandb"} & sys.modules.keys()
+"""
+
+
+def test_prepared_data_are_trained_on_without_other_frameworks(tmp_path):
+    archive = tmp_path / "cifar-10-binary.tar.gz"
+    cifar10_archive(archive)
+    arguments = [str(tmp_path / "data"), str(archive), sha256(archive), str(tmp_path / "run")]
+    command = [sys.executable, "-c", WITHOUT_OTHER_FRAMEWORKS, *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "CIFAR10, 15 train and 3 test images of 32x32x3" in result.stdout
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
