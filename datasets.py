@@ -5,6 +5,7 @@ and scales them; so everything random about a batch follows from the seed and th
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -41,11 +42,14 @@ class BatchOrder:
         indices = np.empty(self.batch_size, np.int64)
         for epoch in range(epochs[0], epochs[-1] + 1):
             here = epochs == epoch
-            indices[here] = self._permutation(epoch)[positions[here] % self.num_images]
+            indices[here] = _permutation(self.seed, int(epoch), self.num_images)[positions[here] % self.num_images]
         return indices
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.num_images)
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+    """Kept between batches, because that of a million images takes longer than reading a batch."""
+    return np.random.default_rng((seed, epoch)).permutation(size)
 
 
 class _TrainingBatches:
