@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import run_lib
 from configs.digits.smoke import get_config
 from sources import MemorySource, source_from_config
 
@@ -187,6 +188,9 @@ def test_corrupt_image_is_named(folder, tmp_path):
     with pytest.raises(ValueError, match=r"1B.PNG has pixels of Pillow's mode I;16"):
         source_from_config(config, "train")
     assert not list((tmp_path / "data").glob("*/about.json")), "nothing half-decoded is kept"
+    with pytest.raises(ValueError, match=r"1B.PNG"):
+        run_lib.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "training does not start"
 
 
 def test_folder_that_does_not_fit_is_refused(tmp_path):
