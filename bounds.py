@@ -31,8 +31,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from arrays import Batch, PerExample, ScoreFn, inner, num_dims, per_example
+from coordinates import Reference
 from derivatives import probe_divergence
-from likelihood import Reference, discrete_bits
+from likelihood import discrete_bits
 from ode import as_pytree
 from sde_lib import SDE
 

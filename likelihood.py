@@ -4,44 +4,29 @@ The ODE dx/dt = h(x, t) = f x - g^2 score / 2 carries the data's density to the 
 ln p(x) = ln prior(x_T) + integral over [t_min, T] of div h along the path from x ([S21a] Eqn. 39, [L22] Eqn. 7).
 The data stand for x at t_min; nothing corrects for that here.
 
-The same integral can be taken in other coordinates (the methods named "_log"), where it needs far fewer evaluations.
-Three steps lead there; alpha x_0 + sigma z is x_t, rho = sigma / alpha the noise level.
-
-1. u = x / alpha and lambda = ln rho. From g^2 / sigma^2 = 2 dlambda/dt, du/dlambda = -rho^2 score_u(u) for every SDE,
-   with score_u = alpha score: all SDEs here are one ODE.
-2. Were the data Gaussian with mean m and standard deviation c, u would be N(m, c^2 + rho^2) and its flow would only
-   stretch u - m in proportion to sqrt(c^2 + rho^2). Dividing this out, y = (u - m) / sqrt(c^2 + rho^2), that is
-   x = alpha m + a y with a = sqrt(alpha^2 c^2 + sigma^2).
-3. dy/dlambda = -(sigma / a)^2 (a score(x, t) + y): what the score adds to that Gaussian's. It is exactly 0 for such
-   data, small where the noise hides the data's shape, and falls off like rho where the data hide the noise.
-
-The volume of the stretch is known, so div h integrates to sum_i ln(a_i(T) / a_i(t_min)) + integral of div_y dy/dlambda,
-where div_y dy/dlambda = -(sigma^2 div_x score + sum_i (sigma / a_i)^2); probes v estimate both terms, by v.J v and v.v.
-For any m and c this is an identity; they only decide how much is left to integrate. Without data to fit a Gaussian to,
-the middle and spread of the data's range will do.
+The methods named "_log" take the same integral in the coordinates of coordinates.py, where a Gaussian's part of it is
+known and the steps are spread over the noise levels evenly, not over time. They need far fewer evaluations.
 
 Sources: [S21a] Song et al., ICLR 2021; [L22] Lu et al., ICML 2022.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, num_dims
+from coordinates import Reference, ReferencePath, TimePath
 from derivatives import PROBES, Field, exact_divergence, probe_divergence
 from ode import Info, as_pytree, integrate
 from sde_lib import SDE
 
 Probes: TypeAlias = Float[Array, "k batch *dims"]
-
-Dims: TypeAlias = Float[Array, "1 *dims"]
-"""One number for each data dimension, as it combines with a batch."""
 
 State: TypeAlias = tuple[Batch, Float[Array, "batch k"]]
 """Where the examples are, and the integral of the divergence so far."""
@@ -50,27 +35,12 @@ METHODS = {
     "dopri5": ("time", "dopri5"),
     "scipy": ("time", "scipy"),
     "rk4": ("time", "rk4"),
-    "dopri5_log": ("log_noise", "dopri5"),
-    "scipy_log": ("log_noise", "scipy"),
-    "rk4_log": ("log_noise", "rk4"),
+    "dopri5_log": ("reference", "dopri5"),
+    "scipy_log": ("reference", "scipy"),
+    "rk4_log": ("reference", "rk4"),
+    "adams_log": ("reference", "adams"),
 }
 """By name, the coordinates of the solve and its method in `ode.integrate`."""
-
-
-class Reference(NamedTuple):
-    """The Gaussian whose flow is taken out of the solve: mean and standard deviation of the data.
-
-    Numbers, or arrays that broadcast against one example. Any values give a correct result, good ones a cheap one.
-    """
-
-    mean: float | Float[Array | np.ndarray, "*dims"] = 0.0
-    std: float | Float[Array | np.ndarray, "*dims"] = 0.5
-
-    def of_batch(self, x: Batch) -> tuple[Dims, Dims]:
-        """Mean and standard deviation as they combine with a batch shaped as x."""
-        mean, std = (jnp.broadcast_to(jnp.asarray(a, x.dtype), x.shape[1:])[None] for a in self)
-        return mean, std
-
 
 DEFAULT_REFERENCE = Reference()
 
@@ -84,6 +54,8 @@ class LogLikelihood(NamedTuple):
     """The integral of div h along the path, estimated by each of k probes, or exact (k = 1)."""
     latent: Batch
     """x_T."""
+    solver_error: PerExample
+    """An estimate of the solve's error of `logp`, in nats (see `ode.Info.defect`); NaN for adaptive methods."""
     info: Info
     """How the solve went. See `ode.require_success`."""
 
@@ -145,9 +117,10 @@ def ode_log_likelihood(
         t_min: the time that x is taken to be at.
         method: one of `METHODS`. "scipy" is the published protocol and "dopri5" the same on the device. Adaptive
             methods control an error over the whole batch, so results depend on the batch within the tolerance; in
-            float32 they hit rounding noise at tolerances below 1e-6. With the fixed steps of "rk4_log", an example's
-            result does not depend on the others.
-        reference: of the methods named "_log", see the module's docstring.
+            float32 they hit rounding noise at tolerances below 1e-6. With the fixed steps of "rk4_log" and "adams_log"
+            an example's result does not depend on the others, and comes with an estimate of its error; "adams_log" has
+            the most accuracy for its evaluations where the network is rough in time.
+        reference: of the methods named "_log", see coordinates.py.
         rtol, atol, num_steps: of the adaptive methods, and of the fixed-step ones; see `ode.integrate`.
 
     Raises:
@@ -157,83 +130,70 @@ def ode_log_likelihood(
     if method not in METHODS:
         raise ValueError(f"unknown likelihood method {method!r}; known: {', '.join(METHODS)}")
     coordinates, solver = METHODS[method]
+    score_fn = as_pytree(score_fn)
+    if coordinates == "time":
+        field = TimeField(score_fn, probes, TimePath(sde, t_min))
+    else:
+        field = ReferenceField(score_fn, probes, ReferencePath(reference, sde, t_min))
     solve = partial(integrate, method=solver, rtol=rtol, atol=atol, num_steps=num_steps)
     nothing = jnp.zeros((x.shape[0], 1 if probes is None else probes.shape[0]), x.dtype)
+    path, (first, last) = field.path, (jnp.asarray(t, x.dtype) for t in (t_min, sde.t_max))
     with jax.default_matmul_precision("highest"):
-        if coordinates == "time":
-            field = TimeField(as_pytree(score_fn), probes, sde)
-            (latent, divergence), info = solve(field, (x, nothing), t_min, sde.t_max)
-        else:
-            field = LogNoiseField(as_pytree(score_fn), probes, reference, sde)
-            start, end = (sde.log_noise_level(jnp.asarray(t, x.dtype)) for t in (t_min, sde.t_max))
-            (y, divergence), info = solve(field, (field.standardize(x, start), nothing), start, end)
-            latent = field.restore(y, end)
-            divergence += field.log_stretch(x, end) - field.log_stretch(x, start)
-            info = info._replace(t=sde.time_of_log_noise_level(info.t))
-    return LogLikelihood(sde.prior_logp(latent), divergence, latent, info)
+        (y, divergence), info = solve(field, (path.standardize(x, first), nothing), *path.ends(x.dtype))
+    divergence += path.log_stretch(x, last) - path.log_stretch(x, first)
+    prior_logp, error = _prior_and_error(lambda y: sde.prior_logp(path.restore(y, last)), y, info.defect)
+    info = info._replace(t=path.time(info.t), defect=None)
+    return LogLikelihood(prior_logp, divergence, path.restore(y, last), error, info)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes"], meta_fields=["sde"])
+def _prior_and_error(
+    prior_logp: Callable[[Batch], PerExample], y: Batch, defect: State | None
+) -> tuple[PerExample, PerExample]:
+    """The prior's log-density at the end of a solve, and the estimated error of the likelihood."""
+    if defect is None:
+        return prior_logp(y), jnp.full(y.shape[:1], jnp.nan, y.dtype)
+    of_state, of_divergence = defect
+    value, change = jax.jvp(prior_logp, (y,), (of_state,))
+    return value, jnp.abs(change + jnp.mean(of_divergence, axis=1))
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes"], meta_fields=["path"])
 @dataclasses.dataclass(frozen=True)
 class TimeField:
     """d/dt of (x, integral of div h): the ODE as published."""
 
     score_fn: ScoreFn
     probes: Probes | None
-    sde: SDE
+    path: TimePath
 
     def __call__(self, t: Float[Array, ""], state: State) -> State:
         x, _ = state
         times = jnp.full(x.shape[:1], t)
-        return _with_divergence(lambda x: self.sde.probability_flow(self.score_fn, x, times), x, self.probes)
+        return _with_divergence(lambda x: self.path.sde.probability_flow(self.score_fn, x, times), x, self.probes)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes", "reference"], meta_fields=["sde"])
+@partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes", "path"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
-class LogNoiseField:
-    """d/dlambda of (y, integral of its divergence): the ODE in the coordinates that the module's docstring derives."""
+class ReferenceField:
+    """d/dtau of (y, integral of its divergence): the ODE beside a Gaussian's, as coordinates.py derives it."""
 
     score_fn: ScoreFn
     probes: Probes | None
-    reference: Reference
-    sde: SDE
+    path: ReferencePath
 
-    def __call__(self, log_rho: Float[Array, ""], state: State) -> State:
+    def __call__(self, tau: Float[Array, ""], state: State) -> State:
         y, _ = state
-        times = jnp.full(y.shape[:1], self.sde.time_of_log_noise_level(log_rho))
-        sigma = self.sde.alpha_sigma(times[0])[1]
-        _, scale = self._moments(y, log_rho)
-        weight = jnp.square(sigma / scale)
-        score, divergence = _with_divergence(partial(self._score_at, times), self.restore(y, log_rho), self.probes)
-        # Probed in x, whatever the reference: J is symmetric there, so that nothing varies less.
+        t, rate = self.path.time(tau), 1 / self.path.density(self.path.log_noise_level(tau))
+        sigma, (_, scale) = self.path.sde.alpha_sigma(t)[1], self.path.moments(y, t)
+        weight = rate * jnp.square(sigma / scale)
+        x, times = self.path.restore(y, t), jnp.full(y.shape[:1], t)
+        score, divergence = _with_divergence(lambda x: self.score_fn(x, times), x, self.probes)
+        # Probed in x, whatever the reference: J is symmetric there for a true score, so that nothing varies less.
         known = jnp.sum(weight[None] * self._probe_squares(y), axis=range(2, y.ndim + 1)).T
-        return -weight * (scale * score + y), -(sigma**2 * divergence + known)
-
-    def _score_at(self, times: PerExample, x: Batch) -> Batch:
-        return self.score_fn(x, times)
+        return -weight * (scale * score + y), -(rate * sigma**2 * divergence + known)
 
     def _probe_squares(self, like: Batch) -> Probes:
         return jnp.ones((1, *like.shape), like.dtype) if self.probes is None else jnp.square(self.probes)
-
-    def standardize(self, x: Batch, log_rho: Float[Array, ""]) -> Batch:
-        """y of x."""
-        mean, scale = self._moments(x, log_rho)
-        return (x - mean) / scale
-
-    def restore(self, y: Batch, log_rho: Float[Array, ""]) -> Batch:
-        """x of y."""
-        mean, scale = self._moments(y, log_rho)
-        return mean + scale * y
-
-    def log_stretch(self, like: Batch, log_rho: Float[Array, ""]) -> Float[Array, ""]:
-        """ln |dx/dy| of an example, in nats."""
-        return jnp.sum(jnp.log(self._moments(like, log_rho)[1]))
-
-    def _moments(self, like: Batch, log_rho: Float[Array, ""]) -> tuple[Dims, Dims]:
-        """alpha m, and a = sqrt(alpha^2 c^2 + sigma^2), of each dimension."""
-        alpha, sigma = self.sde.alpha_sigma(self.sde.time_of_log_noise_level(log_rho))
-        mean, std = self.reference.of_batch(like)
-        return alpha * mean, jnp.hypot(alpha * std, sigma)
 
 
 def _with_divergence(flow: Field, x: Batch, probes: Probes | None) -> State:
