@@ -12,7 +12,7 @@ LAYERS = (
     {"build", "tables", "figures", "run_files", "released"},
     {"checkpoints"},
     {"train_state", "evaluation", "sampling", "likelihood", "bounds"},
-    {"losses", "features", "fast_samplers", "predictor_corrector", "ode", "datasets", "models"},
+    {"losses", "features", "coordinates", "fast_samplers", "predictor_corrector", "ode", "datasets", "models"},
     {"sources"},
     {"records"},
     {"derivatives", "sde_lib", "parallel", "files"},
