@@ -141,7 +141,7 @@ def _solver(run: Run) -> dict[str, Any]:
         "probe": settings.probe,
         "num_probes": settings.num_probes,
     }
-    if settings.ode_solver.startswith("rk4"):
+    if settings.ode_solver.startswith(("rk4", "adams")):
         return recorded | {"steps": settings.ode_steps}
     return recorded | {"rtol": settings.rtol, "atol": settings.atol}
 
