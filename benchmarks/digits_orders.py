@@ -206,8 +206,8 @@ The gradient of each term at the start and after the longest first-order trainin
 
 The published normalisation divides the terms by up to d^3. In 64 dimensions the first second-order term and the
 third-order one are left with a hundredth of the first order's gradient or less: order 3 is order 2 for all that matters
-here. The second-order trace has a gradient of the first order's size. At the start it points the same way, so it tells
-little that is new, and its noise adds to that of the first order; later its own signal is the smallest against its
+here. The second-order trace has a gradient of the first order's size. At the start it points much the same way, so it
+tells little that is new, and its noise adds to that of the first order; later its signal, too, is small against its
 noise. At one learning rate that is a noisier first-order step. The runs of the paper start from first-order models
 trained for a hundred times as long, where the error that first-order steps can still remove is small; that is not
 tested here.
