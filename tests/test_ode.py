@@ -12,8 +12,9 @@ START = {"x": np.array([[1.0, 0.0], [0.5, -1.0], [-2.0, 1.0]], np.float32), "int
 
 def spiral(t, y):
     rotated = jnp.stack([-y["x"][:, 1], y["x"][:, 0]], axis=1)
-    dx = 2 * t * RATES[:, None] * rotated - y["x"]
-    return {"x": dx, "integral": jnp.cos(RATES * t)}
+    rates = jnp.asarray(RATES, y["x"].dtype)  # a NumPy constant would be kept in the precision of its first trace
+    dx = 2 * t * rates[:, None] * rotated - y["x"]
+    return {"x": dx, "integral": jnp.cos(rates * t)}
 
 
 def spiral_solution(t: float) -> dict:
