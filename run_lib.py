@@ -11,33 +11,33 @@ A run's folder (workdir) holds
 """
 
 import hashlib
-import importlib.metadata
 import json
-import platform
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 import datasets
 import parallel
-import passes
 from build import TRAIN_KEY, Run, build
-from checkpoints import Checkpoints, reset_parts
+from checkpoints import Checkpoints
 from configs.default import Config
 from datasets import Source
 from figures import save_grid
 from files import write_atomic, write_npz
-from records import MetricsWriter, StopRequest, log_to_file, progress, stop_on_signal
-from released import read_released
+from passes.keep import params_digest
+from passes.likelihood import bits_per_dim_pass
+from passes.loss import LossPass
+from passes.samples import sampling_pass
+from records import MetricsWriter, StopRequest, progress, stop_on_signal
 from report import comparison_table, write_report
 from run_files import read_run
 from sources import prepare_from_config
+from stored_states import initial_state, open_checkpoints, open_existing_checkpoints, starting_state, stored_state
 from train_state import TrainState
+from workdir import check_writable, describe_run
 
 SHOWN = 64
 """Samples in the report's grid."""
@@ -84,7 +84,7 @@ def training_loop(
     train_steps = jax.jit(
         run.trainer.train_steps, in_shardings=(whole, along, whole), out_shardings=whole, donate_argnums=0
     )
-    test_loss = passes.LossPass(run, test_source)
+    test_loss = LossPass(run, test_source)
     key = run.key(TRAIN_KEY)
     step = int(state.step)
     with progress(training.n_iters, f"order {training.score_matching_order}", "step", initial=step) as bar:
@@ -132,100 +132,6 @@ def step_batches(run: Run, source: Source, first_step: int) -> Iterator[np.ndarr
         step = last
 
 
-def open_checkpoints(run: Run, workdir: Path, *, read_only: bool = False) -> Checkpoints:
-    keep_every = run.config.training.snapshot_freq
-    return Checkpoints(workdir / "checkpoints", run.network_description(), keep_every, read_only=read_only)
-
-
-def starting_state(run: Run, checkpoints: Checkpoints, init_state: TrainState | None) -> TrainState:
-    """The newest checkpoint's state; in a new run, the one to start from, or fresh parameters."""
-    whole = parallel.replicated(run.mesh)
-    newest = checkpoints.newest()
-    if newest is not None:
-        logging.info("going on from step %d", newest)
-        return checkpoints.restore(newest, jax.eval_shape(run.fresh_state), whole)
-    return jax.device_put(init_state if init_state is not None else run.fresh_state(), whole)
-
-
-def initial_state(run: Run) -> TrainState:
-    """The state at `training.init_from`, with the parts of `training.init_reset` as in a new run.
-
-    Raises:
-        FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is of another network or damaged, or `init_reset` has an unknown part.
-    """
-    training = run.config.training
-    return reset_parts(stored_state(run, Path(training.init_from)), run.fresh_state(), training.init_reset)
-
-
-def stored_state(run: Run, path: Path) -> TrainState:
-    """The state in a released file, in a step's folder among a run's checkpoints, or the newest of a workdir.
-
-    Raises:
-        FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is of another network, or damaged.
-    """
-    path, shapes, whole = path.absolute(), jax.eval_shape(run.fresh_state), parallel.replicated(run.mesh)
-    if path.is_file():
-        return jax.device_put(read_released(path, shapes), whole)
-    if not path.is_dir():
-        raise FileNotFoundError(
-            f"no checkpoint in {path}, which does not exist; name a workdir, a step's folder in its checkpoints, or a "
-            "released file"
-        )
-    of_step = path.parent.name == "checkpoints" and path.name.isdigit()
-    with open_existing_checkpoints(run, path.parent.parent if of_step else path) as checkpoints:
-        return checkpoints.restore(int(path.name) if of_step else checkpoints.steps()[-1], shapes, whole)
-
-
-def open_existing_checkpoints(run: Run, workdir: Path) -> Checkpoints:
-    """Raises FileNotFoundError if the folder holds no checkpoint."""
-    folder = workdir / "checkpoints"
-    if not folder.is_dir() or not (checkpoints := open_checkpoints(run, workdir, read_only=True)).steps():
-        raise FileNotFoundError(f"no checkpoint in {folder}; train first, or name the workdir of a run that has some")
-    return checkpoints
-
-
-def check_writable(workdir: Path) -> None:
-    """Makes the folder. Raises OSError, in one line, if nothing can be written there."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
-    except OSError as error:
-        raise OSError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    log_to_file(workdir / "log.txt")
-
-
-def describe_run(run: Run, workdir: Path, num_parameters: int) -> None:
-    """Writes config.json and environment.json, and logs which fields changed since the run was last started."""
-    if jax.process_index() != 0:
-        return
-    config = json.loads(run.config.to_json_best_effort())
-    path = workdir / "config.json"
-    if path.exists():
-        _log_changes(json.loads(path.read_text()), config)
-    write_atomic(path, json.dumps(config, indent=1))
-    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy", "scipy")
-    environment = {
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "hosts": jax.process_count(),
-        "num_parameters": num_parameters,
-    }
-    write_atomic(workdir / "environment.json", json.dumps(environment, indent=1))
-
-
-def _log_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
-    for name in before.keys() | now.keys():
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            _log_changes(old, new, f"{prefix}{name}.")
-        elif old != new:
-            logging.info("changed since the last start: %s%s was %r, is %r", prefix, name, old, new)
-
-
 def evaluate(config: Config, workdir: Path, eval_folder: str) -> None:
     """Evaluates checkpoints as `eval` asks: loss, bits/dim, samples; writes results and the report.
 
@@ -266,7 +172,7 @@ def evaluate_stored(run: Run, workdir: Path, eval_folder: str) -> None:
     check_writable(workdir)
     if not (workdir / "config.json").exists():
         describe_run(run, workdir, num_parameters=sum(p.size for p in jax.tree.leaves(state.params)))
-    label = f"{path.absolute().name}_{passes.params_digest(state.ema_params)}"
+    label = f"{path.absolute().name}_{params_digest(state.ema_params)}"
     evaluate_checkpoint(run, state, label, stamp, workdir, eval_folder)
 
 
@@ -303,11 +209,11 @@ def evaluate_checkpoint(
 
     if settings.enable_loss:
         test_source = datasets.source_from_config(run.config, "test")
-        keep(loss=passes.LossPass(run, test_source).whole(state.ema_params))
+        keep(loss=LossPass(run, test_source).whole(state.ema_params))
     if settings.enable_bpd:
-        keep(bpd=passes.bits_per_dim_pass(run, state.ema_params, folder))
+        keep(bpd=bits_per_dim_pass(run, state.ema_params, folder))
     if settings.enable_sampling:
-        samples, images = passes.sampling_pass(run, state.ema_params, folder)
+        samples, images = sampling_pass(run, state.ema_params, folder)
         keep(samples=samples)
         save_images(run, images, label, step, workdir)
 

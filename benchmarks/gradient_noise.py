@@ -15,7 +15,7 @@ from absl import app, flags
 from jax.flatten_util import ravel_pytree
 from ml_collections import config_flags
 
-import run_lib
+import stored_states
 from build import TRAIN_KEY, Run, build
 from datasets import BatchOrder, source_from_config
 from losses import draw_noise, score_matching_losses
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value
     config.training.score_matching_order = 3
     run = build(config)
-    params = run_lib.stored_state(run, Path(str(_WORKDIR.value))).ema_params
+    params = stored_states.stored_state(run, Path(str(_WORKDIR.value))).ema_params
     gradients = term_gradients(run, params, _BATCHES.value)
     signal = mean_products(gradients)
     noise = np.sqrt(np.mean(np.sum((gradients - gradients.mean(0)) ** 2, axis=2), axis=0))

@@ -19,7 +19,7 @@ from absl import app, flags
 from jaxtyping import Array
 from ml_collections import config_flags
 
-import run_lib
+import stored_states
 from arrays import Batch, num_dims
 from build import EVAL_KEY, build
 from coordinates import Reference
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 def problem_of_run(workdir: Path) -> Problem:
     run = build(_CONFIG.value)
-    score_fn = run.score_fn(run_lib.stored_state(run, workdir).ema_params)
+    score_fn = run.score_fn(stored_states.stored_state(run, workdir).ema_params)
     preprocess = preprocess_from_config(run.config, train=False)
     data_key, probe_key, train_key = jax.random.split(run.key(EVAL_KEY), 3)
     images, train = (source_from_config(run.config, split) for split in ("test", "train"))

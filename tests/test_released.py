@@ -19,6 +19,7 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import run_lib
+import stored_states
 from build import Run, build
 from configs.default import Config
 from configs.digits.smoke import get_config
@@ -232,7 +233,7 @@ def released_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose own checkpoint is the same state."""
     workdir, run = tmp_path_factory.mktemp("own") / "run", build(config_with())
-    with run_lib.open_checkpoints(run, workdir) as checkpoints:
+    with stored_states.open_checkpoints(run, workdir) as checkpoints:
         checkpoints.save(trained_state(run))
     return workdir
 
@@ -265,10 +266,10 @@ def test_a_released_checkpoint_goes_on_at_order_3(continued: Path, own: Path, tm
 def test_starting_from_a_step_of_a_run(continued: Path, released_file: Path) -> None:
     run = build(config_with())
     first, last = FIRST_STEP + 1, FIRST_STEP + 2
-    assert int(run_lib.stored_state(run, continued).step) == last
-    assert int(run_lib.stored_state(run, continued / "checkpoints" / str(first)).step) == first
+    assert int(stored_states.stored_state(run, continued).step) == last
+    assert int(stored_states.stored_state(run, continued / "checkpoints" / str(first)).step) == first
     config = config_with(training__init_from=str(released_file), training__init_reset="step,opt,ema")
-    state = run_lib.initial_state(build(config))
+    state = stored_states.initial_state(build(config))
     assert int(state.step) == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
     for params in (state.params, state.ema_params):

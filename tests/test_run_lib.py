@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import run_lib
+import stored_states
 from build import build
 from configs.digits.smoke import get_config
 from parallel import replicated
@@ -31,7 +32,7 @@ def config_with(**fields):
 
 def state_of(config, workdir):
     run = build(config)
-    with run_lib.open_existing_checkpoints(run, workdir) as checkpoints:
+    with stored_states.open_existing_checkpoints(run, workdir) as checkpoints:
         shapes = jax.eval_shape(run.fresh_state)
         return jax.device_get(checkpoints.restore(checkpoints.steps()[-1], shapes, replicated(run.mesh)))
 
@@ -108,10 +109,10 @@ def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypat
     assert whole["samples"]["fid_features"] == "classifier"
     assert whole["loss"]["total"]["n"] == 359
 
-    import passes
+    import passes.likelihood as bpd_pass
 
     solved = []
-    solve = passes._bits_per_dim_batch
+    solve = bpd_pass._bits_per_dim_batch
 
     def interrupted(*arguments):
         if len(solved) == 2:
@@ -119,10 +120,10 @@ def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypat
         solved.append(arguments)
         return solve(*arguments)
 
-    monkeypatch.setattr(passes, "_bits_per_dim_batch", interrupted)
+    monkeypatch.setattr(bpd_pass, "_bits_per_dim_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_lib.evaluate(config, trained, "parts")
-    monkeypatch.setattr(passes, "_bits_per_dim_batch", solve)
+    monkeypatch.setattr(bpd_pass, "_bits_per_dim_batch", solve)
     run_lib.evaluate(config, trained, "parts")
     parts = json.loads((trained / "parts" / "step_12.json").read_text())
     timeless = [{**r["bpd"], "seconds": 0} for r in (whole, parts)]

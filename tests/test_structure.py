@@ -8,8 +8,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     {"main"},
     {"run_lib"},
-    {"passes", "report"},
-    {"build", "tables", "figures", "run_files", "released"},
+    {"passes", "stored_states", "report"},
+    {"build", "workdir", "tables", "figures", "run_files", "released"},
     {"checkpoints"},
     {"train_state", "evaluation", "sampling", "likelihood", "bounds"},
     {"losses", "features", "coordinates", "fast_samplers", "predictor_corrector", "ode", "datasets", "models"},
@@ -35,7 +35,9 @@ def imports(path: Path) -> set[str]:
 def files() -> dict[Path, str]:
     """The source files, with the name of the module or package each belongs to."""
     top = {path: path.stem for path in ROOT.glob("*.py")}
-    return top | {path: name for name in ("models", "sources", "configs") for path in (ROOT / name).rglob("*.py")}
+    return top | {
+        path: name for name in ("models", "sources", "configs", "passes") for path in (ROOT / name).rglob("*.py")
+    }
 
 
 def test_every_module_has_its_layer():

@@ -1,0 +1,65 @@
+"""The batches of a pass on disk, so that nothing is worked out twice."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+import parallel
+from files import read_npz, write_atomic, write_npz
+from models.score import Params
+
+Values = dict[str, np.ndarray]
+"""Named numbers for each image of a batch."""
+
+
+class Keep:
+    """The batches of a pass on disk: worked out once for the same settings and parameters, read back after that."""
+
+    def __init__(self, folder: Path, what: str, settings: Mapping[str, Any], params: Params):
+        self.settings = {**settings, "parameters": params_digest(params)}
+        text = json.dumps(self.settings, sort_keys=True, indent=1)
+        self.folder = folder / f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        if jax.process_index() == 0:
+            write_atomic(self.folder / "settings.json", text)
+
+    def __call__(self, name: str, compute: Callable[[], Values]) -> Values:
+        """What `compute` gives, or gave an earlier run.
+
+        Raises:
+            OSError: if the hosts do not share the folder.
+        """
+        path = self.folder / f"{name}.npz"
+        stored = _read(path)
+        if parallel.agree(stored is not None):
+            if stored is None:
+                raise OSError(f"{path} is there on the first host but not on this one; all need the same folder")
+            return stored
+        values = compute()
+        if jax.process_index() == 0:
+            write_npz(path, **values)
+        return values
+
+
+def _read(path: Path) -> Values | None:
+    """What is there, or None; a damaged file is worked out again."""
+    if not path.exists():
+        return None
+    try:
+        return read_npz(path)
+    except ValueError as error:
+        logging.warning("%s; working it out again", error)
+        return None
+
+
+def params_digest(params: Params) -> str:
+    """The first digits of the SHA-256 of the parameters, to tell one set of them from another."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(parallel.fetch(params)):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:12]

@@ -1,0 +1,55 @@
+"""A run's folder: whether it can be written to, and what ran in it, on what."""
+
+import importlib.metadata
+import json
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import logging
+
+from build import Run
+from files import write_atomic
+from records import log_to_file
+
+
+def check_writable(workdir: Path) -> None:
+    """Makes the folder. Raises OSError, in one line, if nothing can be written there."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise OSError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
+    log_to_file(workdir / "log.txt")
+
+
+def describe_run(run: Run, workdir: Path, num_parameters: int) -> None:
+    """Writes config.json and environment.json, and logs which fields changed since the run was last started."""
+    if jax.process_index() != 0:
+        return
+    config = json.loads(run.config.to_json_best_effort())
+    path = workdir / "config.json"
+    if path.exists():
+        _log_changes(json.loads(path.read_text()), config)
+    write_atomic(path, json.dumps(config, indent=1))
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy", "scipy")
+    environment = {
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "hosts": jax.process_count(),
+        "num_parameters": num_parameters,
+    }
+    write_atomic(workdir / "environment.json", json.dumps(environment, indent=1))
+
+
+def _log_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
+    for name in before.keys() | now.keys():
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            _log_changes(old, new, f"{prefix}{name}.")
+        elif old != new:
+            logging.info("changed since the last start: %s%s was %r, is %r", prefix, name, old, new)
