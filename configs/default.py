@@ -161,7 +161,10 @@ def _eval() -> ConfigDict:
     evaluate.bound = False  # bound on the SDE's likelihood instead of the ODE's likelihood
     evaluate.dsm = True  # the bound's form: denoising or sliced score matching
     evaluate.offset = True  # the bound's start-time correction
-    evaluate.dequantizer = False  # learned dequantization noise instead of uniform
+    evaluate.dequantizer = False  # learned dequantization noise instead of eval.dequantization
+    evaluate.dequantization = "uniform"  # noise that makes levels a density: uniform, truncated_normal
+    evaluate.truncation = 3.0  # of truncated_normal: half a level, in standard deviations of the noise it starts from
+    evaluate.num_importance_samples = 1  # draws of that noise, averaged inside the logarithm: more, a tighter bound
     evaluate.num_samples = 50_000  # images behind FID, IS and KID
     evaluate.features = "inception"  # the network whose features FID compares: inception, classifier
     evaluate.statistics_dir = "assets/stats"  # where features and their statistics of data sets are kept

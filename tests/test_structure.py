@@ -11,7 +11,7 @@ LAYERS = (
     {"passes", "stored_states", "report"},
     {"build", "workdir", "tables", "figures", "run_files", "released"},
     {"checkpoints"},
-    {"train_state", "evaluation", "sampling", "likelihood", "bounds"},
+    {"train_state", "evaluation", "sampling", "likelihood", "bounds", "dequantization"},
     {"losses", "features", "coordinates", "fast_samplers", "predictor_corrector", "ode", "datasets", "models"},
     {"sources"},
     {"records"},

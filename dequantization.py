@@ -1,0 +1,217 @@
+"""From integer grey levels to the density that a score model has: noise within the bin of each level.
+
+The probability of an image k is the model's density integrated over a box around it, one bin per entry. For noise u
+from a density q(u | k) on that box, in units of one bin,
+
+    -ln P(k) <= E_q[ ln q(u | k) - ln p(y_k + w u) ] - d ln w,      w: width of a bin in the network's data,
+
+and from M draws, -ln P(k) <= E[-ln (1/M) sum_j p(y_k + w u_j) w^d / q(u_j | k)], which no M makes worse and which tends
+to -ln P(k) (Burda et al., 2016). Uniform noise has ln q = 0. Truncated normal noise is shaped as the SDE's own noise at
+the time where that just fills a bin, and takes the model at that time, so a model of the bare levels can be evaluated;
+docs/dequantization.md derives it. A dequantizer is a pytree: one with a network holds its parameters as leaves.
+
+Sources: Theis et al., ICLR 2016 (uniform); [Z23] Zheng et al., "Improved Techniques for Maximum Likelihood Estimation
+for Diffusion ODEs", ICML 2023 (truncated normal).
+"""
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from arrays import Batch, PerExample
+from configs.default import Config
+from sde_lib import SDE
+
+Images: TypeAlias = Int[Array, "batch height width channel"]
+"""Integer levels, 0 .. levels-1."""
+
+Keys: TypeAlias = Key[Array, " batch"]
+"""One for each image, so that its noise does not depend on its batch."""
+
+
+class Dequantized(NamedTuple):
+    """Images with noise in their bins."""
+
+    x: Batch
+    """What the score network sees, to be taken at the dequantizer's `t_min`."""
+    log_q: PerExample
+    """ln q(u | image), in nats; u counts in bins, so that uniform noise has 0."""
+
+
+class Dequantizer(Protocol):
+    """dequantizer(keys, images) -> Dequantized, and what bits/dim need to know of the result.
+
+    `likelihood.bits_per_dim(..., levels=bins_per_unit, unit_scale=unit_scale)` plus log_q / (d ln 2) is the bound.
+    """
+
+    @property
+    def t_min(self) -> float:
+        """The time that x is to be taken at."""
+        ...
+
+    @property
+    def bins_per_unit(self) -> int:
+        """Bins in the range [0, 1] of pixel values."""
+        ...
+
+    @property
+    def unit_scale(self) -> float:
+        """dy/dx from x to pixel values y."""
+        ...
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Everything that the noise depends on; "dequantization" names it."""
+        ...
+
+    def __call__(self, keys: Keys, images: Images) -> Dequantized: ...
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["levels", "centered", "t_min"])
+@dataclasses.dataclass(frozen=True)
+class UniformDequantizer:
+    """(k + u) / levels for level k, u uniform on [0, 1): an image's bins tile [0, 1]^d.
+
+    With `centered`, the network's data are in [-1, 1].
+    """
+
+    levels: int
+    centered: bool
+    t_min: float
+
+    @property
+    def bins_per_unit(self) -> int:
+        return self.levels
+
+    @property
+    def unit_scale(self) -> float:
+        return 0.5 if self.centered else 1.0
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"dequantization": "uniform", "t_min": self.t_min}
+
+    def __call__(self, keys: Keys, images: Images) -> Dequantized:
+        noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
+        unit = (images.astype(noise.dtype) + noise) / self.levels
+        return Dequantized(_scale(unit, self.centered), jnp.zeros(len(images), noise.dtype))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[],
+    meta_fields=["levels", "centered", "bare_levels", "t_min", "alpha", "tau"],
+)
+@dataclasses.dataclass(frozen=True)
+class TruncatedNormalDequantizer:
+    """The SDE's own noise at `t_min`, cut off at the edges of the bin ([Z23] Sec. 4.1; see docs/dequantization.md).
+
+    x = alpha (y_k + rho e), rho = sigma / alpha, with e normal and truncated to [-tau, tau]; tau rho is half a bin.
+
+    With `centered`, the network's data are in [-1, 1]. With `bare_levels`, the network has been trained on levels
+    without noise, k / (levels - 1), else on those of `UniformDequantizer`, whose bins are kept.
+    """
+
+    levels: int
+    centered: bool
+    bare_levels: bool
+    t_min: float
+    alpha: float
+    tau: float
+
+    @classmethod
+    def of_sde(
+        cls, sde: SDE, *, levels: int, centered: bool, bare_levels: bool, smallest_time: float, truncation: float = 3.0
+    ) -> "TruncatedNormalDequantizer":
+        """At the time where tau is `truncation`, or at `smallest_time` if that is later: tau is smaller then.
+
+        Raises:
+            ValueError: if the truncation is not positive, or so small that no time has such noise.
+        """
+        if not truncation > 0:
+            raise ValueError(f"eval.truncation is {truncation}; it must be positive")
+        half_bin = (1.0 if centered else 0.5) / (levels - 1 if bare_levels else levels)
+        wanted = sde.time_of_log_noise_level(jnp.float32(math.log(half_bin / truncation)))
+        t_min = min(max(float(wanted), smallest_time), sde.t_max)
+        tau = half_bin / math.exp(float(sde.log_noise_level(jnp.float32(t_min))))
+        if tau > 1.01 * truncation:
+            raise ValueError(f"eval.truncation is {truncation}; at t = {sde.t_max} noise leaves {tau:.3g}, the least")
+        return cls(levels, centered, bare_levels, t_min, float(sde.alpha_sigma(jnp.float32(t_min))[0]), tau)
+
+    @property
+    def bins_per_unit(self) -> int:
+        return self.levels - 1 if self.bare_levels else self.levels
+
+    @property
+    def unit_scale(self) -> float:
+        return (0.5 if self.centered else 1.0) / self.alpha
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"dequantization": "truncated normal", "t_min": self.t_min, "tau": self.tau}
+
+    def __call__(self, keys: Keys, images: Images) -> Dequantized:
+        tau, dims = self.tau, images.shape[1:]
+        normal = jax.vmap(lambda key: jax.random.truncated_normal(key, -tau, tau, dims))(keys)
+        middle = images.astype(normal.dtype) + (0.0 if self.bare_levels else 0.5)
+        x = self.alpha * _scale((middle + normal / (2 * tau)) / self.bins_per_unit, self.centered)
+        log_peak = math.log(2 * tau / math.sqrt(2 * math.pi)) - math.log(math.erf(tau / math.sqrt(2)))
+        return Dequantized(x, jnp.sum(log_peak - 0.5 * jnp.square(normal), axis=range(1, images.ndim)))
+
+
+def _scale(unit: Batch, centered: bool) -> Batch:
+    """From pixel values in [0, 1] to the network's data."""
+    return 2 * unit - 1 if centered else unit
+
+
+def log_mean_exp(log_weights: Float[Array, "draws batch"]) -> PerExample:
+    """ln of the mean over draws of exp(log_weights): the estimate of ln P from ln p - ln q of each draw, in nats."""
+    return jax.nn.logsumexp(log_weights, axis=0) - math.log(log_weights.shape[0])
+
+
+def check_levels(images: np.ndarray, levels: int, description: str) -> None:
+    """Checks that images are integer levels 0 .. levels-1, as everything here takes for granted.
+
+    Raises:
+        ValueError: if they are not integers, or one is out of range.
+    """
+    if not np.issubdtype(images.dtype, np.integer):
+        raise ValueError(
+            f"{description} has images of {images.dtype}; a discrete image's bits/dim need integer levels, "
+            f"0 to {levels - 1} as data.levels is {levels}"
+        )
+    lowest, highest = int(images.min()), int(images.max())
+    if lowest < 0 or highest >= levels:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"{description} has a pixel of level {wrong}; data.levels is {levels}: 0 to {levels - 1}")
+
+
+DEQUANTIZATIONS = ("uniform", "truncated_normal")
+"""The choices of eval.dequantization."""
+
+
+def dequantizer_from_config(config: Config, sde: SDE) -> UniformDequantizer | TruncatedNormalDequantizer:
+    """The noise that `eval.dequantization` names, which needs no training.
+
+    Raises:
+        ValueError: for an unknown name, or a truncation that is not allowed.
+    """
+    data, name, t_min = config.data, config.eval.dequantization, config.training.smallest_time
+    if name == "uniform":
+        return UniformDequantizer(data.levels, data.centered, t_min)
+    if name == "truncated_normal":
+        return TruncatedNormalDequantizer.of_sde(
+            sde,
+            levels=data.levels,
+            centered=data.centered,
+            bare_levels=not data.uniform_dequantization,
+            smallest_time=t_min,
+            truncation=config.eval.truncation,
+        )
+    raise ValueError(f"eval.dequantization is {name!r}; known are {', '.join(DEQUANTIZATIONS)}")
