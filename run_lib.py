@@ -27,6 +27,7 @@ from configs.default import Config
 from datasets import Source
 from figures import save_grid
 from files import write_atomic, write_npz
+from passes.extractors import Comparison, comparison_from_config
 from passes.keep import params_digest
 from passes.likelihood import bits_per_dim_pass
 from passes.loss import LossPass
@@ -91,11 +92,11 @@ def training_loop(
         for images in step_batches(run, train_source, step):
             before, step = step, step + len(images)
             state, values = train_steps(state, parallel.global_array(run.mesh, images, axis=1), key)
-            metrics.collect(values)
+            metrics.collect(values, len(images))
             last = step >= training.n_iters or stop.requested
             saving = last or any(due(step, before, f) for f in _saving_steps(training))
             if saving or due(step, before, training.log_freq):
-                means = metrics.record_train(step, training.score_matching_order, training.n_jitted_steps)
+                means = metrics.record_train(step, training.score_matching_order)
                 bar.set_postfix(loss=f"{means['total']:.4g}", refresh=False)
             if due(step, before, training.eval_freq):
                 with metrics.aside():
@@ -147,18 +148,19 @@ def evaluate(config: Config, workdir: Path, eval_folder: str) -> None:
     run = build(config)
     parallel.divisible(config.eval.batch_size, "eval.batch_size")
     parallel.divisible(config.sampling.batch_size, "sampling.batch_size")
+    comparison = comparison_from_config(config) if config.eval.enable_sampling else None
     if config.eval.checkpoint:
-        return evaluate_stored(run, workdir, eval_folder)
+        return evaluate_stored(run, comparison, workdir, eval_folder)
     with open_existing_checkpoints(run, workdir) as checkpoints:
         check_writable(workdir)
         shapes = jax.eval_shape(run.fresh_state)
         for step in chosen_steps(config, checkpoints.steps()):
             state = checkpoints.restore(step, shapes, parallel.replicated(run.mesh))
             stamp = {"order": config.training.score_matching_order}
-            evaluate_checkpoint(run, state, f"step_{step}", stamp, workdir, eval_folder)
+            evaluate_checkpoint(run, comparison, state, f"step_{step}", stamp, workdir, eval_folder)
 
 
-def evaluate_stored(run: Run, workdir: Path, eval_folder: str) -> None:
+def evaluate_stored(run: Run, comparison: Comparison | None, workdir: Path, eval_folder: str) -> None:
     """Evaluates the state at `eval.checkpoint`, which may be of another run or a released file.
 
     Results go to a file named after the checkpoint and its parameters, so that those of two never mix.
@@ -173,7 +175,7 @@ def evaluate_stored(run: Run, workdir: Path, eval_folder: str) -> None:
     if not (workdir / "config.json").exists():
         describe_run(run, workdir, num_parameters=sum(p.size for p in jax.tree.leaves(state.params)))
     label = f"{path.absolute().name}_{params_digest(state.ema_params)}"
-    evaluate_checkpoint(run, state, label, stamp, workdir, eval_folder)
+    evaluate_checkpoint(run, comparison, state, label, stamp, workdir, eval_folder)
 
 
 def chosen_steps(config: Config, steps: Sequence[int]) -> Sequence[int]:
@@ -193,9 +195,18 @@ def chosen_steps(config: Config, steps: Sequence[int]) -> Sequence[int]:
 
 
 def evaluate_checkpoint(
-    run: Run, state: TrainState, label: str, stamp: dict[str, Any], workdir: Path, eval_folder: str
+    run: Run,
+    comparison: Comparison | None,
+    state: TrainState,
+    label: str,
+    stamp: dict[str, Any],
+    workdir: Path,
+    eval_folder: str,
 ) -> None:
-    """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`."""
+    """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`.
+
+    Samples are drawn if there is a `comparison` for them.
+    """
     folder, settings = workdir / eval_folder, run.config.eval
     path, step = folder / f"{label}.json", int(state.step)
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -212,8 +223,8 @@ def evaluate_checkpoint(
         keep(loss=LossPass(run, test_source).whole(state.ema_params))
     if settings.enable_bpd:
         keep(bpd=bits_per_dim_pass(run, state.ema_params, folder))
-    if settings.enable_sampling:
-        samples, images = sampling_pass(run, state.ema_params, folder)
+    if comparison is not None:
+        samples, images = sampling_pass(run, comparison, state.ema_params, folder)
         keep(samples=samples)
         save_images(run, images, label, step, workdir)
 
