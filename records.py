@@ -30,6 +30,7 @@ class MetricsWriter:
     def __init__(self, folder: Path):
         self.active = jax.process_index() == 0
         self.pending: list[Mapping[str, Array]] = []
+        self.pending_steps: list[int] = []
         self.started = self.recorded = time.monotonic()
         self.elapsed_before = 0.0
         if self.active:
@@ -47,29 +48,30 @@ class MetricsWriter:
             self.lines.close()
             self.board.close()
 
-    def collect(self, metrics: Mapping[str, Array]) -> None:
+    def collect(self, metrics: Mapping[str, Array], steps: int) -> None:
+        """Takes the means over as many steps."""
         if self.pending:
             jax.block_until_ready(self.pending[-1])
         self.pending.append(metrics)
+        self.pending_steps.append(steps)
 
-    def record_train(self, step: int, order: int, steps_per_call: int) -> dict[str, float]:
-        """Writes the means of what was collected since the last record, and returns them.
+    def record_train(self, step: int, order: int) -> dict[str, float]:
+        """Writes the means over the steps collected since the last record, and returns them.
 
         Raises:
             FloatingPointError: if one is not finite.
         """
-        collected = jax.device_get(self.pending)
+        collected, steps = jax.device_get(self.pending), self.pending_steps
         now = time.monotonic()
-        rate = len(collected) * steps_per_call / max(now - self.recorded, 1e-9)
-        self.pending, self.recorded = [], now
-        means = {name: float(np.mean([c[name] for c in collected])) for name in collected[0]}
+        rate = sum(steps) / max(now - self.recorded, 1e-9)
+        self.pending, self.pending_steps, self.recorded = [], [], now
+        means = {name: float(np.average([c[name] for c in collected], weights=steps)) for name in collected[0]}
         self.write(step, "train", order=order, **means, steps_per_second=rate)
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
-            first = step - len(collected) * steps_per_call
             raise FloatingPointError(
-                f"{', '.join(bad)} not finite between steps {first} and {step}; the last checkpoint is from before: "
-                "lower optim.lr or optim.grad_clip, or raise training.smallest_time, and start again"
+                f"{', '.join(bad)} not finite between steps {step - sum(steps)} and {step}; the last checkpoint is from "
+                "before: lower optim.lr or optim.grad_clip, or raise training.smallest_time, and start again"
             )
         return means
 
