@@ -70,8 +70,8 @@ class MetricsWriter:
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(
-                f"{', '.join(bad)} not finite between steps {step - sum(steps)} and {step}; the last checkpoint is from "
-                "before: lower optim.lr or optim.grad_clip, or raise training.smallest_time, and start again"
+                f"{', '.join(bad)} not finite between steps {step - sum(steps)} and {step}; the last checkpoint is "
+                "from before: lower optim.lr or optim.grad_clip, or raise training.smallest_time, and start again"
             )
         return means
 
