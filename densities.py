@@ -1,0 +1,196 @@
+"""Synthetic data: densities to draw points from, most of them known in closed form.
+
+A Gaussian mixture stays one under a linear SDE: component k of x_t is N(alpha m_k, alpha^2 C_k + sigma^2 I). So its
+density, its score and all derivatives are known at every time of every SDE. Curves with Gaussian noise are mixtures
+too, of components along the curve.
+
+To add a density, name an instance in DENSITIES; what it must have is `Density`.
+
+Source: [L22] Lu et al., ICML 2022 (the mixture in one dimension, the checkerboard).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+from jaxtyping import Array, Float
+
+from arrays import Batch, PerExample, ScoreFn, per_example
+from sde_lib import SDE
+
+
+class Density(Protocol):
+    """A density q_0 of data points with `dims` dimensions."""
+
+    @property
+    def dims(self) -> int: ...
+
+    @property
+    def entropy(self) -> float | None:
+        """-E ln q_0, in nats; None where it is not known."""
+        ...
+
+    @property
+    def log_density_of_data(self) -> Callable[[Float[Array, "batch d"]], PerExample] | None:
+        """ln q_0(x), in nats, -inf outside the support; None where it is not known."""
+        ...
+
+    def sample(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "batch d"]:
+        """Independent points, of shape (batch, dims)."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GaussianMixture:
+    """sum_k weights[k] N(means[k], covariances[k]) in d dimensions, as the density of x_0.
+
+    Batches may be shaped [batch, *dims] with d entries an example. Results have the precision of x.
+    """
+
+    weights: Float[np.ndarray, " k"]
+    means: Float[np.ndarray, "k d"]
+    covariances: Float[np.ndarray, "k d d"]
+
+    @functools.cached_property
+    def _principal_axes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Eigenvalues [k, d] and eigenvectors (columns) [k, d, d] of the covariances."""
+        return np.linalg.eigh(self.covariances)
+
+    @property
+    def dims(self) -> int:
+        return self.means.shape[1]
+
+    @property
+    def entropy(self) -> float | None:
+        """-E ln q_0, in nats: in one dimension by quadrature, of a single Gaussian in closed form, else unknown."""
+        if len(self.weights) == 1:
+            return 0.5 * float(np.linalg.slogdet(2 * math.pi * math.e * self.covariances[0])[1])
+        if self.dims > 1:
+            return None
+        mean, scale = self.means[:, 0], np.sqrt(self.covariances[:, 0, 0])
+        # The trapezoidal rule on a smooth density that has vanished at both ends is exact to rounding.
+        x = np.arange((mean - 12 * scale).min(), (mean + 12 * scale).max(), 0.1 * scale.min())[:, None]
+        components = -0.5 * ((x - mean) / scale) ** 2 - np.log(math.sqrt(2 * math.pi) * scale)
+        log_density = scipy.special.logsumexp(components, axis=1, b=self.weights)
+        return float(-np.sum(np.exp(log_density) * log_density) * 0.1 * scale.min())
+
+    @property
+    def mean(self) -> Float[np.ndarray, " d"]:
+        return self.weights @ self.means
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "d d"]:
+        spread = self.means - self.mean
+        return np.einsum("k,kij->ij", self.weights, self.covariances) + (spread.T * self.weights) @ spread
+
+    def sample(self, key: Array, shape: tuple[int, ...]) -> Batch:
+        """Exact samples of x_0, shaped [batch, *dims]."""
+        key_component, key_normal = jax.random.split(key)
+        component = jax.random.choice(key_component, len(self.weights), (shape[0],), p=jnp.asarray(self.weights))
+        normal = jax.random.normal(key_normal, (shape[0], self.means.shape[1]))
+        roots = jnp.asarray(np.linalg.cholesky(self.covariances), normal.dtype)[component]
+        means = jnp.asarray(self.means, normal.dtype)[component]
+        return (means + jnp.einsum("bij,bj->bi", roots, normal, precision="highest")).reshape(shape)
+
+    def sample_at(self, sde: SDE, key: Array, t: PerExample, dims: tuple[int, ...]) -> Batch:
+        """Exact samples of x_t, one for each time, shaped [batch, *dims]."""
+        key_data, key_noise = jax.random.split(key)
+        mean, sigma = sde.marginal(self.sample(key_data, (t.shape[0], *dims)).astype(t.dtype), t)
+        return mean + per_example(sigma, mean) * jax.random.normal(key_noise, mean.shape, t.dtype)
+
+    def log_density(self, sde: SDE, x: Batch, t: PerExample) -> PerExample:
+        """ln q_t(x), in nats."""
+        return jax.nn.logsumexp(self._components(sde, x, t)[0], axis=1)
+
+    def score(self, sde: SDE, x: Batch, t: PerExample) -> Batch:
+        """grad_x ln q_t(x)."""
+        log_joint, scores = self._components(sde, x, t)
+        return jnp.einsum("bk,bki->bi", jax.nn.softmax(log_joint, axis=1), scores, precision="highest").reshape(x.shape)
+
+    def score_fn(self, sde: SDE) -> ScoreFn:
+        return functools.partial(self.score, sde)
+
+    def log_density_of_data(self, x: Batch) -> PerExample:
+        """ln q_0(x), in nats."""
+        ones, zeros = jnp.ones(x.shape[0], x.dtype), jnp.zeros(x.shape[0], x.dtype)
+        return jax.nn.logsumexp(self._components_of_marginal(x, ones, zeros)[0], axis=1)
+
+    def _components(self, sde: SDE, x: Batch, t: PerExample) -> tuple[Array, Array]:
+        return self._components_of_marginal(x, *sde.alpha_sigma(t))
+
+    def _components_of_marginal(self, x: Batch, alpha: PerExample, sigma: PerExample) -> tuple[Array, Array]:
+        """ln(weight x density) [batch, k] and score [batch, k, d] of each component of N(alpha x_0, sigma^2 I)."""
+        eigenvalues, axes = (jnp.asarray(a, x.dtype) for a in self._principal_axes)
+        alpha, sigma = alpha[:, None, None], sigma[:, None, None]
+        centered = x.reshape(x.shape[0], 1, -1) - alpha * jnp.asarray(self.means, x.dtype)[None]
+        along = jnp.einsum("bki,kij->bkj", centered, axes, precision="highest")
+        variance = alpha**2 * eigenvalues[None] + sigma**2
+        log_density = -0.5 * jnp.sum(along**2 / variance + jnp.log(2 * np.pi * variance), axis=2)
+        scores = -jnp.einsum("bkj,kij->bki", along / variance, axes, precision="highest")
+        return log_density + jnp.log(jnp.asarray(self.weights, x.dtype))[None], scores
+
+
+def paper_mixture() -> GaussianMixture:
+    """The mixture of [L22] in one dimension: two narrow modes and a wide one; -0.129 nats of entropy."""
+    means = np.array([-2.0, -6.0, 4.0])[:, None] / 7
+    return GaussianMixture(np.array([0.3, 0.3, 0.4]), means, np.array([0.1, 0.1, 1.0])[:, None, None] / 49)
+
+
+def noisy_curve(points: Float[np.ndarray, "k d"], noise: float) -> GaussianMixture:
+    """Equal Gaussians of standard deviation `noise` at points along a curve.
+
+    Points no further apart than `noise` leave no ripple on it: beside the continuous curve's, the density is off by a
+    factor of at most 1 + 2 exp(-2 pi^2).
+    """
+    k, d = points.shape
+    return GaussianMixture(np.full(k, 1 / k), points, np.tile(noise**2 * np.eye(d), (k, 1, 1)))
+
+
+def swiss_roll(turns: float = 1.5, noise: float = 0.1) -> GaussianMixture:
+    """A spiral with equal mass at equal angles, from radius 1 to 4 around the origin, with Gaussian noise."""
+    angle = 2 * math.pi * turns * np.linspace(0, 1, 400)
+    radius = np.linspace(1, 4, 400)
+    return noisy_curve(np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1), noise)
+
+
+def two_moons(noise: float = 0.15) -> GaussianMixture:
+    """Two half circles of radius 2 that reach into each other, with Gaussian noise."""
+    angle = math.pi * (np.arange(100) + 0.5) / 100
+    upper = np.stack([2 * np.cos(angle) - 1, 2 * np.sin(angle) - 0.5], axis=1)
+    return noisy_curve(np.concatenate([upper, -upper]), noise)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkerboard:
+    """Uniform on eight squares of side 2, every second one of [-4, 4]^2 ([L22] App. I)."""
+
+    dims = 2
+    entropy = math.log(32)
+
+    def sample(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "batch 2"]:
+        """Independent points, of shape (batch, 2)."""
+        across_key, up_key, row_key = jax.random.split(key, 3)
+        across = 4 * jax.random.uniform(across_key, shape[:1]) - 2
+        row = jnp.floor(across) % 2 - 2 * jax.random.bernoulli(row_key, shape=shape[:1])
+        return 2 * jnp.stack([across, jax.random.uniform(up_key, shape[:1]) + row], axis=1).reshape(shape)
+
+    def log_density_of_data(self, x: Float[Array, "batch 2"]) -> PerExample:
+        """ln q_0(x), in nats: -ln 32 on the squares, -inf elsewhere."""
+        cell = jnp.floor(x / 2)
+        inside = jnp.all(jnp.abs(cell + 0.5) < 2, axis=1) & (jnp.sum(cell, axis=1) % 2 == 0)
+        return jnp.where(inside, jnp.asarray(-self.entropy, x.dtype), -jnp.inf)
+
+
+DENSITIES: dict[str, Density] = {
+    "mixture": paper_mixture(),
+    "checkerboard": Checkerboard(),
+    "swissroll": swiss_roll(),
+    "moons": two_moons(),
+}
+"""By config.data.dataset."""
