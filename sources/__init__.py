@@ -4,60 +4,21 @@ A source holds the images of one split as unsigned bytes, levels 0 .. levels-1, 
 To add one, write a function like `load_digits` and name it in SOURCES.
 """
 
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from configs.default import Config
 from sources.folder import load_folder
 from sources.published import CIFAR10, MNIST, SVHN, Published, imagenet, load_published, prepare_published
-from sources.splits import TEST_SHARE, Levels, Split, describe, is_test
+from sources.source import MemorySource as MemorySource  # sources are found here, too
+from sources.source import Source as Source
+from sources.splits import TEST_SHARE, Split, describe, is_test
 
 IN_A_FOLDER = ("LSUN", "CelebA", "CelebAHQ", "FFHQ")
 """Published data sets that come as, or are easily made, a folder of images."""
-
-
-class Source(Protocol):
-    """The images of one split, in a fixed order, and what describes them."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels)."""
-        ...
-
-    @property
-    def description(self) -> str:
-        """Name, version and split, as stamped into results; two sources of other images differ in it."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def images(self, indices: np.ndarray) -> Levels:
-        """The images of these indices."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class MemorySource:
-    """Images held decoded in memory, or mapped into it, with class labels where there are any."""
-
-    levels_array: Levels
-    description: str
-    labels: np.ndarray | None = None
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        _, height, width, channels = self.levels_array.shape
-        return height, width, channels
-
-    def __len__(self) -> int:
-        return len(self.levels_array)
-
-    def images(self, indices: np.ndarray) -> Levels:
-        return np.asarray(self.levels_array[indices])
 
 
 def load_digits(split: str) -> MemorySource:
