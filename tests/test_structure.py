@@ -15,7 +15,7 @@ LAYERS = (
     {"losses", "features", "coordinates", "fast_samplers", "predictor_corrector", "ode", "datasets", "models"},
     {"sources"},
     {"records"},
-    {"derivatives", "sde_lib", "parallel", "files"},
+    {"derivatives", "densities", "sde_lib", "parallel", "files"},
     {"arrays", "configs"},
 )
 """The modules, from those that know most to those that know least; a module imports from its own layer or below."""
