@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jaxtyping import Array, Float, Int, Key
 
 from arrays import Batch, PerExample
@@ -170,9 +171,14 @@ def _scale(unit: Batch, centered: bool) -> Batch:
     return 2 * unit - 1 if centered else unit
 
 
-def log_mean_exp(log_weights: Float[Array, "draws batch"]) -> PerExample:
+def log_mean_exp(log_weights: Float[np.ndarray, "draws batch"]) -> Float[np.ndarray, " batch"]:
     """ln of the mean over draws of exp(log_weights): the estimate of ln P from ln p - ln q of each draw, in nats."""
-    return jax.nn.logsumexp(log_weights, axis=0) - math.log(log_weights.shape[0])
+    return scipy.special.logsumexp(log_weights, axis=0) - math.log(len(log_weights))
+
+
+def importance_weights(log_weights: Float[np.ndarray, "draws batch"]) -> Float[np.ndarray, "draws batch"]:
+    """Each draw's share of that mean: how much an error of its log weight counts."""
+    return scipy.special.softmax(log_weights, axis=0)
 
 
 def check_levels(images: np.ndarray, levels: int, description: str) -> None:

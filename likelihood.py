@@ -55,7 +55,8 @@ class LogLikelihood(NamedTuple):
     latent: Batch
     """x_T."""
     solver_error: PerExample
-    """An estimate of the solve's error of `logp`, in nats (see `ode.Info.defect`); NaN for adaptive methods."""
+    """An estimate of the solve's error of `logp`, with its sign, in nats (see `ode.Info.defect`); NaN for adaptive
+    methods. Its mean over many examples tells the size of a bias."""
     info: Info
     """How the solve went. See `ode.require_success`."""
 
@@ -154,7 +155,7 @@ def _prior_and_error(
         return prior_logp(y), jnp.full(y.shape[:1], jnp.nan, y.dtype)
     of_state, of_divergence = defect
     value, change = jax.jvp(prior_logp, (y,), (of_state,))
-    return value, jnp.abs(change + jnp.mean(of_divergence, axis=1))
+    return value, change + jnp.mean(of_divergence, axis=1)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes"], meta_fields=["path"])
@@ -229,7 +230,7 @@ def bits_per_dim(result: LogLikelihood, *, levels: int, unit_scale: float) -> Bi
             256 levels these add 8 and 7 bits/dim.
 
     Raises:
-        ValueError: fewer than 2 levels, or a scale that is not positive.
+        ValueError: no level, or a scale that is not positive.
     """
     level_bits, scaler_bits = discrete_bits(levels, unit_scale)
     nats = num_dims(result.latent) * math.log(2)
@@ -245,8 +246,8 @@ def discrete_bits(levels: int, unit_scale: float) -> tuple[float, float]:
     """Bits/dim from the density of the network's data to the probability of an image: log2(levels), log2(unit_scale).
 
     Raises:
-        ValueError: fewer than 2 levels, or a scale that is not positive.
+        ValueError: no level, or a scale that is not positive.
     """
-    if levels < 2 or not unit_scale > 0:
-        raise ValueError(f"need levels >= 2 and unit_scale > 0, got {levels} and {unit_scale}")
+    if levels < 1 or not unit_scale > 0:
+        raise ValueError(f"need levels >= 1 and unit_scale > 0, got {levels} and {unit_scale}")
     return math.log2(levels), math.log2(unit_scale)

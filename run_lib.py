@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -25,11 +25,12 @@ from build import TRAIN_KEY, Run, build
 from checkpoints import Checkpoints
 from configs.default import Config
 from datasets import Source
+from dequantization import dequantizer_from_config
 from figures import save_grid
 from files import write_atomic, write_npz
 from passes.extractors import Comparison, comparison_from_config
 from passes.keep import params_digest
-from passes.likelihood import bits_per_dim_pass
+from passes.likelihood import LikelihoodPass
 from passes.loss import LossPass
 from passes.samples import sampling_pass
 from records import MetricsWriter, StopRequest, progress, stop_on_signal
@@ -146,21 +147,37 @@ def evaluate(config: Config, workdir: Path, eval_folder: str) -> None:
         RuntimeError: if an ODE solve fails.
     """
     run = build(config)
-    parallel.divisible(config.eval.batch_size, "eval.batch_size")
-    parallel.divisible(config.sampling.batch_size, "sampling.batch_size")
-    comparison = comparison_from_config(config) if config.eval.enable_sampling else None
+    parts = parts_from_config(run)
     if config.eval.checkpoint:
-        return evaluate_stored(run, comparison, workdir, eval_folder)
+        return evaluate_stored(run, parts, workdir, eval_folder)
     with open_existing_checkpoints(run, workdir) as checkpoints:
         check_writable(workdir)
         shapes = jax.eval_shape(run.fresh_state)
         for step in chosen_steps(config, checkpoints.steps()):
             state = checkpoints.restore(step, shapes, parallel.replicated(run.mesh))
             stamp = {"order": config.training.score_matching_order}
-            evaluate_checkpoint(run, comparison, state, f"step_{step}", stamp, workdir, eval_folder)
+            evaluate_checkpoint(run, parts, state, f"step_{step}", stamp, workdir, eval_folder)
 
 
-def evaluate_stored(run: Run, comparison: Comparison | None, workdir: Path, eval_folder: str) -> None:
+class Parts(NamedTuple):
+    """The parts of an evaluation, checked and ready; None for those not asked for."""
+
+    likelihood: LikelihoodPass | None
+    comparison: Comparison | None
+    """What samples are compared with."""
+
+
+def parts_from_config(run: Run) -> Parts:
+    """Raises ValueError, OSError: for bad input."""
+    settings = run.config.eval
+    parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
+    return Parts(
+        LikelihoodPass(run, dequantizer_from_config(run.config, run.sde)) if settings.enable_bpd else None,
+        comparison_from_config(run.config) if settings.enable_sampling else None,
+    )
+
+
+def evaluate_stored(run: Run, parts: Parts, workdir: Path, eval_folder: str) -> None:
     """Evaluates the state at `eval.checkpoint`, which may be of another run or a released file.
 
     Results go to a file named after the checkpoint and its parameters, so that those of two never mix.
@@ -175,7 +192,7 @@ def evaluate_stored(run: Run, comparison: Comparison | None, workdir: Path, eval
     if not (workdir / "config.json").exists():
         describe_run(run, workdir, num_parameters=sum(p.size for p in jax.tree.leaves(state.params)))
     label = f"{path.absolute().name}_{params_digest(state.ema_params)}"
-    evaluate_checkpoint(run, comparison, state, label, stamp, workdir, eval_folder)
+    evaluate_checkpoint(run, parts, state, label, stamp, workdir, eval_folder)
 
 
 def chosen_steps(config: Config, steps: Sequence[int]) -> Sequence[int]:
@@ -196,17 +213,14 @@ def chosen_steps(config: Config, steps: Sequence[int]) -> Sequence[int]:
 
 def evaluate_checkpoint(
     run: Run,
-    comparison: Comparison | None,
+    parts: Parts,
     state: TrainState,
     label: str,
     stamp: dict[str, Any],
     workdir: Path,
     eval_folder: str,
 ) -> None:
-    """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`.
-
-    Samples are drawn if there is a `comparison` for them.
-    """
+    """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`."""
     folder, settings = workdir / eval_folder, run.config.eval
     path, step = folder / f"{label}.json", int(state.step)
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
@@ -221,10 +235,10 @@ def evaluate_checkpoint(
     if settings.enable_loss:
         test_source = datasets.source_from_config(run.config, "test")
         keep(loss=LossPass(run, test_source).whole(state.ema_params))
-    if settings.enable_bpd:
-        keep(bpd=bits_per_dim_pass(run, state.ema_params, folder))
-    if comparison is not None:
-        samples, images = sampling_pass(run, comparison, state.ema_params, folder)
+    if parts.likelihood is not None:
+        keep(bpd=parts.likelihood(state.ema_params, folder))
+    if parts.comparison is not None:
+        samples, images = sampling_pass(run, parts.comparison, state.ema_params, folder)
         keep(samples=samples)
         save_images(run, images, label, step, workdir)
 

@@ -152,8 +152,10 @@ def _eval() -> ConfigDict:
     evaluate.bpd_dataset = "test"  # train or test
     evaluate.num_repeats = 5  # passes over the images, each with new dequantization noise and probes
     evaluate.max_examples = 0  # evaluate only so many images; 0: all
-    evaluate.ode_solver = "dopri5"  # dopri5 (on the devices), scipy (RK45 on the host, as published), rk4_log
-    evaluate.ode_steps = 50  # of rk4_log, four evaluations each
+    # adams_log, rk4_log: equal steps in log noise; dopri5_log, scipy_log: adaptive there; dopri5, scipy, rk4: in time.
+    # dopri5 and scipy are RK45, on the devices and, as published, on the host.
+    evaluate.ode_solver = "adams_log"
+    evaluate.ode_steps = 98  # of adams (an even number, one evaluation each, and one more) and rk4 (four each)
     evaluate.rtol = 1e-5  # tolerances of dopri5 and scipy
     evaluate.atol = 1e-5
     evaluate.probe = "rademacher"  # of the divergence: rademacher, gaussian; or exact, for small images
@@ -161,6 +163,9 @@ def _eval() -> ConfigDict:
     evaluate.bound = False  # bound on the SDE's likelihood instead of the ODE's likelihood
     evaluate.dsm = True  # the bound's form: denoising or sliced score matching
     evaluate.offset = True  # the bound's start-time correction
+    evaluate.bound_times = 1000  # times behind the bound of each image
+    evaluate.bound_importance_sampling = True  # draw them in proportion to g^2 / sigma^2, else uniformly
+    evaluate.bound_starts = 100  # draws behind the start-time correction of each image
     evaluate.dequantizer = False  # learned dequantization noise instead of eval.dequantization
     evaluate.dequantization = "uniform"  # noise that makes levels a density: uniform, truncated_normal
     evaluate.truncation = 3.0  # of truncated_normal: half a level, in standard deviations of the noise it starts from
@@ -173,6 +178,11 @@ def _eval() -> ConfigDict:
 
 def _deq() -> ConfigDict:
     deq = ConfigDict()  # training of the learned dequantization noise
+    deq.name = "flowpp_cifar10"  # flowpp_cifar10 or flowpp_imagenet32: the published architectures, by these fields
+    deq.filters = 0  # channels of the networks in its couplings; 0 here and below: as published
+    deq.components = 0  # logistics in a mixture
+    deq.blocks = 0  # residual blocks in each network
+    deq.attn_heads = 0  # heads of their attention
     deq.n_iters = 300_001  # the run ends at this step
     deq.dropout = 0.0
     deq.ema_rate = 0.99  # decay of the averaged parameters that evaluation uses

@@ -1,140 +1,249 @@
-"""Bits/dim of the ODE over a data set."""
+"""Bits/dim over a data set: of the ODE, or a bound on the SDE's, with any dequantization."""
 
 import functools
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 import datasets
 import parallel
 from arrays import Batch
 from build import EVAL_KEY, Run
-from datasets import Preprocess, Source, evaluation_batch, evaluation_batch_sizes
+from coordinates import Reference
+from datasets import SPLITS, EvaluationBatch, evaluation_batch, evaluation_batch_sizes
+from dequantization import Dequantized, Dequantizer, Images, check_levels, importance_weights, log_mean_exp
 from evaluation import mean_estimate
-from likelihood import BitsPerDim, Probes, Reference, bits_per_dim, draw_probes, ode_log_likelihood
+from likelihood import discrete_bits
 from models.score import Params
+from passes.estimators import Estimate, estimator_from_config
 from passes.keep import Keep, Values
 from records import progress
 from sampling import image_keys
 
+REFERENCE_IMAGES = 10_000
+"""Training images, at most, that the mean and standard deviation of the data are taken from."""
 
-def bits_per_dim_pass(run: Run, params: Params, folder: Path) -> dict[str, Any]:
-    """Bits/dim of the ODE over the images of `eval.bpd_dataset`, `eval.num_repeats` times.
 
-    Returns:
-        mean, standard error and 95 % interval over images (of each, the mean of its repeats), the mean of each repeat,
-        the terms, and how all of it was computed.
+class LikelihoodPass:
+    """Bits/dim over the images of `eval.bpd_dataset`, `eval.num_repeats` times, as the rest of `eval` says.
 
     Raises:
-        RuntimeError: if a solve fails, naming the time and the image.
+        ValueError: for a field whose value is not allowed, or images that are not integer levels as data.levels says.
     """
-    settings = run.config.eval
-    source = datasets.source_from_config(run.config, settings.bpd_dataset)
-    described = {"data": source.description, "dequantization": "uniform", "seed": run.config.seed} | _solver(run)
-    keep = Keep(folder, "bpd", described | {"batch_size": settings.batch_size}, params)
-    solve = functools.partial(_bits_per_dim_batch, run, params, source, _data_reference(run))
-    sizes = evaluation_batch_sizes(source, settings.batch_size, settings.max_examples)
-    repeats: list[list[Values]] = []
-    with progress(settings.num_repeats * sum(sizes), "bits/dim", "image") as bar:
-        for repeat in range(settings.num_repeats):
-            repeats.append([])
-            for number, size in enumerate(sizes):
-                batch = keep(f"repeat{repeat}_batch{number}", functools.partial(solve, repeat, number, size))
-                repeats[-1].append(batch)
-                bar.update(size)
-    return _bits_per_dim_summary(repeats) | described | {"values": keep.folder.name}
+
+    def __init__(self, run: Run, dequantizer: Dequantizer):
+        settings = run.config.eval
+        for field in ("num_repeats", "num_importance_samples"):
+            if settings[field] < 1:
+                raise ValueError(f"eval.{field} is {settings[field]}; it must be at least 1")
+        if settings.max_examples < 0:
+            raise ValueError(f"eval.max_examples is {settings.max_examples}; it must be 0, for all, or more")
+        if settings.bpd_dataset not in SPLITS:
+            raise ValueError(f"eval.bpd_dataset is {settings.bpd_dataset!r}; known are {', '.join(SPLITS)}")
+        parallel.divisible(settings.batch_size, "eval.batch_size")
+        self.run, self.dequantizer = run, dequantizer
+        self.estimator = estimator_from_config(run.config)
+        self.source = datasets.source_from_config(run.config, settings.bpd_dataset)
+        self.num_draws: int = settings.num_importance_samples
+        self.sizes = evaluation_batch_sizes(self.source, settings.batch_size, settings.max_examples)
+        for number, size in enumerate(self.sizes):
+            check_levels(self._images(number).images[:size], run.config.data.levels, self.source.description)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """How the numbers come about, for whoever reads them."""
+        return {
+            "data": self.source.description,
+            **self.dequantizer.description,
+            "importance_samples": self.num_draws,
+            **self.estimator.description,
+            "seed": self.run.config.seed,
+        }
+
+    def __call__(self, params: Params, folder: Path) -> dict[str, Any]:
+        """Bits/dim of the model with these parameters.
+
+        Returns:
+            mean, standard error and 95 % interval over images (of each, the mean of its repeats), the mean of each
+            repeat, the terms, the estimated errors, and how all of it was computed.
+
+        Raises:
+            RuntimeError: if a solve fails, naming the time and the image.
+        """
+        keep = Keep(folder, "bpd", self._settings(), params)
+        repeats: list[list[Values]] = []
+        with progress(self.run.config.eval.num_repeats * sum(self.sizes), "bits/dim", "image") as bar:
+            for repeat in range(self.run.config.eval.num_repeats):
+                repeats.append([])
+                for number, size in enumerate(self.sizes):
+                    solve = functools.partial(self._batch, params, repeat, number)
+                    repeats[-1].append(keep(f"repeat{repeat}_batch{number}", solve))
+                    bar.update(size)
+        return summary(repeats) | self.description | {"values": keep.folder.name}
+
+    def _settings(self) -> dict[str, Any]:
+        """Everything that the numbers of a batch depend on, beside the parameters."""
+        settings, run = self.run.config.eval, self.run
+        batches = {"batch_size": settings.batch_size, "max_examples": settings.max_examples}
+        bins = {"bins_per_unit": self.dequantizer.bins_per_unit, "unit_scale": self.dequantizer.unit_scale}
+        network = {"network": run.network_description()}
+        if not self.estimator.needs_reference:
+            return self.description | batches | bins | network
+        reference = {"reference_data": self._train_source.description, "reference_images": REFERENCE_IMAGES}
+        return self.description | batches | bins | network | reference
+
+    @functools.cached_property
+    def _train_source(self) -> datasets.Source:
+        return datasets.source_from_config(self.run.config, "train")
+
+    @functools.cached_property
+    def _reference(self) -> Reference:
+        if not self.estimator.needs_reference:
+            return Reference()
+        images = self._train_source.images(np.arange(min(len(self._train_source), REFERENCE_IMAGES)))
+        data = self.run.config.data
+        return data_reference(images, data.levels, self.dequantizer.bins_per_unit, data.centered)
+
+    def _images(self, number: int) -> EvaluationBatch:
+        settings = self.run.config.eval
+        return evaluation_batch(self.source, settings.batch_size, number, settings.max_examples)
+
+    def _batch(self, params: Params, repeat: int, number: int) -> Values:
+        """Bits/dim, its terms and the estimates of its errors, for the images of one batch, and what they took."""
+        started = time.monotonic()
+        batch, size = self._images(number), self.sizes[number]
+        rows = parallel.local_rows(len(batch.images))
+        images = parallel.global_array(self.run.mesh, batch.images[rows])
+        indices = parallel.global_array(self.run.mesh, batch.indices[rows])
+        noise_keys, estimator_keys = _keys(jax.random.fold_in(self.run.key(EVAL_KEY), repeat), indices)
+        draws = []
+        for draw in range(self.num_draws):
+            # the estimator's keys are those of every draw: see importance_weighted
+            noisy = _dequantized(self.dequantizer, noise_keys, images, draw)
+            draws.append((parallel.fetch(noisy.log_q), self._estimate(params, noisy.x, estimator_keys, batch)))
+        dims = math.prod(batch.images.shape[1:])
+        constants = discrete_bits(self.dequantizer.bins_per_unit, self.dequantizer.unit_scale)
+        values = importance_weighted([_in_nats(log_q, estimate) for log_q, estimate in draws], dims, constants)
+        cost = {"nfe": sum(estimate.nfe for _, estimate in draws), "seconds": time.monotonic() - started}
+        return {name: value[:size] for name, value in values.items()} | {k: np.asarray(v) for k, v in cost.items()}
+
+    def _estimate(self, params: Params, x: Batch, keys: Array, batch: EvaluationBatch) -> Estimate:
+        """The estimate, on the host.
+
+        Raises:
+            RuntimeError: if it is none.
+        """
+        score_fn, t_min = self.run.score_fn(params), self.dequantizer.t_min
+        estimate = self.estimator(score_fn, self.run.sde, x, keys, t_min, self._reference)
+        terms, errors, info = parallel.fetch((estimate.terms, estimate.errors, estimate.info))
+        where = f"of {self.source.description}; its bits/dim are not to be had with {self.estimator.description}"
+        if info is not None and not info.success:
+            image = batch.indices[info.suspect]
+            raise RuntimeError(f"the likelihood's solve broke down at t = {info.t:.6g}, at image {image} {where}")
+        finite = np.isfinite(np.sum(list(terms.values()), axis=0))
+        if not np.all(finite):
+            raise RuntimeError(f"the likelihood is not finite at image {batch.indices[np.argmin(finite)]} {where}")
+        return Estimate(terms, errors, int(estimate.nfe), info)
 
 
-def _solver(run: Run) -> dict[str, Any]:
-    """The likelihood's settings, as they are recorded."""
-    settings = run.config.eval
-    recorded = {
-        "solver": settings.ode_solver,
-        "t_min": run.config.training.smallest_time,
-        "probe": settings.probe,
-        "num_probes": settings.num_probes,
-    }
-    if settings.ode_solver.startswith(("rk4", "adams")):
-        return recorded | {"steps": settings.ode_steps}
-    return recorded | {"rtol": settings.rtol, "atol": settings.atol}
+@jax.jit
+def _keys(key: Array, indices: Array) -> tuple[Array, Array]:
+    """Of each image: the key of its noise, and that of all else random."""
+    keys = image_keys(key, indices)
+    noise, other = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n) for n in range(2))
+    return noise, other
 
 
-def _data_reference(run: Run) -> Reference:
-    """Mean and standard deviation of each pixel of, at most 10,000, dequantized training images."""
-    source = datasets.source_from_config(run.config, "train")
-    preprocess = datasets.preprocess_from_config(run.config, train=False)
-    images = source.images(np.arange(min(len(source), 10_000)))
-    x = np.asarray(preprocess(jax.random.key(0), jnp.asarray(images)), np.float64)
-    return Reference(mean=x.mean(0).astype(np.float32), std=x.std(0).astype(np.float32))
+@jax.jit
+def _dequantized(dequantizer: Dequantizer, keys: Array, images: Images, draw: int) -> Dequantized:
+    return dequantizer(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, draw), images)
 
 
-def _bits_per_dim_batch(
-    run: Run, params: Params, source: Source, reference: Reference, repeat: int, number: int, size: int
-) -> Values:
-    """Bits/dim and its terms for the images of one batch, with what the solve took."""
-    started = time.monotonic()
-    settings = run.config.eval
-    batch = evaluation_batch(source, settings.batch_size, number, settings.max_examples)
-    rows = parallel.local_rows(settings.batch_size)
-    images = parallel.global_array(run.mesh, batch.images[rows])
-    keys = image_keys(
-        jax.random.fold_in(run.key(EVAL_KEY), repeat), parallel.global_array(run.mesh, batch.indices[rows])
-    )
-    preprocess = datasets.preprocess_from_config(run.config, train=False)
-    x, probes = _data_and_probes(keys, images, preprocess, settings.probe, settings.num_probes)
-    result = ode_log_likelihood(
-        run.score_fn(params),
-        run.sde,
-        x,
-        probes,
-        t_min=run.config.training.smallest_time,
-        method=settings.ode_solver,
-        reference=reference,
-        rtol=settings.rtol,
-        atol=settings.atol,
-        num_steps=settings.ode_steps,
-    )
-    terms = bits_per_dim(result, levels=preprocess.levels, unit_scale=preprocess.unit_scale)
-    values, info = parallel.fetch(({**terms._asdict(), "bpd": terms.total}, result.info))
-    if not info.success:
-        raise RuntimeError(
-            f"the likelihood's solve broke down at t = {info.t:.6g}, at image {batch.indices[info.suspect]} of "
-            f"{source.description}; its bits/dim are not to be had with eval.ode_solver={settings.ode_solver}"
-        )
-    cost = {"nfe": info.nfe, "seconds": time.monotonic() - started}
-    return {name: value[:size] for name, value in values.items()} | {k: np.asarray(v) for k, v in cost.items()}
+def _in_nats(log_q: Float[np.ndarray, " batch"], estimate: Estimate) -> tuple[Values, Values]:
+    """The parts of -ln (p / q), and the estimates of its errors, in nats and float64."""
+    terms, errors = ({k: np.asarray(v, np.float64) for k, v in part.items()} for part in estimate[:2])
+    return terms | {"dequantization": np.asarray(log_q, np.float64)}, errors
 
 
-@functools.partial(jax.jit, static_argnames=("preprocess", "probe", "num_probes"))
-def _data_and_probes(
-    keys: Array, images: Array, preprocess: Preprocess, probe: str, num_probes: int
-) -> tuple[Batch, Probes | None]:
-    """Each image dequantized, and its probes, by its own key."""
-    data_keys, probe_keys = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n) for n in range(2))
-    x = jax.vmap(lambda key, image: preprocess(key, image[None])[0])(data_keys, images)
-    draw = functools.partial(draw_probes, kind=probe, shape=x.shape[1:], num_probes=num_probes)
-    return x, jax.vmap(draw, out_axes=1)(probe_keys)
+def data_reference(images: np.ndarray, levels: int, bins_per_unit: int, centered: bool) -> Reference:
+    """Mean and standard deviation of each entry of the network's data, for images of integer levels.
+
+    They are in the middle of their bins: bare, if there is one bin less than levels, or with uniform noise.
+    """
+    bare, scale = bins_per_unit < levels, (2.0 if centered else 1.0) / bins_per_unit
+    mean = images.mean(axis=0, dtype=np.float64)
+    # of unsigned bytes, whose squares need twice as many bits
+    variance = np.square(images, dtype=np.uint16).mean(axis=0, dtype=np.float64) - mean**2
+    middle, noise = (0.0, 0.0) if bare else (0.5, 1 / 12)
+    std = scale * np.sqrt(np.maximum(variance, 0) + noise)
+    first = -1.0 if centered else 0.0
+    return Reference((first + scale * (mean + middle)).astype(np.float32), std.astype(np.float32))
 
 
-def _bits_per_dim_summary(repeats: list[list[Values]]) -> dict[str, Any]:
+def importance_weighted(draws: list[tuple[Values, Values]], dims: int, constants: tuple[float, float]) -> Values:
+    """Bits/dim of each image from draws of its noise, with terms that add up to it and estimates of its errors.
+
+    The average inside the logarithm takes ln p to be exact. With probes it is an estimate, and an average over its
+    noise, too, would come out too large; so all draws of an image share their probes, whose noise then is the same to
+    the extent that the draws, all within a bin, are.
+
+    Args:
+        draws: of each, the terms of -ln (p / q) and the estimates of its errors, in nats.
+        constants: bits/dim of the levels and of the scaler.
+    """
+    nats_of_bit = dims * math.log(2)
+    terms = {name: np.array([draw[0][name] for draw in draws]) for name in draws[0][0]}
+    errors = {name: np.array([draw[1][name] for draw in draws]) for name in draws[0][1]}
+    total = np.sum(list(terms.values()), axis=0)
+    weights = importance_weights(-total)
+    values = {name: term.mean(axis=0) / nats_of_bit for name, term in terms.items()}
+    values |= dict(zip(("levels", "scaler"), (np.full_like(total[0], bits) for bits in constants), strict=True))
+    if len(draws) > 1:
+        values["importance_sampling"] = -(log_mean_exp(-total) + total.mean(axis=0)) / nats_of_bit
+    values["bpd"] = np.sum(list(values.values()), axis=0)
+    return values | {name: np.sum(weights * error, axis=0) / nats_of_bit for name, error in errors.items()}
+
+
+ERRORS = ("solver_error", "probe_error", "sampling_error")
+"""Values of an image that are no terms of its bits/dim, but estimates of its error."""
+
+
+def summary(repeats: list[list[Values]]) -> dict[str, Any]:
+    """Means over images, and how sure they are, from the batches of each repeat."""
+
     def per_image(name: str) -> np.ndarray:
         return np.array([np.concatenate([batch[name] for batch in batches]) for batches in repeats])
 
-    total = mean_estimate(per_image("bpd"))
     every = [batch for batches in repeats for batch in batches]
+    total, of_repeat = mean_estimate(per_image("bpd")), per_image("bpd").mean(axis=1)
+    terms = [name for name in every[0] if name not in (*ERRORS, "bpd", "nfe", "seconds")]
     return {
         "mean": total.mean,
         "se": total.se,
         "ci95": total.ci95,
         "n": total.n,
         "repeats": len(repeats),
-        "mean_of_repeat": [float(np.mean(row)) for row in per_image("bpd")],
-        "terms": {name: mean_estimate(per_image(name)).mean for name in BitsPerDim._fields},
+        "mean_of_repeat": of_repeat.tolist(),
+        "se_over_repeats": float(of_repeat.std(ddof=1) / math.sqrt(len(repeats))) if len(repeats) > 1 else None,
+        "terms": {name: mean_estimate(per_image(name)).mean for name in terms},
+        "errors": _error_of_mean({name: per_image(name) for name in ERRORS if name in every[0]}),
         "nfe": float(np.mean([batch["nfe"] for batch in every])),
         "seconds": float(np.sum([batch["seconds"] for batch in every])),
     }
+
+
+def _error_of_mean(errors: dict[str, np.ndarray]) -> dict[str, float | None]:
+    """Estimates of the mean's error, in bits/dim: of its bias by the solver, of its standard error by other things.
+
+    None where nothing can be told, as of a single probe.
+    """
+    means = {
+        name: float(error.mean()) if name == "solver_error" else float(np.sqrt(np.sum(error**2)) / error.size)
+        for name, error in errors.items()
+    }
+    return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}

@@ -17,6 +17,7 @@ import stored_states
 from build import build
 from configs.digits.smoke import get_config
 from parallel import replicated
+from passes.likelihood import LikelihoodPass
 
 ROOT = Path(__file__).parent.parent
 
@@ -109,10 +110,8 @@ def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypat
     assert whole["samples"]["fid_features"] == "classifier"
     assert whole["loss"]["total"]["n"] == 359
 
-    import passes.likelihood as bpd_pass
-
     solved = []
-    solve = bpd_pass._bits_per_dim_batch
+    solve = LikelihoodPass._batch
 
     def interrupted(*arguments):
         if len(solved) == 2:
@@ -120,10 +119,10 @@ def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypat
         solved.append(arguments)
         return solve(*arguments)
 
-    monkeypatch.setattr(bpd_pass, "_bits_per_dim_batch", interrupted)
+    monkeypatch.setattr(LikelihoodPass, "_batch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_lib.evaluate(config, trained, "parts")
-    monkeypatch.setattr(bpd_pass, "_bits_per_dim_batch", solve)
+    monkeypatch.setattr(LikelihoodPass, "_batch", solve)
     run_lib.evaluate(config, trained, "parts")
     parts = json.loads((trained / "parts" / "step_12.json").read_text())
     timeless = [{**r["bpd"], "seconds": 0} for r in (whole, parts)]
