@@ -130,9 +130,17 @@ def _read_results(workdir: Path, metrics: RunCurves, problems: list[str]) -> lis
         if result is None or "checkpoint_step" not in result:
             continue
         result["file"] = str(path.relative_to(workdir))
+        for part, taken in (_read_json(seconds_file(path), problems) or {}).items():
+            if part in result:
+                result[part]["seconds"] = taken
         seconds = _seconds_until(metrics, result["checkpoint_step"])
         results.append(result if seconds is None else result | {"train_seconds": seconds})
     return sorted(results, key=lambda result: (result["checkpoint_step"], result["file"]))
+
+
+def seconds_file(path: Path) -> Path:
+    """Where the seconds that each part of an evaluation took are, for its file of results."""
+    return path.with_name(f"{path.stem}_seconds.json")
 
 
 def _seconds_until(metrics: RunCurves, step: int) -> float | None:

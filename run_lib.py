@@ -35,7 +35,7 @@ from passes.loss import LossPass
 from passes.samples import sampling_pass
 from records import MetricsWriter, StopRequest, progress, stop_on_signal
 from report import comparison_table, write_report
-from run_files import read_run
+from run_files import read_run, seconds_file
 from sources import prepare_from_config
 from stored_states import initial_state, open_checkpoints, open_existing_checkpoints, starting_state, stored_state
 from train_state import TrainState
@@ -220,15 +220,22 @@ def evaluate_checkpoint(
     workdir: Path,
     eval_folder: str,
 ) -> None:
-    """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`."""
+    """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`.
+
+    What the parts took goes to <label>_seconds.json: all else is the same whenever and however often it is started.
+    """
     folder, settings = workdir / eval_folder, run.config.eval
     path, step = folder / f"{label}.json", int(state.step)
     result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     result |= {"checkpoint_step": step, "ema": True} | stamp
+    seconds_path = seconds_file(path)
+    seconds: dict[str, float] = json.loads(seconds_path.read_text()) if seconds_path.exists() else {}
 
     def keep(**parts: Any) -> None:
+        seconds.update({name: part.pop("seconds") for name, part in parts.items() if "seconds" in part})
         result.update(parts)
         if jax.process_index() == 0:
+            write_atomic(seconds_path, json.dumps(seconds, indent=1))
             write_atomic(path, json.dumps(result, indent=1))
             write_report(workdir)
 
