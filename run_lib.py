@@ -26,13 +26,13 @@ from checkpoints import Checkpoints
 from configs.default import Config
 from datasets import Source
 from dequantization import dequantizer_from_config
-from figures import save_grid
-from files import write_atomic, write_npz
+from files import write_atomic
 from passes.extractors import Comparison, comparison_from_config
 from passes.keep import params_digest
 from passes.likelihood import LikelihoodPass
 from passes.loss import LossPass
-from passes.samples import sampling_pass
+from passes.samples import sampling_pass, write_samples
+from passes.snapshots import Snapshots
 from records import MetricsWriter, StopRequest, progress, stop_on_signal
 from report import comparison_table, write_report
 from run_files import read_run, seconds_file
@@ -40,9 +40,6 @@ from sources import prepare_from_config
 from stored_states import initial_state, open_checkpoints, open_existing_checkpoints, starting_state, stored_state
 from train_state import TrainState
 from workdir import check_writable, describe_run
-
-SHOWN = 64
-"""Samples in the report's grid."""
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -57,6 +54,7 @@ def train(config: Config, workdir: Path) -> None:
     train_source, test_source = (datasets.source_from_config(config, split) for split in datasets.SPLITS)
     new = not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
     init_state = initial_state(run) if config.training.init_from and new else None
+    snapshots = Snapshots(run, workdir)
     check_writable(workdir)
     with open_checkpoints(run, workdir) as checkpoints:
         state = starting_state(run, checkpoints, init_state)
@@ -64,7 +62,7 @@ def train(config: Config, workdir: Path) -> None:
             checkpoints.save(state)  # what was started from may be gone when this goes on
         describe_run(run, workdir, num_parameters=sum(p.size for p in jax.tree.leaves(state.params)))
         with MetricsWriter(workdir / "train") as metrics, stop_on_signal() as stop:
-            training_loop(run, state, train_source, test_source, checkpoints, metrics, stop)
+            training_loop(run, state, train_source, test_source, checkpoints, snapshots, metrics, stop)
     if stop.requested:
         raise KeyboardInterrupt
     if jax.process_index() == 0:
@@ -77,6 +75,7 @@ def training_loop(
     train_source: Source,
     test_source: Source,
     checkpoints: Checkpoints,
+    snapshots: Snapshots,
     metrics: MetricsWriter,
     stop: StopRequest,
 ) -> TrainState:
@@ -89,6 +88,9 @@ def training_loop(
     test_loss = LossPass(run, test_source)
     key = run.key(TRAIN_KEY)
     step = int(state.step)
+    snapshots.draw(state, stop)  # unless it was drawn before an interruption
+    if stop.requested:
+        return state
     with progress(training.n_iters, f"order {training.score_matching_order}", "step", initial=step) as bar:
         for images in step_batches(run, train_source, step):
             before, step = step, step + len(images)
@@ -105,8 +107,10 @@ def training_loop(
                 metrics.write(step, "test", order=training.score_matching_order, **means)
             if saving:
                 checkpoints.save(state)
+                with metrics.aside():
+                    snapshots.draw(state, stop)
             bar.update(step - before)
-            if last:
+            if last or (saving and stop.requested):
                 break
     return state
 
@@ -246,20 +250,9 @@ def evaluate_checkpoint(
         keep(bpd=parts.likelihood(state.ema_params, folder))
     if parts.comparison is not None:
         samples, images = sampling_pass(run, parts.comparison, state.ema_params, folder)
+        name = label if eval_folder == "eval" else f"{label}_{eval_folder.replace('/', '_')}"
+        write_samples(run, images, name, step, workdir)
         keep(samples=samples)
-        save_images(run, images, label, step, workdir)
-
-
-def save_images(run: Run, images: np.ndarray, label: str, step: int, workdir: Path) -> None:
-    """Some samples and as many real images, for the report."""
-    if jax.process_index() != 0:
-        return
-    source = datasets.source_from_config(run.config, "test")
-    real, shown, levels = source.images(np.arange(min(SHOWN, len(source)))), images[:SHOWN], run.config.data.levels
-    write_npz(workdir / "samples" / "data.npz", samples=real, levels=levels, step=0)
-    write_npz(workdir / "samples" / f"{label}.npz", samples=shown, levels=levels, step=step)
-    save_grid(workdir / "samples" / f"{label}.png", shown, levels)
-    write_report(workdir)
 
 
 def prepare(config: Config) -> None:

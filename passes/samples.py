@@ -1,21 +1,41 @@
-"""Samples, and how they compare with the training images."""
+"""Samples, and how they compare with real images.
+
+They are drawn in rounds of `sampling.batch_size`, and a round that is done is never drawn again: an interrupted pass
+goes on with the next one, on any number of devices. Image k follows from the seed and k, so that device counts and
+interruptions change nothing but, at most, the last bits. The batch size is among the settings that rounds are kept
+under. Where it changes all rounds are drawn again, because two samplers couple the images of a batch: Langevin
+correctors average norms over it, and the adaptive ODE solver chooses its steps for all of it.
+"""
 
 import functools
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
+from jaxtyping import Array, Bool, UInt8
 
+import datasets
 import parallel
+from arrays import Batch
 from build import SAMPLE_KEY, Run
+from datasets import Preprocess
 from features import Images
+from figures import save_grid
+from files import write_npz
 from models.score import Params
 from passes.extractors import Comparison
 from passes.keep import Keep, Values
 from records import progress
-from sampling import sampler_from_config
+from sampling import Progress, sampler_from_config
+
+SHOWN = 64
+"""Images in a grid, at most."""
+
+SHARD = 10_000
+"""Images in a file, at most."""
 
 
 def sampling_pass(run: Run, comparison: Comparison, params: Params, folder: Path) -> tuple[dict[str, Any], Images]:
@@ -23,39 +43,91 @@ def sampling_pass(run: Run, comparison: Comparison, params: Params, folder: Path
 
     Returns:
         FID, IS, KID and how they were computed; and the images, as integer levels.
+
+    Raises:
+        RuntimeError: if a sample is not finite, or the ODE sampler's solve breaks down.
     """
-    settings = run.config.eval
+    wanted, batch_size = run.config.eval.num_samples, run.config.sampling.batch_size
     comparison.prepare()  # what can fail with the real images fails before anything is drawn
     described = {"sampling": run.config.sampling.to_dict(), "num_scales": run.config.model.num_scales}
     keep = Keep(folder, "samples", described | {"seed": run.config.seed}, params)
-    batch_size = run.config.sampling.batch_size
-    rounds = -(-settings.num_samples // batch_size)
     batches: list[Values] = []
-    with progress(settings.num_samples, "sampling", "image") as bar:
-        for number in range(rounds):
-            batches.append(keep(f"round{number}", functools.partial(_sample_batch, run, params, number, bar)))
-            bar.update(min((number + 1) * batch_size, settings.num_samples) - bar.n)
-    images = np.concatenate([batch["samples"] for batch in batches])[: settings.num_samples]
-    result = comparison(images)
+    with progress(wanted, "sampling", "image") as bar:
+
+        def show(step: int, steps: int) -> None:
+            bar.set_postfix(step=f"{step}/{steps}")
+
+        for number in range(-(-wanted // batch_size)):
+            batches.append(keep(f"round{number}", functools.partial(_round, run, params, number, show)))
+            bar.update(min((number + 1) * batch_size, wanted) - bar.n)
+    images = np.concatenate([batch["samples"] for batch in batches])[:wanted]
     cost = {
         "sampler": run.config.sampling.method,
         "nfe": int(batches[0]["nfe"]),
         "seconds": float(np.sum([batch["seconds"] for batch in batches])),
+        "rounding": "down" if run.trainer.preprocess.dequantize else "nearest",
     }
-    return result | cost | described | {"values": keep.folder.name}, images
+    return comparison(images) | cost | described | {"values": keep.folder.name}, images
 
 
-def _sample_batch(run: Run, params: Params, number: int, bar: tqdm) -> Values:
-    """The images of one round, as integer levels."""
+def _round(run: Run, params: Params, number: int, show: Progress) -> Values:
     started = time.monotonic()
     size = run.config.sampling.batch_size
-    indices = np.arange(number * size, (number + 1) * size)[parallel.local_rows(size)]
-    samples = sampler_from_config(run.config, run.sde)(
-        run.score_fn(params),
-        run.key(SAMPLE_KEY),
-        parallel.global_array(run.mesh, indices),
-        run.image_shape,
-        lambda step, steps: bar.set_postfix(step=f"{step}/{steps}"),
+    images, nfe = draw_images(run, params, np.arange(number * size, (number + 1) * size), show)
+    return {"samples": images, "nfe": np.asarray(nfe), "seconds": np.asarray(time.monotonic() - started)}
+
+
+def draw_images(
+    run: Run, params: Params, numbers: np.ndarray, show: Progress | None = None
+) -> tuple[UInt8[np.ndarray, "batch height width channel"], int]:
+    """The images with these numbers as integer levels, drawn together by the configured sampler.
+
+    Args:
+        numbers: as many as the devices divide.
+        show: called between the compiled calls of a long sampler with the steps done and the steps in all.
+
+    Returns:
+        The images, on every host, and the network evaluations each took.
+
+    Raises:
+        RuntimeError: if an image is not finite, naming it, or the ODE sampler's solve breaks down.
+    """
+    local = numbers[parallel.local_rows(len(numbers))]
+    sampler = sampler_from_config(run.config, run.sde)
+    samples = sampler(
+        run.score_fn(params), run.key(SAMPLE_KEY), parallel.global_array(run.mesh, local), run.image_shape, show
     )
-    levels = np.asarray(parallel.fetch(run.trainer.preprocess.to_levels(samples.x)))
-    return {"samples": levels, "nfe": np.asarray(samples.nfe), "seconds": np.asarray(time.monotonic() - started)}
+    images, finite = parallel.fetch(_levels(run.trainer.preprocess, samples.x))
+    if not finite.all():
+        raise RuntimeError(
+            f"sample {numbers[np.argmin(finite)]} is not finite ({np.sum(~finite)} of {len(numbers)} are not); the "
+            f"model diverged, or sampling.method={run.config.sampling.method} does with these settings"
+        )
+    return np.asarray(images), samples.nfe
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _levels(preprocess: Preprocess, x: Batch) -> tuple[Array, Bool[Array, " batch"]]:
+    """Integer levels, and whether each image is finite: levels do not tell."""
+    return preprocess.to_levels(x), jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))
+
+
+def write_samples(run: Run, images: Images, label: str, step: int, workdir: Path) -> None:
+    """Samples for people and other programs, and as many real images to hold them against.
+
+    samples/<label>.png, .npz     the first 64; data.npz: real ones
+    samples/<label>/images_K.npz  all, at most 10,000 a file, K the number of its first: `samples`, integers from 0 to
+                                  `levels` - 1 of shape [n, height, width, channels], and the training `step`
+    samples/<label>/images_K.png  its first 64
+    """
+    if jax.process_index() != 0:
+        return
+    folder, levels = workdir / "samples", run.config.data.levels
+    source = datasets.source_from_config(run.config, "test")
+    write_npz(folder / "data.npz", samples=source.images(np.arange(min(SHOWN, len(source)))), levels=levels, step=0)
+    write_npz(folder / f"{label}.npz", samples=images[:SHOWN], levels=levels, step=step)
+    save_grid(folder / f"{label}.png", images[:SHOWN], levels)
+    for first in range(0, len(images), SHARD):
+        shard, name = images[first : first + SHARD], f"images_{first:06d}"
+        write_npz(folder / label / f"{name}.npz", samples=shard, levels=levels, step=step)
+        save_grid(folder / label / f"{name}.png", shard[:SHOWN], levels)

@@ -1,0 +1,88 @@
+"""A few samples of every checkpoint that is kept, drawn while training goes on."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+import parallel
+from build import Run
+from figures import save_grid
+from files import read_npz, write_npz
+from passes.keep import params_digest
+from passes.samples import SHOWN, draw_images
+from records import StopRequest
+from sampling import sampler_from_config
+from train_state import TrainState
+
+
+class Snapshots:
+    """Draws the same images of each kept checkpoint by the configured sampler, of the averaged and of the raw weights.
+
+    The noise of image k is the same in every snapshot, so that they compare. A snapshot is drawn once. In
+    samples/snapshots, step_<step>.npz holds `ema` and `raw`, integers from 0 to `levels` - 1, and PNG files show them.
+    One that an interruption prevented is drawn when training goes on from its checkpoint.
+
+    Raises:
+        ValueError: from the constructor, if snapshots are wanted but `config.sampling` is not valid.
+    """
+
+    def __init__(self, run: Run, workdir: Path):
+        self.run, self.folder = run, workdir / "samples" / "snapshots"
+        self.shown = min(SHOWN, run.config.sampling.batch_size)
+        if run.config.training.snapshot_sampling:
+            sampler_from_config(run.config, run.sde)
+
+    def due(self, step: int) -> bool:
+        """Whether the checkpoint of this step is one to keep: every `training.snapshot_freq` steps, and the last."""
+        training = self.run.config.training
+        kept = step % training.snapshot_freq == 0 or step >= training.n_iters
+        return training.snapshot_sampling and step > 0 and kept
+
+    def draw(self, state: TrainState, stop: StopRequest) -> None:
+        """Draws the snapshot of this state if it is due and not there.
+
+        Asked to stop, it gives up. Where sampling fails it warns: training can do without.
+        """
+        step = int(state.step)
+        if not self.due(step):
+            return
+        path, digest = self.folder / f"step_{step}.npz", params_digest(state.params)
+        if parallel.agree(_stored_digest(path) == digest):
+            return
+        try:
+            grids = {"ema": self._grid(state.ema_params, stop), "raw": self._grid(state.params, stop)}
+        except _StoppedError:
+            return
+        except RuntimeError as error:
+            logging.warning("no snapshot of step %d: %s", step, error)
+            return
+        if jax.process_index() != 0:
+            return
+        levels = self.run.config.data.levels
+        for weights, images in grids.items():
+            save_grid(self.folder / f"step_{step}_{weights}.png", images, levels)
+        write_npz(path, **grids, levels=levels, step=step, parameters=digest)  # last: it says that all is there
+
+    def _grid(self, params: object, stop: StopRequest) -> np.ndarray:
+        def look_up(step: int, steps: int) -> None:
+            del step, steps
+            if parallel.agree(stop.requested):
+                raise _StoppedError
+
+        devices = self.run.mesh.size
+        numbers = np.arange(-(-self.shown // devices) * devices)
+        return draw_images(self.run, params, numbers, look_up)[0][: self.shown]
+
+
+class _StoppedError(Exception):
+    """Somebody asked to stop while a snapshot was being drawn."""
+
+
+def _stored_digest(path: Path) -> str | None:
+    """Of the parameters that a snapshot there was drawn with; None if there is none, or none that can be read."""
+    try:
+        return str(read_npz(path).get("parameters"))
+    except (FileNotFoundError, ValueError):
+        return None

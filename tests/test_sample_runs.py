@@ -1,0 +1,203 @@
+"""Samples in rounds: the same images whatever the devices and interruptions; and snapshots of a run in training."""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import passes.samples
+import run_lib
+from build import build
+from configs.digits.smoke import get_config
+from files import read_npz
+from passes.samples import draw_images, sampling_pass, write_samples
+from passes.snapshots import Snapshots
+from records import StopRequest
+
+
+def config_with(**fields):
+    config = get_config()
+    config.sampling.update(method="dpm_solver", max_nfe=6, batch_size=16)
+    config.training.update(n_iters=12, snapshot_freq=6, snapshot_freq_for_preemption=4, snapshot_sampling=True)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+@pytest.fixture(scope="module")
+def run():
+    # sigma_max: few pixels of an untrained network's samples shall be beyond black and white
+    return build(config_with(model__sigma_max=1.0))
+
+
+@pytest.fixture(scope="module")
+def params(run):
+    """Of a network whose last layers are not nearly zero, as they are at first."""
+    fresh = run.fresh_state().params
+    leaves, tree = jax.tree.flatten(fresh)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [p + 0.1 * jax.random.normal(k, p.shape) for p, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, moved)
+
+
+class Ready:
+    """In place of a comparison with real images."""
+
+    def prepare(self):
+        pass
+
+    def __call__(self, images):
+        return {"n": len(images)}
+
+
+def on_devices(run, count):
+    return dataclasses.replace(run, mesh=jax.sharding.Mesh(np.array(jax.devices()[:count]), ("data",)))
+
+
+def test_images_do_not_depend_on_devices_and_interruptions(run, params, tmp_path, monkeypatch):
+    drawn, interruptions = [], [1, 2]
+
+    def draw(run, params, numbers, show):
+        if len(drawn) in interruptions:
+            interruptions.remove(len(drawn))
+            raise KeyboardInterrupt
+        drawn.append(numbers[0])
+        return draw_images(run, params, numbers, show)
+
+    monkeypatch.setattr(passes.samples, "draw_images", draw)
+    for devices in (4, 1):
+        with pytest.raises(KeyboardInterrupt):
+            sampling_pass(on_devices(run, devices), Ready(), params, tmp_path / "parts")
+    result, parts = sampling_pass(on_devices(run, 4), Ready(), params, tmp_path / "parts")
+    assert drawn == [0, 16, 32], "a round was drawn twice, or not at all"
+    assert (result["n"], result["nfe"], result["rounding"]) == (48, 6, "down")
+
+    whole = {n: sampling_pass(on_devices(run, n), Ready(), params, tmp_path / f"on{n}")[1] for n in (1, 4)}
+    assert len(np.unique(parts.reshape(48, -1), axis=0)) == 48
+    assert np.mean((parts > 0) & (parts < 16)) > 0.2, "saturated pixels would hide differences"
+    for images in whole.values():
+        off = np.abs(images.astype(int) - parts.astype(int))
+        assert off.max() <= 1
+        assert np.mean(off > 0) <= 1e-3
+
+
+def test_other_settings_draw_anew(run, params, tmp_path):
+    first, _ = sampling_pass(run, Ready(), params, tmp_path)
+    other = build(config_with(model__sigma_max=1.0, sampling__batch_size=24))
+    second, images = sampling_pass(other, Ready(), params, tmp_path)
+    assert first["values"] != second["values"]
+    assert len(images) == 48
+
+
+def test_samples_that_are_not_finite_are_an_error(run, params):
+    broken = jax.tree.map(lambda p: p * np.nan, params)
+    with pytest.raises(RuntimeError, match=r"sample 16 is not finite \(16 of 16 are not\).*sampling.method=dpm_solver"):
+        draw_images(run, broken, np.arange(16, 32))
+
+
+def test_samples_on_disk(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(passes.samples, "SHARD", 20)
+    images = np.random.default_rng(0).integers(0, 17, (48, 8, 8, 1)).astype(np.uint8)
+    write_samples(run, images, "step_7", 7, tmp_path)
+    folder = tmp_path / "samples" / "step_7"
+    shards = [read_npz(path) for path in sorted(folder.glob("*.npz"))]
+    assert [path.stem for path in sorted(folder.glob("*.png"))] == ["images_000000", "images_000020", "images_000040"]
+    np.testing.assert_array_equal(np.concatenate([shard["samples"] for shard in shards]), images)
+    assert {(int(shard["levels"]), int(shard["step"])) for shard in shards} == {(17, 7)}
+    assert len(read_npz(tmp_path / "samples" / "data.npz")["samples"]) == 64
+
+
+# Snapshots
+
+
+def pc_config():
+    config = config_with()
+    config.sampling.update(method="pc", corrector="none", num_steps=3, batch_size=8)
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("snapshots") / "run"
+    run_lib.train(pc_config(), workdir)
+    return workdir
+
+
+def snapshot_files(workdir):
+    return sorted(path.name for path in (workdir / "samples" / "snapshots").iterdir())
+
+
+def test_a_run_leaves_snapshots_of_its_kept_checkpoints(trained):
+    kept = sorted(int(path.name) for path in (trained / "checkpoints").iterdir() if path.name.isdigit())
+    assert kept == [6, 12]
+    files = [f"step_{step}{end}" for step in kept for end in (".npz", "_ema.png", "_raw.png")]
+    assert snapshot_files(trained) == sorted(files)
+    snapshot = read_npz(trained / "samples" / "snapshots" / "step_12.npz")
+    assert snapshot["ema"].shape == snapshot["raw"].shape == (8, 8, 8, 1)
+    with Image.open(trained / "samples" / "snapshots" / "step_12_raw.png") as picture:
+        assert picture.size == (3 * 42 - 2, 3 * 42 - 2)
+
+
+def test_a_snapshot_shows_its_weights_by_the_same_noise(params, tmp_path):
+    """The images are those that evaluation numbers 0 to 7, of each set of weights."""
+    run = build(pc_config())
+    state = run.fresh_state().replace(step=np.int32(6), ema_params=params)
+    Snapshots(run, tmp_path).draw(state, StopRequest())
+    snapshot = read_npz(tmp_path / "samples" / "snapshots" / "step_6.npz")
+    for weights, of in (("ema", state.ema_params), ("raw", state.params)):
+        np.testing.assert_array_equal(snapshot[weights], draw_images(run, of, np.arange(8))[0])
+    assert np.any(snapshot["ema"] != snapshot["raw"])
+
+
+def test_a_resumed_run_draws_what_is_missing_and_nothing_twice(trained):
+    folder = trained / "samples" / "snapshots"
+    before = read_npz(folder / "step_12.npz")
+    (folder / "step_12.npz").write_bytes(b"PK")  # as an interruption never leaves it
+    (folder / "step_12_ema.png").unlink()
+    os.utime(folder / "step_6.npz", (1, 1))
+    run_lib.train(pc_config(), trained)  # nothing left to train
+    after = read_npz(folder / "step_12.npz")
+    np.testing.assert_array_equal(after["ema"], before["ema"])
+    assert (folder / "step_12_ema.png").exists()
+    os.utime(folder / "step_12.npz", (1, 1))
+    run_lib.train(pc_config(), trained)
+    assert {(folder / f"step_{step}.npz").stat().st_mtime for step in (6, 12)} == {1}
+
+
+def test_snapshots_of_other_weights_are_replaced(trained, params):
+    run = build(pc_config())
+    state = run.fresh_state().replace(step=np.int32(6), params=params)
+    path = trained / "samples" / "snapshots" / "step_6.npz"
+    before = read_npz(path)
+    Snapshots(run, trained).draw(state, StopRequest())
+    assert np.any(read_npz(path)["raw"] != before["raw"])
+
+
+def test_asked_to_stop_it_gives_up(tmp_path):
+    run = build(pc_config())
+    stop = StopRequest()
+    stop.requested = True
+    Snapshots(run, tmp_path).draw(run.fresh_state().replace(step=np.int32(6)), stop)
+    assert not (tmp_path / "samples").exists()
+
+
+def test_failing_to_sample_does_not_end_training(tmp_path):
+    run = build(pc_config())
+    state = run.fresh_state()
+    broken = jax.tree.map(lambda p: p * np.nan, state.params)
+    Snapshots(run, tmp_path).draw(state.replace(step=np.int32(6), params=broken), StopRequest())
+    assert not (tmp_path / "samples").exists()
+
+
+@pytest.mark.parametrize(("step", "due"), [(0, False), (4, False), (6, True), (11, False), (12, True), (13, True)])
+def test_when_snapshots_are_due(run, tmp_path, step, due):
+    assert Snapshots(run, tmp_path).due(step) == due
+    assert not Snapshots(build(config_with(training__snapshot_sampling=False)), tmp_path).due(step)
+
+
+def test_a_bad_sampler_is_found_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"sampling\.order must be one of"):
+        run_lib.train(config_with(sampling__order=4), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
