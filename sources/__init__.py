@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 
 from configs.default import Config
+from sources.catalogue import CATALOGUE, load_entry, prepare_entry
 from sources.folder import load_folder
-from sources.published import CIFAR10, MNIST, SVHN, Published, imagenet, load_published, prepare_published
 from sources.source import MemorySource as MemorySource  # sources are found here, too
 from sources.source import Source as Source
 from sources.splits import TEST_SHARE, Split, describe, is_test
-
-IN_A_FOLDER = ("LSUN", "CelebA", "CelebAHQ", "FFHQ")
-"""Published data sets that come as, or are easily made, a folder of images."""
 
 
 def load_digits(split: str) -> MemorySource:
@@ -98,14 +95,6 @@ SOURCES: dict[str, Callable[[Config, str], Source]] = {
 }
 """Opens a split of a data set, from config.data."""
 
-PUBLISHED: dict[str, Callable[[Config], Published]] = {
-    "CIFAR10": lambda data: CIFAR10,
-    "MNIST": lambda data: MNIST,
-    "SVHN": lambda data: SVHN,
-    "ImageNet": lambda data: imagenet(data.variant, data.image_size),
-}
-"""Data sets that are prepared once, from the files that their authors distribute."""
-
 
 def source_from_config(config: Config, split: str) -> Source:
     """Opens one split of `data.dataset`.
@@ -115,18 +104,12 @@ def source_from_config(config: Config, split: str) -> Source:
         ValueError: for an unknown data set, for damaged files, or when its images are not as `data` says.
     """
     data = config.data
-    if data.dataset in PUBLISHED:
-        source = MemorySource(*load_published(PUBLISHED[data.dataset](data), split, Path(data.dir)))
-    elif data.dataset in SOURCES:
+    if data.dataset in SOURCES:
         source = SOURCES[data.dataset](data, split)
-    elif data.dataset in IN_A_FOLDER:
-        raise ValueError(
-            f"data.dataset is {data.dataset!r}: extract its images into a folder, and use data.dataset=folder and "
-            "data.path=FOLDER"
-        )
+    elif data.dataset in CATALOGUE:
+        source = load_entry(data, split)
     else:
-        known = (*SOURCES, *PUBLISHED, *IN_A_FOLDER)
-        raise ValueError(f"data.dataset is {data.dataset!r}; known are {', '.join(known)}")
+        raise ValueError(f"data.dataset is {data.dataset!r}; known are {', '.join((*SOURCES, *CATALOGUE))}")
     wanted = (data.image_size, data.image_size, data.num_channels)
     if source.image_shape != wanted:
         raise ValueError(
@@ -138,21 +121,8 @@ def source_from_config(config: Config, split: str) -> Source:
 
 
 def prepare_from_config(config: Config) -> str:
-    """Converts `data.dataset` from the published files at `data.archive`; returns what was written, for people.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is not the published one, or the data set needs no preparation.
-    """
-    data = config.data
-    if data.dataset not in PUBLISHED:
-        raise ValueError(f"data.dataset is {data.dataset!r}; those to prepare are {', '.join(PUBLISHED)}")
-    published = PUBLISHED[data.dataset](data)
-    if not data.archive:
-        files = ", ".join(published.sha256)
-        raise ValueError(f"data.archive is empty; {published.title} needs the file or the folder with {files}")
-    accepted = [digest.strip().lower() for digest in data.archive_sha256.split(",")]
-    return prepare_published(published, Path(data.archive), accepted, Path(data.dir))
+    """See `prepare_entry`."""
+    return prepare_entry(config.data)
 
 
 def _check_levels(source: Source, levels: int) -> None:

@@ -1,8 +1,10 @@
 """Folders of PNG and JPEG images, decoded to arrays of one size."""
 
+import functools
 import hashlib
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,12 +19,18 @@ EXTENSIONS = (".png", ".jpg", ".jpeg")
 
 
 def load_folder(
-    folder: Path, split: str, image_size: int, num_channels: int, cache_dir: Path, framing: Framing = shorter_side
+    folder: Path,
+    split: str,
+    image_size: int,
+    num_channels: int,
+    cache_dir: Path,
+    framing: Framing = shorter_side,
+    find: Callable[[Path], Mapping[str, list[Path]]] | None = None,
 ) -> StoredSplit:
     """The images under a folder, in the order of their names.
 
     Test images are those under folder/test, if it has train and test; else those whose names' hashes say so, about one
-    in ten, which stays so when images are added.
+    in ten, which stays so when images are added. `find` gives the images of each split, if it is not to be so.
 
     `framing` makes squares of images of another size. Alpha is dropped. The decoded images are kept in `cache_dir` for
     as long as the names, sizes and times of the files stay the same.
@@ -33,13 +41,16 @@ def load_folder(
     """
     if num_channels not in CHANNELS:
         raise ValueError(f"data.num_channels is {num_channels}; for a folder of images it must be 1 or 3")
-    paths = split_paths(folder)
+    paths = (find or split_paths)(folder)
     files = [path for split in SPLITS for path in paths[split]]
     cache = cache_dir / f"folder_{_listing_digest(files, image_size, num_channels, framing.__name__)}"
     stored = read_split(cache, split)
     if stored is None:
-        decoded = {split: Split(decode_images(paths[split], image_size, num_channels, framing)) for split in SPLITS}
-        write_splits(cache, f"folder {folder.resolve().name}", decoded)
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir, prefix="decoding_") as scratch:
+            decode = functools.partial(decode_images, framing=framing, size=image_size, num_channels=num_channels)
+            decoded = {split: Split(decode(paths[split], Path(scratch) / f"{split}.npy")) for split in SPLITS}
+            write_splits(cache, f"folder {folder.resolve().name}", decoded)
         stored = read_split(cache, split)
         assert stored is not None, "it was just written"
     return stored
@@ -47,8 +58,7 @@ def load_folder(
 
 def split_paths(folder: Path) -> dict[str, list[Path]]:
     """The images of each split, sorted by name."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data.path is {str(folder)!r}, which is no folder")
+    _check_folder(folder)
     if all((folder / split).is_dir() for split in SPLITS):
         paths = {split: _images_under(folder / split) for split in SPLITS}
     else:
@@ -67,6 +77,40 @@ def split_paths(folder: Path) -> dict[str, list[Path]]:
     return paths
 
 
+def celeba_paths(folder: Path) -> dict[str, list[Path]]:
+    """CelebA's images for training and, as published, those for validation, by its list_eval_partition.txt.
+
+    Raises:
+        FileNotFoundError: if the list, or an image in it, is not under the folder.
+        ValueError: if a line of it is not a name and a part.
+    """
+    _check_folder(folder)
+    partition = next(folder.rglob("list_eval_partition.txt"), None)
+    if partition is None:
+        raise FileNotFoundError(f"there is no list_eval_partition.txt under {folder}; it comes with CelebA's images")
+    images = {path.name: path for path in _images_under(folder)}
+    paths: dict[str, list[Path]] = {split: [] for split in SPLITS}
+    for line in partition.read_text().splitlines():
+        match line.split():
+            case [name, "0" | "1" as part] if name in images:
+                paths[SPLITS[int(part)]].append(images[name])
+            case [_, "2"] | []:
+                continue
+            case [name, "0" | "1"]:
+                raise FileNotFoundError(f"there is no {name} under {folder}, but {partition} names it")
+            case _:
+                raise ValueError(f"{partition} has a line {line!r}, not a name and 0, 1 or 2")
+    for split in SPLITS:
+        if not paths[split]:
+            raise ValueError(f"{partition} has no {split} images")
+    return paths
+
+
+def _check_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"data.path is {str(folder)!r}, which is no folder")
+
+
 def _images_under(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
 
@@ -80,19 +124,23 @@ def _listing_digest(paths: Sequence[Path], *settings: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def decode_images(paths: Sequence[Path], image_size: int, num_channels: int, framing: Framing) -> Levels:
-    """Decodes in threads; raises ValueError naming the first file that cannot be decoded."""
-    images = np.empty((len(paths), image_size, image_size, num_channels), np.uint8)
+def decode_images(paths: Sequence[Path], mapped: Path, framing: Framing, size: int, num_channels: int) -> Levels:
+    """Decodes in threads, into the new file `mapped`, for they may be more than fit into memory.
+
+    Raises:
+        ValueError: naming the first file that cannot be decoded.
+    """
+    images = np.lib.format.open_memmap(mapped, "w+", np.uint8, (len(paths), size, size, num_channels))
     with ThreadPoolExecutor() as pool, progress(len(paths), "decoding", "image") as bar:
-        decoded = pool.map(lambda path: _decode(path, framing, image_size, num_channels), paths)
+        decoded = pool.map(lambda path: _decode(path, framing, size, num_channels), paths)
         for number, image in enumerate(decoded):
             images[number] = image
             bar.update()
     return images
 
 
-def _decode(path: Path, framing: Framing, image_size: int, num_channels: int) -> ImageLevels:
+def _decode(path: Path, framing: Framing, size: int, num_channels: int) -> ImageLevels:
     try:
-        return decode_image(path, framing, image_size, num_channels)
+        return decode_image(path, framing, size, num_channels)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from error

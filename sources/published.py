@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from sources.archives import Files, read_cifar10, read_imagenet_new, read_imagenet_old, read_mnist, read_svhn
-from sources.splits import Split, StoredSplit, read_split, write_splits
+from sources.splits import Split, write_splits
 
 VARIANTS = {"old": "downsampled_imagenet", "new": "imagenet_resized"}
 """Of ImageNet: the one of the papers, and the one that replaced it, which is smoother: fewer bits/dim."""
@@ -88,17 +88,6 @@ def imagenet(variant: str, size: int) -> Published:
         sha256=IMAGENET_FILES[variant, size],
         read=functools.partial(read_imagenet_old if variant == "old" else read_imagenet_new, size=size),
     )
-
-
-def load_published(published: Published, split: str, data_dir: Path) -> StoredSplit:
-    """Raises FileNotFoundError, saying what to do, if the data set has not been prepared in `data_dir`."""
-    stored = read_split(data_dir / published.name, split)
-    if stored is None:
-        raise FileNotFoundError(
-            f"{published.title} is not in {data_dir / published.name}: get {', '.join(published.sha256)}; then add "
-            "--config.data.archive=PATH, the file or its folder, and --mode=prepare to the command, once"
-        )
-    return stored
 
 
 def prepare_published(published: Published, archive: Path, accepted: Collection[str], data_dir: Path) -> str:

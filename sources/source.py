@@ -81,7 +81,9 @@ class RecordSource:
         return len(self.positions)
 
     def images(self, indices: np.ndarray) -> Levels:
-        parts = np.array_split(np.asarray(indices), min(len(indices), os.cpu_count() or 1) or 1)
+        if not len(indices):
+            return np.empty((0, *self.image_shape), np.uint8)
+        parts = np.array_split(np.asarray(indices), min(len(indices), os.cpu_count() or 1))
         return np.concatenate(list(self.workers.map(self._decoded, parts)))
 
     def _decoded(self, indices: np.ndarray) -> Levels:

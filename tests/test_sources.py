@@ -201,5 +201,3 @@ def test_folder_that_does_not_fit_is_refused(tmp_path):
         source_from_config(config_for("folder", tmp_path, path="/nowhere"), "train")
     with pytest.raises(ValueError, match=r"num_channels is 2"):
         source_from_config(config_for("folder", tmp_path, path=str(tmp_path / "empty"), num_channels=2), "train")
-    with pytest.raises(ValueError, match=r"LSUN.*data.dataset=folder"):
-        source_from_config(config_for("LSUN", tmp_path), "train")
