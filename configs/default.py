@@ -172,7 +172,11 @@ def _eval() -> ConfigDict:
     evaluate.num_importance_samples = 1  # draws of that noise, averaged inside the logarithm: more, a tighter bound
     evaluate.num_samples = 50_000  # images behind FID, IS and KID
     evaluate.features = "inception"  # the network whose features FID compares: inception, classifier
+    evaluate.inception = "assets/inception-2015-12-05.npz"  # its weights, from python -m tools.convert_inception
+    evaluate.inception_centre = 128.0  # its input is (level - centre) / centre: 128 as in its graph, 127.5 as in TF-GAN
     evaluate.statistics_dir = "assets/stats"  # where features and their statistics of data sets are kept
+    evaluate.statistics_split = "train"  # the real images that samples are compared with: train, as published; test
+    evaluate.statistics = ""  # compare with this file's instead: pool_3, or mu and sigma, as others publish them
     return evaluate
 
 

@@ -16,14 +16,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict
 
 from configs.default import Config
 from models import resample
 from models.ncsnpp import ncsnpp_from_fields
 from models.score import build_network, init_params
 from released import read_released
-from tests.golden_common import Result, UnknownKind, golden_config, golden_params, load_config, relative_error
+from tests.golden_common import (
+    Result,
+    UnknownKind,
+    count,
+    golden_config,
+    golden_params,
+    load_config,
+    relative_error,
+    tree_differences,
+    tree_shapes,
+)
+from tests.golden_dequantizer import check_dequantizer, check_dequantizer_trees
 from tests.golden_likelihood import check_likelihood
 from tests.golden_losses import check_losses
 from tests.golden_sde import check_sde
@@ -40,7 +50,7 @@ def check_configs(path: Path) -> Iterator[Result]:
             got = functools.reduce(lambda part, key: part.get(key) if part else None, field.split("."), config)
             if (list(got) if isinstance(got, tuple) else got) != value:
                 wrong.append(f"{field} is {got!r}, not {value!r}")
-        yield _count(name, wrong)
+        yield count(name, wrong)
 
 
 def check_param_trees(path: Path) -> Iterator[Result]:
@@ -49,7 +59,7 @@ def check_param_trees(path: Path) -> Iterator[Result]:
     same = golden.pop("_same_tree", {})
     for name, tree in golden.items():
         for base in (name, *same.get(name, [])):
-            yield _count(base, _tree_differences(_tree_shapes(abstract_params(load_config(base))), tree))
+            yield count(base, tree_differences(tree_shapes(abstract_params(load_config(base))), tree))
 
 
 def check_network(path: Path) -> Iterator[Result]:
@@ -59,8 +69,8 @@ def check_network(path: Path) -> Iterator[Result]:
     # whether or not it fits the SDE
     network: Any = ncsnpp_from_fields(config.model, config.data.centered)
     params = golden_params(data)
-    differences = _tree_differences(_tree_shapes(_abstract(network, data["x"].shape[1:])), _tree_shapes(params))
-    yield _count("parameters", differences)
+    differences = tree_differences(tree_shapes(_abstract(network, data["x"].shape[1:])), tree_shapes(params))
+    yield count("parameters", differences)
     if not differences:
         output = _network_output(network, params, data["x"], data["labels"])
         yield Result("output", relative_error(output, data["output"], floor=0.1), 1e-4)
@@ -96,9 +106,11 @@ def check_released(path: Path) -> Iterator[Result]:
 
 KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "configs": check_configs,
+    "dequantizer": check_dequantizer,
     "likelihood": check_likelihood,
     "losses": check_losses,
     "param_trees": check_param_trees,
+    "param_trees_dequantizer": check_dequantizer_trees,
     "network": check_network,
     "released_checkpoint": check_released,
     "resample": check_resample,
@@ -140,24 +152,6 @@ def abstract_params(config: Config) -> Any:
 @functools.cache
 def _abstract(network: Any, image_shape: tuple[int, ...]) -> Any:
     return jax.eval_shape(lambda: init_params(network, jax.random.key(0), image_shape))
-
-
-def _tree_shapes(params: Any) -> dict[str, list[int]]:
-    leaves: Any = flatten_dict(params, sep="/")
-    return {name: list(leaf.shape) for name, leaf in leaves.items()}
-
-
-def _tree_differences(got: dict[str, list[int]], want: dict[str, list[int]]) -> list[str]:
-    missing = [f"{name} is missing" for name in want.keys() - got.keys()]
-    unexpected = [f"{name} is unexpected" for name in got.keys() - want.keys()]
-    both = got.keys() & want.keys()
-    other = [f"{name} is {got[name]}, not {want[name]}" for name in both if got[name] != want[name]]
-    return sorted(missing + unexpected + other)
-
-
-def _count(quantity: str, wrong: list[str]) -> Result:
-    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-    return Result(quantity, len(wrong), 0, "; ".join(wrong[:3]) + more)
 
 
 def main(paths: Sequence[str]) -> int:

@@ -5,7 +5,7 @@ import json
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from configs.default import Config
 
@@ -66,3 +66,24 @@ def relative_error(got: Any, want: Any, floor: float = 0.0, scale: float | None 
     size = np.abs(want) + floor * np.abs(want).max(initial=0.0) if scale is None else np.full(error.shape, scale)
     # 0 / 0 is no error
     return float(np.max(np.divide(error, size, out=np.where(error == 0, 0.0, np.inf), where=size > 0), initial=0.0))
+
+
+def tree_shapes(params: Any) -> dict[str, list[int]]:
+    """The shape of each parameter, by its path."""
+    leaves: Any = flatten_dict(params, sep="/")
+    return {name: list(leaf.shape) for name, leaf in leaves.items()}
+
+
+def tree_differences(got: dict[str, list[int]], want: dict[str, list[int]]) -> list[str]:
+    """What is missing, unexpected or of another shape."""
+    missing = [f"{name} is missing" for name in want.keys() - got.keys()]
+    unexpected = [f"{name} is unexpected" for name in got.keys() - want.keys()]
+    both = got.keys() & want.keys()
+    other = [f"{name} is {got[name]}, not {want[name]}" for name in both if got[name] != want[name]]
+    return sorted(missing + unexpected + other)
+
+
+def count(quantity: str, wrong: list[str]) -> Result:
+    """A result whose error counts what is wrong."""
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    return Result(quantity, len(wrong), 0, "; ".join(wrong[:3]) + more)

@@ -1,0 +1,356 @@
+"""Flow++ as a dequantizer: a flow q(u | image) of noise u in (0, 1)^d, with both published architectures.
+
+Standard normal noise is split into its even and its odd columns; couplings change one half given the other and the
+image by mixtures of logistics, and a sigmoid ends in (0, 1). Parameters have the published names, flat in each module,
+and shapes; so the two axes of a plain convolution's kernel are swapped, those of a weight-normalised one are not.
+
+First parameters are data-dependent: on the batch they are initialised with, each layer's output has mean 0 and a fixed
+standard deviation (Salimans & Kingma, 2016).
+
+Source: Ho et al., "Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture
+Design", ICML 2019. Each function takes the module whose parameters it makes as `scope`.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from arrays import PerExample, inner
+from configs.default import Config
+from models.resample import Images
+
+Halves: TypeAlias = tuple[Images, Images]
+"""The even and the odd columns of images, each [batch, height, width / 2, channel]."""
+
+CONTEXT_CHANNELS = 32
+"""Of the features of the image that the couplings see."""
+
+PROCESSOR_HEADS = 4
+"""Of the attention of the deep processor, whatever those of the couplings are."""
+
+SMALL_OUTPUT = 0.1
+"""First standard deviation of the outputs of residual branches and couplings, which so begin near the identity."""
+
+
+def concat_elu(x: Array) -> Array:
+    """elu of x and of -x, side by side in the channels."""
+    return nn.elu(jnp.concatenate([x, -x], axis=-1))
+
+
+def conv3x3(x: Images, kernel: Float[Array, "3 3 in out"], kernel_axes: str = "HWIO") -> Images:
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", kernel_axes, "NHWC"))
+
+
+swapped_conv3x3 = functools.partial(conv3x3, kernel_axes="WHIO")
+
+
+def linear(
+    scope: nn.Module,
+    name: str,
+    x: Images,
+    features: int,
+    *,
+    apply: Callable[[Array, Array], Array],
+    size: tuple[int, ...] = (),
+    init_scale: float = 1.0,
+) -> Images:
+    """A linear map of the channels, with parameters NAME_W and NAME_b."""
+    shape = (*size, x.shape[-1], features)
+
+    def first_weight(key: Array) -> Array:
+        weight = 0.05 * jax.random.normal(key, shape, x.dtype)
+        return weight * _broadcast(init_scale * _inverse_std(apply(x, weight)), weight)
+
+    h = apply(x, scope.param(f"{name}_W", first_weight))
+    return _add_bias(scope, name, h)
+
+
+def nin(scope: nn.Module, name: str, x: Images, features: int, init_scale: float = 1.0) -> Images:
+    """The same linear map at every pixel."""
+    return linear(scope, name, x, features, apply=jnp.matmul, init_scale=init_scale)
+
+
+def conv(scope: nn.Module, name: str, x: Images, features: int, init_scale: float = 1.0) -> Images:
+    return linear(scope, name, x, features, apply=swapped_conv3x3, size=(3, 3), init_scale=init_scale)
+
+
+def normed_conv(scope: nn.Module, name: str, x: Images, features: int, init_scale: float = 1.0) -> Images:
+    """A convolution with weight normalisation: g V / |V|, parameters NAME_V, NAME_g and NAME_b."""
+    direction = scope.param(f"{name}_V", nn.initializers.normal(0.05), (3, 3, x.shape[-1], features), x.dtype)
+    h = conv3x3(x, direction * jax.lax.rsqrt(jnp.sum(jnp.square(direction), axis=(0, 1, 2), keepdims=True)))
+    h = h * _broadcast(scope.param(f"{name}_g", lambda key: init_scale * _inverse_std(h)), h)
+    return _add_bias(scope, name, h)
+
+
+Conv: TypeAlias = Callable[..., Images]
+"""`conv` or `normed_conv`."""
+
+
+def _add_bias(scope: nn.Module, name: str, h: Images) -> Images:
+    return h + _broadcast(scope.param(f"{name}_b", lambda key: -jnp.mean(h, axis=(0, 1, 2))), h)
+
+
+def _inverse_std(h: Images) -> Float[Array, " channels"]:
+    return jax.lax.rsqrt(jnp.var(h, axis=(0, 1, 2)) + 1e-10)
+
+
+def _broadcast(values: Array, like: Array) -> Array:
+    return values.reshape((1,) * (like.ndim - values.ndim) + values.shape)
+
+
+def layer_norm(scope: nn.Module, name: str, x: Images) -> Images:
+    """Normalisation over the channels of each pixel, with parameters NAME_g and NAME_b."""
+    shape = (1, 1, 1, x.shape[-1])
+    centered = x - jnp.mean(x, axis=-1, keepdims=True)
+    h = centered * jax.lax.rsqrt(jnp.mean(jnp.square(centered), axis=-1, keepdims=True) + 1e-5)
+    g = scope.param(f"{name}_g", nn.initializers.ones, shape, x.dtype)
+    return h * g + scope.param(f"{name}_b", nn.initializers.zeros, shape, x.dtype)
+
+
+def gated(h: Images) -> Images:
+    """The first half of the channels, each times the sigmoid of one of the other half."""
+    values, gates = jnp.split(h, 2, axis=-1)
+    return values * jax.nn.sigmoid(gates)
+
+
+def gated_conv(
+    scope: nn.Module, name: str, x: Images, context: Images | None, first: Conv, second: Conv, dropout: nn.Dropout
+) -> Images:
+    """Two maps with a gate, the context added between them."""
+    channels = x.shape[-1]
+    h = first(scope, f"{name}c1", concat_elu(x), channels)
+    if context is not None:
+        h += nin(scope, f"{name}a_proj", concat_elu(context), channels)
+    h = dropout(concat_elu(h))
+    return gated(second(scope, f"{name}c2", h, 2 * channels, init_scale=SMALL_OUTPUT))
+
+
+def gated_attention(
+    scope: nn.Module, name: str, x: Images, positions: Array, heads: int, dropout: nn.Dropout
+) -> Images:
+    """Self-attention between all pixels, with a gate."""
+    channels = x.shape[-1]
+    h = nin(scope, f"{name}proj1", x + _broadcast(positions, x), 3 * channels)
+    query, key, value = jnp.moveaxis(h.reshape(len(x), -1, 3, heads, channels // heads), 2, 0)
+    logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(channels // heads)
+    h = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits), value)
+    return gated(nin(scope, f"{name}proj2", dropout(h.reshape(x.shape)), 2 * channels, init_scale=SMALL_OUTPUT))
+
+
+def position_embedding(scope: nn.Module, name: str, x: Images, channels: int) -> Array:
+    return scope.param(name, nn.initializers.normal(0.01), (*x.shape[1:3], channels), x.dtype)
+
+
+class ShallowProcessor(nn.Module):
+    """Features of the image for the couplings, of the CIFAR-10 architecture."""
+
+    dropout: float
+
+    @nn.compact
+    def __call__(self, image: Images, train: bool) -> Images:
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        h = conv(self, "proj", image, CONTEXT_CHANNELS)
+        for number in range(3):
+            h += gated_conv(self, f"c{number}_", h, None, conv, conv, dropout)
+        return h
+
+
+class DeepProcessor(nn.Module):
+    """Features of the image for the couplings, of the ImageNet32 architecture."""
+
+    dropout: float
+
+    @nn.compact
+    def __call__(self, image: Images, train: bool) -> Images:
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        h = normed_conv(self, "proj", image, CONTEXT_CHANNELS)
+        positions = position_embedding(self, "pos_emb_dq", h, CONTEXT_CHANNELS)
+        for number in range(8):
+            change = gated_conv(self, f"c{number}_", h, None, normed_conv, normed_conv, dropout)
+            h = layer_norm(self, f"dqln{number}", h + change)
+            change = gated_attention(self, f"dqattn{number}_", h, positions, PROCESSOR_HEADS, dropout)
+            h = layer_norm(self, f"ln{number}", h + change)
+        return h
+
+
+class Norm(nn.Module):
+    """Scales and shifts each entry of both halves."""
+
+    @nn.compact
+    def __call__(self, halves: Halves) -> tuple[Halves, PerExample]:
+        results = [self._normalize(number, half) for number, half in enumerate(halves)]
+        (even, _), (odd, _) = results
+        log_det = sum(log_det for _, log_det in results)
+        return (even, odd), jnp.full(len(even), log_det)
+
+    def _normalize(self, number: int, x: Images) -> tuple[Images, Array]:
+        g = self.param(f"norm{number}_g", lambda key: jax.lax.rsqrt(jnp.var(x, axis=0) + 1e-8))
+        g = jnp.maximum(g, 1e-10)
+        h = x * _broadcast(g, x)
+        b = self.param(f"norm{number}_b", lambda key: -jnp.mean(h, axis=0))
+        return h + _broadcast(b, x), jnp.sum(jnp.log(g))
+
+
+class Pointwise(nn.Module):
+    """The same invertible map of the channels at every pixel, one for each half; at first a rotation or reflection."""
+
+    @nn.compact
+    def __call__(self, halves: Halves) -> tuple[Halves, PerExample]:
+        even, odd = halves
+        channels, pixels = even.shape[-1], even.shape[1] * even.shape[2]
+        orthogonal = nn.initializers.orthogonal()
+        weights = [self.param(f"W{number}", orthogonal, (channels, channels), even.dtype) for number in range(2)]
+        log_det = pixels * sum(jnp.linalg.slogdet(weight)[1] for weight in weights)
+        return (even @ weights[0], odd @ weights[1]), jnp.full(len(even), log_det)
+
+
+def mixture_of_logistics(x: Images, raw: Float[Array, "*x parameters"]) -> tuple[Images, PerExample]:
+    """exp(s) logit(F(x)) + t, F the distribution function of a mixture of logistics; and ln |det| of its Jacobian.
+
+    Args:
+        raw: for each entry of x the numbers artanh(s), t, and K logits, means and log-widths of the mixture.
+    """
+    log_scale, shift = jnp.tanh(raw[..., 0]), raw[..., 1]
+    logits, means, log_widths = jnp.split(raw[..., 2:], 3, axis=-1)
+    log_weights = jax.nn.log_softmax(logits)
+    z = (x[..., None] - means) * jnp.exp(-log_widths)
+    log_below, log_above = jax.nn.log_sigmoid(z), jax.nn.log_sigmoid(-z)
+    log_cdf = jax.nn.logsumexp(log_weights + log_below, axis=-1)
+    log_survival = jax.nn.logsumexp(log_weights + log_above, axis=-1)
+    log_pdf = jax.nn.logsumexp(log_weights + log_below + log_above - log_widths, axis=-1)
+    log_derivative = log_scale + log_pdf - log_cdf - log_survival
+    return jnp.exp(log_scale) * (log_cdf - log_survival) + shift, jnp.sum(log_derivative, axis=range(1, x.ndim))
+
+
+class MixLogisticAttnCoupling(nn.Module):
+    """Changes one half given the other and the context: the parameters of `mixture_of_logistics` by a network."""
+
+    filters: int
+    components: int
+    blocks: int
+    heads: int
+    dropout: float
+    weight_norm: bool
+
+    @nn.compact
+    def __call__(self, given: Images, x: Images, context: Images, train: bool) -> tuple[Images, PerExample]:
+        raw = self._network(given, context, train)
+        return mixture_of_logistics(x, raw.reshape(*x.shape, -1))
+
+    def _network(self, given: Images, context: Images, train: bool) -> Images:
+        dropout = nn.Dropout(self.dropout, deterministic=not train)
+        spatial = normed_conv if self.weight_norm else conv
+        positions = position_embedding(self, "pos_emb", given, self.filters)
+        h = spatial(self, "c1" if self.weight_norm else "proj_in", given, self.filters)
+        for block in (f"block{number}" for number in range(self.blocks)):
+            change = gated_conv(self, f"{block}_conv_", h, context, spatial, nin, dropout)
+            h = layer_norm(self, f"{block}_ln1", h + change)
+            change = gated_attention(self, f"{block}_attn_", h, positions, self.heads, dropout)
+            h = layer_norm(self, f"{block}_ln2", h + change)
+        outputs, last = given.shape[-1] * (2 + 3 * self.components), f"block{self.blocks - 1}"
+        if self.weight_norm:
+            return normed_conv(self, f"{last}_c2", concat_elu(h), outputs, init_scale=SMALL_OUTPUT)
+        return conv(self, f"{last}_proj_out", h, outputs, init_scale=SMALL_OUTPUT)
+
+
+class Flowpp(nn.Module):
+    """Maps standard normal noise and images to noise in (0, 1), with its log-density.
+
+    Raises:
+        ValueError: a field is out of its range, or the images have an odd number of columns.
+    """
+
+    filters: int = 96
+    components: int = 32  # logistics in a mixture
+    blocks: int = 2  # in the network of each coupling
+    heads: int = 4
+    dropout: float = 0.0
+    couplings: int = 4
+    deep: bool = False  # the ImageNet32 architecture: weight normalisation, a deep processor, no pointwise maps
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, gaussian: Images, unit: Images, train: bool) -> tuple[Images, PerExample]:
+        """Noise u and ln q(u | image) in nats.
+
+        Args:
+            gaussian: standard normal noise, shaped as the images.
+            unit: the images, their levels scaled to [0, 1].
+        """
+        if gaussian.shape[2] % 2:
+            raise ValueError(f"images have {gaussian.shape[2]} columns; the dequantizer needs an even number")
+        processor = (DeepProcessor if self.deep else ShallowProcessor)(self.dropout)
+        context = processor(jnp.concatenate(split_columns(unit - 0.5), axis=-1), train)
+        halves, log_det = self._flow(split_columns(gaussian), context, train)
+        logits = join_columns(halves)
+        slopes = jax.nn.log_sigmoid(logits) + jax.nn.log_sigmoid(-logits)
+        dims = gaussian[0].size
+        log_normal = -0.5 * (inner(gaussian, gaussian) + dims * math.log(2 * math.pi))
+        return jax.nn.sigmoid(logits), log_normal - log_det - jnp.sum(slopes, axis=(1, 2, 3))
+
+    def _flow(self, halves: Halves, context: Images, train: bool) -> tuple[Halves, PerExample]:
+        log_det = jnp.zeros(len(context), context.dtype)
+        for _ in range(self.couplings):
+            for layer in [Norm()] if self.deep else [Norm(), Pointwise()]:
+                halves, change = layer(halves)
+                log_det += change
+            coupling = MixLogisticAttnCoupling(
+                self.filters, self.components, self.blocks, self.heads, self.dropout, self.deep
+            )
+            given, x = halves
+            x, change = coupling(given, x, context, train)
+            halves, log_det = (x, given), log_det + change
+        return halves, log_det
+
+
+def split_columns(images: Images) -> Halves:
+    return images[:, :, 0::2], images[:, :, 1::2]
+
+
+def join_columns(halves: Halves) -> Images:
+    """The inverse of `split_columns`."""
+    even, odd = halves
+    batch, height, width, channels = even.shape
+    return jnp.stack([even, odd], axis=3).reshape(batch, height, 2 * width, channels)
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "flowpp_cifar10": {"filters": 96, "components": 32, "blocks": 2, "heads": 4, "couplings": 4, "deep": False},
+    "flowpp_imagenet32": {"filters": 128, "components": 32, "blocks": 8, "heads": 4, "couplings": 8, "deep": True},
+}
+"""The fields of `Flowpp` in the published dequantizers, by config.deq.name."""
+
+
+def _check_fields(network: Flowpp) -> None:
+    for field in ("filters", "components", "blocks", "heads", "couplings"):
+        if getattr(network, field) < 1:
+            raise ValueError(f"{field} is {getattr(network, field)}; it must be at least 1")
+    if network.filters % network.heads:
+        raise ValueError(f"filters is {network.filters}; it must be a multiple of the {network.heads} attention heads")
+    if not 0 <= network.dropout < 1:
+        raise ValueError(f"dropout is {network.dropout}; it must lie in [0, 1)")
+
+
+def flowpp_from_config(deq: Config) -> Flowpp:
+    """The dequantizer that config.deq describes: a published one, in the published sizes or others.
+
+    Raises:
+        ValueError: for an unknown name or a field whose value is not allowed.
+    """
+    if deq.name not in ARCHITECTURES:
+        raise ValueError(f"deq.name is {deq.name!r}; known are {', '.join(ARCHITECTURES)}")
+    sizes = {"filters": deq.filters, "components": deq.components, "blocks": deq.blocks, "heads": deq.attn_heads}
+    fields = ARCHITECTURES[deq.name] | {field: size for field, size in sizes.items() if size != 0}
+    try:
+        return Flowpp(**fields, dropout=deq.dropout)
+    except ValueError as error:
+        raise ValueError(f"deq.{error}") from error
