@@ -1,13 +1,11 @@
 """Numbers that say how good a model is: means with standard errors, and the distances between samples and data.
 
-Everything here is NumPy in float64, on arrays of features or of per-example values; features.py has the networks.
+Everything here is NumPy in float64, on arrays of features or of per-example values; features.py has the networks, and
+feature_statistics.py the statistics of real images.
 Sources: FID, Heusel et al. 2017; Inception Score, Salimans et al. 2016; KID, Binkowski et al. 2018.
 """
 
-import dataclasses
 import itertools
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +13,8 @@ import scipy.special
 from absl import logging
 from jaxtyping import Bool, Float
 
-from features import FeatureExtractor, Features, Images, array_hash, extract_features
-from files import read_npz, write_npz
+from feature_statistics import Moments, Statistics, check_statistics
+from features import FeatureExtractor, Features
 
 PUBLISHED_SAMPLES = 50_000
 """Samples behind published FIDs. FID falls with n, so numbers of fewer samples compare only with each other."""
@@ -102,13 +100,13 @@ def inception_score(logits: Float[np.ndarray, "n classes"], splits: int = 10) ->
     """
     if not 1 <= splits <= len(logits):
         raise ValueError(f"splits is {splits}; it must lie between 1 and the number of samples, {len(logits)}")
-    log_p = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
     bounds = np.arange(splits + 1) * len(logits) // splits
-    scores = [_split_score(log_p[start:end]) for start, end in itertools.pairwise(bounds)]
+    scores = [_split_score(logits[start:end]) for start, end in itertools.pairwise(bounds)]
     return InceptionScore(float(np.mean(scores)), float(np.std(scores)))
 
 
-def _split_score(log_p: Float[np.ndarray, "n classes"]) -> float:
+def _split_score(logits: Float[np.ndarray, "n classes"]) -> float:
+    log_p = scipy.special.log_softmax(np.asarray(logits, np.float64), axis=1)
     log_marginal = scipy.special.logsumexp(log_p, axis=0) - np.log(len(log_p))
     return float(np.exp(np.mean(np.sum(np.exp(log_p) * (log_p - log_marginal), axis=1))))
 
@@ -183,94 +181,6 @@ def _off_diagonal(kernel: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
     return kernel - np.diag(kernel.diagonal())
 
 
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What samples are compared with: mean and covariance of the features of n images, and some of the features.
-
-    `pool` serves KID and may be missing. `features` and `features_hash` are the extractor's; published files, which do
-    not say, have the hash "". `data` describes the images.
-    """
-
-    mu: Float[np.ndarray, " d"]
-    sigma: Float[np.ndarray, "d d"]
-    n: int | None
-    features: str
-    features_hash: str
-    data: str
-    pool: Float[np.ndarray, "kept d"] | None = None
-
-    @property
-    def hash(self) -> str:
-        return array_hash(self.mu, self.sigma)
-
-
-def statistics_of(
-    pool: Float[np.ndarray, "n d"], *, features: str, features_hash: str, data: str, keep: int = 10_000
-) -> Statistics:
-    """The statistics of n >= 2 feature vectors; the covariance divides by n - 1. At most `keep` vectors stay with it.
-
-    Raises:
-        ValueError: for fewer than two vectors.
-    """
-    if len(pool) < 2:
-        raise ValueError(f"{data}: {len(pool)} feature vectors, but a covariance needs at least 2")
-    mu, sigma = _moments(pool)
-    kept = np.random.default_rng(0).permutation(len(pool))[:keep] if len(pool) > keep else slice(None)
-    return Statistics(mu, sigma, len(pool), features, features_hash, data, pool[kept])
-
-
-def _moments(pool: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
-    exact = np.asarray(pool, np.float64)
-    return exact.mean(axis=0), np.atleast_2d(np.cov(exact, rowvar=False))
-
-
-def dataset_statistics(path: Path, extractor: FeatureExtractor, data: str, batches: Iterable[Images]) -> Statistics:
-    """The statistics of a data set: read from `path` if they are of this extractor and `data`, else computed and saved.
-
-    `data` must identify the images; `batches` is only read when they have to be measured.
-    """
-    if path.exists():
-        try:
-            stored = load_statistics(path)
-        except ValueError as error:
-            logging.warning("%s; computing the statistics again", error)
-        else:
-            if (stored.features, stored.features_hash, stored.data) == (extractor.name, extractor.hash, data):
-                return stored
-    pool = extract_features(extractor, batches).pool
-    statistics = statistics_of(pool, features=extractor.name, features_hash=extractor.hash, data=data)
-    save_statistics(path, statistics)
-    return statistics
-
-
-def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Writes an .npz file whose `mu` and `sigma` other implementations of FID read, too."""
-    fields = {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
-    write_npz(path, **{name: value for name, value in fields.items() if value is not None})
-
-
-def load_statistics(path: Path, *, features: str = "inception") -> Statistics:
-    """Reads our own files and the published ones, which hold `pool_3` (all features) or `mu` and `sigma`.
-
-    Args:
-        features: the extractor's name, for files that do not say.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged or holds neither.
-    """
-    arrays = read_npz(path)
-    name, digest = str(arrays.get("features", features)), str(arrays.get("features_hash", ""))
-    data = str(arrays.get("data", path.name))
-    if "pool_3" in arrays:
-        pool = arrays["pool_3"].reshape(len(arrays["pool_3"]), -1)  # some files keep the 1 x 1 spatial axes
-        return statistics_of(pool, features=name, features_hash=digest, data=data)
-    if not {"mu", "sigma"} <= arrays.keys():
-        raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}, but neither pool_3 nor mu and sigma")
-    n = int(arrays["n"]) if "n" in arrays else None
-    return Statistics(arrays["mu"], arrays["sigma"], n, name, digest, data, arrays.get("pool"))
-
-
 def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics: Statistics) -> dict[str, Any]:
     """FID, IS and KID of samples whose features `extractor` measured, with all that is needed to compare them.
 
@@ -279,14 +189,16 @@ def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics
     Raises:
         ValueError: if the statistics are of another extractor, or there are fewer than two samples.
     """
-    _check_extractor(extractor, statistics)
+    check_statistics(statistics, extractor)
     n = len(features.pool)
     if n < 2:
         raise ValueError(f"{n} samples, but FID needs at least 2")
+    moments = Moments()
+    moments.add(features.pool)
     splits = min(10, n)
     score = inception_score(features.logits, splits)
     result: dict[str, Any] = {
-        "fid": frechet_distance(*_moments(features.pool), statistics.mu, statistics.sigma),
+        "fid": frechet_distance(*moments.mean_and_covariance(), statistics.mu, statistics.sigma),
         "fid_features": extractor.name,
         "features_hash": extractor.hash,
         "is_mean": score.mean,
@@ -306,22 +218,20 @@ def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics
     return result
 
 
-def _check_extractor(extractor: FeatureExtractor, statistics: Statistics) -> None:
-    unknown = statistics.features_hash == ""
-    if statistics.features != extractor.name or not (unknown or statistics.features_hash == extractor.hash):
-        raise ValueError(
-            f"statistics of {statistics.data} are those of features {statistics.features} {statistics.features_hash}, "
-            f"but the samples were measured by {extractor.name} {extractor.hash}"
-        )
+def self_test(
+    extractor: FeatureExtractor, statistics: Statistics, same: Statistics, other: Features
+) -> dict[str, dict[str, Any]]:
+    """Real images against the statistics of real images, to see what FIDs are worth.
 
+    Args:
+        same: measured now, of the images that `statistics` are of. Its FID must be near 0; is it not, then the
+            statistics are of other images or another network, or were measured otherwise.
+        other: features of images not among them. Its FID is the floor for samples: what as many images from the data's
+            own distribution give. It falls with their number.
 
-def self_test(extractor: FeatureExtractor, train: Features, test: Features, data: str) -> dict[str, dict[str, Any]]:
-    """Real images against the statistics of the training images: `train` must give FID 0, `test` the floor to expect.
-
-    The floor belongs to the number of test images: FID falls with n.
+    Raises:
+        ValueError: if the statistics are of another extractor.
     """
-    statistics = statistics_of(train.pool, features=extractor.name, features_hash=extractor.hash, data=data)
-    return {
-        split: evaluate_samples(features, extractor, statistics)
-        for split, features in (("train", train), ("test", test))
-    }
+    check_statistics(statistics, extractor)
+    fid = frechet_distance(same.mu, same.sigma, statistics.mu, statistics.sigma)
+    return {"same": {"fid": fid, "n": same.n}, "other": evaluate_samples(other, extractor, statistics)}

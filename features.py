@@ -1,13 +1,14 @@
-"""Networks whose features measure sample quality, behind one interface, and the classifier this project trains.
+"""Networks whose features measure sample quality, behind one interface: Inception, and a classifier trained here.
 
 FID and KID compare pooled features, the Inception Score reads class logits. Where Inception makes no sense (8x8
 digits), a small classifier trained on the training split stands in for it; every number then carries its name.
+Images are measured in chunks of a fixed size, shared out over all devices of all hosts.
 """
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,7 +21,9 @@ from flax import linen as nn
 from flax import traverse_util
 from jaxtyping import Array, Float, Int, UInt8
 
+import parallel
 from files import read_npz, write_npz
+from models.inception import NUM_FEATURES, Inception, InceptionOutput, resize
 
 Images = UInt8[np.ndarray, "n height width channels"]
 """Images as the integer levels 0, ..., levels - 1 of each channel."""
@@ -43,7 +46,12 @@ class FeatureExtractor(Protocol):
 
     @property
     def hash(self) -> str:
-        """The first digits of the SHA-256 of the network's parameters."""
+        """The first digits of the SHA-256 of the network's parameters, and what else its features depend on."""
+        ...
+
+    @property
+    def num_features(self) -> int:
+        """d, how many features FID compares."""
         ...
 
     def __call__(self, images: Images) -> Features: ...
@@ -64,6 +72,104 @@ def array_hash(*arrays: np.ndarray) -> str:
         digest.update(f"{array.dtype.str} {array.shape} ".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
+
+
+def in_chunks(measure: Callable[[Array], tuple[Array, Array]], images: Images, per_device: int) -> Features:
+    """What `measure` gives for images, in chunks of so many for each device; the last one is filled up with images.
+
+    A chunk is sent off before the features of the one before are waited for.
+    """
+    mesh, size = parallel.device_mesh(), per_device * jax.device_count()
+    parts: list[Features] = []
+    under_way: tuple[tuple[Array, Array], int] | None = None
+    for start in range(0, len(images), size):
+        chunk = images[start : start + size]
+        (padded,) = parallel.pad_rows(size, chunk)
+        outputs = measure(parallel.global_array(mesh, padded[parallel.local_rows(size)]))
+        if under_way is not None:
+            parts.append(_fetched(*under_way))
+        under_way = outputs, len(chunk)
+    if under_way is None:
+        raise ValueError("no images to extract features from")
+    parts.append(_fetched(*under_way))
+    return Features(np.concatenate([p.pool for p in parts]), np.concatenate([p.logits for p in parts]))
+
+
+def _fetched(outputs: tuple[Array, Array], count: int) -> Features:
+    pool, logits = parallel.fetch(outputs)
+    return Features(np.asarray(pool)[:count], np.asarray(logits)[:count])
+
+
+@dataclasses.dataclass(frozen=True)
+class InceptionFeatures:
+    """Inception-2015-12-05 as a `FeatureExtractor`.
+
+    Levels are spread over 0, ..., 255, grey images repeated to three channels, and both resized as by TensorFlow 1. The
+    network sees (level - centre) / centre: 128 is what the graph itself does, 127.5 what TF-GAN does before it. Logits
+    have their bias, as TF-GAN's do; the first Inception Scores left it out.
+    """
+
+    params: dict
+    params_hash: str
+    levels: int
+    centre: float = 128.0
+    per_device: int = 32  # images measured together on a device
+
+    @property
+    def name(self) -> str:
+        return "inception"
+
+    @property
+    def hash(self) -> str:
+        return self.params_hash if self.centre == 128 else f"{self.params_hash}-{self.centre:g}"
+
+    @property
+    def num_features(self) -> int:
+        return NUM_FEATURES
+
+    def __call__(self, images: Images) -> Features:
+        def measure(chunk: Array) -> InceptionOutput:
+            return _inception(self.params, inception_input(chunk, self.levels, self.centre))
+
+        return in_chunks(measure, images, self.per_device)
+
+
+@functools.partial(jax.jit, static_argnames=("levels", "centre"))
+def inception_input(images: Array, levels: int, centre: float) -> Float[Array, "n 299 299 3"]:
+    """What Inception sees of integer levels, of one channel or three."""
+    x = images.astype(jnp.float32) * (255 / (levels - 1))
+    return (resize(jnp.repeat(x, 3 // x.shape[-1], axis=-1)) - centre) / centre
+
+
+@jax.jit
+def _inception(params: dict, x: Float[Array, "n 299 299 3"]) -> InceptionOutput:
+    outputs: Any = Inception().apply({"params": params}, x)
+    return outputs
+
+
+def inception_features(path: Path, *, levels: int, centre: float = 128.0) -> InceptionFeatures:
+    """Inception with the weights that `save_inception` wrote, on every device.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or not what was written; or for levels or a centre that are not allowed.
+    """
+    if levels < 2 or centre not in (128.0, 127.5):
+        raise ValueError(f"levels is {levels} and centre {centre}; they must be at least 2, and 128 or 127.5")
+    arrays = read_npz(path)
+    stored_hash = str(arrays.pop("hash", ""))
+    arrays.pop("source_sha256", None)
+    params = traverse_util.unflatten_dict(arrays, sep="/")
+    if _params_hash(params) != stored_hash:
+        raise ValueError(f"{path} is not as the conversion wrote it; convert the weights of Inception again")
+    return InceptionFeatures(
+        jax.device_put(params, parallel.replicated(parallel.device_mesh())), stored_hash, levels, centre
+    )
+
+
+def save_inception(path: Path, params: dict, *, source_sha256: str) -> None:
+    """Writes the parameters of `Inception`, with their hash and that of the file they came from."""
+    write_npz(path, hash=_params_hash(params), source_sha256=source_sha256, **_flat(params))
 
 
 class LabelledImages(NamedTuple):
@@ -104,7 +210,7 @@ class ClassifierRecipe:
 
 
 DEFAULT_RECIPE = ClassifierRecipe()
-_CHUNK = 512  # images measured together; a fixed size, so that one compilation serves any number of images
+_PER_DEVICE = 128  # images that the classifier measures together on a device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +229,10 @@ class ClassifierFeatures:
     @property
     def hash(self) -> str:
         return _params_hash(self.params)
+
+    @property
+    def num_features(self) -> int:
+        return self.network.num_features
 
     def __call__(self, images: Images) -> Features:
         return _measure(self.network, self.params, images, self.levels)
@@ -195,7 +305,7 @@ def _flat(params: dict) -> dict[str, np.ndarray]:
 
 def _train(network: Classifier, train: LabelledImages, levels: int, recipe: ClassifierRecipe) -> dict:
     """Minimises the cross-entropy by Adam; each epoch takes whole batches of a new permutation."""
-    images = jnp.asarray(_normalize(train.images, levels))
+    images = _normalize(jnp.asarray(train.images), levels)
     labels = jnp.asarray(train.labels, jnp.int32)
     init_key, order_key = jax.random.split(jax.random.key(recipe.seed))
     params = network.init(init_key, images[:1])["params"]
@@ -226,23 +336,20 @@ def _fit(network: Classifier, recipe: ClassifierRecipe, params: dict, key: Array
     return params
 
 
-def _normalize(images: Images, levels: int) -> Float[np.ndarray, "n height width channels"]:
+def _normalize(images: Array, levels: int) -> Float[Array, "n height width channels"]:
     """Levels to [-1, 1]."""
-    return images.astype(np.float32) * np.float32(2 / (levels - 1)) - np.float32(1)
+    return images.astype(jnp.float32) * (2 / (levels - 1)) - 1
 
 
 def _measure(network: Classifier, params: dict, images: Images, levels: int) -> Features:
-    pools, logits = [], []
-    for start in range(0, len(images), _CHUNK):
-        chunk = images[start : start + _CHUNK]
-        padding = ((0, _CHUNK - len(chunk)),) + ((0, 0),) * 3
-        pool, logit = _apply(network, params, np.pad(_normalize(chunk, levels), padding))
-        pools.append(np.asarray(pool)[: len(chunk)])
-        logits.append(np.asarray(logit)[: len(chunk)])
-    return Features(np.concatenate(pools), np.concatenate(logits))
+    return in_chunks(functools.partial(_apply_to_levels, network, levels, params), images, _PER_DEVICE)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _apply_to_levels(network: Classifier, levels: int, params: dict, images: Array) -> tuple[Array, Array]:
+    return _apply(network, params, _normalize(images, levels))
+
+
 def _apply(network: Classifier, params: dict, x: Array) -> tuple[Array, Array]:
     outputs: Any = network.apply({"params": params}, x)
     return outputs

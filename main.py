@@ -8,6 +8,8 @@ and started again; they go on from where they were. --mode=report draws the repo
 Data sets that are not the user's own are converted once, from the files in which they are published:
 
     python main.py --config=configs/vp/cifar10_ddpmpp_continuous.py --config.data.archive=PATH --mode=prepare
+
+--mode=stats measures the real images that samples are compared with, and says what FIDs against them are worth.
 """
 
 import os
@@ -19,14 +21,14 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("train", "eval", "report", "prepare")
+MODES = ("train", "eval", "report", "prepare", "stats")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes besides 0."""
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration, a file under configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results, report.")
 _MODE = flags.DEFINE_enum(
-    "mode", None, MODES, "What to do; prepare converts data once, report prints the results again."
+    "mode", None, MODES, "What to do; prepare converts data once, stats measures them, report prints the results again."
 )
 _EVAL_FOLDER = flags.DEFINE_string("eval_folder", "eval", "Folder for results, inside the workdir.")
 _COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows beside this one's run.")
@@ -35,7 +37,7 @@ _COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report show
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         return _complain(f"unexpected argument {argv[1]!r}; flags begin with --")
-    required = (_MODE,) if _MODE.value == "prepare" else (_MODE, _WORKDIR)
+    required = (_MODE,) if _MODE.value in ("prepare", "stats") else (_MODE, _WORKDIR)
     missing = [flag.name for flag in required if not flag.value]
     if _MODE.value != "report" and _CONFIG.value is None:
         missing.append(_CONFIG.name)
@@ -67,6 +69,8 @@ def _run(mode: str, workdir: Path) -> None:
         run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
     elif mode == "prepare":
         run_lib.prepare(_CONFIG.value)
+    elif mode == "stats":
+        run_lib.stats(_CONFIG.value)
     else:
         run_lib.report(workdir, [Path(other) for other in _COMPARE.value or []])
 

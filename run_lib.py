@@ -33,6 +33,7 @@ from passes.likelihood import LikelihoodPass
 from passes.loss import LossPass
 from passes.samples import sampling_pass, write_samples
 from passes.snapshots import Snapshots
+from passes.statistics import statistics_pass
 from records import MetricsWriter, StopRequest, progress, stop_on_signal
 from report import comparison_table, write_report
 from run_files import read_run, seconds_file
@@ -262,6 +263,15 @@ def prepare(config: Config) -> None:
         FileNotFoundError, ValueError: if a file is missing, not the published one, or damaged.
     """
     print(prepare_from_config(config))
+
+
+def stats(config: Config) -> None:
+    """Measures the images that samples are compared with, and prints what FIDs against them are worth.
+
+    Raises:
+        FileNotFoundError, ValueError: if the data, the network or the statistics are not there, before any work.
+    """
+    print(json.dumps(statistics_pass(config), indent=1))
 
 
 def report(workdir: Path, others: Sequence[Path] = ()) -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,19 @@ import numpy as np
 import datasets
 from configs.default import Config
 from datasets import Source
-from evaluation import Statistics, dataset_statistics, evaluate_samples
-from features import FeatureExtractor, Images, LabelledImages, extract_features, trained_classifier
+from evaluation import evaluate_samples
+from feature_statistics import Statistics, check_statistics, dataset_statistics, load_statistics
+from features import (
+    FeatureExtractor,
+    Images,
+    LabelledImages,
+    extract_features,
+    inception_features,
+    trained_classifier,
+)
+from records import progress
+
+_BATCH = 4096  # images read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,31 +47,86 @@ class Comparison:
 
 
 def comparison_from_config(config: Config) -> Comparison:
-    """The comparison that `eval` asks for.
+    """The comparison that `eval` asks for, with everything checked; images are measured when they are needed.
 
     Raises:
-        ValueError: for an unknown network, or a classifier where the data have no labels.
+        FileNotFoundError: if the weights of Inception, the images, or the statistics are not there.
+        ValueError: for fields that are not allowed, a classifier where the data have no labels, or statistics of
+            another network.
     """
+    if config.eval.num_samples < 2:
+        raise ValueError(f"eval.num_samples is {config.eval.num_samples}; FID needs at least 2")
     extractor = extractor_from_config(config)
-    return Comparison(extractor, functools.partial(training_statistics, config, extractor))
+    published = published_statistics(config, extractor)
+    if published is not None:
+        return Comparison(extractor, lambda: published)
+    source = datasets.source_from_config(config, compared_split(config))
+    path = statistics_path(config, extractor)
+    return Comparison(
+        extractor, lambda: dataset_statistics(path, extractor, source.description, all_images(source, extractor))
+    )
 
 
-def training_statistics(config: Config, extractor: FeatureExtractor) -> Statistics:
-    """Those of the training images, kept at `eval.statistics_dir`."""
-    source = datasets.source_from_config(config, "train")
-    path = Path(config.eval.statistics_dir) / f"{config.data.dataset}_{extractor.name}_{extractor.hash}.npz"
-    return dataset_statistics(path, extractor, source.description, [source.images(np.arange(len(source)))])
+def compared_split(config: Config) -> str:
+    """The split that samples are compared with."""
+    split = config.eval.statistics_split
+    if split not in datasets.SPLITS:
+        raise ValueError(f"eval.statistics_split is {split!r}; it must be {' or '.join(datasets.SPLITS)}")
+    return split
+
+
+def published_statistics(config: Config, extractor: FeatureExtractor) -> Statistics | None:
+    """Those in the file `eval.statistics`, if it names one."""
+    if not config.eval.statistics:
+        return None
+    path = Path(config.eval.statistics)
+    if not path.is_file():
+        raise FileNotFoundError(f"eval.statistics is {str(path)!r}, which is no file; empty: statistics of the data")
+    statistics = load_statistics(path)
+    check_statistics(statistics, extractor)
+    return statistics
+
+
+def statistics_path(config: Config, extractor: FeatureExtractor) -> Path:
+    """Where statistics of the data are kept."""
+    data = f"{config.data.dataset}{config.data.image_size}_{compared_split(config)}"
+    return Path(config.eval.statistics_dir) / f"{data}_{extractor.name}_{extractor.hash}.npz"
+
+
+def all_images(source: Source, extractor: FeatureExtractor) -> Iterator[Images]:
+    """The images of a split in batches, as `extractor` takes them, with a progress bar."""
+    with progress(len(source), f"{extractor.name} of {source.description}", "image") as bar:
+        for start in range(0, len(source), _BATCH):
+            images = source.images(np.arange(start, min(start + _BATCH, len(source))))
+            yield images
+            bar.update(len(images))
 
 
 def extractor_from_config(config: Config) -> FeatureExtractor:
     """The network that `eval.features` names.
 
     Raises:
-        ValueError: for an unknown name, or a classifier where the data have no labels.
+        FileNotFoundError: if the weights of Inception are not there, saying how to get them.
+        ValueError: for an unknown name, damaged weights, or a classifier where the data have no labels.
     """
     if config.eval.features not in EXTRACTORS:
         raise ValueError(f"eval.features is {config.eval.features!r}; known are {', '.join(EXTRACTORS)}")
     return EXTRACTORS[config.eval.features](config)
+
+
+def _inception(config: Config) -> FeatureExtractor:
+    path, centre = Path(config.eval.inception), config.eval.inception_centre
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"eval.inception is {str(path)!r}, which is no file: FID needs the weights of Inception, converted once by "
+            "python -m tools.convert_inception PATH from weights-inception-2015-12-05-6726825d.pth; without them set "
+            "eval.enable_sampling=False for bits/dim alone, or eval.features=classifier where the data have labels"
+        )
+    if config.data.num_channels not in (1, 3):
+        raise ValueError(f"data.num_channels is {config.data.num_channels}; Inception measures images of 1 or 3")
+    if centre not in (128.0, 127.5):
+        raise ValueError(f"eval.inception_centre is {centre:g}; it must be 128 or 127.5")
+    return inception_features(path, levels=config.data.levels, centre=centre)
 
 
 def _classifier(config: Config) -> FeatureExtractor:
@@ -75,5 +141,5 @@ def _labelled(source: Source) -> LabelledImages:
     return LabelledImages(source.images(np.arange(len(source))), labels)
 
 
-EXTRACTORS: dict[str, Callable[[Config], FeatureExtractor]] = {"classifier": _classifier}
+EXTRACTORS: dict[str, Callable[[Config], FeatureExtractor]] = {"inception": _inception, "classifier": _classifier}
 """Builds a feature extractor, from a configuration."""

@@ -11,16 +11,20 @@ import scipy.stats
 
 import evaluation
 from evaluation import (
-    Statistics,
-    dataset_statistics,
     evaluate_samples,
     frechet_distance,
     inception_score,
     kernel_distance,
-    load_statistics,
     mean_estimate,
-    save_statistics,
     self_test,
+)
+from feature_statistics import (
+    Moments,
+    Statistics,
+    dataset_statistics,
+    load_statistics,
+    measured_statistics,
+    save_statistics,
     statistics_of,
 )
 from features import (
@@ -233,6 +237,7 @@ class MeanColour:
 
     name: str = "mean colour"
     hash: str = "0123"
+    num_features: int = 3
 
     def __call__(self, images: np.ndarray) -> Features:
         pool = images.reshape(len(images), -1, images.shape[-1]).mean(axis=1)
@@ -250,7 +255,7 @@ def assert_equal_statistics(a: Statistics, b: Statistics) -> None:
 
 def test_statistics_survive_the_disk(tmp_path):
     pool = rng().normal(size=(30, 5)).astype(np.float32)
-    statistics = statistics_of(pool, features="f", features_hash="12ab", data="noise", keep=20)
+    statistics = statistics_of([pool], features="f", features_hash="12ab", data="noise", keep=20)
     assert statistics.pool is not None
     assert statistics.pool.shape == (20, 5)
     np.testing.assert_allclose(statistics.mu, pool.mean(0), atol=1e-6)
@@ -259,6 +264,28 @@ def test_statistics_survive_the_disk(tmp_path):
     save_statistics(path, statistics)
     assert_equal_statistics(load_statistics(path), statistics)
     assert [p.name for p in path.parent.iterdir()] == ["statistics.npz"]
+
+
+def test_moments_of_parts_are_those_of_the_whole():
+    """Also where the mean is large beside the spread, and parts are empty, single, or longer than a block."""
+    pool = (1000 + rng().normal(size=(9000, 3)) * [1, 2, 0.01]).astype(np.float32)
+    moments = Moments()
+    for part in np.split(pool, [1, 1, 300, 8999]):
+        moments.add(part)
+    mean, covariance = moments.mean_and_covariance()
+    np.testing.assert_allclose(mean, pool.astype(np.float64).mean(axis=0), rtol=1e-13)
+    np.testing.assert_allclose(covariance, np.cov(pool.astype(np.float64), rowvar=False), rtol=1e-9, atol=1e-12)
+
+
+def test_the_part_kept_is_a_fair_draw_from_all_batches():
+    """Each vector at most once; the kept ones' places are spread evenly, whatever batch they came in."""
+    pool = np.arange(4000.0).reshape(-1, 1)
+    statistics = statistics_of(np.split(pool, [10, 1500, 1501]), features="f", features_hash="", data="d", keep=1000)
+    assert statistics.pool is not None
+    places = statistics.pool[:, 0]
+    assert len(np.unique(places)) == len(places) == 1000
+    counts = np.histogram(places, bins=4, range=(0, 4000))[0]
+    assert np.abs(counts - 250).max() < 5 * np.sqrt(1000 * 0.25 * 0.75 * 0.75)
 
 
 def test_published_statistics_formats(tmp_path):
@@ -282,6 +309,10 @@ def test_unreadable_statistics_are_named(tmp_path):
     np.savez(tmp_path / "other.npz", weights=np.ones(3))
     with pytest.raises(ValueError, match="holds weights, but neither"):
         load_statistics(tmp_path / "other.npz")
+    for mu, sigma in ((np.ones(3), np.eye(2)), (np.ones(2), np.full((2, 2), np.nan))):
+        np.savez(tmp_path / "impossible.npz", mu=mu, sigma=sigma)
+        with pytest.raises(ValueError, match=r"impossible\.npz: mu of shape .* must be \[d\] and \[d, d\], and finite"):
+            load_statistics(tmp_path / "impossible.npz")
 
 
 def test_dataset_statistics_are_computed_once_for_each_extractor_and_data(tmp_path):
@@ -298,7 +329,7 @@ def test_dataset_statistics_are_computed_once_for_each_extractor_and_data(tmp_pa
 def test_evaluation_holds_the_metrics_and_what_they_rest_on():
     extractor = MeanColour()
     real, samples = extractor(random_images(40)), extractor(random_images(25, 1) // 2)
-    statistics = statistics_of(real.pool, features=extractor.name, features_hash=extractor.hash, data="noise")
+    statistics = statistics_of([real.pool], features=extractor.name, features_hash=extractor.hash, data="noise")
     result = evaluate_samples(samples, extractor, statistics)
     covariance = np.cov(samples.pool.T)
     fid = frechet_distance(samples.pool.mean(0), covariance, real.pool.mean(0), np.cov(real.pool.T))
@@ -315,7 +346,7 @@ def test_no_warning_at_the_published_number_of_samples(monkeypatch):
     monkeypatch.setattr(evaluation, "PUBLISHED_SAMPLES", 25)
     extractor = MeanColour()
     samples = extractor(random_images(25))
-    statistics = statistics_of(samples.pool, features=extractor.name, features_hash=extractor.hash, data="noise")
+    statistics = statistics_of([samples.pool], features=extractor.name, features_hash=extractor.hash, data="noise")
     assert "warning" not in evaluate_samples(samples, extractor, statistics)
 
 
@@ -323,18 +354,27 @@ def test_statistics_of_other_features_are_refused():
     extractor = MeanColour()
     samples = extractor(random_images(10))
     for name, digest in (("other", extractor.hash), (extractor.name, "4567")):
-        statistics = statistics_of(samples.pool, features=name, features_hash=digest, data="noise")
-        with pytest.raises(ValueError, match="measured by mean colour 0123"):
+        statistics = statistics_of([samples.pool], features=name, features_hash=digest, data="noise")
+        with pytest.raises(ValueError, match="are measured by mean colour 0123"):
             evaluate_samples(samples, extractor, statistics)
-    published = statistics_of(samples.pool, features=extractor.name, features_hash="", data="noise")
+    other_size = statistics_of([samples.pool[:, :2]], features=extractor.name, features_hash="", data="noise")
+    with pytest.raises(ValueError, match="those of 2 features, but mean colour has 3"):
+        evaluate_samples(samples, extractor, other_size)
+    published = statistics_of([samples.pool], features=extractor.name, features_hash="", data="noise")
     assert evaluate_samples(samples, extractor, published)["fid"] < 1e-9
 
 
 def test_self_test_is_zero_on_train_and_the_floor_on_test():
     extractor = MeanColour()
-    train, test = extractor(random_images(200)), extractor(random_images(50, 1))
-    result = self_test(extractor, train, test, "noise")
-    assert result["train"]["fid"] < 1e-9 < result["test"]["fid"]
+    train, test = random_images(200), random_images(50, 1)
+    statistics = measured_statistics(extractor, "noise", [train])
+    again = measured_statistics(extractor, "noise", [train[:90], train[90:]])
+    result = self_test(extractor, statistics, again, extractor(test))
+    assert result["same"]["fid"] < 1e-9
+    assert result["same"]["n"] == 200
+    difference = evaluate_samples(extractor(test), extractor, statistics)
+    assert result["other"] == difference
+    assert difference["fid"] > 0.01
 
 
 def test_features_of_batches_keep_their_order():

@@ -11,7 +11,7 @@ LAYERS = (
     {"passes", "stored_states", "report"},
     {"build", "workdir", "tables", "figures", "run_files", "released"},
     {"checkpoints"},
-    {"train_state", "evaluation", "sampling", "likelihood", "bounds", "dequantization", "score_ode"},
+    {"train_state", "evaluation", "sampling", "likelihood", "bounds", "dequantization", "score_ode", "entropy"},
     {"feature_statistics"},
     {"losses", "features", "coordinates", "fast_samplers", "predictor_corrector", "ode", "datasets", "models"},
     {"sources"},
