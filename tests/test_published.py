@@ -19,6 +19,7 @@ from sources.published import CIFAR10, check_file
 
 RNG = np.random.default_rng(0)
 SPLITS = ("train", "test")
+CLASSES = b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n"
 
 
 def random_images(*shape):
@@ -51,7 +52,7 @@ def cifar10_archive(path, per_batch=3):
     batches = dict(zip(names, np.split(records, 6), strict=True))
     order = ["data_batch_3", "data_batch_1", "test_batch", "data_batch_5", "data_batch_2", "data_batch_4"]
     contents = {f"cifar-10-batches-bin/{name}.bin": batches[name].tobytes() for name in order}
-    contents |= {"cifar-10-batches-bin/readme.html": b"<html>", "cifar-10-batches-bin/batches.meta.txt": b"airplane"}
+    contents |= {"cifar-10-batches-bin/readme.html": b"<html>", "cifar-10-batches-bin/batches.meta.txt": CLASSES}
     tar_file(path, contents, "w:gz")
     cut = 5 * per_batch
     return {"train": (images[:cut], labels[:cut]), "test": (images[cut:], labels[cut:])}
