@@ -1,6 +1,7 @@
 import dataclasses
 import math
 from functools import partial
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,12 @@ from ode import require_success
 from score_ode import Curve, TimeNodes, distance_curves, distances, kl_identity, ode_score, ode_score_path, time_nodes
 from sde_lib import SDE, SDES, VESDE, VPSDE
 from tests.analytic import asymmetric_mixture
+
+
+class Tolerance(TypedDict):
+    rtol: float
+    atol: float
+
 
 VE, VP = VESDE(), VPSDE()
 T_MIN = 1e-3
@@ -123,7 +130,7 @@ def test_kl_identity_and_curves_of_an_imperfect_and_the_exact_score():
     times, count = 20, 200
     with jax.enable_x64(True):
         density, nodes = paper_mixture(), time_nodes(VE, T_MIN, times)
-        sampler, solve = Quantiles(density, VE), {"rtol": 1e-5, "atol": 1e-5}
+        sampler, solve = Quantiles(density, VE), Tolerance(rtol=1e-5, atol=1e-5)
         score_fn, exact = score_of(density, VE, 0.3), density.score_fn(VE)
         both = kl_identity(score_fn, VE, density, sampler, t_min=T_MIN, num_points=count, num_times=times, **solve)
         assert both.start.mean > 0.02
