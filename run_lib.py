@@ -37,6 +37,7 @@ from passes.statistics import statistics_pass
 from records import MetricsWriter, StopRequest, progress, stop_on_signal
 from report import comparison_table, write_report
 from run_files import read_run, seconds_file
+from sampling import sampler_from_config
 from sources import prepare_from_config
 from stored_states import initial_state, open_checkpoints, open_existing_checkpoints, starting_state, stored_state
 from train_state import TrainState
@@ -176,6 +177,8 @@ def parts_from_config(run: Run) -> Parts:
     """Raises ValueError, OSError: for bad input."""
     settings = run.config.eval
     parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
+    if settings.enable_sampling:
+        sampler_from_config(run.config, run.sde)  # for its checks
     return Parts(
         LikelihoodPass(run, dequantizer_from_config(run.config, run.sde)) if settings.enable_bpd else None,
         comparison_from_config(run.config) if settings.enable_sampling else None,

@@ -5,6 +5,7 @@ convolutions when the weights are converted. Where this network differs from lat
 count padding, the last block pools by the maximum, and the resize is TensorFlow 1's.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -23,7 +24,6 @@ BATCH_NORM_EPSILON = 1e-3
 
 Maps: TypeAlias = Float[Array, "batch height width channels"]
 Size: TypeAlias = tuple[int, int]
-Params: TypeAlias = dict[str, "np.ndarray | Params"]
 
 
 class InceptionOutput(NamedTuple):
@@ -188,6 +188,7 @@ def param_shapes() -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in flat.items()}
 
 
+@functools.cache
 def published_shapes() -> dict[str, tuple[int, ...]]:
     """The shape of each array of the published weights, as in `Mixed_5b.branch1x1.conv.weight` (PyTorch's order)."""
     shapes: dict[str, tuple[int, ...]] = {}
@@ -204,7 +205,7 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def params_from_published(weights: Mapping[str, Shaped[np.ndarray, "..."]]) -> Params:
+def params_from_published(weights: Mapping[str, Shaped[np.ndarray, "..."]]) -> dict[str, Any]:
     """The network's parameters, from the published weights by name; batch normalisation is folded in, in float64.
 
     Raises:

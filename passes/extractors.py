@@ -56,11 +56,11 @@ def comparison_from_config(config: Config) -> Comparison:
     """
     if config.eval.num_samples < 2:
         raise ValueError(f"eval.num_samples is {config.eval.num_samples}; FID needs at least 2")
-    extractor = extractor_from_config(config)
+    split, extractor = compared_split(config), extractor_from_config(config)
     published = published_statistics(config, extractor)
     if published is not None:
         return Comparison(extractor, lambda: published)
-    source = datasets.source_from_config(config, compared_split(config))
+    source = datasets.source_from_config(config, split)
     path = statistics_path(config, extractor)
     return Comparison(
         extractor, lambda: dataset_statistics(path, extractor, source.description, all_images(source, extractor))
