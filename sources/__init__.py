@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from configs.default import Config
+from densities import DENSITIES
 from sources.catalogue import CATALOGUE, load_entry, prepare_entry
 from sources.folder import load_folder
+from sources.points import draw_points
 from sources.source import MemorySource as MemorySource  # sources are found here, too
 from sources.source import Source as Source
 from sources.splits import TEST_SHARE, Split, describe, is_test
@@ -104,12 +106,14 @@ def source_from_config(config: Config, split: str) -> Source:
         ValueError: for an unknown data set, for damaged files, or when its images are not as `data` says.
     """
     data = config.data
+    if data.dataset in DENSITIES:
+        return draw_points(data, split)
     if data.dataset in SOURCES:
         source = SOURCES[data.dataset](data, split)
     elif data.dataset in CATALOGUE:
         source = load_entry(data, split)
     else:
-        raise ValueError(f"data.dataset is {data.dataset!r}; known are {', '.join((*SOURCES, *CATALOGUE))}")
+        raise ValueError(f"data.dataset is {data.dataset!r}; known are {', '.join((*SOURCES, *CATALOGUE, *DENSITIES))}")
     wanted = (data.image_size, data.image_size, data.num_channels)
     if source.image_shape != wanted:
         raise ValueError(

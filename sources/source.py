@@ -16,11 +16,11 @@ ImageLevels = UInt8[np.ndarray, "height width channel"]
 
 
 class Source(Protocol):
-    """The images of one split, in a fixed order, and what describes them."""
+    """The images of one split, in a fixed order, and what describes them; of densities, points stand for images."""
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels)."""
+    def image_shape(self) -> tuple[int, ...]:
+        """(height, width, channels), or (d,) of points."""
         ...
 
     @property

@@ -2,13 +2,14 @@
 
 import os
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 import run_lib
 from configs.digits.smoke import get_config
-from sources import MemorySource, source_from_config
+from sources import MemorySource, resizing, source_from_config
 
 RNG = np.random.default_rng(0)
 
@@ -201,3 +202,105 @@ def test_folder_that_does_not_fit_is_refused(tmp_path):
         source_from_config(config_for("folder", tmp_path, path="/nowhere"), "train")
     with pytest.raises(ValueError, match=r"num_channels is 2"):
         source_from_config(config_for("folder", tmp_path, path=str(tmp_path / "empty"), num_channels=2), "train")
+
+
+def smooth_image(height, width):
+    """Colours that vary slowly, over all levels."""
+    row, column, channel = np.indices((height, width, 3))
+    return np.rint(127.5 + 127.5 * np.sin(row / 9 + column / 13 + channel)).astype(np.uint8)
+
+
+def published(image, left, top, side, size, method):
+    """What the published code does: cuts out a square and resizes it with antialiasing, without rounding to levels."""
+    square = image[top : top + side, left : left + side].astype(np.float32)
+    return np.asarray(jax.image.resize(square, (size, size, 3), method, antialias=True))
+
+
+@pytest.mark.parametrize(
+    ("framing", "shape", "size", "square"),
+    [
+        (resizing.centre_140, (218, 178), 64, (19, 39, 140, "linear")),
+        (resizing.centre_square, (256, 301), 64, (22, 0, 256, "cubic")),
+        (resizing.centre_square, (300, 257), 256, (0, 21, 257, "cubic")),
+        (resizing.shorter_side, (128, 130), 128, (1, 0, 128, "linear")),
+        (resizing.block_means, (64, 64), 64, (0, 0, 64, "linear")),
+    ],
+)
+def test_framing_is_the_published_one(framing, shape, size, square):
+    """Within the rounding to levels, which is done after each of the two directions."""
+    image = smooth_image(*shape)
+    left, top, side, method = square
+    expected = published(image, left, top, side, size, method)
+    np.testing.assert_allclose(np.asarray(framing(Image.fromarray(image), size)), expected, atol=1.1)
+
+
+def test_block_means():
+    image = random_images(24, 24, 3)
+    expected = image.reshape(8, 3, 8, 3, 3).mean((1, 3))
+    np.testing.assert_array_equal(resizing.block_means(Image.fromarray(image), 8), np.rint(expected))
+    grey = resizing.block_means(Image.fromarray(image[..., 1]), 8)
+    np.testing.assert_array_equal(grey, np.rint(expected[..., 1]))
+    for shape in ((24, 25, 3), (20, 20, 3)):
+        with pytest.raises(ValueError, match="no square of a multiple of 8"):
+            resizing.block_means(Image.fromarray(random_images(*shape)), 8)
+
+
+@pytest.fixture
+def celeba(tmp_path):
+    """Images 000001.jpg to 000006.jpg in the published layout; the last two are for training and for validation."""
+    folder = tmp_path / "celeba"
+    for number in range(1, 7):
+        save(folder / "img_align_celeba" / f"{number:06d}.jpg", smooth_image(218, 178 + number)[:, :178])
+    parts = (2, 0, 0, 1, 0, 1)
+    lines = [f"{number:06d}.jpg {part}" for number, part in enumerate(parts, start=1)]
+    (folder / "list_eval_partition.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_celeba_folder(celeba, tmp_path):
+    """Its own list parts it, and test images are those for validation, as published."""
+    config = config_for("CelebA", tmp_path, path=str(celeba), image_size=32, num_channels=3)
+    train, test = both_splits(config)
+    assert (len(train), len(test)) == (3, 2)
+    with Image.open(celeba / "img_align_celeba" / "000004.jpg") as image:
+        expected = resizing.centre_140(image, 32)
+    np.testing.assert_array_equal(test.images(np.array([0]))[0], np.asarray(expected))
+    partition = celeba / "list_eval_partition.txt"
+    partition.write_text(partition.read_text() + "000007.jpg 0\n")
+    with pytest.raises(FileNotFoundError, match=r"there is no 000007.jpg under .*list_eval_partition.txt names it"):
+        source_from_config(config, "train")
+    partition.write_text("000001.jpg 0\nhello\n")
+    with pytest.raises(ValueError, match=r"has a line 'hello', not a name and 0, 1 or 2"):
+        source_from_config(config, "train")
+    partition.write_text("000001.jpg 0\n")
+    with pytest.raises(ValueError, match=r"list_eval_partition.txt has no test images"):
+        source_from_config(config, "train")
+    partition.unlink()
+    with pytest.raises(FileNotFoundError, match=r"there is no list_eval_partition.txt under"):
+        source_from_config(config, "train")
+    save(celeba / "img_align_celeba" / "000002.jpg", smooth_image(218, 100))
+    partition.write_text("000002.jpg 0\n000003.jpg 1\n")
+    with pytest.raises(ValueError, match=r"000002.jpg has 100x218 pixels, fewer than the 140x140"):
+        source_from_config(config, "train")
+
+
+def test_lsun_folder(tmp_path):
+    for split in ("train", "test"):
+        save(tmp_path / "church" / split / "a.png", smooth_image(256, 301))
+    fields = {"path": str(tmp_path / "church"), "category": "church_outdoor", "num_channels": 3}
+    for size, framing in ((64, resizing.centre_square), (128, resizing.shorter_side)):
+        _, test = both_splits(config_for("LSUN", tmp_path, image_size=size, **fields))
+        expected = framing(Image.fromarray(smooth_image(256, 301)), size)
+        np.testing.assert_array_equal(images_of(test)[0], np.asarray(expected))
+    (tmp_path / "church" / "data.mdb").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"church holds LSUN's lmdb; export its images"):
+        source_from_config(config_for("LSUN", tmp_path, image_size=64, **fields), "train")
+
+
+def test_faces_folder(tmp_path):
+    image = random_images(16, 16, 3)
+    for split in ("train", "test"):
+        save(tmp_path / "faces" / split / "00000.png", image)
+    config = config_for("FFHQ", tmp_path, path=str(tmp_path / "faces"), image_size=8, num_channels=3)
+    means = np.rint(image.reshape(8, 2, 8, 2, 3).mean((1, 3)))
+    np.testing.assert_array_equal(images_of(both_splits(config)[1])[0], means)
