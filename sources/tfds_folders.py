@@ -12,7 +12,7 @@ import numpy as np
 from records import progress
 from sources.examples import TFRecords, decode_encoded, decode_label, decode_raw
 from sources.resizing import Framing, exact
-from sources.source import ImageLevels, MemorySource, Records, RecordSource, Source, records_digest
+from sources.source import ImageLevels, MemorySource, Records, RecordSource, records_digest
 from sources.splits import describe, is_test
 
 IN_MEMORY = 2**30
@@ -41,8 +41,10 @@ def find_tfds(dataset: TfdsSet, data_dir: Path) -> Path | None:
     return max(numbered, key=lambda folder: tuple(map(int, folder.name.split("."))), default=None)
 
 
-def load_tfds(folder: Path, dataset: TfdsSet, split: str, image_size: int) -> Source:
-    """One split: of at most `IN_MEMORY` bytes decoded at once, else record by record when asked for.
+def load_tfds(
+    folder: Path, dataset: TfdsSet, split: str, image_size: int, in_memory: int = IN_MEMORY
+) -> MemorySource | RecordSource:
+    """One split: of at most `in_memory` bytes decoded at once, else record by record when asked for.
 
     Raises:
         FileNotFoundError: if one of its files is missing.
@@ -59,12 +61,12 @@ def load_tfds(folder: Path, dataset: TfdsSet, split: str, image_size: int) -> So
     title = f"tfds {dataset.name} {folder.name} ({info.file_format.value}), {part}"
     by_position = split_positions(len(records), split) if dataset.test is None else np.arange(len(records))
     source = record_source(records, by_position, decode, shape, title, split, dataset.framing.__name__)
-    if len(source) * np.prod(shape) > IN_MEMORY:
+    if len(source) * np.prod(shape) > in_memory:
         return source
     return _in_memory(source, title, split, labelled="label" in info.features)
 
 
-def load_raw_records(path: Path, split: str) -> Source:
+def load_raw_records(path: Path, split: str) -> RecordSource:
     """The split of a TFRecord file of FFHQ or CelebA-HQ as published, whose images have levels as they are.
 
     The published code tests on the images it trains on. Here test images are one in ten, by their positions.

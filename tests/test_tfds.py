@@ -13,9 +13,10 @@ import pytest
 
 from configs.default import get_config
 from datasets import training_batches
-from sources import MemorySource, catalogue, source_from_config, tfds_folders
+from sources import MemorySource, catalogue, source_from_config
 from sources.archives import read_cifar10
 from sources.source import RecordSource
+from sources.tfds_folders import TfdsSet, load_tfds
 from tests.test_published import cifar10_archive, sha256
 from tests.tfds_folder import encoded, raw_example, write_tfds, write_tfrecords
 
@@ -69,13 +70,13 @@ def test_small_sets_are_decoded_at_once(cifar):
 
 def test_large_sets_are_read_by_index(cifar, monkeypatch):
     folder, splits = cifar
-    monkeypatch.setattr(tfds_folders, "IN_MEMORY", 0)
-    source = source_from_config(config_for("CIFAR10", folder), "train")
+    prepared = folder / "cifar10" / "3.0.2"
+    source, again = (load_tfds(prepared, TfdsSet("cifar10"), "train", 32, in_memory=0) for _ in range(2))
     assert isinstance(source, RecordSource)
     order = np.array([14, 0, 3, 3, 9])
     np.testing.assert_array_equal(source.images(order), splits["train"].images[order])
     assert source.images(order[:0]).shape == (0, 32, 32, 3)
-    assert source.description == source_from_config(config_for("CIFAR10", folder), "train").description
+    assert source.description == again.description
 
     def batches(hosts):
         monkeypatch.setattr(jax, "process_count", lambda: hosts)
