@@ -13,7 +13,7 @@ Design", ICML 2019. Each function takes the module whose parameters it makes as 
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -50,6 +50,15 @@ def conv3x3(x: Images, kernel: Float[Array, "3 3 in out"], kernel_axes: str = "H
 swapped_conv3x3 = functools.partial(conv3x3, kernel_axes="WHIO")
 
 
+def normal_init(std: float) -> nn.initializers.Initializer:
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        # Flat, and of few sizes: XLA takes far longer to compile random numbers of other shapes.
+        size = math.prod(shape)
+        return std * jax.random.normal(key, (1 << (size - 1).bit_length(),), dtype)[:size].reshape(shape)
+
+    return init
+
+
 def linear(
     scope: nn.Module,
     name: str,
@@ -64,7 +73,7 @@ def linear(
     shape = (*size, x.shape[-1], features)
 
     def first_weight(key: Array) -> Array:
-        weight = 0.05 * jax.random.normal(key, shape, x.dtype)
+        weight = normal_init(0.05)(key, shape, x.dtype)
         return weight * _broadcast(init_scale * _inverse_std(apply(x, weight)), weight)
 
     h = apply(x, scope.param(f"{name}_W", first_weight))
@@ -82,7 +91,7 @@ def conv(scope: nn.Module, name: str, x: Images, features: int, init_scale: floa
 
 def normed_conv(scope: nn.Module, name: str, x: Images, features: int, init_scale: float = 1.0) -> Images:
     """A convolution with weight normalisation: g V / |V|, parameters NAME_V, NAME_g and NAME_b."""
-    direction = scope.param(f"{name}_V", nn.initializers.normal(0.05), (3, 3, x.shape[-1], features), x.dtype)
+    direction = scope.param(f"{name}_V", normal_init(0.05), (3, 3, x.shape[-1], features), x.dtype)
     h = conv3x3(x, direction * jax.lax.rsqrt(jnp.sum(jnp.square(direction), axis=(0, 1, 2), keepdims=True)))
     h = h * _broadcast(scope.param(f"{name}_g", lambda key: init_scale * _inverse_std(h)), h)
     return _add_bias(scope, name, h)
@@ -144,7 +153,7 @@ def gated_attention(
 
 
 def position_embedding(scope: nn.Module, name: str, x: Images, channels: int) -> Array:
-    return scope.param(name, nn.initializers.normal(0.01), (*x.shape[1:3], channels), x.dtype)
+    return scope.param(name, normal_init(0.01), (*x.shape[1:3], channels), x.dtype)
 
 
 class ShallowProcessor(nn.Module):
