@@ -158,37 +158,62 @@ def _likelihoods(runs: Runs) -> str:
         rows = [(*_which(label, result), *cells(result["bpd"])) for label, result in results]
         content += (f"<h3>{heading}</h3>\n" if heading else "") + _results_table(runs, headers, rows)
     return content + _paragraph(
-        "± is the standard error over images, of which each counts with the mean of its repeats."
+        "± is the standard error over images, of which each counts with the mean of its repeats. Errors are estimates, "
+        "in bits/dim: the solver's of the bias of the mean, the others of its standard error by probes, by the times "
+        "and noise that a bound is sampled at, and over repeats. A solve far more accurate than those costs more than "
+        "it tells."
     )
 
 
-_BPD_HEADERS = ("bits/dim", "95 % interval", "images", "repeats", "NFE", "time")
+_BPD_HEADERS = (
+    "bits/dim",
+    "95 % interval",
+    "images",
+    "repeats",
+    "over repeats ±",
+    "solver error",
+    "probes ±",
+    "sampling ±",
+    "NFE",
+    "time",
+)
 
 
 def _bpd_cells(bpd: Mapping[str, Any]) -> Row:
-    interval = bpd.get("ci95")
+    interval, errors = bpd.get("ci95"), bpd.get("errors", {})
     return (
         with_error(bpd.get("mean"), bpd.get("se")),
         f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else MISSING,
         number(bpd.get("n")),
         number(bpd.get("repeats")),
+        _small(bpd.get("se_over_repeats")),
+        *(_small(errors.get(name)) for name in ("solver_error", "probe_error", "sampling_error")),
         number(bpd.get("nfe"), 0),
         duration(bpd.get("seconds")),
     )
 
 
-_SOLVE_HEADERS = ("solver", "from t", "probes", "dequantization", "images of")
+def _small(error: float | None) -> str:
+    return MISSING if error is None else f"{error:.1e}"
+
+
+_SOLVE_HEADERS = ("estimate", "from t", "probes", "dequantization", "draws", "images of")
 
 
 def _solve_cells(bpd: Mapping[str, Any]) -> Row:
     settings = [f"{name} {bpd[name]:.0e}" for name in ("rtol", "atol") if name in bpd]
     settings += [f"{bpd['steps']} steps"] if "steps" in bpd else []
+    if "bound" in bpd:
+        settings += [f"{bpd['num_times']} times, {bpd['num_starts']} start draws"]
+    estimate = f"{bpd['bound']} bound of the SDE" if "bound" in bpd else number(bpd.get("solver"))
     probes = [number(bpd[name]) for name in ("num_probes", "probe") if name in bpd]
+    noise = number(bpd.get("dequantization")) + (f", cut at {bpd['tau']:.3g}" if "tau" in bpd else "")
     return (
-        ", ".join([number(bpd.get("solver")), *settings]),
+        ", ".join([estimate, *settings]),
         number(bpd.get("t_min")),
         " ".join(probes) or MISSING,
-        number(bpd.get("dequantization")),
+        noise,
+        number(bpd.get("importance_samples")),
         number(bpd.get("data")),
     )
 
