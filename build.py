@@ -8,9 +8,10 @@ from jax.sharding import Mesh
 
 import parallel
 from configs.default import Config
-from datasets import preprocess_from_config
+from datasets import training_preprocess
+from densities import DENSITIES, Density
 from losses import Objective
-from models.score import NetworkScore, Params, build_network, init_params, sde_from_config
+from models.score import NETWORKS, NetworkScore, Params, build_network, init_params, sde_from_config
 from sde_lib import SDE
 from train_state import Trainer, TrainState, create_state, optimizer_from_config
 
@@ -43,15 +44,22 @@ class Run:
         return self.trainer.score_fn.sde
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(height, width, channels)."""
+    def density(self) -> Density | None:
+        """What the data are points of; None for images."""
+        return DENSITIES.get(self.config.data.dataset)
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """(height, width, channels), or (d,) of points."""
+        if self.density is not None:
+            return (self.density.dims,)
         return self.config.data.image_size, self.config.data.image_size, self.config.data.num_channels
 
     def key(self, purpose: int) -> jax.Array:
         return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
 
     def fresh_state(self) -> TrainState:
-        params = init_params(self.trainer.score_fn.network, self.key(INIT_KEY), self.image_shape)
+        params = init_params(self.trainer.score_fn.network, self.key(INIT_KEY), self.data_shape)
         return create_state(params, self.trainer.optimizer)
 
     def score_fn(self, params: Params) -> NetworkScore:
@@ -59,10 +67,13 @@ class Run:
         return dataclasses.replace(self.trainer.score_fn, params=params)
 
     def network_description(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be of this network: its fields, the SDE, and the kind of images."""
+        """What a checkpoint must agree with to be of this network: its fields, the SDE, and the kind of data."""
         free = ("ema_rate", "dropout", "num_scales", "remat")
         model = {f"model.{k}": v for k, v in self.config.model.to_dict().items() if k not in free}
-        data = {f"data.{k}": self.config.data[k] for k in ("image_size", "num_channels", "levels", "centered")}
+        if self.density is not None:
+            data = {"data dimensions": self.density.dims}
+        else:
+            data = {f"data.{k}": self.config.data[k] for k in ("image_size", "num_channels", "levels", "centered")}
         return {"training.sde": self.config.training.sde, **model, **data}
 
 
@@ -79,15 +90,28 @@ def build(config: Config) -> Run:
     if not 0 <= config.model.ema_rate < 1:
         raise ValueError(f"model.ema_rate is {config.model.ema_rate}; it must lie in [0, 1)")
     parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps)
+    _check_kind_of_data(config)
     trainer = Trainer(
         score_fn=NetworkScore(None, build_network(config), sde_from_config(config)),
         objective=objective_from_config(training),
         optimizer=optimizer_from_config(config.optim),
-        preprocess=preprocess_from_config(config, train=True),
+        preprocess=training_preprocess(config),
         ema_rate=config.model.ema_rate,
         accumulation_steps=training.accumulation_steps,
     )
     return Run(config, parallel.device_mesh(), trainer)
+
+
+def _check_kind_of_data(config: Config) -> None:
+    """Raises ValueError for points with what is for images, or the other way round."""
+    points, training, name = config.data.dataset in DENSITIES, config.training, config.model.name
+    kind, fitting = ("points", "mlp") if points else ("images", "ncsnpp")
+    if name in NETWORKS and points != (name == "mlp"):
+        raise ValueError(f"model.name is {name!r}, but {config.data.dataset} has {kind}: set it to {fitting!r}")
+    if training.exact_derivatives and not points:
+        raise ValueError("training.exact_derivatives is True, but images have too many dimensions: set it to False")
+    if training.snapshot_sampling and points:
+        raise ValueError("training.snapshot_sampling is True, but points make no grid of images: set it to False")
 
 
 def objective_from_config(training: Config) -> Objective:
@@ -99,4 +123,5 @@ def objective_from_config(training: Config) -> Objective:
         reduce_mean=training.reduce_mean,
         second_weight=training.second_order_weight,
         third_weight=training.third_order_weight,
+        exact=training.exact_derivatives,
     )

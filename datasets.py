@@ -1,7 +1,8 @@
 """From a source's images to seeded batches.
 
 Batches are unsigned bytes, levels 0 .. levels-1, until they are on the devices, where `Preprocess` mirrors, dequantizes
-and scales them; so everything random about a batch follows from the seed and the step, on any number of hosts.
+and scales them; so everything random about a batch follows from the seed and the step, on any number of hosts. Points
+of a density are 32-bit floats and stay as they are.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from jaxtyping import Array, Float
 
 from arrays import Batch, per_example
 from configs.default import Config
+from densities import DENSITIES
 from parallel import local_rows, pad_rows
 from sources import MemorySource as MemorySource  # sources are found here, too
 from sources import Source as Source
@@ -116,6 +118,10 @@ class Preprocess:
             return self.scale(uniform_dequantize(noise_key, images, self.levels))
         return self.scale(images.astype(jnp.float32) / (self.levels - 1))
 
+    def without_flip(self) -> "Preprocess":
+        """The same for images that are not to be augmented."""
+        return dataclasses.replace(self, random_flip=False)
+
     def scale(self, unit: Batch) -> Batch:
         """From [0, 1] to the range of the score network."""
         return 2 * unit - 1 if self.centered else unit
@@ -136,9 +142,26 @@ class Preprocess:
         return jnp.clip(level, 0, self.levels - 1).astype(jnp.uint8)
 
 
+@dataclasses.dataclass(frozen=True)
+class PointPreprocess:
+    """The score network sees points as they are."""
+
+    def __call__(self, key: Array, points: Float[Array, "batch d"]) -> Batch:
+        del key
+        return points
+
+    def without_flip(self) -> "PointPreprocess":
+        return self
+
+
 def uniform_dequantize(key: Array, images: Array, levels: int) -> Batch:
     """(k + u) / levels for level k, u uniform on [0, 1): data on [0, 1) with the density's bits/dim."""
     return (images.astype(jnp.float32) + jax.random.uniform(key, images.shape)) / levels
+
+
+def training_preprocess(config: Config) -> Preprocess | PointPreprocess:
+    """What is done with training data before the score network sees them."""
+    return PointPreprocess() if config.data.dataset in DENSITIES else preprocess_from_config(config, train=True)
 
 
 def preprocess_from_config(config: Config, *, train: bool) -> Preprocess:

@@ -20,7 +20,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, inner, mean_square, num_dims, per_example
-from derivatives import PROBES, exact_trace_gradient, probe_trace_gradient
+from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
 from sde_lib import SDE
 
 ORDERS = (1, 2, 3)
@@ -29,6 +29,9 @@ ORDERS = (1, 2, 3)
 @dataclasses.dataclass(frozen=True)
 class Objective:
     """What is minimised over t in [t_min, 1].
+
+    With `exact`, the higher orders are exact, for few dimensions, else estimated by probes. The exact second order is
+    that of the Jacobian alone, which in one dimension is that of the trace.
 
     Raises:
         ValueError: for an order other than 1, 2, 3; for orders 2 and 3 without `reduce_mean`; for importance
@@ -42,6 +45,7 @@ class Objective:
     reduce_mean: bool = True
     second_weight: float = 1.0
     third_weight: float = 1.0
+    exact: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -63,7 +67,11 @@ class Noise(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """The total and its parts, unweighted, each [batch]; None stands for a term the order does not have."""
+    """The total and its parts, unweighted, each [batch]; None stands for a term that the objective does not have.
+
+    An exact `second_frob` is what that of a probe estimates; an exact `third` is a mean over dimensions, see
+    `exact_terms`.
+    """
 
     total: PerExample
     first: PerExample
@@ -96,9 +104,10 @@ def draw_times(key: Array, sde: SDE, objective: Objective, batch: int) -> PerExa
 
 
 def score_matching_losses(score_fn: ScoreFn, sde: SDE, objective: Objective, x0: Batch, noise: Noise) -> Losses:
-    """The objective with Hutchinson estimates of the higher orders; order k costs one network pass with k derivatives.
+    """The objective and its terms; order k costs one network pass with k derivatives, if estimated by a probe.
 
-    total = first + second_weight (second_frob + second_trace) + third_weight third
+    Estimated: total = first + second_weight (second_frob + second_trace) + third_weight third
+    Exact:     total = first + second_weight second_frob + third_weight third
     """
     mean, sigma = sde.marginal(x0, noise.t)
     sigma = per_example(sigma, x0)
@@ -110,7 +119,13 @@ def score_matching_losses(score_fn: ScoreFn, sde: SDE, objective: Objective, x0:
     if objective.order == 1:
         first = first_order(scaled_score(xt), sde, objective, noise)
         return Losses(total=first, first=first)
+    if objective.exact:
+        return _exact_losses(scaled_score, xt, sigma, sde, objective, noise)
+    return _probe_losses(scaled_score, xt, sigma, sde, objective, noise)
 
+
+def _probe_losses(scaled_score: Field, xt: Batch, sigma: Batch, sde: SDE, objective: Objective, noise: Noise) -> Losses:
+    """Orders 2 and 3 with Hutchinson estimates ([L22] App. G)."""
     if objective.order == 2:
         score, jacobian_probe = jax.jvp(scaled_score, (xt,), (noise.probe,))
         trace_gradient = None
@@ -128,6 +143,26 @@ def score_matching_losses(score_fn: ScoreFn, sde: SDE, objective: Objective, x0:
         return Losses(total, first, frob, trace)
     third = third_order(sigma**2 * trace_gradient, stop_gradient(jacobian_probe), u, noise.probe)
     return Losses(total + objective.third_weight * third, first, frob, trace, third)
+
+
+def _exact_losses(scaled_score: Field, xt: Batch, sigma: Batch, sde: SDE, objective: Objective, noise: Noise) -> Losses:
+    """Orders 2 and 3 from the whole Jacobian ([L22] Theorems 4.1 and 4.3)."""
+    if objective.order == 2:
+        score, jacobian = exact_jacobian(scaled_score, xt)
+        trace_gradient = None
+    else:
+        score, jacobian, trace_gradient = exact_trace_gradient(scaled_score, xt)
+    batch, d = len(xt), num_dims(xt)
+    flat_sigma = sigma.reshape(batch, 1)
+    if trace_gradient is not None:
+        trace_gradient = flat_sigma**2 * trace_gradient.reshape(batch, d)
+    u = (noise.z + stop_gradient(score)).reshape(batch, d)
+    terms = exact_terms(flat_sigma[..., None] * jacobian, trace_gradient, u)
+    first = first_order(score, sde, objective, noise)
+    total = first + objective.second_weight * terms.second_jacobian
+    if terms.third is None:
+        return Losses(total, first, terms.second_jacobian)
+    return Losses(total + objective.third_weight * terms.third, first, terms.second_jacobian, None, terms.third)
 
 
 def first_order(scaled_score: Batch, sde: SDE, objective: Objective, noise: Noise) -> PerExample:
@@ -185,39 +220,29 @@ class ExactTerms(NamedTuple):
 
     second_jacobian: PerExample
     second_trace: PerExample
-    third: PerExample
-
-
-def exact_losses(score_fn: ScoreFn, sde: SDE, x0: Batch, noise: Noise) -> tuple[PerExample, ExactTerms]:
-    """First order (weight sigma^2, mean over d) and the exact higher orders, in one nested pass; for few dimensions."""
-    mean, sigma = sde.marginal(x0, noise.t)
-    sigma = per_example(sigma, x0)
-    score, jacobian, trace_gradient = exact_trace_gradient(
-        lambda x: sigma * score_fn(x, noise.t), mean + sigma * noise.z
-    )
-    batch, d = len(x0), num_dims(x0)
-    flat_sigma = sigma.reshape(batch, 1)
-    u = (noise.z + stop_gradient(score)).reshape(batch, d)
-    terms = exact_terms(flat_sigma[..., None] * jacobian, flat_sigma**2 * trace_gradient.reshape(batch, d), u)
-    return mean_square(score + noise.z), terms
+    third: PerExample | None
 
 
 def exact_terms(
-    jacobian: Float[Array, "batch d d"], trace_gradient: Float[Array, "batch d"], u: Float[Array, "batch d"]
+    jacobian: Float[Array, "batch d d"], trace_gradient: Float[Array, "batch d"] | None, u: Float[Array, "batch d"]
 ) -> ExactTerms:
     """The exact higher-order terms from sigma^2 J, sigma^3 grad tr J and u = z + sigma s-bar.
 
     second_jacobian is |sigma^2 J + I - u u^T|_F^2 / d^2, second_trace (sigma^2 tr J + d - |u|^2)^2 / d, and third
-    |sigma^3 grad tr J + |u|^2 u - (sigma^2 tr J-bar + d) u - 2 (sigma^2 J-bar + I) u|^2 / d.
+    |sigma^3 grad tr J + |u|^2 u - (sigma^2 tr J-bar + d) u - 2 (sigma^2 J-bar + I) u|^2 / d; it is None without a
+    trace's gradient.
     """
     d = u.shape[1]
     spread = jacobian + jnp.eye(d, dtype=u.dtype)[None]
     trace = jnp.trace(spread, axis1=1, axis2=2)
     norm = inner(u, u)
-    spread_bar, trace_bar = stop_gradient(spread), stop_gradient(trace)
-    third = trace_gradient + (norm - trace_bar)[:, None] * u - 2 * jnp.einsum("bij,bj->bi", spread_bar, u)
+    third = None
+    if trace_gradient is not None:
+        spread_bar, trace_bar = stop_gradient(spread), stop_gradient(trace)
+        error = trace_gradient + (norm - trace_bar)[:, None] * u - 2 * jnp.einsum("bij,bj->bi", spread_bar, u)
+        third = mean_square(error)
     return ExactTerms(
         second_jacobian=mean_square(spread - u[:, :, None] * u[:, None, :]),
         second_trace=(trace - norm) ** 2 / d,
-        third=mean_square(third),
+        third=third,
     )

@@ -6,16 +6,17 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 from arrays import Batch
 from configs.default import Config
-from datasets import Preprocess
+from datasets import PointPreprocess, Preprocess
 from losses import Noise, Objective, draw_noise, score_matching_losses
 from models.score import NetworkScore, Params
 
 Metrics = dict[str, Array]
-ImageLevels = UInt8[Array, "batch height width channel"]
+ImageLevels = UInt8[Array, "batch height width channel"] | Float[Array, "batch d"]
+"""Images as integer levels, or points."""
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -62,7 +63,7 @@ class Trainer:
     score_fn: NetworkScore
     objective: Objective
     optimizer: optax.GradientTransformation
-    preprocess: Preprocess
+    preprocess: Preprocess | PointPreprocess
     ema_rate: float
     accumulation_steps: int = 1
 
@@ -75,7 +76,7 @@ class Trainer:
         return state, jax.tree.map(jnp.mean, metrics)
 
     def train_step(self, state: TrainState, images: ImageLevels, key: Array) -> tuple[TrainState, Metrics]:
-        """One step of the optimizer on a batch of integer levels.
+        """One step of the optimizer on a batch of integer levels, or points.
 
         Args:
             key: the run's; what the step draws follows from it and the step's number.

@@ -36,6 +36,7 @@ def _training() -> ConfigDict:
     training.score_matching_order = 1  # 1, 2 or 3: highest order of denoising score matching in the loss
     training.second_order_weight = 1.0  # of the two second-order terms beside the first-order loss
     training.third_order_weight = 1.0  # of the third-order term
+    training.exact_derivatives = False  # orders 2 and 3 exactly, not by a probe; for points of few dimensions
     training.likelihood_weighting = False  # weight the first order by g^2, else by sigma^2
     training.importance_weighting = False  # draw t in proportion to g^2 / sigma^2; with likelihood_weighting
     training.reduce_mean = True  # mean over dimensions, else half the sum; orders 2 and 3 need the mean
@@ -52,13 +53,17 @@ def _training() -> ConfigDict:
 
 def _data() -> ConfigDict:
     data = ConfigDict()
-    data.dataset = "CIFAR10"  # CIFAR10, MNIST, SVHN, ImageNet; digits; npz, folder: the user's own, at data.path
+    data.dataset = "CIFAR10"  # CIFAR10, MNIST, SVHN, ImageNet, CelebA, LSUN, CelebAHQ, FFHQ (sources/catalogue.py);
+    # digits; npz, folder: the user's own, at data.path;
+    # points of a density: mixture, checkerboard, swissroll, moons (densities.py)
     data.variant = ""  # of ImageNet: old (the papers') or new (image-net.org's of 2021); never comparable
     data.category = ""  # of a data set that has several: LSUN's scene
-    data.path = ""  # of npz the file, of folder the folder
-    data.dir = "assets/data"  # where --mode=prepare keeps data sets, and folders their decoded images
-    data.archive = ""  # for --mode=prepare: the file as published, or the folder with the files
+    data.path = ""  # of npz the file, of folder the folder; of CelebA, LSUN and faces the originals, if there are any
+    data.dir = "assets/data"  # where data sets are as --mode=prepare or tfds has made them; and folders' decoded images
+    data.archive = ""  # for --mode=prepare: the file as published, or the folder with the files; empty: tfds downloads
     data.archive_sha256 = ""  # accept files of these hashes, joined by commas, instead of the known ones
+    data.num_points = 1_000_000  # of points: how many to draw for training, and for testing
+    data.num_test_points = 10_000
     data.image_size = 32
     data.num_channels = 3
     data.levels = 256  # grey levels of a channel; bits/dim are those of the discrete image
@@ -70,7 +75,7 @@ def _data() -> ConfigDict:
 
 def _model() -> ConfigDict:
     model = ConfigDict()
-    model.name = "ncsnpp"  # NCSN++ and DDPM++, by the fields below
+    model.name = "ncsnpp"  # ncsnpp: NCSN++ and DDPM++, by the fields below; mlp: for points
     model.sigma_min = 0.01  # VE's smallest and largest noise level
     model.sigma_max = 50.0
     model.beta_min = 0.1  # VP's and sub-VP's noise rate at t = 0 and t = 1
@@ -101,6 +106,10 @@ def _model() -> ConfigDict:
     model.scale_by_sigma = True  # divide the network's output by sigma; exactly the VE models do
     model.conv_size = 3  # the only choice
     model.data_init = False  # data-dependent initialisation; the dequantizer has it, score networks do not
+    model.mlp_embedding = 64  # sines and cosines of the time
+    model.mlp_time_widths = (128, 128, 128)  # of the layers on the time alone, on the point alone, and on both
+    model.mlp_data_widths = (128, 128, 128)
+    model.mlp_widths = (512, 512)
     model.remat = False  # recompute each block in the backward pass: less memory, more time
     return model
 
@@ -132,7 +141,9 @@ def _sampling() -> ConfigDict:
     sampling.rtol = 1e-5  # of the ode sampler
     sampling.atol = 1e-5
     sampling.max_nfe = 20  # network evaluations that dpm_solver and heun may spend
-    sampling.order = 3  # of dpm_solver: 1, 2, 3
+    sampling.order = 2  # of dpm_solver: 1, 2, 3
+    sampling.eta = 0.0  # of dpm_solver: 0 follows the ODE, 1 the SDE, which VE models need
+    sampling.clip_denoised = True  # dpm_solver and heun hold denoised images in the data's range
     sampling.schedule = "auto"  # grid of dpm_solver and heun, uniform in: log_snr, power, time; auto: the method's own
     sampling.schedule_exponent = 7.0  # of power: equal steps in (sigma / alpha)^(1 / exponent)
     sampling.batch_size = 256  # images drawn together, over all devices

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from arrays import Batch, PerExample, per_example
 from configs.default import Config
+from models.mlp import mlp_from_config
 from models.ncsnpp import ncsnpp_from_config
 from sde_lib import SDE, SDES
 
@@ -33,7 +34,7 @@ class ScoreNetwork(Protocol):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
-NETWORKS: dict[str, Callable[[Config], ScoreNetwork]] = {"ncsnpp": ncsnpp_from_config}
+NETWORKS: dict[str, Callable[[Config], ScoreNetwork]] = {"ncsnpp": ncsnpp_from_config, "mlp": mlp_from_config}
 """The builders of networks, by config.model.name."""
 
 
@@ -69,9 +70,9 @@ def build_network(config: Config) -> ScoreNetwork:
     return NETWORKS[config.model.name](config)
 
 
-def init_params(network: ScoreNetwork, key: Array, image_shape: tuple[int, ...]) -> Params:
-    """First parameters of a network for images of [height, width, channels]."""
-    images, labels = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
+def init_params(network: ScoreNetwork, key: Array, data_shape: tuple[int, ...]) -> Params:
+    """First parameters of a network for images of [height, width, channels], or points of [d]."""
+    images, labels = jax.ShapeDtypeStruct((1, *data_shape), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.float32)
     return network.lazy_init(key, images, labels, False)["params"]
 
 

@@ -1,6 +1,5 @@
 """The training objective on images not trained on."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ class LossPass:
         self.run, self.source = run, source
         self.batch_size = run.config.training.batch_size
         self.num_batches = len(evaluation_batch_sizes(source, self.batch_size))
-        self.preprocess = dataclasses.replace(run.trainer.preprocess, random_flip=False)
+        self.preprocess = run.trainer.preprocess.without_flip()
         self._losses = jax.jit(self._per_example)
 
     def some(self, params: Params) -> dict[str, float]:

@@ -65,7 +65,7 @@ def sampling_pass(run: Run, comparison: Comparison, params: Params, folder: Path
         "sampler": run.config.sampling.method,
         "nfe": int(batches[0]["nfe"]),
         "seconds": float(np.sum([batch["seconds"] for batch in batches])),
-        "rounding": "down" if run.trainer.preprocess.dequantize else "nearest",
+        "rounding": "down" if run.config.data.uniform_dequantization else "nearest",
     }
     return comparison(images) | cost | described | {"values": keep.folder.name}, images
 
@@ -95,7 +95,7 @@ def draw_images(
     local = numbers[parallel.local_rows(len(numbers))]
     sampler = sampler_from_config(run.config, run.sde)
     samples = sampler(
-        run.score_fn(params), run.key(SAMPLE_KEY), parallel.global_array(run.mesh, local), run.image_shape, show
+        run.score_fn(params), run.key(SAMPLE_KEY), parallel.global_array(run.mesh, local), run.data_shape, show
     )
     images, finite = parallel.fetch(_levels(run.trainer.preprocess, samples.x))
     if not finite.all():

@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 
 from arrays import per_example
+from densities import paper_mixture
 from derivatives import exact_trace_gradient
-from losses import (
-    Objective,
-    draw_noise,
-    draw_times,
-    exact_losses,
-    score_matching_losses,
-)
+from losses import Objective, draw_noise, draw_times, exact_terms, score_matching_losses
 from sde_lib import SDES, VESDE, VPSDE, SubVPSDE
 from tests.analytic import asymmetric_mixture
 
@@ -103,14 +98,15 @@ def third_order_vector(score_fn, sde, x0, noise, probes):
     return jax.vmap(vector)(probes)
 
 
-def test_exact_terms_are_the_limit_of_the_probes():
-    """Losses of the exact form equal those written out for the whole Jacobian."""
+def test_exact_terms_are_those_of_the_whole_jacobian():
+    """Losses of the exact form equal those written out for the whole Jacobian, and their sum has their weights."""
     x0 = DENSITY.sample(jax.random.key(0), (4, D))
     noise = draw_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
     score_fn = wrong_score(VP, (0.3, 0.2, 0.1))
-    first, terms = exact_losses(score_fn, VP, x0, noise)
+    weights = {"second_weight": 0.5, "third_weight": 0.1, "exact": True, "t_min": 1e-2}
+    terms = score_matching_losses(score_fn, VP, Objective(order=3, **weights), x0, noise)
     expected = score_matching_losses(score_fn, VP, Objective(t_min=1e-2), x0, noise)
-    np.testing.assert_allclose(first, expected.first, rtol=1e-5)
+    np.testing.assert_allclose(terms.first, expected.first, rtol=1e-5)
     mean, sigma = VP.marginal(x0, noise.t)
     xt, sigma = mean + sigma[:, None] * noise.z, sigma[:, None]
 
@@ -123,11 +119,39 @@ def test_exact_terms_are_the_limit_of_the_probes():
     norm = jnp.sum(u**2, axis=1)
     gradient = jax.vmap(jax.grad(lambda x, t: jnp.trace(jax.jacrev(one)(x, t))))(xt, noise.t)
     third = sigma**3 * gradient + (norm - trace)[:, None] * u - 2 * jnp.einsum("bij,bj->bi", spread, u)
-    np.testing.assert_allclose(
-        terms.second_jacobian, jnp.mean((spread - u[:, :, None] * u[:, None, :]) ** 2, axis=(1, 2)), rtol=1e-4
-    )
-    np.testing.assert_allclose(terms.second_trace, (trace - norm) ** 2 / D, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(terms.third, jnp.mean(third**2, axis=1), rtol=1e-3)
+    second = jnp.mean((spread - u[:, :, None] * u[:, None, :]) ** 2, axis=(1, 2))
+    named = terms.named()
+    np.testing.assert_allclose(named["second_frob"], second, rtol=1e-4)
+    np.testing.assert_allclose(named["third"], jnp.mean(third**2, axis=1), rtol=1e-3)
+    np.testing.assert_allclose(terms.total, terms.first + 0.5 * second + 0.1 * named["third"], rtol=1e-4)
+    second_order = score_matching_losses(score_fn, VP, Objective(order=2, **weights), x0, noise).named()
+    np.testing.assert_allclose(second_order["total"], terms.first + 0.5 * second, rtol=1e-4)
+    assert set(second_order) == {"total", "first", "second_frob"}
+    jacobian = spread - jnp.eye(D)[None]
+    np.testing.assert_allclose(exact_terms(jacobian, None, u).second_trace, (trace - norm) ** 2 / D, rtol=1e-4)
+
+
+@pytest.mark.parametrize("d", [1, 2])
+def test_the_true_score_is_stationary_for_the_exact_orders(d):
+    """At the paper's mixture, and one in 2-D, the expected gradient of every exact term is 0; elsewhere it is not."""
+    density = paper_mixture() if d == 1 else asymmetric_mixture(2)
+    objective = Objective(order=3, t_min=0.05, exact=True)
+
+    def terms(c, key):
+        data_key, noise_key = jax.random.split(key)
+        x0 = density.sample(data_key, (2000, d))
+        noise = draw_noise(noise_key, VP, objective, x0.shape)
+        losses = score_matching_losses(lambda x, t: density.score(VP, x, t) + c * x**3, VP, objective, x0, noise)
+        return jnp.stack([jnp.mean(value) for name, value in losses.named().items() if name != "total"])
+
+    def z_scores(c):
+        keys = jax.random.split(jax.random.key(3), 40)
+        values = jax.lax.map(lambda key: jax.jvp(lambda c: terms(c, key), (c,), (jnp.ones(()),))[1], keys)
+        return jnp.abs(jnp.mean(values, 0)) / (jnp.std(values, 0, ddof=1) / np.sqrt(len(keys)))
+
+    z_scores = jax.jit(z_scores)
+    assert jnp.max(z_scores(jnp.zeros(()))) < 5
+    assert jnp.min(z_scores(jnp.full((), -0.3))) > 5, "the draws are too few to see an error of this size"
 
 
 @pytest.mark.parametrize("name", SDES)

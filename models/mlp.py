@@ -1,0 +1,78 @@
+"""The score network for points: perceptrons for the time and for the point, and one on both ([L22] App. I)."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from arrays import PerExample, per_example
+from configs.default import Config
+from models.layers import NONLINEARITIES, positional_embedding
+
+Points = Float[Array, "batch d"]
+
+
+class MLP(nn.Module):
+    """Maps noisy points to the noise in them; fields as in configs/default.py.
+
+    Of the labels as `ScoreNetwork` has them: as published, they are times, and the points are seen as they are. With
+    `scale_by_sigma` they are noise levels sigma; the points are divided by sqrt(1 + sigma^2), so that inputs and
+    derivatives have one scale at all noise levels, and the output, minus the noise, is divided by sigma.
+
+    Raises:
+        ValueError: if inputs are not points, [batch, d].
+    """
+
+    embedding_size: int = 64
+    time_widths: tuple[int, ...] = (128, 128, 128)
+    data_widths: tuple[int, ...] = (128, 128, 128)
+    widths: tuple[int, ...] = (512, 512)
+    nonlinearity: str = "swish"
+    scale_by_sigma: bool = False
+
+    @nn.compact
+    def __call__(self, x: Points, labels: PerExample, train: bool = False) -> Points:
+        del train  # without dropout, training and evaluation do not differ
+        if x.ndim != 2:
+            raise ValueError(f"model.name is 'mlp', which is for points, but the data are shaped {x.shape[1:]}")
+        times, seen = labels, x
+        if self.scale_by_sigma:
+            # a resolution like that of 999 t over the noise levels of VE
+            times, seen = 100 * jnp.log(labels), x * per_example(jax.lax.rsqrt(1 + labels**2), x)
+        time = self._layers("time", positional_embedding(times, self.embedding_size), self.time_widths)
+        data = self._layers("data", seen, self.data_widths)
+        joined = NONLINEARITIES[self.nonlinearity](jnp.concatenate([time, data], axis=1))
+        output = self._layers("trunk", joined, (*self.widths, x.shape[1]))
+        return output / per_example(labels, output) if self.scale_by_sigma else output
+
+    def _layers(self, name: str, h: Array, widths: Sequence[int]) -> Array:
+        """Affine maps with the nonlinearity between them."""
+        for number, width in enumerate(widths):
+            h = nn.Dense(width, name=f"{name}_{number}")(NONLINEARITIES[self.nonlinearity](h) if number else h)
+        return h
+
+
+def mlp_from_config(config: Config) -> MLP:
+    """The network that config.model describes.
+
+    Raises:
+        ValueError: a field of config.model has a value that is not allowed.
+    """
+    model = config.model
+    if model.nonlinearity not in NONLINEARITIES:
+        raise ValueError(f"model.nonlinearity is {model.nonlinearity!r}; known are {', '.join(NONLINEARITIES)}")
+    if model.mlp_embedding < 4 or model.mlp_embedding % 2:
+        raise ValueError(f"model.mlp_embedding is {model.mlp_embedding}; it must be even and at least 4")
+    for field in ("mlp_time_widths", "mlp_data_widths", "mlp_widths"):
+        if not model[field] or min(model[field]) < 1:
+            raise ValueError(f"model.{field} is {model[field]}; it must name at least one width, each at least 1")
+    return MLP(
+        embedding_size=model.mlp_embedding,
+        nonlinearity=model.nonlinearity,
+        scale_by_sigma=model.scale_by_sigma,
+        time_widths=tuple(model.mlp_time_widths),
+        data_widths=tuple(model.mlp_data_widths),
+        widths=tuple(model.mlp_widths),
+    )
