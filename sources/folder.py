@@ -43,17 +43,30 @@ def load_folder(
         raise ValueError(f"data.num_channels is {num_channels}; for a folder of images it must be 1 or 3")
     paths = (find or split_paths)(folder)
     files = [path for split in SPLITS for path in paths[split]]
-    cache = cache_dir / f"folder_{_listing_digest(files, image_size, num_channels, framing.__name__)}"
+    settings = (image_size, num_channels, framing.__name__, len(paths["train"]))
+    cache = cache_dir / f"folder_{_listing_digest(files, settings)}"
     stored = read_split(cache, split)
     if stored is None:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir, prefix="decoding_") as scratch:
-            decode = functools.partial(decode_images, framing=framing, size=image_size, num_channels=num_channels)
-            decoded = {split: Split(decode(paths[split], Path(scratch) / f"{split}.npy")) for split in SPLITS}
-            write_splits(cache, f"folder {folder.resolve().name}", decoded)
+        decode = functools.partial(decode_images, framing=framing, size=image_size, num_channels=num_channels)
+        _decode_into(cache, f"folder {folder.resolve().name}", paths, decode)
         stored = read_split(cache, split)
         assert stored is not None, "it was just written"
     return stored
+
+
+def _decode_into(
+    cache: Path, name: str, paths: Mapping[str, list[Path]], decode: Callable[[list[Path], Path], Levels]
+) -> None:
+    """Stores the decoded images as a whole, or not at all: other hosts may be doing the same."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache.parent, prefix="decoding_") as scratch:
+        decoded = {split: Split(decode(paths[split], Path(scratch) / f"{split}.npy")) for split in SPLITS}
+        write_splits(Path(scratch) / "whole", name, decoded)
+        try:
+            (Path(scratch) / "whole").rename(cache)
+        except OSError:
+            if not cache.exists():  # else another host was first
+                raise
 
 
 def split_paths(folder: Path) -> dict[str, list[Path]]:
@@ -115,7 +128,7 @@ def _images_under(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
 
 
-def _listing_digest(paths: Sequence[Path], *settings: object) -> str:
+def _listing_digest(paths: Sequence[Path], settings: object) -> str:
     """Identifies what a folder holds without reading it."""
     digest = hashlib.sha256(repr(settings).encode())
     for path in paths:

@@ -265,8 +265,11 @@ def test_celeba_folder(celeba, tmp_path):
     with Image.open(celeba / "img_align_celeba" / "000004.jpg") as image:
         expected = resizing.centre_140(image, 32)
     np.testing.assert_array_equal(test.images(np.array([0]))[0], np.asarray(expected))
+    assert not list((tmp_path / "data").glob("decoding_*")), "only what is whole is left"
     partition = celeba / "list_eval_partition.txt"
-    partition.write_text(partition.read_text() + "000007.jpg 0\n")
+    partition.write_text("000002.jpg 0\n000003.jpg 1\n000005.jpg 1\n000004.jpg 1\n000006.jpg 1\n")
+    assert [len(source) for source in both_splits(config)] == [1, 4], "the same images, parted otherwise"
+    partition.write_text("000001.jpg 0\n000007.jpg 0\n")
     with pytest.raises(FileNotFoundError, match=r"there is no 000007.jpg under .*list_eval_partition.txt names it"):
         source_from_config(config, "train")
     partition.write_text("000001.jpg 0\nhello\n")
