@@ -122,7 +122,8 @@ def load_entry(data: Config, split: str) -> Source:
         folder = find_tfds(entry.tfds, Path(data.dir))
         if folder is not None:
             return load_tfds(folder, entry.tfds, split, data.image_size)
-    raise FileNotFoundError(f"{data.dataset} is not in {data.dir}: {_ways(entry)}")
+    title = data.dataset if entry.files is None else entry.files.title
+    raise FileNotFoundError(f"{title} is not in {data.dir}: {_ways(entry)}")
 
 
 def _ways(entry: Entry) -> str:

@@ -294,6 +294,11 @@ def test_tfds_itself_prepares_the_archive(cifar, tmp_path):
         ("CIFAR10", {}, "get cifar-10-binary.tar.gz.*or set data.dir to .* prepared cifar10.*requirements-prepare.txt"),
         ("CelebA", {}, "set data.path to the folder with img_align_celeba and list_eval_partition.txt; or .*celeb_a"),
         ("LSUN", {"category": "bedroom"}, "set data.path to a folder of its images.*prepared lsun/bedroom"),
+        (
+            "ImageNet",
+            {"variant": "old"},
+            "32x32, old version .* is not in .*: get train_32x32.tar.*or .*downsampled_im",
+        ),
         ("FFHQ", {}, "FFHQ is not in .*: set data.path to its .tfrecords file of this size"),
         ("CelebAHQ", {}, "tfrecords.*prepared celeb_a_hq/32"),
     ],
