@@ -2,7 +2,7 @@
 
     python -m tests.inception_reference
 
-stores its outputs in tests/golden, where torch and torch-fidelity are installed; nothing else needs them. The weights
+stores its outputs beside this file, where torch and torch-fidelity are installed; nothing else needs them. The weights
 are drawn anew from their names and shapes.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from files import write_npz
 from models.inception import published_shapes
 
-STORED = Path(__file__).parent / "golden" / "inception_torch_fidelity.npz"
+STORED = Path(__file__).with_name("inception_torch_fidelity.npz")
 
 
 def random_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
