@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int, Key
 import ode
 from arrays import Batch, ScoreFn
 from configs.default import Config
-from fast_samplers import SCHEDULES, Levels, denoise, dpm_solver, heun, noise_levels
+from densities import DENSITIES
+from fast_samplers import SCHEDULES, DataRange, Levels, denoise, dpm_solver, heun, noise_levels
 from predictor_corrector import CORRECTORS, PREDICTORS, Update, check_ancestral
 from sde_lib import SDE
 
@@ -102,6 +103,10 @@ def _noise(keys: ImageKeys, image_shape: tuple[int, ...], step: Array, draw: Arr
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, step + 1), draw), image_shape)
 
     return jax.vmap(of_image)(keys)
+
+
+def _first_noise(keys: ImageKeys, image_shape: tuple[int, ...], step: Array) -> Batch:
+    return _noise(keys, image_shape, step, 0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -228,6 +233,7 @@ class FastSampler(Sampler):
     Attributes:
         schedule: of the grid, see `noise_levels`; "auto" is "log_snr" for DPM-Solver++ and "power" for Heun, the
             sources' choices.
+        data_range: least and greatest value of a pixel, where the denoised image is held; None: not held.
     """
 
     best_schedule: ClassVar[str]
@@ -235,6 +241,7 @@ class FastSampler(Sampler):
     max_nfe: int = 20
     schedule: str = "auto"
     schedule_exponent: float = 7.0
+    data_range: DataRange = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -256,25 +263,34 @@ class HeunSampler(FastSampler):
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Progress | None = None) -> Samples:
         num_steps = (self.max_nfe - self.noise_removal) // 2
         log_rhos = jnp.asarray(self.levels(num_steps + 1), x.dtype)
-        x = heun(score_fn, self.sde, x, log_rhos, self.noise_removal)
+        x = heun(score_fn, self.sde, x, log_rhos, self.noise_removal, self.data_range)
         return Samples(x, 2 * num_steps + self.noise_removal)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPMSolverSampler(FastSampler):
-    """See `fast_samplers.dpm_solver`."""
+    """See `fast_samplers.dpm_solver`.
+
+    Attributes:
+        eta: 0 follows the probability-flow ODE, 1 the reverse-time SDE.
+    """
 
     best_schedule = "log_snr"
 
-    order: int = 3
+    order: int = 2
+    eta: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("sampling.order", self.order, (1, 2, 3))
+        if not self.eta >= 0:
+            raise ValueError(f"sampling.eta must not be negative, got {self.eta}")
 
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Progress | None = None) -> Samples:
         log_rhos = self.levels(self.max_nfe + 1 - self.noise_removal)
-        x = dpm_solver(score_fn, self.sde, x, log_rhos, self.order, self.noise_removal)
+        noise = jax.tree_util.Partial(_first_noise, keys)
+        order, to_zero = self.order, self.noise_removal
+        x = dpm_solver(score_fn, self.sde, x, log_rhos, order, to_zero, self.eta, noise, self.data_range)
         return Samples(x, self.max_nfe)
 
 
@@ -290,6 +306,7 @@ def sampler_from_config(config: Config, sde: SDE) -> Sampler:
         "max_nfe": sampling.max_nfe,
         "schedule": sampling.schedule,
         "schedule_exponent": sampling.schedule_exponent,
+        "data_range": _data_range(config) if sampling.clip_denoised else None,
     }
     builders = {
         "pc": lambda: PredictorCorrector(
@@ -302,11 +319,17 @@ def sampler_from_config(config: Config, sde: SDE) -> Sampler:
             **common,
         ),
         "ode": lambda: ODESampler(method=sampling.ode_solver, rtol=sampling.rtol, atol=sampling.atol, **common),
-        "dpm_solver": lambda: DPMSolverSampler(order=sampling.order, **fast, **common),
+        "dpm_solver": lambda: DPMSolverSampler(order=sampling.order, eta=sampling.eta, **fast, **common),
         "heun": lambda: HeunSampler(**fast, **common),
     }
     _check_choice("sampling.method", sampling.method, builders)
     return builders[sampling.method]()
+
+
+def _data_range(config: Config) -> DataRange:
+    if config.data.dataset in DENSITIES:
+        return None
+    return (-1.0, 1.0) if config.data.centered else (0.0, 1.0)
 
 
 def _check_choice(field: str, value: object, allowed: Iterable) -> None:

@@ -265,23 +265,77 @@ def test_noise_levels(sde, schedule):
     np.testing.assert_allclose(np.diff(grid), (grid[-1] - grid[0]) / 10, rtol=1e-4)
 
 
+LAMBDAS = np.array([-2.0, -1.2, -0.9, 0.3, 0.7, 1.9])
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0, 1.5])
 @pytest.mark.parametrize("order", [1, 2, 3])
-def test_multistep_is_exact_for_polynomials(order):
-    """If D is a polynomial p in lambda, dy / dlambda = D - y has the solution p - p' + p'' - ... + c exp(-lambda)."""
+def test_multistep_is_exact_for_polynomials(order, eta):
+    """If D is a polynomial p, dy / dlambda = c (D - y) has the solution p - p'/c + p''/c^2 - ... + b exp(-c lambda)."""
+    c = 1 + eta**2
     p = np.polynomial.Polynomial([0.3, -0.8, 0.5][:order])
-    particular = p - p.deriv() + p.deriv(2)
-    lambdas = np.array([-2.0, -1.2, -0.9, 0.3, 0.7, 1.9])
-    solution = particular(lambdas) + 1.7 * np.exp(-lambdas)
-    decay, weights = multistep_coefficients(-lambdas, order, to_zero=False)
+    particular = p - p.deriv() / c + p.deriv(2) / c**2
+    solution = particular(LAMBDAS) + 1.7 * np.exp(-c * LAMBDAS)
+    decay, weights, _ = multistep_coefficients(-LAMBDAS, order, False, eta)
     for i in range(order - 1, 5):
-        y = decay[i] * solution[i] + weights[i] @ p(lambdas[i - np.arange(order)])
+        y = decay[i] * solution[i] + weights[i] @ p(LAMBDAS[i - np.arange(order)])
         np.testing.assert_allclose(y, solution[i + 1], rtol=1e-12)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0, 1.5])
+def test_multistep_noise_keeps_the_noise_level(eta):
+    """Where all data are 0, so is D, and y is normal with standard deviation rho at every level."""
+    rho = np.exp(-LAMBDAS)
+    decay, _, noise = multistep_coefficients(-LAMBDAS, 2, False, eta)
+    np.testing.assert_allclose(decay**2 * rho[:-1] ** 2 + noise**2, rho[1:] ** 2, rtol=1e-12)
+    assert np.all(noise > 0) == (eta > 0)
+
+
 def test_multistep_to_zero_ends_with_the_denoiser():
-    decay, weights = multistep_coefficients(np.linspace(2, -4, 7), 3, to_zero=True)
-    assert decay[-1] == 0
+    decay, weights, noise = multistep_coefficients(np.linspace(2, -4, 7), 3, True, 1.0)
+    assert decay[-1] == noise[-1] == 0
     np.testing.assert_array_equal(weights[-1], [1, 0, 0])
+
+
+@ALL_SDES
+def test_moments_of_fast_samples_are_those_of_the_data(sde):
+    """Within 5 standard errors and what is left of the discretisation after 80 evaluations, in units of the largest
+    variance; denoised at the end, samples lack the posterior variance at smallest_time, far below that.
+    """
+    sampler = DPMSolverSampler(sde=sde, smallest_time=SMALLEST_TIMES[sde], max_nfe=80, eta=1.0)
+    x = np.asarray(sampler(DATA.score_fn(sde), jax.random.key(0), jnp.arange(50_000), (2,)).x, np.float64)
+    variances = np.diag(DATA.covariance)
+    scale = np.max(variances)
+    assert np.all(np.abs(x.mean(0) - DATA.mean) < 5 * np.sqrt(variances / len(x)) + 0.01 * np.sqrt(scale))
+    errors = np.sqrt((np.outer(variances, variances) + DATA.covariance**2) / len(x))
+    assert np.all(np.abs(np.cov(x.T) - DATA.covariance) < 5 * errors + 0.01 * scale)
+
+
+def test_the_sde_forgets_what_the_ode_keeps():
+    """A score that is wrong at large noise only moves the ODE's samples much further than the SDE's."""
+    sde, moved = VESDE(0.01, 10), {}
+
+    def wrong(x, t):
+        sigma = sde.alpha_sigma(t)[1][:, None]
+        return DATA.score_fn(sde)(x, t) + jnp.where(sigma > 2, 0.3 / sigma, 0.0)
+
+    for eta in (0.0, 1.0):
+        sampler = DPMSolverSampler(sde=sde, smallest_time=1e-3, max_nfe=40, eta=eta)
+        x = sampler(wrong, jax.random.key(0), jnp.arange(20_000), (2,)).x
+        moved[eta] = np.linalg.norm(np.mean(x, axis=0) - DATA.mean)
+    assert moved[1.0] < 0.5 * moved[0.0], moved
+
+
+@pytest.mark.parametrize("kind", [DPMSolverSampler, HeunSampler])
+def test_denoised_images_are_held_in_the_range_of_the_data(kind):
+    def draw(data_range):
+        sampler = kind(sde=VESDE(0.01, 10), smallest_time=1e-3, data_range=data_range)
+        return np.asarray(sampler(MIXTURE.score_fn(sampler.sde), jax.random.key(0), jnp.arange(200), (2,)).x)
+
+    narrow, wide, free = draw((-0.25, 0.5)), draw((-100.0, 100.0)), draw(None)
+    assert (narrow.min(), narrow.max()) == (-0.25, 0.5)
+    assert free.min() < -0.25
+    np.testing.assert_allclose(wide, free, atol=1e-5)
 
 
 @functools.cache
@@ -324,12 +378,13 @@ def all_samplers(sde: SDE) -> dict[str, Sampler]:
         "ald": PredictorCorrector(**common, corrector="ald", num_steps=25, corrector_steps=2),
         "langevin": PredictorCorrector(**common, num_steps=25),
         "ode": ODESampler(**common),
-        "dpm_solver": DPMSolverSampler(**common),
+        "dpm_solver": DPMSolverSampler(**common, order=3),
+        "dpm_solver_sde": DPMSolverSampler(**common, eta=1.0),
         "heun": HeunSampler(**common),
     }
 
 
-@pytest.mark.parametrize("name", ["reverse_diffusion", "ald", "dpm_solver", "heun"])
+@pytest.mark.parametrize("name", ["reverse_diffusion", "ald", "dpm_solver", "dpm_solver_sde", "heun"])
 def test_an_image_depends_on_its_number_only(name):
     sde = VPSDE()
     sampler, score_fn, key = all_samplers(sde)[name], MIXTURE.score_fn(sde), jax.random.key(3)
@@ -344,7 +399,7 @@ def test_an_image_depends_on_its_number_only(name):
     assert np.min(np.abs(other - together)) > 1e-4
 
 
-@pytest.mark.parametrize("name", ["langevin", "ode", "dpm_solver"])
+@pytest.mark.parametrize("name", ["langevin", "ode", "dpm_solver_sde"])
 def test_images_do_not_depend_on_the_number_of_devices(name):
     sampler, key, numbers = all_samplers(VPSDE())[name], jax.random.key(3), jnp.arange(8)
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
@@ -408,6 +463,7 @@ def test_samplers_from_the_configuration():
         assert type(sampler) is kind
         assert sampler.smallest_time == 1e-3
         if isinstance(sampler, FastSampler):
+            assert sampler.data_range == (0.0, 1.0)
             samples = sampler(MIXTURE.score_fn(sde), jax.random.key(0), jnp.arange(2), (2,))
             assert samples.nfe <= config.sampling.max_nfe
 
@@ -425,6 +481,7 @@ def test_samplers_from_the_configuration():
         ("pc", "smallest_time", 1.0, "sampling.smallest_time must lie between 0 and 1.0, got 1.0"),
         ("ode", "ode_solver", "euler", "sampling.ode_solver must be one of dopri5, scipy, got 'euler'"),
         ("ode", "rtol", 0.0, "sampling.rtol must be positive, got 0.0"),
+        ("dpm_solver", "eta", -0.5, "sampling.eta must not be negative, got -0.5"),
         ("dpm_solver", "order", 4, "sampling.order must be one of 1, 2, 3, got 4"),
         ("heun", "schedule", "cosine", "sampling.schedule must be one of auto, log_snr, power, time, got 'cosine'"),
         ("heun", "max_nfe", 2, "sampling.max_nfe must be at least 3, got 2"),
@@ -436,6 +493,16 @@ def test_bad_configurations_are_refused(method, field, value, message):
     config.sampling[field] = value
     with pytest.raises(ValueError, match=message):
         sampler_from_config(config, SubVPSDE())
+
+
+def test_the_range_of_the_data():
+    config = default_config()
+    config.sampling.method = "heun"
+    for dataset, centered, expected in (("CIFAR10", True, (-1.0, 1.0)), ("checkerboard", False, None)):
+        config.data.update(dataset=dataset, centered=centered)
+        assert sampler_from_config(config, VESDE()).data_range == expected
+    config.data.dataset, config.sampling.clip_denoised = "CIFAR10", False
+    assert sampler_from_config(config, VESDE()).data_range is None
 
 
 def test_ancestral_sampling_follows_no_ode():
