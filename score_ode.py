@@ -25,7 +25,7 @@ Sources: [L22] Lu et al., ICML 2022.
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,23 +36,12 @@ from arrays import Batch, PerExample, ScoreFn, inner, per_example
 from derivatives import Field, exact_divergence, probe_divergence
 from evaluation import MeanEstimate, mean_estimate
 from likelihood import Probes, ode_log_likelihood
+from marginals import Marginals
 from ode import Info, as_pytree, integrate, require_success
 from sde_lib import SDE
 
 Sampler: TypeAlias = Callable[[PerExample], Batch]
 """Points of q_t, one for each of the times given; the same ones for the same times."""
-
-
-class Marginals(Protocol):
-    """A density of data known in closed form at every time of an SDE."""
-
-    def log_density(self, sde: SDE, x: Batch, t: PerExample) -> PerExample:
-        """ln q_t(x), in nats."""
-        ...
-
-    def score(self, sde: SDE, x: Batch, t: PerExample) -> Batch:
-        """grad_x ln q_t(x)."""
-        ...
 
 
 # --- the score of the ODE's density ---
