@@ -25,8 +25,9 @@ from build import TRAIN_KEY, Run, build
 from checkpoints import Checkpoints
 from configs.default import Config
 from datasets import Source
-from dequantization import dequantizer_from_config
+from deq_training import evaluation_dequantizer
 from files import write_atomic
+from passes.density import DensityPass, PointSamples
 from passes.extractors import Comparison, comparison_from_config
 from passes.keep import params_digest
 from passes.likelihood import LikelihoodPass
@@ -140,10 +141,11 @@ def step_batches(run: Run, source: Source, first_step: int) -> Iterator[np.ndarr
         step = last
 
 
-def evaluate(config: Config, workdir: Path, eval_folder: str) -> None:
+def evaluate(config: Config, workdir: Path, eval_folder: str, deq_folder: str = "deq") -> None:
     """Evaluates checkpoints as `eval` asks: loss, bits/dim, samples; writes results and the report.
 
-    They are those of the run in `workdir`, or else the one at `eval.checkpoint`.
+    They are those of the run in `workdir`, or else the one at `eval.checkpoint`. With `eval.dequantizer` the bits/dim
+    are those with the dequantizer in the workdir's `deq_folder`.
 
     Interrupted and run again, it goes on with the batch it was at. Parts not asked for keep earlier results.
 
@@ -153,7 +155,7 @@ def evaluate(config: Config, workdir: Path, eval_folder: str) -> None:
         RuntimeError: if an ODE solve fails.
     """
     run = build(config)
-    parts = parts_from_config(run)
+    parts = parts_from_config(run, workdir / deq_folder)
     if config.eval.checkpoint:
         return evaluate_stored(run, parts, workdir, eval_folder)
     with open_existing_checkpoints(run, workdir) as checkpoints:
@@ -171,16 +173,22 @@ class Parts(NamedTuple):
     likelihood: LikelihoodPass | None
     comparison: Comparison | None
     """What samples are compared with."""
+    density: DensityPass | None = None
+    """The likelihood of points."""
+    points: PointSamples | None = None
 
 
-def parts_from_config(run: Run) -> Parts:
+def parts_from_config(run: Run, deq_folder: Path) -> Parts:
     """Raises ValueError, OSError: for bad input."""
     settings = run.config.eval
+    if run.density is not None:
+        density = DensityPass(run) if settings.enable_bpd else None
+        return Parts(None, None, density, PointSamples(run) if settings.enable_sampling else None)
     parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
     if settings.enable_sampling:
         sampler_from_config(run.config, run.sde)  # for its checks
     return Parts(
-        LikelihoodPass(run, dequantizer_from_config(run.config, run.sde)) if settings.enable_bpd else None,
+        LikelihoodPass(run, evaluation_dequantizer(run, deq_folder)) if settings.enable_bpd else None,
         comparison_from_config(run.config) if settings.enable_sampling else None,
     )
 
@@ -257,6 +265,12 @@ def evaluate_checkpoint(
         name = label if eval_folder == "eval" else f"{label}_{eval_folder.replace('/', '_')}"
         write_samples(run, images, name, step, workdir)
         keep(samples=samples)
+    if parts.density is not None:
+        keep(nll=parts.density(state.ema_params, folder))
+    if parts.points is not None:
+        points, drawn = parts.points(state.ema_params, folder)
+        parts.points.write(drawn, label, step, workdir)
+        keep(points=points)
 
 
 def prepare(config: Config) -> None:

@@ -1,0 +1,205 @@
+"""How well a model fits a density: likelihoods of points, the divergence from the density, and points drawn."""
+
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+import datasets
+import parallel
+from build import EVAL_KEY, SAMPLE_KEY, Run
+from coordinates import Reference
+from datasets import SPLITS, EvaluationBatch, evaluation_batch, evaluation_batch_sizes
+from evaluation import mean_estimate
+from files import write_npz
+from models.score import Params
+from passes.estimators import Estimate, estimator_from_config
+from passes.keep import Keep, Values
+from records import progress
+from sampling import image_keys, sampler_from_config
+
+REFERENCE_POINTS = 10_000
+"""Training points, at most, that the mean and standard deviation of the data are taken from."""
+
+
+class DensityPass:
+    """Log-likelihoods of the points of `eval.bpd_dataset`, each counted once, as the rest of `eval` says.
+
+    Raises:
+        ValueError: for a field whose value is not allowed, or a divergence by probes, which points do not need.
+    """
+
+    def __init__(self, run: Run):
+        settings = run.config.eval
+        if settings.probe != "exact":
+            raise ValueError(f"eval.probe is {settings.probe!r}; the divergence at points is exact: set it to 'exact'")
+        if settings.bpd_dataset not in SPLITS:
+            raise ValueError(f"eval.bpd_dataset is {settings.bpd_dataset!r}; known are {', '.join(SPLITS)}")
+        if settings.max_examples < 0:
+            raise ValueError(f"eval.max_examples is {settings.max_examples}; it must be 0, for all, or more")
+        parallel.divisible(settings.batch_size, "eval.batch_size")
+        self.run, self.settings = run, settings
+        self.estimator = estimator_from_config(run.config)
+        self.source = datasets.source_from_config(run.config, settings.bpd_dataset)
+        self.sizes = evaluation_batch_sizes(self.source, settings.batch_size, settings.max_examples)
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """How the numbers come about, for whoever reads them."""
+        t_min = self.run.config.training.smallest_time
+        return {"data": self.source.description, "t_min": t_min, **self.estimator.description}
+
+    def __call__(self, params: Params, folder: Path) -> dict[str, Any]:
+        """The negative log-likelihood of the model with these parameters, in nats.
+
+        Returns:
+            mean, standard error, 95 % interval and terms of -ln p over the points; where ln q of the data is known,
+            `kl`: the mean of ln q - ln p, an estimate of KL(q || p) in which the spread of ln q over points cancels,
+            with its standard error, and the `entropy` of q if that is known; and how all of it was computed.
+
+        Raises:
+            RuntimeError: if a solve fails, naming the time and the point.
+        """
+        batching = {"batch_size": self.settings.batch_size, "max_examples": self.settings.max_examples}
+        described = {"seed": self.run.config.seed, "network": self.run.network_description()}
+        if self.estimator.needs_reference:
+            described |= {"reference_points": REFERENCE_POINTS, "num_points": self.run.config.data.num_points}
+        keep = Keep(folder, "nll", self.description | batching | described, params)
+        batches: list[Values] = []
+        with progress(sum(self.sizes), "likelihood", "point") as bar:
+            for number, size in enumerate(self.sizes):
+                batches.append(keep(f"batch{number}", functools.partial(self._batch, params, number)))
+                bar.update(size)
+        assert self.run.density is not None
+        return summary(batches, self.run.density.entropy) | self.description | {"values": keep.folder.name}
+
+    @functools.cached_property
+    def _reference(self) -> Reference:
+        if not self.estimator.needs_reference:
+            return Reference()
+        source = datasets.source_from_config(self.run.config, "train")
+        points = source.images(np.arange(min(len(source), REFERENCE_POINTS)))
+        return Reference(points.mean(axis=0), points.std(axis=0))
+
+    def _batch(self, params: Params, number: int) -> Values:
+        """-ln p and its terms, ln q where it is known, and estimates of the errors, of the points of one batch."""
+        started = time.monotonic()
+        batch = evaluation_batch(self.source, self.settings.batch_size, number, self.settings.max_examples)
+        estimate = self._estimate(params, batch)
+        values = {name: np.asarray(term, np.float64) for name, term in estimate.terms.items()}
+        values["nll"] = np.sum(list(values.values()), axis=0)
+        density = self.run.density
+        if density is not None and density.log_density_of_data is not None:
+            values["log_density"] = np.asarray(density.log_density_of_data(jnp.asarray(batch.images)), np.float64)
+        values |= {name: np.asarray(error, np.float64) for name, error in estimate.errors.items()}
+        cost = {"nfe": int(estimate.nfe), "seconds": time.monotonic() - started}
+        counted = {name: value[: self.sizes[number]] for name, value in values.items()}
+        return counted | {name: np.asarray(value) for name, value in cost.items()}
+
+    def _estimate(self, params: Params, batch: EvaluationBatch) -> Estimate:
+        """The estimate, on the host. Raises RuntimeError if it is none."""
+        rows = parallel.local_rows(len(batch.images))
+        points, indices = (parallel.global_array(self.run.mesh, a[rows]) for a in (batch.images, batch.indices))
+        estimate = self.estimator(
+            self.run.score_fn(params),
+            self.run.sde,
+            points,
+            image_keys(self.run.key(EVAL_KEY), indices),
+            self.run.config.training.smallest_time,
+            self._reference,
+        )
+        terms, errors, info = parallel.fetch((estimate.terms, estimate.errors, estimate.info))
+        where = f"of {self.source.description}; its likelihood is not to be had with {self.estimator.description}"
+        if info is not None and not info.success:
+            point = batch.indices[info.suspect]
+            raise RuntimeError(f"the likelihood's solve broke down at t = {info.t:.6g}, at point {point} {where}")
+        finite = np.isfinite(np.sum(list(terms.values()), axis=0))
+        if not np.all(finite):
+            raise RuntimeError(f"the likelihood is not finite at point {batch.indices[np.argmin(finite)]} {where}")
+        return Estimate(terms, errors, int(estimate.nfe), info)
+
+
+def summary(batches: list[Values], entropy: float | None) -> dict[str, Any]:
+    """Means over points, and how sure they are, in nats; see `DensityPass`."""
+
+    def of_points(name: str) -> np.ndarray:
+        return np.concatenate([batch[name] for batch in batches])
+
+    terms = [name for name in batches[0] if name in ("prior", "divergence", "integral", "start_correction")]
+    nll = mean_estimate(of_points("nll"))
+    result: dict[str, Any] = {"mean": nll.mean, "se": nll.se, "ci95": nll.ci95, "n": nll.n, "unit": "nats"}
+    if "log_density" in batches[0]:
+        kl = mean_estimate(of_points("log_density") + of_points("nll"))
+        result["kl"] = {"mean": kl.mean, "se": kl.se}
+    if entropy is not None:
+        result["entropy"] = entropy
+    if "solver_error" in batches[0] and math.isfinite(error := float(of_points("solver_error").mean())):
+        result["solver_error"] = error
+    return result | {
+        "terms": {name: float(of_points(name).mean()) for name in terms},
+        "nfe": float(np.mean([batch["nfe"] for batch in batches])),
+        "seconds": float(np.sum([batch["seconds"] for batch in batches])),
+    }
+
+
+class PointSamples:
+    """Draws `eval.num_samples` points by the configured sampler, in rounds of `sampling.batch_size`.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+    """
+
+    def __init__(self, run: Run):
+        if run.config.eval.num_samples < 1:
+            raise ValueError(f"eval.num_samples is {run.config.eval.num_samples}; it must be at least 1")
+        parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
+        self.run, self.wanted = run, run.config.eval.num_samples
+        self.sampler = sampler_from_config(run.config, run.sde)
+
+    def __call__(self, params: Params, folder: Path) -> tuple[dict[str, Any], Float[np.ndarray, "n d"]]:
+        """How they were drawn, and the points.
+
+        Raises:
+            RuntimeError: if a point is not finite, or the ODE sampler's solve breaks down.
+        """
+        config, size = self.run.config, self.run.config.sampling.batch_size
+        described = {"sampling": config.sampling.to_dict(), "num_scales": config.model.num_scales, "seed": config.seed}
+        keep = Keep(folder, "points", described | {"network": self.run.network_description()}, params)
+        rounds: list[Values] = []
+        with progress(self.wanted, "sampling", "point") as bar:
+            for first in range(0, self.wanted, size):
+                rounds.append(keep(f"round{first // size}", functools.partial(self._round, params, first)))
+                bar.update(min(size, self.wanted - first))
+        points = np.concatenate([each["points"] for each in rounds])[: self.wanted]
+        cost = {"nfe": int(rounds[0]["nfe"]), "seconds": float(sum(each["seconds"] for each in rounds))}
+        sampler = {"sampler": config.sampling.method, "n": len(points)}
+        return sampler | described | cost | {"values": keep.folder.name}, points
+
+    def _round(self, params: Params, first: int) -> Values:
+        started, size = time.monotonic(), self.run.config.sampling.batch_size
+        numbers = np.arange(first, first + size)[parallel.local_rows(size)]
+        samples = self.sampler(
+            self.run.score_fn(params),
+            self.run.key(SAMPLE_KEY),
+            parallel.global_array(self.run.mesh, numbers),
+            self.run.data_shape,
+        )
+        points = np.asarray(parallel.fetch(samples.x))
+        if not np.isfinite(points).all():
+            bad = first + int(np.argmin(np.isfinite(points).all(axis=1)))
+            raise RuntimeError(f"point {bad} is not finite with sampling.method={self.run.config.sampling.method}")
+        return {"points": points, "nfe": np.asarray(samples.nfe), "seconds": np.asarray(time.monotonic() - started)}
+
+    def write(self, points: Float[np.ndarray, "n d"], label: str, step: int, workdir: Path) -> None:
+        """samples/points/<label>.npz: `points` of the model at training `step`; data.npz: as many test points."""
+        source = datasets.source_from_config(self.run.config, "test")
+        data = source.images(np.arange(min(len(source), self.wanted)))
+        if jax.process_index() == 0:
+            write_npz(workdir / "samples" / "points" / "data.npz", points=data, step=0)
+            write_npz(workdir / "samples" / "points" / f"{label}.npz", points=points, step=step)
