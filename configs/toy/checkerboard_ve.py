@@ -1,13 +1,17 @@
-"""A small MLP (VE) on the checkerboard: 50,000 parameters, minutes on one CPU core.
+"""A small MLP (VE) on the 2-D checkerboard, with exact higher orders: about 46,000 parameters.
 
-    python main.py --config=configs/toy/checkerboard_ve.py --workdir=runs/board --mode=train
-    python main.py --config=configs/toy/checkerboard_ve.py --workdir=runs/board --mode=eval
+    python main.py --config=configs/toy/checkerboard_ve.py --workdir=runs/board1 --mode=train
+    python main.py --config=configs/toy/checkerboard_ve.py --workdir=runs/board1 --mode=eval
 
-The higher orders go on from the first, TIMES, with the weights of [L22]:
+The second order, the third and their weights are one field each:
 
-    --config.training.score_matching_order=3 --config.training.init_from=runs/board --config.training.n_iters=40000
+    python main.py --config=configs/toy/checkerboard_ve.py --workdir=runs/board3 --mode=train \
+        --config.training.score_matching_order=3
 
-For the network and the batches of [L22], on a GPU, see `published_size`.
+On one CPU core a step of order 1, 2, 3 takes about 3, 8 and 16 ms: 20,000 steps take 1, 3 and 6 minutes, and an
+evaluation one. To go on from a first-order run, add --config.training.init_from=runs/board1 and more
+training.n_iters. The network and batches of [L22] are in configs/toy/checkerboard_ve_published.py. A perfect model
+has an NLL of ln 32 = 3.466 nats.
 """
 
 from configs.default import Config

@@ -1,0 +1,17 @@
+"""A small MLP (VE) on two moons, with exact higher orders: about 46,000 parameters.
+
+    python main.py --config=configs/toy/moons_ve.py --workdir=runs/moons1 --mode=train
+    python main.py --config=configs/toy/moons_ve.py --workdir=runs/moons1 --mode=eval
+
+Times are those of configs/toy/checkerboard_ve.py. Results have the divergence from the data's density, which is known.
+"""
+
+from configs.default import Config
+from configs.toy.checkerboard_ve import get_config as checkerboard
+
+
+def get_config() -> Config:
+    config = checkerboard()
+
+    config.data.dataset = "moons"
+    return config

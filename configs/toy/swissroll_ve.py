@@ -1,0 +1,17 @@
+"""A small MLP (VE) on a Swiss roll, with exact higher orders: about 46,000 parameters.
+
+    python main.py --config=configs/toy/swissroll_ve.py --workdir=runs/swissroll1 --mode=train
+    python main.py --config=configs/toy/swissroll_ve.py --workdir=runs/swissroll1 --mode=eval
+
+Times are those of configs/toy/checkerboard_ve.py. Results have the divergence from the data's density, which is known.
+"""
+
+from configs.default import Config
+from configs.toy.checkerboard_ve import get_config as checkerboard
+
+
+def get_config() -> Config:
+    config = checkerboard()
+
+    config.data.dataset = "swissroll"
+    return config
