@@ -276,10 +276,14 @@ def test_starting_from_a_step_of_a_run(continued: Path, released_file: Path) -> 
         assert all(jax.tree.leaves(jax.tree.map(np.array_equal, params, trained_state(run).params)))
 
 
+def result_files(workdir: Path) -> list[Path]:
+    return [path for path in (workdir / "eval").glob("*.json") if not path.stem.endswith("_seconds")]
+
+
 def test_a_released_file_is_evaluated_directly(released_file: Path, own: Path, continued: Path, tmp_path: Path) -> None:
     """The same bits/dim as from a run whose checkpoint is that state, stamped with file and hash."""
     run_lib.evaluate(config_with(eval__checkpoint=str(released_file)), tmp_path / "released", "eval")
-    (path,) = (tmp_path / "released" / "eval").glob("*.json")
+    (path,) = result_files(tmp_path / "released")
     result = json.loads(path.read_text())
     assert path.name.startswith("checkpoint_26_")
     assert result["checkpoint"] == str(released_file)
@@ -295,7 +299,7 @@ def test_a_released_file_is_evaluated_directly(released_file: Path, own: Path, c
 
     other = continued / "checkpoints" / str(FIRST_STEP + 1)
     run_lib.evaluate(config_with(eval__checkpoint=str(other)), tmp_path / "released", "eval")
-    results = [json.loads(path.read_text()) for path in (tmp_path / "released" / "eval").glob("*.json")]
+    results = [json.loads(path.read_text()) for path in result_files(tmp_path / "released")]
     assert sorted(r["checkpoint_step"] for r in results) == [FIRST_STEP, FIRST_STEP + 1]
 
 
