@@ -120,6 +120,28 @@ def likelihood_bound(
     return Bound(-expected_prior_logp(sde, x), integral, start, error, num_times + num_starts)
 
 
+def bound_draw(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    quantile: PerExample,
+    z: Batch,
+    start_z: Batch | None,
+    t_min: float,
+    reference: Reference | None = None,
+) -> PerExample:
+    """One draw of the bound in its "dsm" form, in nats: for training, as `likelihood_bound` is its mean.
+
+    Args:
+        quantile: uniform in [0, 1), of the importance-sampled time of each example.
+        z, start_z: standard normal noise, of the integral and of the start-time correction; None: without it.
+    """
+    t, weight = _Times(t_min, 1, importance_sampling=True).draw(sde, jnp.asarray(0), quantile)
+    integral = weight * dsm_integrand(score_fn, sde, x, t, z, reference) + _reference_integral(sde, x, t_min, reference)
+    total = integral - _drift_integral(sde, x, t_min) - expected_prior_logp(sde, x)
+    return total if start_z is None else total + start_correction(score_fn, sde, x, start_z, t_min, reference)
+
+
 def bound_bits_per_dim(bound: Bound, x: Batch, *, levels: int, unit_scale: float) -> BoundBitsPerDim:
     """The bound in bits/dim for images x of `levels` grey levels; arguments as of `likelihood.bits_per_dim`."""
     constants = discrete_bits(levels, unit_scale)

@@ -9,7 +9,9 @@ Data sets that are not the user's own are converted once, from the files in whic
 
     python main.py --config=configs/vp/cifar10_ddpmpp_continuous.py --config.data.archive=PATH --mode=prepare
 
---mode=stats measures the real images that samples are compared with, and says what FIDs against them are worth.
+--mode=train_deq trains learned dequantization noise for a trained score model, whose bits/dim are evaluated with it by
+--config.eval.dequantizer=True. --mode=stats measures the real images that samples are compared with, and says what FIDs
+against them are worth.
 """
 
 import os
@@ -21,7 +23,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-MODES = ("train", "eval", "report", "prepare", "stats")
+MODES = ("train", "train_deq", "eval", "report", "prepare", "stats")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes besides 0."""
 
@@ -31,6 +33,7 @@ _MODE = flags.DEFINE_enum(
     "mode", None, MODES, "What to do; prepare converts data once, stats measures them, report prints the results again."
 )
 _EVAL_FOLDER = flags.DEFINE_string("eval_folder", "eval", "Folder for results, inside the workdir.")
+_DEQ_FOLDER = flags.DEFINE_string("deq_folder", "deq", "Folder of the learned dequantizer, inside the workdir.")
 _COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows beside this one's run.")
 
 
@@ -61,12 +64,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(mode: str, workdir: Path) -> None:
-    import run_lib  # here, so that --help and mistyped flags are answered at once
+    import deq_training  # here, so that --help and mistyped flags are answered at once
+    import run_lib
 
     if mode == "train":
         run_lib.train(_CONFIG.value, workdir)
     elif mode == "eval":
-        run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value)
+        run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value, _DEQ_FOLDER.value)
+    elif mode == "train_deq":
+        deq_training.train_deq(_CONFIG.value, workdir, _DEQ_FOLDER.value)
     elif mode == "prepare":
         run_lib.prepare(_CONFIG.value)
     elif mode == "stats":

@@ -20,4 +20,5 @@ def get_config() -> Config:
     config.eval.batch_size = 1024
     config.eval.num_repeats = 1
     config.eval.enable_sampling = False
+    config.deq.name = "flowpp_imagenet32"
     return config
