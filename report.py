@@ -6,7 +6,7 @@ The page is made from the run's folder alone, from whatever is there, and needs 
 import base64
 import html
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from figures import TITLES, captioned, figure_png, image_grid, image_png, loss_figure, seconds_figure
 from files import write_atomic
 from run_files import Grid, RunFiles, read_run
-from tables import MISSING, Row, duration, html_table, number, text_table, with_error
+from tables import MISSING, Row, duration, html_table, number, with_error
 
 SHOWN = 64
 """Images in a grid, at most."""
@@ -39,28 +39,6 @@ def write_report(workdir: Path, *, others: Sequence[Path] = ()) -> None:
     """
     runs = _labelled([read_run(folder) for folder in (workdir, *others)])
     write_atomic(workdir / "report.html", _page(runs, workdir / "figures"))
-
-
-def comparison_table(results: Iterable[Result]) -> str:
-    """Evaluations as plain text, a line each. `run_files.read_run(workdir).results` has those of a run."""
-    headers = ("order", "steps", "bits/dim", "FID", "IS", "NFE likelihood", "NFE sample", "s training", "s evaluation")
-    return text_table(headers, [_comparison_row(result) for result in results])
-
-
-def _comparison_row(result: Result) -> Row:
-    bpd, samples = result.get("bpd", {}), result.get("samples", {})
-    seconds = [part["seconds"] for part in (bpd, samples) if "seconds" in part]
-    return (
-        number(result.get("order")),
-        number(result.get("checkpoint_step")),
-        with_error(bpd.get("mean"), bpd.get("se")),
-        number(samples.get("fid")),
-        with_error(samples.get("is_mean"), samples.get("is_std")),
-        number(bpd.get("nfe"), 0),
-        number(samples.get("nfe"), 0),
-        number(result.get("train_seconds"), 0),
-        number(sum(seconds) if seconds else None, 0),
-    )
 
 
 def _page(runs: Runs, figures: Path) -> str:
@@ -107,10 +85,11 @@ def _summary(label: str, run: RunFiles) -> str:
         parts.append(f"{run.last_step:,} steps")
     if run.environment and "num_parameters" in run.environment:
         parts.append(f"{number(run.environment['num_parameters'])} parameters")
-    for part in ("bpd", "samples"):
+    for part in ("bpd", "nll", "samples"):
         newest = next((result[part] for result in reversed(run.results) if part in result), None)
-        if newest and part == "bpd":
-            parts.append(f"{with_error(newest.get('mean'), newest.get('se'))} bits/dim")
+        if newest and part != "samples":
+            unit = "bits/dim" if part == "bpd" else "nats"
+            parts.append(f"{with_error(newest.get('mean'), newest.get('se'))} {unit}")
         elif newest:
             parts.append(f"FID {number(newest.get('fid'))} ({newest.get('fid_features', 'unknown')} features)")
     return f"{_described(label, run)}: {', '.join(parts) or 'nothing recorded yet'}"
@@ -141,9 +120,45 @@ def _losses(runs: Runs, figures: Path) -> str:
 
 
 def _likelihoods(runs: Runs) -> str:
+    sections = [tables for tables in (_bits_per_dim(runs), _nats(runs)) if tables]
+    return "".join(sections) or _paragraph("No evaluation of the likelihood yet.")
+
+
+def _nats(runs: Runs) -> str:
+    """Of points."""
+    results = _results(runs, "nll")
+    if not results:
+        return ""
+    headers = ("NLL, nats", "KL to the data, nats", "entropy of the data", "points", "solver error", "NFE", "time")
+    rows = [(*_which(label, result), *_nats_cells(result["nll"])) for label, result in results]
+    solves = [(*_which(label, result), *_solve_cells(result["nll"])) for label, result in results]
+    return (
+        _results_table(runs, headers, rows)
+        + _paragraph(
+            "± is the standard error over points. KL is the mean of ln q - ln p over the points, q being the density "
+            "they are drawn from, so the spread of ln q does not count in its error."
+        )
+        + "<h3>How it was computed</h3>\n"
+        + _results_table(runs, (*_SOLVE_HEADERS[:-1], "points of"), solves)
+    )
+
+
+def _nats_cells(nll: Mapping[str, Any]) -> Row:
+    return (
+        with_error(nll.get("mean"), nll.get("se")),
+        with_error(*_mean_and_se(nll.get("kl"))),
+        number(nll.get("entropy")),
+        number(nll.get("n")),
+        _small(nll.get("solver_error")),
+        number(nll.get("nfe"), 0),
+        duration(nll.get("seconds")),
+    )
+
+
+def _bits_per_dim(runs: Runs) -> str:
     results = _results(runs, "bpd")
     if not results:
-        return _paragraph("No evaluation of the likelihood yet.")
+        return ""
     names = list(dict.fromkeys(name for _, result in results for name in result["bpd"].get("terms", {})))
     tables = {
         "": (_BPD_HEADERS, _bpd_cells),

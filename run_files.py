@@ -43,6 +43,14 @@ class Grid:
 
 
 @dataclasses.dataclass(frozen=True)
+class Points:
+    """Points drawn of a model, and the training step they were drawn at; or points of the data."""
+
+    points: Float[np.ndarray, "n d"]
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
 class RunFiles:
     """What a folder holds of a run; None or empty for what it does not."""
 
@@ -54,6 +62,8 @@ class RunFiles:
     samples: Grid | None  # the newest
     data: Grid | None  # real images
     problems: list[str]  # files that cannot be read
+    points: Points | None = None  # the newest
+    data_points: Points | None = None
 
     @property
     def order(self) -> int | None:
@@ -85,6 +95,8 @@ def read_run(workdir: Path) -> RunFiles:
     metrics = read_metrics(workdir / "train" / "metrics.jsonl")
     grids = {path.stem: _read_grid(path, problems) for path in sorted((workdir / "samples").glob("*.npz"))}
     drawn = [grid for stem, grid in grids.items() if stem != "data" and grid is not None]
+    clouds = {path.stem: _read_points(path, problems) for path in sorted((workdir / "samples/points").glob("*.npz"))}
+    drawn_points = [points for stem, points in clouds.items() if stem != "data" and points is not None]
     return RunFiles(
         name=workdir.resolve().name,
         metrics=metrics,
@@ -94,6 +106,8 @@ def read_run(workdir: Path) -> RunFiles:
         samples=max(drawn, key=lambda grid: grid.step, default=None),
         data=grids.get("data"),
         problems=problems,
+        points=max(drawn_points, key=lambda points: points.step, default=None),
+        data_points=clouds.get("data"),
     )
 
 
@@ -165,6 +179,15 @@ def _read_grid(path: Path, problems: list[str]) -> Grid | None:
     try:
         arrays = read_npz(path)
         return Grid(arrays["samples"], int(arrays["levels"]), int(arrays.get("step", 0)))
+    except (ValueError, KeyError) as error:
+        problems.append(f"{path}: {error}")
+        return None
+
+
+def _read_points(path: Path, problems: list[str]) -> Points | None:
+    try:
+        arrays = read_npz(path)
+        return Points(arrays["points"], int(arrays["step"]))
     except (ValueError, KeyError) as error:
         problems.append(f"{path}: {error}")
         return None

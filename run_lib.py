@@ -23,6 +23,7 @@ import datasets
 import parallel
 from build import TRAIN_KEY, Run, build
 from checkpoints import Checkpoints
+from comparison import comparison_table
 from configs.default import Config
 from datasets import Source
 from deq_training import evaluation_dequantizer
@@ -36,7 +37,7 @@ from passes.samples import sampling_pass, write_samples
 from passes.snapshots import Snapshots
 from passes.statistics import statistics_pass
 from records import MetricsWriter, StopRequest, progress, stop_on_signal
-from report import comparison_table, write_report
+from report import write_report
 from run_files import read_run, seconds_file
 from sampling import sampler_from_config
 from sources import prepare_from_config

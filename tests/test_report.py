@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from comparison import comparison_table
 from figures import captioned, image_grid, loss_figure, save_grid, seconds_figure
 from files import write_npz
-from report import comparison_table, write_report
+from report import write_report
 from run_files import Curve, read_metrics, read_run
 from tables import duration, html_table, number, text_table, with_error
 
@@ -351,6 +352,38 @@ def test_comparison_table_is_aligned_and_plain(tmp_path):
     assert lines[3].split() == ["1", "12,000", *"-------"]
     assert comparison_table(results).isascii()
     assert comparison_table([]).startswith("order")
+
+
+NLL = {
+    "mean": 3.6123, "se": 0.0123, "n": 10000, "unit": "nats", "kl": {"mean": 0.1466, "se": 0.0034}, "entropy": 3.4657,
+    "solver_error": 2e-4, "nfe": 201.0, "seconds": 12.0, "solver": "rk4_log", "steps": 50, "probe": "exact",
+    "data": "checkerboard, test", "t_min": 1e-5,
+}  # fmt: skip
+
+
+def test_evaluations_of_points(tmp_path):
+    """Nats and the divergence, in the page and the table; and points are read back, the newest beside the data."""
+    run = tmp_path / "run"
+    (run / "eval").mkdir(parents=True)
+    points = {"sampler": "ode", "nfe": 489, "seconds": 5.0}
+    result = {"checkpoint_step": 300, "order": 2, "nll": NLL, "points": points}
+    (run / "eval" / "step_300.json").write_text(json.dumps(result))
+    for name, step in (("data", 0), ("step_100", 100), ("step_300", 300)):
+        write_npz(run / "samples" / "points" / f"{name}.npz", points=np.full((5, 2), step, np.float32), step=step)
+    write_report(run)
+    page = (run / "report.html").read_text()
+    assert all(text in page for text in ("3.612 ± 0.012", "0.1466 ± 0.0034", "3.466", "checkerboard, test", "2.0e-04"))
+    read = read_run(run)
+    assert read.points is not None
+    assert read.data_points is not None
+    assert (read.points.step, read.data_points.step) == (300, 0)
+    np.testing.assert_array_equal(read.points.points, np.full((5, 2), 300))
+    lines = comparison_table(read.results).splitlines()
+    assert words(lines[0]) == "order steps NLL nats KL nats NFE likelihood NFE sample s training s evaluation"
+    assert words(lines[2]) == "2 300 3.612 +- 0.012 0.1466 +- 0.0034 201 489 - 17"
+    both = comparison_table([*read.results, {"checkpoint_step": 12000, "order": 1}])
+    assert "bits/dim" in both
+    assert "NLL nats" in both
 
 
 def test_numbers():

@@ -10,7 +10,7 @@ LAYERS = (
     {"run_lib"},
     {"deq_training"},
     {"passes", "stored_states", "report"},
-    {"build", "workdir", "tables", "figures", "run_files", "released"},
+    {"build", "workdir", "tables", "comparison", "figures", "run_files", "released"},
     {"checkpoints"},
     {
         "train_state",
