@@ -3,6 +3,11 @@
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=train
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=eval
 
+and with learned instead of uniform dequantization
+
+    python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=train_deq
+    python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=eval --config.eval.dequantizer=True
+
 About 190,000 parameters; minutes on two CPU cores.
 """
 
@@ -47,4 +52,10 @@ def get_config() -> Config:
     config.eval.ode_steps = 48
     config.eval.num_probes = 2
     config.eval.features = "classifier"
+
+    config.deq.filters = 32
+    config.deq.components = 8
+    config.deq.blocks = 1
+    config.deq.attn_heads = 2
+    config.deq.n_iters = 2000
     return config

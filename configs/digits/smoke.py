@@ -33,4 +33,8 @@ def get_config() -> Config:
     config.eval.max_examples = 48
     config.eval.num_samples = 48
     config.eval.ode_steps = 8
+
+    config.deq.filters = 8
+    config.deq.components = 2
+    config.deq.n_iters = 12
     return config
