@@ -62,8 +62,8 @@ def frechet_distance(
 ) -> float:
     """Squared Frechet distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 
-    The trace of the root is the sum of the singular values of sigma1^(1/2) sigma2^(1/2). So no root is taken of a
-    product that is not symmetric, and singular covariances need no added diagonal.
+    The trace of the root is the sum of the singular values of f1^T f2 for factors sigma = f f^T. So no root is taken of
+    a product that is not symmetric, and singular covariances need no added diagonal.
 
     Raises:
         ValueError: if the dimensions differ or a value is not finite.
@@ -72,17 +72,17 @@ def frechet_distance(
         raise ValueError(f"dimensions differ: {mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("a mean or covariance is not finite")
-    overlap = np.linalg.svd(_root(sigma1) @ _root(sigma2), compute_uv=False).sum()
+    overlap = np.linalg.svd(_factor(sigma1).T @ _factor(sigma2), compute_uv=False).sum()
     difference = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
     distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
     return max(float(distance), 0.0)  # rounding may leave it below
 
 
-def _root(sigma: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d d"]:
-    """The symmetric root of a covariance; eigenvalues within rounding of 0 count as 0."""
+def _factor(sigma: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d rank"]:
+    """f with f f^T = sigma, and orthogonal columns; eigenvalues within rounding of 0 count as 0."""
     values, vectors = np.linalg.eigh(np.asarray(sigma, np.float64))
-    rounding = len(values) * np.finfo(np.float64).eps * values[-1]
-    return (vectors * np.sqrt(np.where(values > rounding, values, 0))) @ vectors.T
+    above = values > len(values) * np.finfo(np.float64).eps * values[-1]
+    return vectors[:, above] * np.sqrt(values[above])
 
 
 class InceptionScore(NamedTuple):
