@@ -75,12 +75,17 @@ class _RandomPart:
     def add(self, pool: Float[np.ndarray, "n d"]) -> None:
         self.parts.append(pool)
         self.priorities = np.concatenate([self.priorities, self.generator.random(len(pool))])
-        if len(self.priorities) > self.most:
-            chosen = np.sort(np.argsort(self.priorities)[: self.most])
-            self.parts, self.priorities = [np.concatenate(self.parts)[chosen]], self.priorities[chosen]
+        if len(self.priorities) > 2 * self.most:
+            self._reduce()
 
     def vectors(self) -> Float[np.ndarray, "kept d"]:
-        return np.concatenate(self.parts)
+        self._reduce()
+        return self.parts[0]
+
+    def _reduce(self) -> None:
+        """Keeps those of the lowest priorities."""
+        chosen = np.sort(np.argsort(self.priorities)[: self.most])
+        self.parts, self.priorities = [np.concatenate(self.parts)[chosen]], self.priorities[chosen]
 
 
 def statistics_of(

@@ -23,7 +23,7 @@ from features import (
 )
 from records import progress
 
-_BATCH = 4096  # images read at a time
+_BATCH = 1024  # images read at a time
 
 
 @dataclasses.dataclass(frozen=True)
