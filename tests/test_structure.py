@@ -10,7 +10,7 @@ LAYERS = (
     {"run_lib"},
     {"deq_training"},
     {"passes", "stored_states", "report"},
-    {"build", "workdir", "tables", "comparison", "figures", "run_files", "released"},
+    {"build", "workdir", "tables", "comparison", "figures", "figures_density", "run_files", "released"},
     {"checkpoints"},
     {
         "train_state",
@@ -22,6 +22,7 @@ LAYERS = (
         "variational",
         "score_ode",
         "entropy",
+        "paths",
     },
     {"feature_statistics"},
     {"losses", "features", "coordinates", "fast_samplers", "predictor_corrector", "ode", "datasets", "models"},

@@ -1,0 +1,276 @@
+"""The paper's synthetic experiments, small enough for a CPU: docs/results/synthetic.md and its figures.
+
+For each of three problems and each seed, a first-order model is trained; from it training goes on with orders 1, 2 and
+3 for the same number of steps, and with order 1 for as long as order 3 took. Every model is evaluated on the same
+points with the same noise, so that differences between them are paired.
+
+    python -m benchmarks.reproduce --runs=runs/synthetic
+
+Training and likelihoods are plain calls of main.py's train and eval, printed as one would type them. Interrupted and
+started again, it goes on where it was.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import run_lib
+from build import Run, build
+from configs.default import Config
+from entropy import FORMS, draw_entropy_noise, entropy
+from files import read_npz, write_atomic, write_npz
+from likelihood import Reference, ode_log_likelihood
+from marginals import marginals_of, sample_at
+from models.score import NetworkScore
+from ode import require_success
+from run_files import read_metrics
+from score_ode import distance_curves, time_nodes
+from stored_states import stored_state
+
+SEEDS = (1, 2, 3)
+TEST_POINTS = 2000
+NUM_TIMES, POINTS_AT_TIME = 16, 96
+"""Of the distances against time."""
+ENTROPY_POINTS = 32_768
+TOLERANCE = 1e-3
+"""Of the solves behind the distances."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Data, SDE and size of a comparison; `steps` more of each order follow on `base` steps of the first."""
+
+    name: str
+    title: str
+    config: str
+    base: int
+    steps: int
+    batch_size: int
+    widths: tuple[int, int]
+    limit: float  # densities are drawn on [-limit, limit]^d
+    grid: int
+    minutes: float  # of one seed, on one idle CPU core
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """What differs from the configuration."""
+        branch, trunk = self.widths
+        return {
+            "seed": seed,
+            "training.batch_size": self.batch_size,
+            "training.snapshot_freq": self.steps,
+            "training.snapshot_freq_for_preemption": 1_000_000,
+            "training.eval_freq": 1_000_000,
+            "data.num_test_points": TEST_POINTS,
+            "model.mlp_time_widths": (branch, branch),
+            "model.mlp_data_widths": (branch, branch),
+            "model.mlp_widths": (trunk, trunk),
+            "eval.batch_size": TEST_POINTS,
+            "eval.enable_sampling": False,
+        }
+
+
+PROBLEMS = (
+    Problem("mixture_ve", "Mixture, VE", "mixture_ve", 6000, 3000, 256, (32, 64), 1.6, 321, 1.0),
+    Problem("checkerboard_ve", "Checkerboard, VE", "checkerboard_ve", 6000, 3000, 256, (48, 96), 5.0, 48, 2.0),
+    Problem("mixture_vp", "Mixture, VP", "mixture_vp", 6000, 3000, 256, (32, 64), 1.6, 321, 1.0),
+)
+
+BRANCHES = {"order1": 1, "order2": 2, "order3": 3, "order1_long": 1}
+"""The models that are compared, with their orders; the last is the first, trained for as long as the third."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"))
+    parser.add_argument("--steps", type=float, default=1.0, help="factor on the numbers of steps, to try it out")
+    arguments = parser.parse_args()
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+    problems = [
+        dataclasses.replace(p, base=round(p.base * arguments.steps), steps=round(p.steps * arguments.steps))
+        for p in PROBLEMS
+    ]
+    run_all(problems, arguments.runs)
+
+
+def run_all(problems: list[Problem], runs: Path) -> None:
+    """Trains and evaluates what is not there yet; seed after seed, so that early results cover all problems."""
+    left = [(seed, p) for seed in SEEDS for p in problems if not done(runs / p.name / f"seed{seed}")]
+    minutes = sum(problem.minutes for _, problem in left)
+    print(f"{len(left)} comparisons to go, about {minutes:.0f} minutes on one idle CPU core", flush=True)
+    for seed, problem in left:
+        started, cpu = time.monotonic(), time.process_time()
+        folder = runs / problem.name / f"seed{seed}"
+        run_seed(problem, seed, folder)
+        took = {"wall": time.monotonic() - started, "cpu": time.process_time() - cpu, "commit": commit()}
+        write_atomic(folder / "seconds.json", json.dumps(took))
+        print(f"{problem.title}, seed {seed}: {took['wall']:.0f} s, {took['cpu']:.0f} s of CPU time", flush=True)
+
+
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def done(folder: Path) -> bool:
+    return all((folder / f"{name}.json").exists() for name in BRANCHES)
+
+
+def run_seed(problem: Problem, seed: int, folder: Path) -> None:
+    """The first-order model, its continuations, and their evaluations."""
+    settings = problem.settings(seed)
+    train(problem, folder / "base", settings | {"training.n_iters": problem.base})
+    last = problem.base + problem.steps
+    continued = settings | {"training.init_from": str(folder / "base"), "training.n_iters": last}
+    for name in ("order3", "order2", "order1"):
+        train(problem, folder / name, continued | {"training.score_matching_order": BRANCHES[name]})
+        study(problem, folder, name, folder / name, last, continued)
+    ratio = seconds_per_step(folder / "order3") / seconds_per_step(folder / "order1")
+    longer = problem.base + max(problem.steps, round(problem.steps * ratio / 100) * 100)
+    if not (folder / "order1_long.json").exists():
+        train(problem, folder / "order1", continued | {"training.n_iters": longer}, at_least=longer - 500)
+        step = max(steps_of(folder / "order1"))
+        study(problem, folder, "order1_long", folder / "order1", step, continued)
+
+
+def config_of(problem: Problem, settings: dict[str, Any]) -> Config:
+    config = importlib.import_module(f"configs.toy.{problem.config}").get_config()
+    config.update_from_flattened_dict(settings)
+    return config
+
+
+def train(problem: Problem, workdir: Path, settings: dict[str, Any], at_least: int | None = None) -> None:
+    """Trains to `training.n_iters`, unless a checkpoint of `at_least` so many steps is there."""
+    if max(steps_of(workdir), default=0) >= (at_least or settings["training.n_iters"]):
+        return
+    print_command(problem, "train", workdir, settings)
+    run_lib.train(config_of(problem, settings), workdir)
+
+
+def steps_of(workdir: Path) -> list[int]:
+    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+
+
+def print_command(problem: Problem, mode: str, workdir: Path, settings: dict[str, Any]) -> None:
+    flags = " ".join(f"'--config.{name}={value}'" for name, value in settings.items())
+    print(
+        f"python main.py --config=configs/toy/{problem.config}.py --mode={mode} --workdir={workdir} {flags}", flush=True
+    )
+
+
+def seconds_per_step(workdir: Path) -> float:
+    """Of a run's faster records: others ran beside something else, or hold the compilation."""
+    rates = read_metrics(workdir / "train" / "metrics.jsonl")["train"]["steps_per_second"].values
+    return 1 / float(np.quantile(rates, 0.8))
+
+
+# --- evaluation ---
+
+
+def study(problem: Problem, folder: Path, name: str, workdir: Path, step: int, settings: dict[str, Any]) -> None:
+    """folder/<name>.json and .npz: likelihoods, distances between scores, entropies, and the density on a grid."""
+    path = folder / f"{name}.json"
+    if path.exists():
+        return
+    settings = settings | {"training.init_from": "", "training.score_matching_order": BRANCHES[name]}
+    checkpoint = workdir / "checkpoints" / str(step)
+    evaluation = settings | {"eval.checkpoint": str(checkpoint)}
+    print_command(problem, "eval", folder / name, evaluation)
+    config = config_of(problem, evaluation)
+    run_lib.evaluate(config, folder / name, "eval")
+    (nll_path,) = (folder / name / "eval").glob(f"{step}_*[0-9a-f].json")
+    nll = json.loads(nll_path.read_text())["nll"]
+    run = build(config)
+    score_fn = run.score_fn(stored_state(run, checkpoint).ema_params)
+    distances, arrays = distances_of(run, score_fn)
+    arrays |= {"density": density_on_grid(run, score_fn, problem), "points_kl": paired_kl(folder / name, nll["values"])}
+    write_npz(folder / f"{name}.npz", **arrays)
+    result = {
+        "step": step,
+        "seconds_per_step": seconds_per_step(workdir),
+        "nll": nll["mean"],
+        "nll_se": nll["se"],
+        "kl": nll["kl"]["mean"],
+        "solver_error": nll.get("solver_error"),
+        "nfe": nll["nfe"],
+        **distances,
+        **entropies_of(run, score_fn),
+    }
+    write_atomic(path, json.dumps(result, indent=1))
+
+
+def paired_kl(workdir: Path, values: str) -> np.ndarray:
+    """ln q - ln p of each test point."""
+    batches = [read_npz(path) for path in sorted((workdir / "eval" / values).glob("batch*.npz"))]
+    return np.concatenate([batch["log_density"] + batch["nll"] for batch in batches])
+
+
+def distances_of(run: Run, score_fn: NetworkScore) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Integrals of the distances over time with standard errors, and the curves themselves."""
+    density, sde = run.density, run.sde
+    assert density is not None
+    marginals = marginals_of(density)
+    assert marginals is not None
+    nodes = time_nodes(sde, run.config.training.smallest_time, NUM_TIMES)
+    curves = distance_curves(
+        score_fn,
+        sde,
+        lambda t: sample_at(density, sde, jax.random.key(1), t),
+        nodes,
+        POINTS_AT_TIME,
+        data_score=lambda x, t: marginals.score(sde, x, t),
+        rtol=TOLERANCE,
+        atol=TOLERANCE,
+    )
+    integrals = {name: curve.integral._asdict() for name, curve in curves.items()}
+    arrays = {f"{name}_{part}": getattr(curve, part) for name, curve in curves.items() for part in ("mean", "se")}
+    return integrals, arrays | {"nodes_t": nodes.t, "nodes_weight": nodes.weight}
+
+
+def entropies_of(run: Run, score_fn: NetworkScore) -> dict[str, Any]:
+    """The entropy in nats of the data at t_min, from the model's score, by both forms."""
+    density, t_min = run.density, run.config.training.smallest_time
+    assert density is not None
+    x0 = density.sample(jax.random.key(2), (ENTROPY_POINTS, density.dims))
+    noise = draw_entropy_noise(jax.random.key(3), run.sde, x0.shape, t_min=t_min)
+    return {
+        f"entropy_{form}": entropy(score_fn, run.sde, x0, noise, t_min=t_min, form=form)._asdict() for form in FORMS
+    }
+
+
+def grid_points(problem: Problem, dims: int) -> np.ndarray:
+    """The centres of a grid's cells, [n, 1], or [n * n, 2] row after row."""
+    side = (np.arange(problem.grid) + 0.5) / problem.grid * 2 * problem.limit - problem.limit
+    if dims == 1:
+        return side[:, None]
+    return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
+
+
+def density_on_grid(run: Run, score_fn: NetworkScore, problem: Problem) -> np.ndarray:
+    """exp(ln p) of the ODE at the points of the grid."""
+    assert run.density is not None
+    x = jnp.asarray(grid_points(problem, run.density.dims), jnp.float32)
+    result = ode_log_likelihood(
+        score_fn,
+        run.sde,
+        x,
+        None,
+        t_min=run.config.training.smallest_time,
+        method="rk4_log",
+        num_steps=50,
+        reference=Reference(0.0, 0.6 if run.density.dims == 1 else 2.3),
+    )
+    require_success(result.info)
+    return np.exp(np.asarray(result.logp, np.float64))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Paths of points between data and prior, to look at: of the SDE and the ODE, forward and in reverse.
+
+These are Euler's steps on a grid of times. Samples are drawn by sampling.py, likelihoods solved by ode.py.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from arrays import Batch, ScoreFn
+from ode import as_pytree
+from sde_lib import SDE
+
+Times = Float[Array, " times"]
+Path = Float[Array, "times batch *dims"]
+
+
+def ode_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: Times) -> Path:
+    """Of the probability-flow ODE from x at the first of `times`, which increase or decrease, to the last."""
+    return _euler(as_pytree(score_fn), x, times, None, sde=sde)
+
+
+def sde_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: Times, key: Array) -> Path:
+    """Of the SDE from x at the first of `times`: forward, where the score plays no part, or in reverse.
+
+    Forward times increase, reverse ones decrease ([S21a] Eqn. 6).
+    """
+    noise = jax.random.normal(key, (len(times) - 1, *x.shape), x.dtype)
+    return _euler(as_pytree(score_fn), x, times, noise, sde=sde)
+
+
+@partial(jax.jit, static_argnames="sde")
+def _euler(score_fn: ScoreFn, x: Batch, times: Times, noise: Path | None, *, sde: SDE) -> Path:
+    reverse = times[-1] < times[0]
+    # of g^2 score in the drift: none in the forward SDE, all of it in the reverse one, half of it in the ODE
+    weight = 0.5 if noise is None else jnp.where(reverse, 1.0, 0.0)
+
+    def step(x: Batch, now: tuple[Array, Array, Batch | None]) -> tuple[Batch, Batch]:
+        start, end, z = now
+        t = jnp.full(x.shape[:1], start)
+        g = sde.diffusion(start)
+        drift = sde.drift(x, t) - weight * g**2 * score_fn(x, t)
+        x = x + (end - start) * drift
+        if z is not None:
+            x = x + g * jnp.sqrt(jnp.abs(end - start)) * z
+        return x, x
+
+    _, path = jax.lax.scan(step, x, (times[:-1], times[1:], noise))
+    return jnp.concatenate([x[None], path])
