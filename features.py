@@ -106,7 +106,7 @@ class InceptionFeatures:
 
     Levels are spread over 0, ..., 255, grey images repeated to three channels, and both resized as by TensorFlow 1. The
     network sees (level - centre) / centre: 128 is what the graph itself does, 127.5 what TF-GAN does before it. Logits
-    have their bias, as TF-GAN's do; the first Inception Scores left it out.
+    have their bias; the first Inception Scores, and torch-fidelity's, are without.
     """
 
     params: dict

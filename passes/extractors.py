@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 import datasets
 from configs.default import Config
@@ -84,6 +85,8 @@ def published_statistics(config: Config, extractor: FeatureExtractor) -> Statist
         raise FileNotFoundError(f"eval.statistics is {str(path)!r}, which is no file; empty: statistics of the data")
     statistics = load_statistics(path)
     check_statistics(statistics, extractor)
+    if not statistics.features_hash:
+        logging.warning("%s does not say what it was measured by, taken to be %s", path, extractor.name)
     return statistics
 
 
