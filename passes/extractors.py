@@ -11,7 +11,7 @@ from absl import logging
 
 import datasets
 from configs.default import Config
-from datasets import Source
+from datasets import MemorySource, Source
 from evaluation import evaluate_samples
 from feature_statistics import Statistics, check_statistics, dataset_statistics, load_statistics
 from features import (
@@ -44,7 +44,8 @@ class Comparison:
 
     def __call__(self, images: Images) -> dict[str, Any]:
         """FID, IS and KID of samples, integer levels of `data.levels`, and what the numbers rest on."""
-        return evaluate_samples(extract_features(self.extractor, [images]), self.extractor, self.statistics)
+        batches = all_images(MemorySource(images, "samples"), self.extractor)
+        return evaluate_samples(extract_features(self.extractor, batches), self.extractor, self.statistics)
 
 
 def comparison_from_config(config: Config) -> Comparison:
@@ -97,7 +98,7 @@ def statistics_path(config: Config, extractor: FeatureExtractor) -> Path:
 
 
 def all_images(source: Source, extractor: FeatureExtractor) -> Iterator[Images]:
-    """The images of a split in batches, as `extractor` takes them, with a progress bar."""
+    """The images of a source in batches, as `extractor` takes them, with a progress bar."""
     with progress(len(source), f"{extractor.name} of {source.description}", "image") as bar:
         for start in range(0, len(source), _BATCH):
             images = source.images(np.arange(start, min(start + _BATCH, len(source))))

@@ -28,8 +28,8 @@ def statistics_pass(config: Config) -> dict[str, Any]:
     there, or in the file `eval.statistics`.
 
     Returns:
-        The file, what it holds, and by split the FID of real images against it: of those it is of, measured anew, which
-        must be near 0, and of the others, which is the floor for as many samples.
+        The file, what it holds, and by split the FID of real images against it: of those it is of, which must be near 0
+        (where the file was there before, they are measured anew), and of the others, the floor for as many samples.
 
     Raises:
         FileNotFoundError, ValueError: as `comparison_from_config`, before any image is measured.

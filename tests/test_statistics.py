@@ -118,3 +118,14 @@ def test_real_images_are_measured_before_samples_are_drawn(config, tmp_path):
     path.unlink()
     assert comparison(np.zeros((10, 8, 8, 1), np.uint8))["statistics_n"] == 1438
     assert not list(tmp_path.iterdir()), "they are measured once"
+
+
+def test_a_classifier_needs_labels(config, tmp_path):
+    images = source_from_config(config, "train").images(np.arange(60))
+    np.savez(tmp_path / "unlabelled.npz", x_train=images[:40], x_test=images[40:])
+    config.data.dataset, config.data.path = "npz", str(tmp_path / "unlabelled.npz")
+    config.eval.features = "classifier"
+    with pytest.raises(
+        ValueError, match=r"eval\.features is 'classifier', but npz unlabelled\.npz.* has no class labels"
+    ):
+        comparison_from_config(config)
