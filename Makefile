@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
-.PHONY: setup setup-dev demo test lint clean digits-orders
+.PHONY: setup setup-dev demo test lint clean digits-orders reproduce
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -41,6 +41,10 @@ test: setup-dev
 # An experiment of about an hour on two cores, which resumes; writes docs/results/digits.md
 digits-orders: setup
 	$(BIN)/python -m benchmarks.digits_orders
+
+# The paper's synthetic experiments, about a quarter of an hour on an idle core; resumes; writes docs/results/synthetic.md
+reproduce: setup
+	$(BIN)/python -m benchmarks.reproduce
 
 lint: setup-dev
 	$(BIN)/ruff check .

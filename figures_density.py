@@ -26,7 +26,7 @@ DISTANCES = {
 def density_curves(
     x: Float[np.ndarray, " n"], data: Float[np.ndarray, " n"], models: Mapping[str, Sequence[Float[np.ndarray, " n"]]]
 ) -> Figure:
-    """Densities in one dimension, a panel for each kind of model, with one line for each of its runs over the data's."""
+    """Densities in one dimension, a panel for each kind of model: a line for each of its runs, over the data's."""
     figure = Figure(figsize=(3.7 * len(models), 3.1), layout="constrained")
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
     for panel, colour, (label, runs) in zip(panels, COLOURS, models.items(), strict=False):

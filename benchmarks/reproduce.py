@@ -11,7 +11,6 @@ started again, it goes on where it was.
 """
 
 import argparse
-import dataclasses
 import importlib
 import json
 import os
@@ -25,6 +24,17 @@ import jax.numpy as jnp
 import numpy as np
 
 import run_lib
+from benchmarks.reproduce_page import write_page
+from benchmarks.synthetic import (
+    BRANCHES,
+    ENTROPY_POINTS,
+    NUM_TIMES,
+    POINTS_AT_TIME,
+    PROBLEMS,
+    SEEDS,
+    TOLERANCE,
+    Problem,
+)
 from build import Run, build
 from configs.default import Config
 from entropy import FORMS, draw_entropy_noise, entropy
@@ -33,73 +43,24 @@ from likelihood import Reference, ode_log_likelihood
 from marginals import marginals_of, sample_at
 from models.score import NetworkScore
 from ode import require_success
+from paths import ode_path, sde_path
 from run_files import read_metrics
 from score_ode import distance_curves, time_nodes
 from stored_states import stored_state
-
-SEEDS = (1, 2, 3)
-TEST_POINTS = 2000
-NUM_TIMES, POINTS_AT_TIME = 16, 96
-"""Of the distances against time."""
-ENTROPY_POINTS = 32_768
-TOLERANCE = 1e-3
-"""Of the solves behind the distances."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Data, SDE and size of a comparison; `steps` more of each order follow on `base` steps of the first."""
-
-    name: str
-    title: str
-    config: str
-    base: int
-    steps: int
-    batch_size: int
-    widths: tuple[int, int]
-    limit: float  # densities are drawn on [-limit, limit]^d
-    grid: int
-    minutes: float  # of one seed, on one idle CPU core
-
-    def settings(self, seed: int) -> dict[str, Any]:
-        """What differs from the configuration."""
-        branch, trunk = self.widths
-        return {
-            "seed": seed,
-            "training.batch_size": self.batch_size,
-            "training.snapshot_freq": self.steps,
-            "training.snapshot_freq_for_preemption": 1_000_000,
-            "training.eval_freq": 1_000_000,
-            "data.num_test_points": TEST_POINTS,
-            "model.mlp_time_widths": (branch, branch),
-            "model.mlp_data_widths": (branch, branch),
-            "model.mlp_widths": (trunk, trunk),
-            "eval.batch_size": TEST_POINTS,
-            "eval.enable_sampling": False,
-        }
-
-
-PROBLEMS = (
-    Problem("mixture_ve", "Mixture, VE", "mixture_ve", 6000, 3000, 256, (32, 64), 1.6, 321, 1.0),
-    Problem("checkerboard_ve", "Checkerboard, VE", "checkerboard_ve", 6000, 3000, 256, (48, 96), 5.0, 48, 2.0),
-    Problem("mixture_vp", "Mixture, VP", "mixture_vp", 6000, 3000, 256, (32, 64), 1.6, 321, 1.0),
-)
-
-BRANCHES = {"order1": 1, "order2": 2, "order3": 3, "order1_long": 1}
-"""The models that are compared, with their orders; the last is the first, trained for as long as the third."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"))
     parser.add_argument("--steps", type=float, default=1.0, help="factor on the numbers of steps, to try it out")
+    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--page_only", action="store_true", help="write the page from what is there")
     arguments = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
-    problems = [
-        dataclasses.replace(p, base=round(p.base * arguments.steps), steps=round(p.steps * arguments.steps))
-        for p in PROBLEMS
-    ]
-    run_all(problems, arguments.runs)
+    problems = [problem.scaled(arguments.steps) for problem in PROBLEMS]
+    if not arguments.page_only:
+        run_all(problems, arguments.runs)
+    write_page(problems, arguments.runs, arguments.docs)
 
 
 def run_all(problems: list[Problem], runs: Path) -> None:
@@ -113,6 +74,7 @@ def run_all(problems: list[Problem], runs: Path) -> None:
         run_seed(problem, seed, folder)
         took = {"wall": time.monotonic() - started, "cpu": time.process_time() - cpu, "commit": commit()}
         write_atomic(folder / "seconds.json", json.dumps(took))
+        save_paths(problem, folder, runs / "paths.npz")
         print(f"{problem.title}, seed {seed}: {took['wall']:.0f} s, {took['cpu']:.0f} s of CPU time", flush=True)
 
 
@@ -142,7 +104,7 @@ def run_seed(problem: Problem, seed: int, folder: Path) -> None:
 
 
 def config_of(problem: Problem, settings: dict[str, Any]) -> Config:
-    config = importlib.import_module(f"configs.toy.{problem.config}").get_config()
+    config = importlib.import_module(f"configs.toy.{problem.name}").get_config()
     config.update_from_flattened_dict(settings)
     return config
 
@@ -162,7 +124,7 @@ def steps_of(workdir: Path) -> list[int]:
 def print_command(problem: Problem, mode: str, workdir: Path, settings: dict[str, Any]) -> None:
     flags = " ".join(f"'--config.{name}={value}'" for name, value in settings.items())
     print(
-        f"python main.py --config=configs/toy/{problem.config}.py --mode={mode} --workdir={workdir} {flags}", flush=True
+        f"python main.py --config=configs/toy/{problem.name}.py --mode={mode} --workdir={workdir} {flags}", flush=True
     )
 
 
@@ -246,18 +208,10 @@ def entropies_of(run: Run, score_fn: NetworkScore) -> dict[str, Any]:
     }
 
 
-def grid_points(problem: Problem, dims: int) -> np.ndarray:
-    """The centres of a grid's cells, [n, 1], or [n * n, 2] row after row."""
-    side = (np.arange(problem.grid) + 0.5) / problem.grid * 2 * problem.limit - problem.limit
-    if dims == 1:
-        return side[:, None]
-    return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
-
-
 def density_on_grid(run: Run, score_fn: NetworkScore, problem: Problem) -> np.ndarray:
     """exp(ln p) of the ODE at the points of the grid."""
     assert run.density is not None
-    x = jnp.asarray(grid_points(problem, run.density.dims), jnp.float32)
+    x = jnp.asarray(problem.grid_points(run.density.dims), jnp.float32)
     result = ode_log_likelihood(
         score_fn,
         run.sde,
@@ -270,6 +224,29 @@ def density_on_grid(run: Run, score_fn: NetworkScore, problem: Problem) -> np.nd
     )
     require_success(result.info)
     return np.exp(np.asarray(result.logp, np.float64))
+
+
+def save_paths(problem: Problem, folder: Path, path: Path) -> None:
+    """Paths of the SDE and the ODE of the first third-order model, in one dimension, over the deviation of x_t."""
+    run = build(config_of(problem, problem.settings(SEEDS[0]) | {"training.score_matching_order": 3}))
+    density, sde, paths = run.density, run.sde, 40
+    assert density is not None
+    if path.exists() or density.dims > 1:
+        return
+    checkpoint = folder / "order3" / "checkpoints" / str(problem.base + problem.steps)
+    score_fn = run.score_fn(stored_state(run, checkpoint).ema_params)
+    t = jnp.linspace(run.config.training.smallest_time, sde.t_max, 801)
+    data, prior = density.sample(jax.random.key(4), (paths, 1)), sde.prior_sample(jax.random.key(5), (paths, 1))
+    drawn = {
+        "sde_forward": sde_path(score_fn, sde, data, t, jax.random.key(6)),
+        "ode_forward": ode_path(score_fn, sde, data, t),
+        "sde_reverse": sde_path(score_fn, sde, prior, t[::-1], jax.random.key(7))[::-1],
+        "ode_reverse": ode_path(score_fn, sde, prior, t[::-1])[::-1],
+    }
+    alpha, sigma = (np.asarray(a)[:, None] for a in sde.alpha_sigma(t))
+    deviation = np.hypot(alpha * float(jnp.std(density.sample(jax.random.key(8), (10_000, 1)))), sigma)
+    arrays = {name: (np.asarray(of_kind)[..., 0] / deviation)[::4] for name, of_kind in drawn.items()}
+    write_npz(path, t=np.asarray(t)[::4], **arrays)
 
 
 if __name__ == "__main__":

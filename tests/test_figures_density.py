@@ -1,0 +1,54 @@
+"""Figures are drawn, say what is on their axes, and show what they were given."""
+
+import io
+
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image
+
+from figures import figure_png
+from figures_density import DISTANCES, density_curves, density_maps, distance_figure, trajectories
+from score_ode import Curve, TimeNodes
+
+X = np.linspace(-2, 2, 50)
+BELL = np.exp(-0.5 * X**2) / np.sqrt(2 * np.pi)
+
+
+def checked(figure: Figure) -> Figure:
+    """The figure, after it was drawn as a PNG that is no single colour, with every panel labelled."""
+    with Image.open(io.BytesIO(figure_png(figure))) as image:
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10
+    for panel in figure.axes:
+        assert panel.get_xlabel() or panel.get_ylabel()
+    return figure
+
+
+def test_density_curves_have_a_line_for_each_run():
+    figure = checked(density_curves(X, BELL, {"order 1": [BELL, 2 * BELL], "order 3": [BELL]}))
+    assert [len(panel.lines) for panel in figure.axes] == [2, 1]
+    np.testing.assert_array_equal(figure.axes[0].lines[1].get_ydata(), 2 * BELL)
+    assert [panel.get_title(loc="left") for panel in figure.axes] == ["order 1", "order 3"]
+
+
+def test_density_maps_share_their_colours():
+    data = np.outer(BELL, BELL)
+    figure = checked(density_maps(2.0, data, {"order 1": 0.5 * data}))
+    images = [panel.images[0] for panel in figure.axes if panel.images]
+    assert len(images) == 2
+    assert images[0].get_clim() == images[1].get_clim()
+    np.testing.assert_array_equal(images[1].get_array(), 0.5 * data)
+
+
+def test_trajectories():
+    t = np.linspace(0, 1, 20)
+    paths = np.random.default_rng(0).normal(size=(20, 7))
+    figure = checked(trajectories(t, {"SDE": paths, "ODE": 2 * paths}))
+    assert [len(panel.lines) for panel in figure.axes] == [7, 7]
+
+
+def test_distances_are_drawn_where_they_are_known():
+    nodes = TimeNodes(np.linspace(0.01, 0.99, 8), np.full(8, 0.125))
+    curve = Curve(nodes, np.linspace(1, 2, 8), np.full(8, 0.1), 10)
+    figure = checked(distance_figure({"order 1": dict.fromkeys(DISTANCES, curve), "order 2": {"difference": curve}}))
+    assert [len(panel.lines) for panel in figure.axes] == [1, 1, 2]
+    assert [panel.get_title(loc="left") for panel in figure.axes] == list(DISTANCES.values())

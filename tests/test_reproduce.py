@@ -1,0 +1,59 @@
+"""The page of the synthetic experiments, from results made up for it, and what the runs are told."""
+
+import json
+
+import numpy as np
+
+from benchmarks.reproduce import config_of
+from benchmarks.reproduce_page import ACCOUNT, write_page
+from benchmarks.synthetic import BRANCHES, PROBLEMS, Problem
+from build import build
+from files import write_atomic, write_npz
+
+BOARD = next(problem for problem in PROBLEMS if problem.dataset == "checkerboard")
+KL = {"order1": (0.5, 0.52, 0.48), "order2": (0.3, 0.31, 0.3), "order3": (0.3, 0.32, 0.28), "order1_long": (0.4,) * 3}
+
+
+def write_results(problem: Problem, folder, seed: int) -> None:
+    nodes = np.linspace(0.05, 0.95, 4)
+    curves = {f"{c}_{part}": nodes for c in ("score_matching", "fisher", "difference") for part in ("mean", "se")}
+    for name in BRANCHES:
+        kl = KL[name][seed - 1]
+        integral = {"mean": kl, "se": 0.01, "n": 100}
+        terms = ("score_matching", "fisher", "difference", "cross", "entropy_score", "entropy_divergence")
+        result = {"step": 100, "seconds_per_step": 0.002, "nll": kl + 3.466, "kl": kl} | dict.fromkeys(terms, integral)
+        write_atomic(folder / f"{name}.json", json.dumps(result))
+        grid = np.full(problem.grid**2, 1 / 32)
+        points = np.full(10, kl) + np.linspace(-1, 1, 10)
+        arrays = {"density": grid, "points_kl": points, "nodes_t": nodes, "nodes_weight": nodes}
+        write_npz(folder / f"{name}.npz", **arrays, **curves)
+    write_atomic(folder / "seconds.json", json.dumps({"wall": 60.0, "cpu": 30.0, "commit": f"abc{seed}"}))
+
+
+def test_page(tmp_path):
+    for seed in (1, 2, 3):
+        write_results(BOARD, tmp_path / "runs" / BOARD.name / f"seed{seed}", seed)
+    write_page(PROBLEMS, tmp_path / "runs", tmp_path / "docs")
+    path = tmp_path / "docs" / "results" / "synthetic.md"
+    text = path.read_text()
+    assert "## Checkerboard, VE" in text
+    assert "## Mixture, VE" not in text  # nothing of it is there
+    assert "From order 1 to order 2 the NLL falls by +0.1967 ± 0.0088 nats, beyond two standard errors." in text
+    assert "From order 2 to order 3 the NLL falls by +0.0033 ± 0.0088 nats, within two standard errors." in text
+    assert "order 3 against order 1 +0.2000 ± 0.0000" in text  # the spread over points cancels
+    assert "commit abc1, abc2, abc3" in text
+    for kind in ("density", "distances"):
+        assert (tmp_path / "docs" / "images" / f"synthetic_{BOARD.name}_{kind}.png").stat().st_size > 1000
+    write_atomic(path, text + "\nBy hand.\n")
+    write_page(PROBLEMS, tmp_path / "runs", tmp_path / "docs")
+    assert path.read_text().endswith(f"{ACCOUNT}\nBy hand.\n")
+
+
+def test_settings_are_a_configuration():
+    for problem in PROBLEMS:
+        run = build(config_of(problem, problem.settings(3) | {"training.score_matching_order": 3}))
+        assert run.config.seed == 3
+        assert run.density is not None
+        assert problem.grid_points(run.density.dims).shape == (problem.grid**run.density.dims, run.density.dims)
+        # the checkpoint at equal steps must be one of those that are kept
+        assert problem.base % problem.steps == 0
