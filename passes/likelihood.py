@@ -75,7 +75,7 @@ class LikelihoodPass:
         Raises:
             RuntimeError: if a solve fails, naming the time and the image.
         """
-        keep = Keep(folder, "bpd", self._settings(), params)
+        keep = Keep(folder, "bpd", self.settings(), params)
         repeats: list[list[Values]] = []
         with progress(self.run.config.eval.num_repeats * sum(self.sizes), "bits/dim", "image") as bar:
             for repeat in range(self.run.config.eval.num_repeats):
@@ -86,7 +86,7 @@ class LikelihoodPass:
                     bar.update(size)
         return summary(repeats) | self.description | {"values": keep.folder.name}
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Everything that the numbers of a batch depend on, beside the parameters."""
         settings, run = self.run.config.eval, self.run
         batches = {"batch_size": settings.batch_size, "max_examples": settings.max_examples}

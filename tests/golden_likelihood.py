@@ -10,6 +10,7 @@ import numpy as np
 
 from arrays import num_dims
 from bounds import start_correction
+from configs.default import Config
 from datasets import preprocess_from_config
 from likelihood import bits_per_dim, ode_log_likelihood
 from models.score import NetworkScore, build_network, sde_from_config
@@ -27,19 +28,30 @@ def check_likelihood(path: Path) -> Iterator[Result]:
     score_fn = NetworkScore(golden_params(data), build_network(config), sde_from_config(config))
     scale = preprocess_from_config(config, train=False).unit_scale
     x, t_min = jnp.asarray(data["x"]), float(data["smallest_time"])
-    # Either stops within 5e-3; on the device the file's own tolerance, 1e-5, only just does.
-    for method, tolerance in (("dopri5", 3e-6), ("scipy", 1e-5)):
+    for method, tolerance in (("scipy", 1e-5), ("dopri5", 3e-6)):
         solve = {"t_min": t_min, "method": method, "rtol": tolerance, "atol": tolerance}
         result = ode_log_likelihood(score_fn, score_fn.sde, x, jnp.asarray(data["hutchinson"])[None], **solve)
         require_success(result.info)
         bits = bits_per_dim(result, levels=256, unit_scale=scale).total
         yield Result(f"bpd, {method}", float(np.abs(bits - data["bpd_tol1e-7"]).max()), 5e-3)
-        # The file's latent is from 1e-5 in float32 and itself up to 1e-2 off a converged solve's.
-        error = relative_error(result.latent, data["latent"], scale=_size(data["latent"]))
-        yield Result(f"latent, {method}", error, 2e-2)
+        if method == "scipy":
+            yield Result("bpd, published protocol", relative_error(bits, data["bpd"]), 1e-3)
+            error = relative_error(result.latent, data["latent"], scale=_size(data["latent"]))
+            yield Result("latent, published protocol", error, _latent_tolerance(config))
     offset = _published_offset(score_fn, x, data["offset_noise"], t_min)
     yield Result("offset_nats", relative_error(offset, data["offset_nats"], scale=_size(data["offset_nats"])), 1e-3)
     yield from _sampler_updates(score_fn, data)
+
+
+def _latent_tolerance(config: Config) -> float:
+    """How well two float32 implementations of the published protocol agree.
+
+    With positional embeddings they take the same steps, and agree to 2e-4. Fourier features have angles of up to a
+    thousand radians, which float32 rounds to 1e-4, and steps that follow this noise: the published formulas
+    themselves, compiled in four ways, took 1382 to 1448 evaluations where the file has 1412, and differed from its
+    latents by up to 4e-3.
+    """
+    return 1e-2 if config.model.embedding_type == "fourier" else 1e-3
 
 
 def _published_offset(score_fn: NetworkScore, x: jax.Array, noise: np.ndarray, t_min: float) -> np.ndarray:

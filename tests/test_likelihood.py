@@ -208,5 +208,5 @@ def test_bad_arguments():
         draw_probes(jax.random.key(0), "cauchy", x.shape)
     assert draw_probes(jax.random.key(0), "exact", x.shape) is None
     result = ode_log_likelihood(lambda x, t: -x, VP, x, None, t_min=1e-3, method="rk4_log", num_steps=2)
-    with pytest.raises(ValueError, match="levels >= 2"):
-        bits_per_dim(result, levels=1, unit_scale=1.0)
+    with pytest.raises(ValueError, match="levels >= 1"):
+        bits_per_dim(result, levels=0, unit_scale=1.0)
