@@ -37,5 +37,6 @@ def get_config() -> Config:
 
     config.eval.batch_size = 64
     config.eval.ode_steps = 8
+    config.eval.density_grid = 8
     config.eval.num_samples = 100
     return config
