@@ -12,7 +12,10 @@ import passes.samples
 import run_lib
 from build import build
 from configs.digits.smoke import get_config
+from feature_statistics import statistics_of
+from features import Features
 from files import read_npz
+from passes.extractors import Comparison
 from passes.samples import draw_images, sampling_pass, write_samples
 from passes.snapshots import Snapshots
 from records import StopRequest
@@ -42,21 +45,28 @@ def params(run):
     return jax.tree.unflatten(tree, moved)
 
 
-class Ready:
-    """In place of a comparison with real images."""
+class Pixels:
+    """A feature extractor whose features are the pixels."""
 
-    def prepare(self):
-        pass
+    name, hash, num_features = "pixels", "none", 64
 
     def __call__(self, images):
-        return {"n": len(images)}
+        flat = images.reshape(len(images), -1).astype(np.float64)
+        return Features(flat, flat[:, :10])
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    real = np.random.default_rng(0).integers(0, 17, (100, 8, 8, 1)).astype(np.uint8)
+    pool = Pixels()(real).pool
+    return Comparison(Pixels(), lambda: statistics_of([pool], features="pixels", features_hash="none", data="noise"))
 
 
 def on_devices(run, count):
     return dataclasses.replace(run, mesh=jax.sharding.Mesh(np.array(jax.devices()[:count]), ("data",)))
 
 
-def test_images_do_not_depend_on_devices_and_interruptions(run, params, tmp_path, monkeypatch):
+def test_images_do_not_depend_on_devices_and_interruptions(run, params, comparison, tmp_path, monkeypatch):
     drawn, interruptions = [], [1, 2]
 
     def draw(run, params, numbers, show):
@@ -69,12 +79,12 @@ def test_images_do_not_depend_on_devices_and_interruptions(run, params, tmp_path
     monkeypatch.setattr(passes.samples, "draw_images", draw)
     for devices in (4, 1):
         with pytest.raises(KeyboardInterrupt):
-            sampling_pass(on_devices(run, devices), Ready(), params, tmp_path / "parts")
-    result, parts = sampling_pass(on_devices(run, 4), Ready(), params, tmp_path / "parts")
+            sampling_pass(on_devices(run, devices), comparison, params, tmp_path / "parts")
+    result, parts = sampling_pass(on_devices(run, 4), comparison, params, tmp_path / "parts")
     assert drawn == [0, 16, 32], "a round was drawn twice, or not at all"
     assert (result["n"], result["nfe"], result["rounding"]) == (48, 6, "down")
 
-    whole = {n: sampling_pass(on_devices(run, n), Ready(), params, tmp_path / f"on{n}")[1] for n in (1, 4)}
+    whole = {n: sampling_pass(on_devices(run, n), comparison, params, tmp_path / f"on{n}")[1] for n in (1, 4)}
     assert len(np.unique(parts.reshape(48, -1), axis=0)) == 48
     assert np.mean((parts > 0) & (parts < 16)) > 0.2, "saturated pixels would hide differences"
     for images in whole.values():
@@ -83,10 +93,10 @@ def test_images_do_not_depend_on_devices_and_interruptions(run, params, tmp_path
         assert np.mean(off > 0) <= 1e-3
 
 
-def test_other_settings_draw_anew(run, params, tmp_path):
-    first, _ = sampling_pass(run, Ready(), params, tmp_path)
+def test_other_settings_draw_anew(run, params, comparison, tmp_path):
+    first, _ = sampling_pass(run, comparison, params, tmp_path)
     other = build(config_with(model__sigma_max=1.0, sampling__batch_size=24))
-    second, images = sampling_pass(other, Ready(), params, tmp_path)
+    second, images = sampling_pass(other, comparison, params, tmp_path)
     assert first["values"] != second["values"]
     assert len(images) == 48
 

@@ -500,9 +500,13 @@ def test_the_range_of_the_data():
     config.sampling.method = "heun"
     for dataset, centered, expected in (("CIFAR10", True, (-1.0, 1.0)), ("checkerboard", False, None)):
         config.data.update(dataset=dataset, centered=centered)
-        assert sampler_from_config(config, VESDE()).data_range == expected
+        sampler = sampler_from_config(config, VESDE())
+        assert isinstance(sampler, FastSampler)
+        assert sampler.data_range == expected
     config.data.dataset, config.sampling.clip_denoised = "CIFAR10", False
-    assert sampler_from_config(config, VESDE()).data_range is None
+    sampler = sampler_from_config(config, VESDE())
+    assert isinstance(sampler, FastSampler)
+    assert sampler.data_range is None
 
 
 def test_ancestral_sampling_follows_no_ode():
