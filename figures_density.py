@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from figures import COLOURS
@@ -21,6 +23,16 @@ DISTANCES = {
     "difference": "model's score to the ODE's, $\\ell_{Diff}$",
 }
 """Titles of the panels, by the names of `score_ode.Distances`."""
+
+
+def densities_figure(
+    limit: float, data: Float[np.ndarray, "*cells"], models: Mapping[str, Float[np.ndarray, "*cells"]]
+) -> Figure:
+    """Densities at the centres of the cells of [-limit, limit]^d, d = 1 or 2."""
+    if data.ndim == 2:
+        return density_maps(limit, data, models)
+    x = ((np.arange(len(data)) + 0.5) / len(data) * 2 - 1) * limit
+    return density_curves(x, data, {label: [density] for label, density in models.items()})
 
 
 def density_curves(
@@ -46,21 +58,17 @@ def density_maps(
     maps = {"data": data, **models}
     figure = Figure(figsize=(2.9 * len(maps) + 0.7, 3.2), layout="constrained")
     panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    colours = ScalarMappable(Normalize(0, 1.6 * float(np.max(data))), "viridis")
     for panel, (label, density) in zip(panels, maps.items(), strict=True):
-        image = panel.imshow(
-            density,
-            origin="lower",
-            extent=(-limit, limit, -limit, limit),
-            vmin=0,
-            vmax=1.6 * float(np.max(data)),
-            cmap="viridis",
-            interpolation="nearest",
+        extent = (-limit, limit, -limit, limit)
+        panel.imshow(
+            density, origin="lower", extent=extent, norm=colours.norm, cmap=colours.cmap, interpolation="nearest"
         )
         panel.set_title(label, fontsize=10, loc="left")
         panel.set_xlabel("$x_1$", fontsize=8.5)
         panel.tick_params(labelsize=8)
     panels[0].set_ylabel("$x_2$", fontsize=8.5)
-    bar = figure.colorbar(image, ax=panels, extend="max", shrink=0.85)
+    bar = figure.colorbar(colours, ax=panels, extend="max", shrink=0.85)
     bar.set_label("density", fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
     return figure

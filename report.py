@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from figures import TITLES, captioned, figure_png, image_grid, image_png, loss_figure, seconds_figure
+from figures_density import densities_figure
 from files import write_atomic
 from run_files import Grid, RunFiles, read_run
 from tables import MISSING, Row, duration, html_table, number, with_error
@@ -47,6 +48,7 @@ def _page(runs: Runs, figures: Path) -> str:
         "Likelihood": _likelihoods(runs),
         "Sample quality": _sample_quality(runs),
         "Samples": _samples(runs, figures),
+        "Density": _density(runs, figures),
         "Time": _times(runs, figures),
         "Configuration": _configurations(runs),
         "Environment": _environments(runs),
@@ -56,7 +58,9 @@ def _page(runs: Runs, figures: Path) -> str:
         sections["Unreadable files"] = "".join(_paragraph(problem) for problem in problems)
     title = html.escape(" and ".join(runs))
     summaries = "".join(_paragraph(_summary(label, run), "summary") for label, run in runs.items())
-    body = "".join(f"<section>\n<h2>{heading}</h2>\n{content}</section>\n" for heading, content in sections.items())
+    body = "".join(
+        f"<section>\n<h2>{heading}</h2>\n{content}</section>\n" for heading, content in sections.items() if content
+    )
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         f"<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{summaries}{body}</body>\n</html>\n"
@@ -289,6 +293,23 @@ def _shown(grid: Grid) -> np.ndarray:
     """Fewer of larger images, so that the grid fits a screen."""
     per_row = max(1, min(8, 600 // grid.images.shape[2]))
     return grid.images[: min(SHOWN, per_row**2)]
+
+
+def _density(runs: Runs, figures: Path) -> str:
+    """Empty unless a run has points; runs of other data than the first are left out."""
+    grids = {label: run.density for label, run in runs.items() if run.density is not None}
+    first = next(iter(grids.values()), None)
+    if first is None or first.data is None:
+        return ""
+    densities = {
+        f"{_described(label, runs[label])}, step {grid.step:,}": grid.density
+        for label, grid in grids.items()
+        if grid.limit == first.limit and grid.density.shape == first.density.shape
+    }
+    figure = densities_figure(first.limit, first.data, densities)
+    return _plot(figure, figures / "density.png", "Densities of data and models") + _paragraph(
+        "By the likelihood of the ODE, at the cells of a grid; where a model's is beyond the scale it is cut off."
+    )
 
 
 def _times(runs: Runs, figures: Path) -> str:

@@ -51,6 +51,16 @@ class Points:
 
 
 @dataclasses.dataclass(frozen=True)
+class DensityGrid:
+    """The density of a model of points, and of its data, on a grid over [-limit, limit]^d, d = 1 or 2."""
+
+    density: Float[np.ndarray, "*cells"]
+    data: Float[np.ndarray, "*cells"] | None
+    limit: float
+    step: int
+
+
+@dataclasses.dataclass(frozen=True)
 class RunFiles:
     """What a folder holds of a run; None or empty for what it does not."""
 
@@ -64,6 +74,7 @@ class RunFiles:
     problems: list[str]  # files that cannot be read
     points: Points | None = None  # the newest
     data_points: Points | None = None
+    density: DensityGrid | None = None  # the newest
 
     @property
     def order(self) -> int | None:
@@ -108,6 +119,7 @@ def read_run(workdir: Path) -> RunFiles:
         problems=problems,
         points=max(drawn_points, key=lambda points: points.step, default=None),
         data_points=clouds.get("data"),
+        density=_newest_density(workdir / "density", problems),
     )
 
 
@@ -173,6 +185,18 @@ def _read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
         problems.append(f"{path} is no readable JSON: {error}")
         return None
     return content if isinstance(content, dict) else None
+
+
+def _newest_density(folder: Path, problems: list[str]) -> DensityGrid | None:
+    grids = []
+    for path in sorted(folder.glob("*.npz")):
+        try:
+            arrays = read_npz(path)
+            step, limit = int(arrays["step"]), float(arrays["limit"])
+            grids.append(DensityGrid(arrays["density"], arrays.get("data"), limit, step))
+        except (ValueError, KeyError) as error:
+            problems.append(f"{path}: {error}")
+    return max(grids, key=lambda grid: grid.step, default=None)
 
 
 def _read_grid(path: Path, problems: list[str]) -> Grid | None:

@@ -29,6 +29,7 @@ from datasets import Source
 from deq_training import evaluation_dequantizer
 from files import write_atomic
 from passes.density import DensityPass, PointSamples
+from passes.density_grid import draw_density
 from passes.extractors import Comparison, comparison_from_config
 from passes.keep import params_digest
 from passes.likelihood import LikelihoodPass
@@ -267,7 +268,9 @@ def evaluate_checkpoint(
         write_samples(run, images, name, step, workdir)
         keep(samples=samples)
     if parts.density is not None:
-        keep(nll=parts.density(state.ema_params, folder))
+        nll = parts.density(state.ema_params, folder)
+        draw_density(run, parts.density, state.ema_params, settings.density_grid, label, step, workdir)
+        keep(nll=nll)
     if parts.points is not None:
         points, drawn = parts.points(state.ema_params, folder)
         parts.points.write(drawn, label, step, workdir)

@@ -163,6 +163,7 @@ def _eval() -> ConfigDict:
     evaluate.bpd_dataset = "test"  # train or test
     evaluate.num_repeats = 5  # passes over the images, each with new dequantization noise and probes
     evaluate.max_examples = 0  # evaluate only so many images; 0: all
+    evaluate.density_grid = 48  # of points in 1 or 2 dimensions: cells a side of the report's density; 0: none
     # adams_log, rk4_log: equal steps in log noise; dopri5_log, scipy_log: adaptive there; dopri5, scipy, rk4: in time.
     # dopri5 and scipy are RK45, on the devices and, as published, on the host.
     evaluate.ode_solver = "adams_log"

@@ -80,7 +80,7 @@ class DensityPass:
         return summary(batches, self.run.density.entropy) | self.description | {"values": keep.folder.name}
 
     @functools.cached_property
-    def _reference(self) -> Reference:
+    def reference(self) -> Reference:
         if not self.estimator.needs_reference:
             return Reference()
         source = datasets.source_from_config(self.run.config, "train")
@@ -112,7 +112,7 @@ class DensityPass:
             points,
             image_keys(self.run.key(EVAL_KEY), indices),
             self.run.config.training.smallest_time,
-            self._reference,
+            self.reference,
         )
         terms, errors, info = parallel.fetch((estimate.terms, estimate.errors, estimate.info))
         where = f"of {self.source.description}; its likelihood is not to be had with {self.estimator.description}"
