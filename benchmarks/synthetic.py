@@ -11,7 +11,7 @@ BRANCHES = {"order1": 1, "order2": 2, "order3": 3, "order1_long": 1}
 """The models that are compared, with their orders; the last is the first, trained for as long as the third."""
 
 TEST_POINTS = 2000
-NUM_TIMES, POINTS_AT_TIME = 16, 96
+NUM_TIMES, POINTS_AT_TIME = 16, 256
 """Of the distances between scores against time."""
 ENTROPY_POINTS = 32_768
 TOLERANCE = 1e-3
@@ -67,7 +67,7 @@ class Problem:
 
 
 PROBLEMS = (
-    Problem("mixture_ve", "Mixture, VE", "mixture", 6000, 3000, 256, (32, 64), 1.6, 321, 1.0),
-    Problem("checkerboard_ve", "Checkerboard, VE", "checkerboard", 6000, 3000, 256, (48, 96), 5.0, 48, 2.0),
-    Problem("mixture_vp", "Mixture, VP", "mixture", 6000, 3000, 256, (32, 64), 1.6, 321, 1.0),
+    Problem("mixture_ve", "Mixture, VE", "mixture", 12_000, 6000, 256, (32, 64), 1.6, 321, 1.0),
+    Problem("checkerboard_ve", "Checkerboard, VE", "checkerboard", 12_000, 6000, 256, (48, 96), 5.0, 48, 3.0),
+    Problem("mixture_vp", "Mixture, VP", "mixture", 12_000, 6000, 256, (32, 64), 1.6, 321, 1.0),
 )
