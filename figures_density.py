@@ -91,7 +91,7 @@ def trajectories(t: Float[np.ndarray, " times"], panels: Mapping[str, Float[np.n
 
 
 def distance_figure(models: Mapping[str, Mapping[str, Curve]]) -> Figure:
-    """The distances between scores against time, a panel for each that there is, with bands of two standard errors."""
+    """The distances between scores against time, a panel for each that there is, within two standard errors."""
     names = [name for name in DISTANCES if any(name in curves for curves in models.values())]
     figure = Figure(figsize=(3.9 * len(names), 3.3), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
@@ -107,10 +107,9 @@ def distance_figure(models: Mapping[str, Mapping[str, Curve]]) -> Figure:
 
 def _draw_curve(panel: Axes, curve: Curve, colour: str, label: str) -> None:
     t, mean = curve.nodes.t, np.asarray(curve.mean)
-    floor = 1e-3 * float(np.max(mean))  # a band down to zero has no place on a logarithmic axis
     panel.plot(t, mean, color=colour, linewidth=1.5, label=label)
-    lower = np.maximum(mean - 2 * curve.se, np.minimum(floor, mean))
-    panel.fill_between(t, lower, mean + 2 * curve.se, color=colour, alpha=0.18, linewidth=0)
+    factor = np.exp(2 * curve.se / mean)  # of the logarithm, as the axis shows it
+    panel.fill_between(t, mean / factor, mean * factor, color=colour, alpha=0.15, linewidth=0)
 
 
 def _style(panel: Axes, title: str, xlabel: str, ylabel: str) -> None:
