@@ -14,7 +14,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from files import write_atomic
-from run_files import Curve, RunCurves
+from run_files import Curve, Grid, RunCurves
 
 COLOURS = ("#2563a8", "#d1600a", "#2f855a", "#8a4fb0", "#b83250", "#5a6472")
 """One for each run."""
@@ -144,8 +144,13 @@ def figure_png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def image_grid(images: UInt8[np.ndarray, "n height width channels"], levels: int) -> Image.Image:
-    """Images side by side, as nearly square as goes, row after row; level 0 is black, level `levels` - 1 white.
+def image_grid(
+    images: UInt8[np.ndarray, "n height width channels"], levels: int, columns: int | None = None
+) -> Image.Image:
+    """Images side by side, row after row; level 0 is black, level `levels` - 1 white.
+
+    Args:
+        columns: images in a row; None: as nearly square as goes.
 
     Raises:
         ValueError: if there are no images, or they have neither 1 nor 3 channels.
@@ -154,7 +159,7 @@ def image_grid(images: UInt8[np.ndarray, "n height width channels"], levels: int
     if n == 0 or channels not in (1, 3):
         raise ValueError(f"need images of 1 or 3 channels, got an array of shape {images.shape}")
     scale = math.ceil(_TILE_PIXELS / height)
-    columns = math.ceil(math.sqrt(n))
+    columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
     step_y, step_x = scale * height + _GAP, scale * width + _GAP
     canvas = np.full((rows * step_y - _GAP, columns * step_x - _GAP, channels), _GAP_GREY, np.uint8)
@@ -163,6 +168,12 @@ def image_grid(images: UInt8[np.ndarray, "n height width channels"], levels: int
         top, left = k // columns * step_y, k % columns * step_x
         canvas[top : top + scale * height, left : left + scale * width] = image
     return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+
+
+def snapshot_grid(grids: Sequence[Grid], per_row: int = 8) -> Image.Image:
+    """A row for each snapshot, the first `per_row` images of each: one column is one image as training goes on."""
+    shown = [grid.images[:per_row] for grid in grids]
+    return image_grid(np.concatenate(shown), grids[0].levels, columns=len(shown[0]))
 
 
 def save_grid(path: Path, images: UInt8[np.ndarray, "n height width channels"], levels: int) -> None:

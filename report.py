@@ -12,8 +12,18 @@ from typing import Any, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL.Image import Image
 
-from figures import TITLES, captioned, figure_png, image_grid, image_png, loss_figure, seconds_figure
+from figures import (
+    TITLES,
+    captioned,
+    figure_png,
+    image_grid,
+    image_png,
+    loss_figure,
+    seconds_figure,
+    snapshot_grid,
+)
 from figures_density import densities_figure
 from files import write_atomic
 from run_files import Grid, RunFiles, read_run
@@ -21,6 +31,9 @@ from tables import MISSING, Row, duration, html_table, number, with_error
 
 SHOWN = 64
 """Images in a grid, at most."""
+
+SNAPSHOTS = 6
+"""Snapshots shown, at most."""
 
 Runs: TypeAlias = Mapping[str, RunFiles]
 """Runs by their labels."""
@@ -47,7 +60,7 @@ def _page(runs: Runs, figures: Path) -> str:
         "Loss": _losses(runs, figures),
         "Likelihood": _likelihoods(runs),
         "Sample quality": _sample_quality(runs),
-        "Samples": _samples(runs, figures),
+        "Samples": _samples(runs, figures) + _snapshots(runs, figures),
         "Density": _density(runs, figures),
         "Time": _times(runs, figures),
         "Configuration": _configurations(runs),
@@ -282,11 +295,37 @@ def _samples(runs: Runs, figures: Path) -> str:
     captions = [caption for caption, _ in grids]
     pictures = [image_grid(_shown(grid), grid.levels) for _, grid in grids]
     write_atomic(figures / "samples.png", image_png(captioned(captions, pictures)))
+    return _gallery(captions, pictures) + missing
+
+
+def _snapshots(runs: Runs, figures: Path) -> str:
+    """Empty where none were drawn while training; of many only some are shown, the first and the last among them."""
+    captions, pictures = [], []
+    for label, run in runs.items():
+        if not run.snapshots:
+            continue
+        chosen = np.unique(np.linspace(0, len(run.snapshots) - 1, SNAPSHOTS).round().astype(int))
+        snapshots = [run.snapshots[i] for i in chosen]
+        steps = ", ".join(f"{snapshot.ema.step:,}" for snapshot in snapshots)
+        for weights, grids in (("averaged", [s.ema for s in snapshots]), ("last", [s.raw for s in snapshots])):
+            captions.append(f"{_described(label, run)}, {weights} weights, steps {steps}")
+            pictures.append(snapshot_grid(grids))
+    if not pictures:
+        return ""
+    write_atomic(figures / "snapshots.png", image_png(captioned(captions, pictures)))
+    return (
+        "<h3>While training</h3>\n"
+        + _gallery(captions, pictures)
+        + _paragraph("A row for each checkpoint, in the order of the steps; a column is the same noise all along.")
+    )
+
+
+def _gallery(captions: Sequence[str], pictures: Sequence[Image]) -> str:
     shown = "".join(
         f"<figure>{_image(image_png(picture), caption)}<figcaption>{html.escape(caption)}</figcaption></figure>\n"
         for caption, picture in zip(captions, pictures, strict=True)
     )
-    return f'<div class="grids">{shown}</div>\n{missing}'
+    return f'<div class="grids">{shown}</div>\n'
 
 
 def _shown(grid: Grid) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,14 @@ class DensityGrid:
 
 
 @dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The same images of a kept checkpoint, by its averaged and by its raw weights."""
+
+    ema: Grid
+    raw: Grid
+
+
+@dataclasses.dataclass(frozen=True)
 class RunFiles:
     """What a folder holds of a run; None or empty for what it does not."""
 
@@ -74,6 +82,7 @@ class RunFiles:
     problems: list[str]  # files that cannot be read
     points: Points | None = None  # the newest
     data_points: Points | None = None
+    snapshots: Sequence[Snapshot] = ()  # by step
     density: DensityGrid | None = None  # the newest
 
     @property
@@ -119,6 +128,7 @@ def read_run(workdir: Path) -> RunFiles:
         problems=problems,
         points=max(drawn_points, key=lambda points: points.step, default=None),
         data_points=clouds.get("data"),
+        snapshots=_read_snapshots(workdir / "samples" / "snapshots", problems),
         density=_newest_density(workdir / "density", problems),
     )
 
@@ -197,6 +207,18 @@ def _newest_density(folder: Path, problems: list[str]) -> DensityGrid | None:
         except (ValueError, KeyError) as error:
             problems.append(f"{path}: {error}")
     return max(grids, key=lambda grid: grid.step, default=None)
+
+
+def _read_snapshots(folder: Path, problems: list[str]) -> list[Snapshot]:
+    snapshots = []
+    for path in folder.glob("step_*.npz"):
+        try:
+            arrays = read_npz(path)
+            levels, step = int(arrays["levels"]), int(arrays["step"])
+            snapshots.append(Snapshot(*(Grid(arrays[weights], levels, step) for weights in ("ema", "raw"))))
+        except (ValueError, KeyError) as error:
+            problems.append(f"{path}: {error}")
+    return sorted(snapshots, key=lambda snapshot: snapshot.ema.step)
 
 
 def _read_grid(path: Path, problems: list[str]) -> Grid | None:

@@ -14,11 +14,13 @@ from build import build
 from configs.digits.smoke import get_config
 from feature_statistics import statistics_of
 from features import Features
+from figures import image_grid, snapshot_grid
 from files import read_npz
 from passes.extractors import Comparison
 from passes.samples import draw_images, sampling_pass, write_samples
 from passes.snapshots import Snapshots
 from records import StopRequest
+from run_files import read_run
 
 
 def config_with(**fields):
@@ -148,6 +150,18 @@ def test_a_run_leaves_snapshots_of_its_kept_checkpoints(trained):
     assert snapshot["ema"].shape == snapshot["raw"].shape == (8, 8, 8, 1)
     with Image.open(trained / "samples" / "snapshots" / "step_12_raw.png") as picture:
         assert picture.size == (3 * 42 - 2, 3 * 42 - 2)
+
+
+def test_the_report_shows_snapshots(trained):
+    page = (trained / "report.html").read_text()
+    assert "While training" in page
+    assert all(f"{weights} weights, steps 6, 12" in page for weights in ("averaged", "last"))
+    first, second = read_run(trained).snapshots
+    assert (first.ema.step, second.raw.step) == (6, 12)
+    rows = np.asarray(snapshot_grid([first.raw, second.raw], per_row=4))
+    assert rows.shape == (2 * 42 - 2, 4 * 42 - 2)
+    for row, grid in ((rows[:40], first.raw), (rows[42:], second.raw)):
+        np.testing.assert_array_equal(row, np.asarray(image_grid(grid.images[:4], 17, columns=4)))
 
 
 def test_a_snapshot_shows_its_weights_by_the_same_noise(params, tmp_path):
