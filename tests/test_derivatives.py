@@ -43,6 +43,13 @@ def test_exact_forms(x):
     assert jnp.max(jnp.abs(trace)) > 0.1, "a field with no third derivatives tests nothing"
 
 
+def test_many_columns_at_once_are_those_one_by_one(x, monkeypatch):
+    one_by_one = exact_trace_gradient(field, x)
+    monkeypatch.setattr("derivatives.UNROLLED_DIMS", 3)
+    for a, b in zip(exact_trace_gradient(field, x), one_by_one, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_probe_forms_agree_with_the_jacobian(x):
     probe = PROBES["gaussian"](jax.random.key(1), x.shape)
     flat = probe.reshape(len(x), -1)
