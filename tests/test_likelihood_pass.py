@@ -1,0 +1,208 @@
+"""Passes of the likelihood on the smallest network: what they store, refuse and never do twice."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import datasets
+from build import Run, build
+from configs.digits.smoke import get_config
+from dequantization import dequantizer_from_config, log_mean_exp
+from passes.likelihood import LikelihoodPass, data_reference, importance_weighted, summary
+
+EXACT = {"eval__max_examples": 8, "eval__batch_size": 8, "eval__ode_steps": 4}
+
+
+def run_with(**fields: Any) -> Run:
+    config = get_config()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in (EXACT | fields).items()})
+    return build(config)
+
+
+def pass_with(**fields: Any) -> LikelihoodPass:
+    run = run_with(**fields)
+    return LikelihoodPass(run, dequantizer_from_config(run.config, run.sde))
+
+
+PARAMS = jax.tree.map(lambda p: p, run_with().fresh_state().ema_params)
+
+
+def stored(result: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
+    (batch,) = (folder / result["values"]).glob("*.npz")
+    return dict(np.load(batch))
+
+
+def test_importance_samples_of_truncated_normal_noise(tmp_path, monkeypatch):
+    likelihood = pass_with(eval__dequantization="truncated_normal", eval__num_importance_samples=3)
+    result = likelihood(PARAMS, tmp_path)
+    assert result["dequantization"] == "truncated normal"
+    assert result["tau"] == pytest.approx(0.5 / 17 / 0.01, rel=1e-3)
+    assert result["importance_samples"] == 3
+    assert result["nfe"] == 3 * 5
+    assert sum(result["terms"].values()) == pytest.approx(result["mean"], abs=1e-9)
+    assert result["terms"]["importance_sampling"] < 0 < result["terms"]["dequantization"]
+    assert abs(result["errors"]["solver_error"]) > 0
+    assert result["errors"]["probe_error"] > 0
+    values = stored(result, tmp_path)
+    assert {"bpd", "prior", "divergence", "levels", "scaler", "solver_error", "probe_error"} <= values.keys()
+    assert values["bpd"].shape == (8,)
+    monkeypatch.setattr(LikelihoodPass, "_batch", lambda *arguments: pytest.fail("worked out again"))
+    assert likelihood(PARAMS, tmp_path) == result
+
+
+def test_both_forms_of_the_bound_agree(tmp_path):
+    values = {}
+    for form, dsm in (("dsm", True), ("sm", False)):
+        likelihood = pass_with(eval__bound=True, eval__dsm=dsm, eval__bound_times=40, eval__bound_starts=5)
+        result = likelihood(PARAMS, tmp_path)
+        assert result["bound"] == form
+        assert result["nfe"] == 45
+        assert result["errors"].keys() == {"sampling_error"}
+        assert sum(result["terms"].values()) == pytest.approx(result["mean"], abs=1e-9)
+        values[form] = stored(result, tmp_path)
+    difference = values["dsm"]["bpd"] - values["sm"]["bpd"]
+    error = np.hypot(values["dsm"]["sampling_error"], values["sm"]["sampling_error"])
+    assert np.all(np.abs(difference) < 5 * error)
+    assert np.any(values["dsm"]["start_correction"] != 0)
+
+
+def test_without_the_start_time_correction(tmp_path):
+    likelihood = pass_with(eval__bound=True, eval__offset=False, eval__bound_times=40)
+    result = likelihood(PARAMS, tmp_path)
+    assert (result["num_starts"], result["nfe"], result["terms"]["start_correction"]) == (0, 40, 0)
+
+
+CHANGES: dict[str, Any] = {
+    "eval__ode_steps": 6,
+    "eval__ode_solver": "rk4_log",
+    "eval__probe": "gaussian",
+    "eval__num_probes": 3,
+    "eval__num_importance_samples": 2,
+    "eval__dequantization": "truncated_normal",
+    "eval__bpd_dataset": "train",
+    "eval__max_examples": 4,
+    "eval__batch_size": 4,
+    "eval__bound": True,
+    "seed": 1,
+    "model__sigma_min": 0.02,
+    "training__smallest_time": 1e-4,
+}
+
+
+def test_whatever_changes_the_numbers_changes_the_settings(monkeypatch):
+    settings = [pass_with().settings()] + [pass_with(**{field: value}).settings() for field, value in CHANGES.items()]
+    monkeypatch.setattr(datasets, "source_from_config", other_training_images(datasets.source_from_config))
+    settings.append(pass_with().settings())
+    assert len({json.dumps(s, sort_keys=True) for s in settings}) == len(CHANGES) + 2
+    for adaptive in (pass_with(eval__ode_solver="dopri5"), pass_with(eval__ode_solver="dopri5", eval__rtol=1e-3)):
+        assert "reference_data" not in adaptive.settings()
+        assert adaptive.settings()["rtol"] == adaptive.run.config.eval.rtol
+
+
+def other_training_images(source_from_config):
+    def changed(config, split):
+        source = source_from_config(config, split)
+        return dataclasses.replace(source, description="other") if split == "train" else source
+
+    return changed
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "solver": ({"eval__ode_solver": "euler"}, r"eval.ode_solver is 'euler'; known are dopri5, scipy"),
+    "probe": ({"eval__probe": "cauchy"}, r"eval.probe is 'cauchy'; known are rademacher, gaussian, exact"),
+    "probes": ({"eval__num_probes": 0}, r"eval.num_probes is 0; it must be positive"),
+    "steps": ({"eval__ode_steps": 5}, r"eval.ode_steps is 5; adams_log needs an even number"),
+    "tolerance": ({"eval__rtol": -1.0}, r"eval.rtol is -1.0; it must be positive"),
+    "repeats": ({"eval__num_repeats": 0}, r"eval.num_repeats is 0; it must be at least 1"),
+    "draws": ({"eval__num_importance_samples": 0}, r"eval.num_importance_samples is 0; it must be at least 1"),
+    "examples": ({"eval__max_examples": -1}, r"eval.max_examples is -1"),
+    "split": ({"eval__bpd_dataset": "valid"}, r"eval.bpd_dataset is 'valid'; known are train, test"),
+    "batch": ({"eval__batch_size": 6}, r"eval.batch_size is 6; 4 devices do not divide it"),
+    "levels": ({"data__levels": 256}, r"data.levels is 256, but the brightest pixel"),
+    "dequantization": ({"eval__dequantization": "normal"}, r"eval.dequantization is 'normal'; known are uniform"),
+    "draws of a bound": (
+        {"eval__bound": True, "eval__num_importance_samples": 2},
+        r"estimates a bound",
+    ),
+    "late bound": ({"eval__bound": True, "eval__dequantization": "truncated_normal"}, r"x at t > 0; eval.bound=True"),
+    "times": ({"eval__bound": True, "eval__bound_times": 1}, r"eval.bound_times is 1; it must be at least 2"),
+    "starts": ({"eval__bound": True, "eval__bound_starts": 0}, r"eval.bound_starts is 0; it must be at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_settings_are_refused_before_any_work(name):
+    fields, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message):
+        pass_with(**fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda images: images / np.float32(16), "has images of float32; a discrete image's bits/dim need integer"),
+        (lambda images: np.where(np.arange(len(images))[:, None, None, None] == 3, 40, images), "pixel of level 40"),
+    ],
+)
+def test_images_that_are_no_levels_are_refused(change, message, monkeypatch):
+    source = datasets.source_from_config(get_config(), "test")
+    changed = dataclasses.replace(source, levels_array=change(source.levels_array))  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
+    monkeypatch.setattr(datasets, "source_from_config", lambda config, split: changed)
+    with pytest.raises(ValueError, match=message):
+        pass_with()
+
+
+def test_a_likelihood_that_is_not_finite_is_named(tmp_path):
+    broken = jax.tree.map(lambda p: p * np.nan, PARAMS)
+    with pytest.raises(RuntimeError, match=r"the likelihood's solve broke down at t = .*, at image 0 of digits"):
+        pass_with(eval__dequantization="truncated_normal")(broken, tmp_path)
+    with pytest.raises(RuntimeError, match=r"the likelihood is not finite at image 0 of digits"):
+        pass_with(eval__bound=True, eval__bound_times=40, eval__bound_starts=5)(broken, tmp_path)
+
+
+@pytest.mark.parametrize(("bins", "centered"), [(17, False), (17, True), (16, True)])
+def test_the_reference_has_the_moments_of_the_data(bins, centered):
+    images = np.random.default_rng(0).integers(0, 17, (50, 2, 2, 1)).astype(np.uint8)
+    unit = images / 16 if bins == 16 else (images[..., None] + np.linspace(0, 1, 2001)[:-1] + 0.5 / 2000) / 17
+    x = (2 * unit - 1 if centered else unit).reshape(50, 4, -1)
+    reference = data_reference(images, 17, bins, centered)
+    np.testing.assert_allclose(np.ravel(reference.mean), x.mean(axis=(0, 2)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(np.ravel(reference.std), x.std(axis=(0, 2)), rtol=1e-4)
+
+
+def test_draws_are_averaged_inside_the_logarithm():
+    rng, nats = np.random.default_rng(1), 5 * math.log(2)
+    draws = [({"a": rng.normal(size=6), "b": rng.normal(size=6)}, {"probe_error": np.full(6, e)}) for e in (1.0, 2.0)]
+    values = importance_weighted(draws, dims=5, constants=(3.0, -1.0))
+    log_weights = -np.array([terms["a"] + terms["b"] for terms, _ in draws])
+    np.testing.assert_allclose(values["bpd"], 2.0 - log_mean_exp(log_weights) / nats, rtol=1e-12)
+    names = ("a", "b", "levels", "scaler", "importance_sampling")
+    np.testing.assert_allclose(np.sum([values[name] for name in names], axis=0), values["bpd"])
+    share = 1 / (1 + np.exp(log_weights[1] - log_weights[0]))
+    np.testing.assert_allclose(values["probe_error"], (share + 2 * (1 - share)) / nats)
+
+
+def test_the_summary_knows_how_sure_it_is():
+    rng = np.random.default_rng(2)
+
+    def batch(size: int) -> dict[str, np.ndarray]:
+        bpd = rng.normal(size=size)
+        errors = {"solver_error": np.full(size, -1e-3), "probe_error": np.full(size, 0.02)}
+        return {"prior": bpd, "bpd": bpd, "nfe": np.asarray(9), "seconds": np.asarray(1.0), **errors}
+
+    repeats = [[batch(5), batch(3)] for _ in range(3)]
+    result = summary(repeats)
+    means = np.array([np.concatenate([b["bpd"] for b in batches]).mean() for batches in repeats])
+    assert (result["n"], result["repeats"], result["seconds"], result["nfe"]) == (8, 3, 6.0, 9.0)
+    assert result["mean"] == pytest.approx(means.mean())
+    assert result["se_over_repeats"] == pytest.approx(means.std(ddof=1) / math.sqrt(3))
+    assert result["errors"] == pytest.approx({"solver_error": -1e-3, "probe_error": 0.02 / math.sqrt(24)})
+    alone = [[{**repeats[0][0], "probe_error": np.full(5, np.nan)}]]
+    assert summary(alone)["errors"]["probe_error"] is None
+    assert summary(alone)["se_over_repeats"] is None
