@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, default=Path("runs/order1"))
     parser.add_argument("--num-samples", type=int, default=10_000)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would these
     images = {n: drawn_on(n, arguments.workdir, arguments.num_samples) for n in DEVICES}
     one, several = (images[n].astype(int) for n in DEVICES)
     off = np.abs(one - several)
@@ -57,7 +58,10 @@ def drawn_on(devices: int, workdir: Path, num_samples: int) -> np.ndarray:
                 time.sleep(0.05)
             process.send_signal(how)
             status = process.wait()
-            print(f"{devices} devices: stopped by {how.name} after {len(finished)} of {rounds} rounds, status {status}")
+            if status == 0:
+                raise RuntimeError(f"it had ended before {how.name} came; draw more samples")
+            said = f"stopped by {how.name} after {len(finished)} of {rounds} rounds, status {status}"
+            print(f"{devices} devices: {said}", flush=True)
         elif process.wait() != 0:
             raise RuntimeError(f"sampling failed: {' '.join(command)}")
     return np.concatenate([read_npz(path)["samples"] for path in rounds_in(folder)])[:num_samples]
