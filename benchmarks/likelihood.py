@@ -9,6 +9,7 @@ compilation. In the last column the same image is solved in the company of other
 """
 
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,7 +55,10 @@ def main(argv: list[str]) -> None:
     truth = converged(problem)
     cases = [(method, f"{tol:.0e}", {"rtol": tol, "atol": tol}) for method, tol in ADAPTIVE]
     cases += [(method, f"{n} steps", {"num_steps": n}) for method, n in FIXED]
-    rows = [(method, setting, *measured(problem, truth, method=method, **solve)) for method, setting, solve in cases]
+    rows = []
+    for method, setting, solve in cases:
+        rows.append((method, setting, *measured(problem, truth, method=method, **solve)))
+        print(*rows[-1], file=sys.stderr, flush=True)
     print(f"{len(problem.x)} images, {jax.devices()[0].device_kind}, bits/dim {-np.mean(truth):.4f} up to a constant")
     headers = ("method", "setting", "NFE", "seconds", "mean |error|", "bias", "|estimate|", "estimated bias", "company")
     print(text_table(headers, rows))
