@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from arrays import Batch, PerExample, per_example
+from arrays import Batch, PerExample, ScoreFn, per_example
 from bounds import bound_draw
 from configs.default import Config
 from coordinates import Reference
 from dequantization import Dequantized, Images, Keys
 from likelihood import discrete_bits
 from models.flowpp import Flowpp, flowpp_from_config
-from models.score import NetworkScore, Params
+from models.score import Params
 from sde_lib import SDE
 from train_state import TrainState, create_state, optimizer_from_config
 
@@ -113,11 +113,12 @@ class DequantizerTrainer:
         return create_state(params, self.optimizer)
 
     def step(
-        self, state: TrainState, score_fn: NetworkScore, reference: Reference, images: Images, key: Array
+        self, state: TrainState, score_fn: ScoreFn, reference: Reference, images: Images, key: Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        """One step of the optimizer on a batch of integer levels; `score_fn` stays as it is.
+        """One step of the optimizer on a batch of integer levels.
 
         Args:
+            score_fn: of the model the noise is for; it stays as it is. A pytree, as the parameters are large.
             reference: of the bound's control variate.
             key: the run's; what the step draws follows from it and the step's number.
 
@@ -143,7 +144,7 @@ class DequantizerTrainer:
         }
 
     def bits_per_dim(
-        self, params: Params, score_fn: NetworkScore, reference: Reference, images: Images, key: Array, *, train: bool
+        self, params: Params, score_fn: ScoreFn, reference: Reference, images: Images, key: Array, *, train: bool
     ) -> Parts:
         """One draw of each image's bound on its bits/dim, `total`, and its part `dequantization`, ln q.
 

@@ -6,7 +6,8 @@
 and with learned instead of uniform dequantization
 
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=train_deq
-    python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=eval --config.eval.dequantizer=True
+    python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=eval --eval_folder=eval_deq \
+        --config.eval.dequantizer=True
 
 About 190,000 parameters; minutes on two CPU cores.
 """

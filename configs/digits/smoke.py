@@ -36,5 +36,6 @@ def get_config() -> Config:
 
     config.deq.filters = 8
     config.deq.components = 2
+    config.deq.blocks = 1
     config.deq.n_iters = 12
     return config
