@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
-.PHONY: setup setup-dev demo test lint clean digits-orders reproduce
+.PHONY: setup setup-dev demo test lint clean digits-orders reproduce fid-nfe sample-devices
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -45,6 +45,17 @@ digits-orders: setup
 # The paper's synthetic experiments, about a quarter of an hour on an idle core; resumes; writes docs/results/synthetic.md
 reproduce: setup
 	$(BIN)/python -m benchmarks.reproduce
+
+# FID against evaluations of each sampler, on the demo's first model: an hour or two on two idle cores, mostly
+# predictor-corrector sampling; resumes; writes docs/results/samples.md
+fid-nfe: setup
+	$(DIGITS) --workdir=runs/order1 --mode=train
+	$(BIN)/python -m benchmarks.fid_nfe
+
+# 10,000 digits, interrupted twice, on 1 and on 4 devices: the same images
+sample-devices: setup
+	$(DIGITS) --workdir=runs/order1 --mode=train
+	$(BIN)/python -m benchmarks.sample_devices
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -15,12 +15,13 @@ import dataclasses
 import json
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 import run_lib
@@ -34,6 +35,7 @@ from figures import COLOURS, figure_png
 from files import read_npz, write_atomic
 from passes.extractors import Comparison, comparison_from_config
 from passes.keep import params_digest
+from tables import MISSING
 
 BUDGETS = (10, 20, 50)
 FAST: dict[str, dict[str, Any]] = {
@@ -78,6 +80,7 @@ def main() -> None:
     parser.add_argument("--num-samples", type=int, default=10_000)
     parser.add_argument("--only", help="draw those only whose name has this in it")
     parser.add_argument("--table-only", action="store_true", help="draw nothing")
+    parser.add_argument("--at", type=int, nargs="+", default=[10_000], help="compare the first so many samples of each")
     parser.add_argument("--out", type=Path, default=Path("docs/results/samples.md"))
     parser.add_argument("--plot", type=Path, default=Path("docs/images/fid_nfe.png"))
     arguments = parser.parse_args()
@@ -91,8 +94,8 @@ def main() -> None:
     digest = newest_digest(arguments.workdir)
     drawn = {label: measured(arguments.workdir, label, s, digest, comparison) for label, s in samplers.items()}
     found = {label: each for label, each in drawn.items() if each is not None}
-    write_atomic(arguments.plot, figure_png(plot(found, comparison)))
-    write_atomic(arguments.out, page(found, comparison))
+    write_atomic(arguments.plot, figure_png(plot(found, comparison, min(arguments.at))))
+    write_atomic(arguments.out, page(found, comparison, arguments.at))
     print(arguments.out.read_text())
 
 
@@ -163,63 +166,66 @@ def fid(pool: np.ndarray, comparison: Comparison) -> float:
     return frechet_distance(pool.mean(axis=0), np.cov(pool, rowvar=False), real.mu, real.sigma)
 
 
-def page(found: Mapping[str, Drawn], comparison: Comparison) -> str:
-    common = min(each.n for each in found.values())
-    rows = [row(each, quality(each.features.pool[:common], comparison), comparison) for each in found.values()]
-    best = min(fid(each.features.pool[:common], comparison) for each in found.values())
+def page(found: Mapping[str, Drawn], comparison: Comparison, at: Sequence[int]) -> str:
+    headers = ["sampler", "NFE", *(f"FID of {n:,}" for n in at), f"KID of {at[-1]:,}", "drawn", "ms for each"]
+    rows = [row(each, comparison, at) for each in found.values()]
+    of_last = {label: fid(d.features.pool[: at[-1]], comparison) for label, d in found.items() if d.n >= at[-1]}
+    best = min(of_last, key=lambda label: of_last[label])
     return PAGE.format(
-        common=common,
-        rows="\n".join(rows),
-        best=f"{best:.3f}",
+        table="\n".join(f"| {' | '.join(cells)} |" for cells in (headers, ["---"] * len(headers), *rows)),
+        best=f"{best} ({found[best].nfe} evaluations, FID {of_last[best]:.3f} of {at[-1]:,} samples)",
         commit=commit(),
         machine=machine(),
         real=comparison.statistics.n,
+        groups=GROUPS,
     )
 
 
-def row(drawn: Drawn, common: Quality, comparison: Comparison) -> str:
-    everything = quality(drawn.features.pool, comparison)
-    cells = [
-        drawn.label,
-        str(drawn.nfe),
-        f"{common.fid:.3f} ± {common.fid_se:.3f}",
-        f"{common.kid:.3f} ± {common.kid_se:.3f}",
-        f"{drawn.n:,}",
-        f"{everything.fid:.3f} ± {everything.fid_se:.3f}",
-        f"{1000 * drawn.seconds / drawn.n:.1f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+def row(drawn: Drawn, comparison: Comparison, at: Sequence[int]) -> list[str]:
+    measured_at = {n: quality(drawn.features.pool[:n], comparison) for n in at if n <= drawn.n}
+    fids = [f"{measured_at[n].fid:.3f} ± {measured_at[n].fid_se:.3f}" if n in measured_at else MISSING for n in at]
+    if not measured_at:
+        fewer = quality(drawn.features.pool, comparison)
+        fids[0] = f"({fewer.fid:.1f} ± {fewer.fid_se:.1f} of {drawn.n:,})"
+    last = measured_at.get(at[-1])
+    kid = f"{last.kid:.3f} ± {last.kid_se:.3f}" if last else MISSING
+    return [drawn.label, f"{drawn.nfe:,}", *fids, kid, f"{drawn.n:,}", f"{1000 * drawn.seconds / drawn.n:.0f}"]
 
 
-def plot(found: Mapping[str, Drawn], comparison: Comparison) -> Figure:
-    """FID against network evaluations, both logarithmic, of as many samples of each sampler."""
-    common = min(each.n for each in found.values())
+def plot(found: Mapping[str, Drawn], comparison: Comparison, n: int) -> Figure:
+    """FID of the first n samples of each sampler (of fewer where there are fewer) against evaluations."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     panel = figure.subplots()
-    lines = {label: [f"{label}, {n}" for n in BUDGETS] for label in FAST} | {label: [label] for label in SLOW}
+    lines = {label: [f"{label}, {budget}" for budget in BUDGETS] for label in FAST}
+    lines |= {label: [label] for label in SLOW}
     for colour, marker, (label, names) in zip((*COLOURS, "#30363d"), "osD^v*P", lines.items(), strict=True):
         points = [found[name] for name in names if name in found]
-        qualities = [quality(each.features.pool[:common], comparison) for each in points]
+        qualities = [quality(each.features.pool[:n], comparison) for each in points]
+        fewest = min((each.n for each in points), default=n)
         panel.errorbar(
             [each.nfe for each in points],
             [q.fid for q in qualities],
             yerr=[q.fid_se for q in qualities],
-            label=label,
+            label=label if fewest >= n else f"{label} ({fewest:,} samples)",
             color=colour,
             marker=marker,
             linestyle="--" if "ODE" in label else "-",
             markersize=8 if len(names) == 1 else 5,
         )
+    _style(panel, n)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
+def _style(panel: Axes, n: int) -> None:
     panel.set_xscale("log")
     panel.set_yscale("log")
     panel.set_xlabel("network evaluations for each image")
-    panel.set_ylabel(f"FID, classifier features, {common:,} samples")
+    panel.set_ylabel(f"FID of {n:,} samples, classifier features")
     panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     panel.grid(color="#e3e6ea", linewidth=0.7)
     panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize=9)
-    return figure
 
 
 def commit() -> str:
@@ -232,7 +238,19 @@ def machine() -> str:
 
 PAGE = """# Sample quality against network evaluations
 
-{rows}
+FID and KID of samples from the first-order digits model of the demo (VE, configs/digits/ncsnpp.py, 4000 steps, averaged
+weights), by the features of the classifier trained on the digits, against the {real} training images. They compare with
+nothing but each other. FID falls with the number of samples, so each column compares the same number. ± is the
+jackknife error over {groups} parts of the samples (FID) and that of `evaluation.kernel_distance` (KID).
+
+{table}
+
+The best: {best}.
+
+![FID against evaluations](../images/fid_nfe.png)
+
+Command `make fid-nfe`, commit {commit}, {machine}. It resumes; the times are of a machine shared with other work, and
+only say that the evaluations are what costs.
 """
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Bool, UInt8
 
 import datasets
@@ -48,6 +49,7 @@ def sampling_pass(run: Run, comparison: Comparison, params: Params, folder: Path
         RuntimeError: if a sample is not finite, or the ODE sampler's solve breaks down.
     """
     wanted, batch_size = run.config.eval.num_samples, run.config.sampling.batch_size
+    _warn_of_odes(run)
     comparison.prepare()  # what can fail with the real images fails before anything is drawn
     described = {"sampling": run.config.sampling.to_dict(), "num_scales": run.config.model.num_scales}
     keep = Keep(folder, "samples", described | {"seed": run.config.seed}, params)
@@ -68,6 +70,16 @@ def sampling_pass(run: Run, comparison: Comparison, params: Params, folder: Path
         "rounding": "down" if run.config.data.uniform_dequantization else "nearest",
     }
     return comparison(images) | cost | described | {"values": keep.folder.name}, images
+
+
+def _warn_of_odes(run: Run) -> None:
+    sampling = run.config.sampling
+    follows_ode = sampling.method in ("ode", "heun") or (sampling.method == "dpm_solver" and sampling.eta == 0)
+    if follows_ode and run.config.training.sde in ("vesde", "linearvesde"):
+        logging.warning(
+            "the ODE of a VE model keeps every error of the score at large noise, and its samples are often poor; "
+            "--config.sampling.method=dpm_solver --config.sampling.eta=1 follows the SDE"
+        )
 
 
 def _round(run: Run, params: Params, number: int, show: Progress) -> Values:

@@ -103,6 +103,16 @@ def test_other_settings_draw_anew(run, params, comparison, tmp_path):
     assert len(images) == 48
 
 
+@pytest.mark.parametrize(("sde", "eta", "warns"), [("vesde", 0.0, True), ("vesde", 1.0, False), ("vpsde", 0.0, False)])
+def test_odes_of_ve_models_are_warned_of(comparison, tmp_path, monkeypatch, sde, eta, warns):
+    said = []
+    monkeypatch.setattr(passes.samples.logging, "warning", lambda *message: said.append(message))
+    monkeypatch.setattr(passes.samples, "draw_images", lambda *_: (np.zeros((16, 8, 8, 1), np.uint8), 6))
+    config = config_with(training__sde=sde, model__scale_by_sigma=sde == "vesde", sampling__eta=eta)
+    sampling_pass(build(config), comparison, {}, tmp_path)
+    assert any("follows the SDE" in text for text, *_ in said) == warns
+
+
 def test_samples_that_are_not_finite_are_an_error(run, params):
     broken = jax.tree.map(lambda p: p * np.nan, params)
     with pytest.raises(RuntimeError, match=r"sample 16 is not finite \(16 of 16 are not\).*sampling.method=dpm_solver"):
