@@ -54,7 +54,8 @@ class OdeScore(NamedTuple):
     latent: Batch
     """x_T."""
     returned: Batch
-    """Where the solve back ended: x, but for the error of the two solves."""
+    """Where the solve back ended: x, but for the error of the two solves. Far from x the score is another point's: in
+    the valleys between modes the flow back is unstable."""
     info: Info
     """How both solves went. See `ode.require_success`."""
 

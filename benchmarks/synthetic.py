@@ -68,6 +68,6 @@ class Problem:
 
 PROBLEMS = (
     Problem("mixture_ve", "Mixture, VE", "mixture", 12_000, 6000, 256, (32, 64), 1.6, 321, 1.0),
-    Problem("checkerboard_ve", "Checkerboard, VE", "checkerboard", 12_000, 6000, 256, (48, 96), 5.0, 48, 3.0),
+    Problem("checkerboard_ve", "Checkerboard, VE", "checkerboard", 12_000, 6000, 256, (48, 96), 5.0, 48, 2.0),
     Problem("mixture_vp", "Mixture, VP", "mixture", 12_000, 6000, 256, (32, 64), 1.6, 321, 1.0),
 )
