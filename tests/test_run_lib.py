@@ -25,6 +25,7 @@ ROOT = Path(__file__).parent.parent
 
 def config_with(**fields):
     config = get_config()
+    config.data.random_flip = True  # its random numbers must follow from the step, too
     config.training.n_iters = 12
     config.training.snapshot_freq = 6
     config.training.snapshot_freq_for_preemption = 4
@@ -111,24 +112,43 @@ def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypat
     assert whole["samples"]["fid_features"] == "classifier"
     assert whole["loss"]["total"]["n"] == 359
 
-    solved = []
+    solved, stops = [], [1, 3]
     solve = LikelihoodPass._batch
 
     def interrupted(*arguments):
-        if len(solved) == 2:
+        if stops and len(solved) == stops[0]:
+            stops.pop(0)
             raise KeyboardInterrupt
         solved.append(arguments)
         return solve(*arguments)
 
     monkeypatch.setattr(LikelihoodPass, "_batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run_lib.evaluate(config, trained, "parts")
-    monkeypatch.setattr(LikelihoodPass, "_batch", solve)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_lib.evaluate(config, trained, "parts")
     run_lib.evaluate(config, trained, "parts")
+    assert len(solved) == 4, "a batch was worked out twice"
     parts = (trained / "parts" / "step_12.json").read_bytes()
     assert parts == (trained / "whole" / "step_12.json").read_bytes(), "times are elsewhere"
     assert read_run(trained).results[-1]["bpd"]["seconds"] > 0
     assert "bits/dim" in (trained / "report.html").read_text()
+
+
+def test_an_evaluation_killed_between_its_batches_ends_the_same(trained):
+    fields = {"eval__num_repeats": 6, "eval__batch_size": 8, "eval__enable_sampling": False}
+    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    arguments = command("--mode=eval", f"--workdir={trained}", "--eval_folder=killed", *flags)
+    killed = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and killed.poll() is None and not list((trained / "killed").glob("*/*.npz")):
+        time.sleep(0.01)
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    assert 1 <= len(list((trained / "killed").glob("*/*.npz"))) < 36
+    for folder in ("killed", "not_killed"):
+        run_lib.evaluate(config_with(**fields), trained, folder)
+    results = [(trained / folder / "step_12.json").read_bytes() for folder in ("killed", "not_killed")]
+    assert results[0] == results[1]
 
 
 def test_missing_checkpoints_are_named(trained, tmp_path):
