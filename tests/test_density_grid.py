@@ -32,7 +32,9 @@ def test_grid_of_the_report(untrained, tmp_path):
     draw_density(run, density_pass, params, 4, "step_7", 7, tmp_path)
     arrays = read_npz(tmp_path / "density" / "step_7.npz")
     x = grid_points(float(arrays["limit"]), 4, 2)
-    np.testing.assert_allclose(x[1] - x[0], [arrays["limit"] / 2, 0])  # the first axis of space runs along rows
+    np.testing.assert_allclose(
+        x[1] - x[0], np.array([float(arrays["limit"]) / 2, 0.0])
+    )  # the first axis of space runs along rows
     expected = model_density(run, density_pass, params, x)
     np.testing.assert_allclose(arrays["density"], expected.reshape(4, 4), rtol=1e-6)
     assert arrays["data"].shape == (4, 4)

@@ -30,7 +30,7 @@ def test_checkerboard_is_a_density_with_its_score(name, t):
     log_density = LOG_DENSITY(sde, x, times)
     np.testing.assert_allclose(np.sum(np.exp(np.asarray(log_density, np.float64))) * cell, 1, atol=1e-4)
     few = x[::397]
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(MARGINALS.log_density(sde, x, times[: len(few)]))))(few)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(LOG_DENSITY(sde, x, times[: len(few)]))))(few)
     score = SCORE(sde, few, times[: len(few)])
     np.testing.assert_allclose(score, gradient, atol=1e-3 * float(jnp.max(jnp.abs(score))))
 
