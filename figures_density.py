@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from figures import COLOURS
-from score_ode import Curve
+from score_distances import Curve
 
 DATA_COLOUR = "#30363d"
 
@@ -22,7 +22,7 @@ DISTANCES = {
     "fisher": "ODE's score to the data's, $\\ell_{Fisher}$",
     "difference": "model's score to the ODE's, $\\ell_{Diff}$",
 }
-"""Titles of the panels, by the names of `score_ode.Distances`."""
+"""Titles of the panels, by the names of `score_distances.Distances`."""
 
 
 def densities_figure(

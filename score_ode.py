@@ -1,4 +1,4 @@
-"""The score of the ODE's own density, and what it says about a score model.
+"""The score of the density of the ODE itself, and likelihoods from several starts.
 
 The probability-flow ODE dx/dt = h(x, t) of a score model carries the prior at T back to a density p_t at every t. Its
 score is not the model's, unless the model is exact. Along a path it obeys
@@ -8,24 +8,12 @@ score is not the model's, unless the model is exact. Along a path it obeys
 which is linear in a ([L22] App. D): x is solved forward to T, then (x, a) back from the prior's score there. With a
 probe's v.Jv for div h the result is that linear equation's with another source, so its expectation is exact.
 
-With q_t the density of the data's x_t, and s the model's score, three distances in nats per unit of time tell the two
-apart, each g^2 / 2 times an expectation over q_t ([L22] Fig. 3 and 7):
-
-    score_matching  |s - grad ln q_t|^2         what first-order score matching minimises
-    fisher          |grad ln p_t - grad ln q_t|^2   what it would take to bound the likelihood
-    difference      |s - grad ln p_t|^2         needs no grad ln q_t, so that it can be had for images
-
-Theorem 3.1 of [L22], for q and p at t_min and at T:
-
-    KL(q_min || p_min) = KL(q_T || p_T) + integral of g^2 / 2 E[(s - grad ln q_t) . (grad ln p_t - grad ln q_t)] dt.
-
 Sources: [L22] Lu et al., ICML 2022.
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,17 +22,9 @@ from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, inner, per_example
 from derivatives import Field, exact_divergence, probe_divergence
-from evaluation import MeanEstimate, mean_estimate
-from likelihood import Probes, ode_log_likelihood
-from marginals import Marginals
-from ode import Info, as_pytree, integrate, require_success
+from likelihood import Probes
+from ode import Info, as_pytree, integrate
 from sde_lib import SDE
-
-Sampler: TypeAlias = Callable[[PerExample], Batch]
-"""Points of q_t, one for each of the times given; the same ones for the same times."""
-
-
-# --- the score of the ODE's density ---
 
 
 class OdeScore(NamedTuple):
@@ -105,7 +85,7 @@ def ode_score_path(
     """Where the ODE carries x, which is at the first of `times`, and grad ln p_t there, at each of them.
 
     The points at a later time are samples of the flow from the first, not of q_t: expectations over q_t need points of
-    their own (`distances`).
+    their own (score_distances.py).
 
     Args:
         times: increasing, within [t_min, T].
@@ -214,204 +194,65 @@ class _ScoreFlow:
         return rate * value, -rate * gradient
 
 
+def likelihood_by_start(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    starts: Float[Array | np.ndarray, " starts"],
+    probes: Probes | None = None,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+) -> tuple[Float[Array, "starts batch"], Info]:
+    """ln p(x) in nats if x stands for x_t at each of some times t where the solve may start ([L22] Fig. 6).
+
+    One solve takes all of them. Its results are those of `likelihood.ode_log_likelihood` with t_min = t.
+
+    Args:
+        starts: in (0, T).
+        probes: of div h, fixed for the solve and the same for all starts. None: exact.
+
+    Returns:
+        The log-likelihoods, and how the solve went. See `ode.require_success`.
+
+    Raises:
+        ValueError: a start outside (0, T).
+    """
+    times = np.asarray(starts, np.float64)
+    if np.any(times <= 0) or np.any(times >= sde.t_max):
+        raise ValueError(f"starts must lie in (0, {sde.t_max}), got {starts}")
+    n = len(times)
+    t = jnp.asarray(np.repeat(times, len(x)), x.dtype)
+    repeated = None if probes is None else jnp.tile(probes, (1, n, *(1,) * (x.ndim - 1)))
+    field = _LikelihoodFlow(as_pytree(score_fn), repeated, t, sde)
+    with jax.default_matmul_precision("highest"):
+        state = (jnp.tile(x, (n, *(1,) * (x.ndim - 1))), jnp.zeros_like(t))
+        (latent, divergence), info = integrate(field, state, 0.0, 1.0, rtol=rtol, atol=atol)
+    begun = t[jnp.maximum(info.suspect, 0)]
+    info = info._replace(t=begun + info.t * (sde.t_max - begun), suspect=jnp.where(info.success, -1, info.suspect))
+    return (sde.prior_logp(latent) + divergence).reshape(n, -1), info
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes", "start"], meta_fields=["sde"])
+@dataclasses.dataclass(frozen=True)
+class _LikelihoodFlow:
+    """d/dfraction of x and of the integral of div h."""
+
+    score_fn: ScoreFn
+    probes: Probes | None
+    start: PerExample
+    sde: SDE
+
+    def __call__(self, fraction: Float[Array, ""], state: tuple[Batch, PerExample]) -> tuple[Batch, PerExample]:
+        flow = _Flow(self.score_fn, self.start, self.sde).at(fraction)
+        value, divergence = _with_divergence(flow, state[0], self.probes)
+        rate = self.sde.t_max - self.start
+        return per_example(rate, value) * value, rate * divergence
+
+
 def _with_divergence(flow: Field, x: Batch, probes: Probes | None) -> tuple[Batch, PerExample]:
     """A flow and its divergence: exact, or the mean over k probes."""
     if probes is None:
         return exact_divergence(flow, x)
     value, along = jax.vmap(lambda probe: probe_divergence(flow, x, probe), out_axes=(None, 0))(probes)
     return value, jnp.mean(along, axis=0)
-
-
-# --- distances between the model, its ODE, and the data ---
-
-
-class Distances(NamedTuple):
-    """g^2 / 2 times products of differences of scores, of each point, in nats per unit of time.
-
-    Without the data's score only `difference` is there.
-    """
-
-    difference: PerExample
-    """|s - grad ln p|^2, of l_Diff."""
-    score_matching: PerExample | None = None
-    """|s - grad ln q|^2, of l_SM."""
-    fisher: PerExample | None = None
-    """|grad ln p - grad ln q|^2, of l_Fisher."""
-    cross: PerExample | None = None
-    """(s - grad ln q) . (grad ln p - grad ln q), the integrand of Theorem 3.1."""
-
-
-@partial(jax.jit, static_argnames="sde")
-def _distances(
-    score: Batch, of_ode: Batch, of_data: Batch | None, t: PerExample, like: Batch, *, sde: SDE
-) -> Distances:
-    weight = 0.5 * sde.diffusion(t) ** 2
-    difference = weight * inner(score - of_ode, score - of_ode)
-    if of_data is None:
-        return Distances(difference)
-    model, ode = score - of_data, of_ode - of_data
-    return Distances(difference, weight * inner(model, model), weight * inner(ode, ode), weight * inner(model, ode))
-
-
-def distances(
-    score_fn: ScoreFn,
-    sde: SDE,
-    x: Batch,
-    t: PerExample,
-    probes: Probes | None = None,
-    *,
-    data_score: ScoreFn | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-) -> Distances:
-    """The distances at points x of q_t, each at a time of its own. Their means over q_t are the curves of [L22] Fig. 3.
-
-    With probes, grad ln p is an unbiased estimate and so is `cross`; `difference` and `fisher` are too large by its
-    variance.
-
-    Raises:
-        RuntimeError: if a solve fails.
-    """
-    of_ode = ode_score(score_fn, sde, x, t, probes, rtol=rtol, atol=atol)
-    require_success(of_ode.info)
-    of_data = None if data_score is None else _evaluate(as_pytree(data_score), x, t)
-    return _distances(_evaluate(as_pytree(score_fn), x, t), of_ode.score, of_data, t, x, sde=sde)
-
-
-@jax.jit
-def _evaluate(score_fn: ScoreFn, x: Batch, t: PerExample) -> Batch:
-    with jax.default_matmul_precision("highest"):
-        return score_fn(x, t)
-
-
-class TimeNodes(NamedTuple):
-    """Times, and the weights that turn values there into an integral over [t_min, T]."""
-
-    t: Float[np.ndarray, " times"]
-    weight: Float[np.ndarray, " times"]
-
-
-def time_nodes(sde: SDE, t_min: float, num: int) -> TimeNodes:
-    """Gauss-Legendre nodes in ln(sigma / alpha): errors of scores matter on its scale, whatever the SDE.
-
-    Raises:
-        ValueError: fewer than one node, or t_min outside (0, T).
-    """
-    if num < 1 or not 0 < t_min < sde.t_max:
-        raise ValueError(f"need num >= 1 and t_min in (0, {sde.t_max}), got {num} and {t_min}")
-    nodes, weights = np.polynomial.legendre.leggauss(num)
-    total = float(sde.importance_weight(jnp.asarray(sde.t_max), t_min))
-    t = sde.time_of_quantile(jnp.asarray(0.5 * total * (nodes + 1)), t_min)
-    rate = jnp.square(sde.diffusion(t) / sde.alpha_sigma(t)[1])  # of the quantile in time
-    return TimeNodes(np.asarray(t, np.float64), 0.5 * total * weights / np.asarray(rate, np.float64))
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """The mean of one of the distances at each of some times, its standard error, and its integral over time."""
-
-    nodes: TimeNodes
-    mean: Float[np.ndarray, " times"]
-    se: Float[np.ndarray, " times"]
-    num_points: int
-    """At each time."""
-
-    @property
-    def integral(self) -> MeanEstimate:
-        """In nats; the standard error is that of the points, which are independent from time to time."""
-        se = float(np.sqrt(np.sum((self.nodes.weight * self.se) ** 2)))
-        return MeanEstimate(float(self.nodes.weight @ self.mean), se, self.num_points * len(self.mean))
-
-
-def distance_curves(
-    score_fn: ScoreFn,
-    sde: SDE,
-    sampler: Sampler,
-    nodes: TimeNodes,
-    num_points: int,
-    probes: Probes | None = None,
-    *,
-    data_score: ScoreFn | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-) -> dict[str, Curve]:
-    """l_Diff(t), and with the data's score l_SM(t), l_Fisher(t) and Theorem 3.1's integrand, at each of the nodes.
-
-    One solve takes all times and points together, num_times x num_points examples, the points of a time in a row.
-
-    Args:
-        sampler: points of q_t.
-        probes: for all of these examples, in their order.
-
-    Returns:
-        Curves by the names of `Distances`, in nats per unit of time.
-
-    Raises:
-        ValueError: fewer than 2 points, which have no standard error. RuntimeError: if a solve fails.
-    """
-    if num_points < 2:
-        raise ValueError(f"need at least 2 points at each time, got {num_points}")
-    t = jnp.asarray(np.repeat(nodes.t, num_points))
-    values = distances(score_fn, sde, sampler(t), t, probes, data_score=data_score, rtol=rtol, atol=atol)
-    curves = {}
-    for name, value in values._asdict().items():
-        if value is not None:
-            rows = [mean_estimate(row) for row in np.asarray(value, np.float64).reshape(-1, num_points)]
-            curves[name] = Curve(nodes, np.array([r.mean for r in rows]), np.array([r.se for r in rows]), num_points)
-    return curves
-
-
-# --- the theorem ---
-
-
-class KLIdentity(NamedTuple):
-    """Both sides of [L22] Theorem 3.1, in nats, found independently of each other: by likelihoods and by scores."""
-
-    start: MeanEstimate
-    """KL(q_min || p_min): the mean of ln q - ln p, ln p by the likelihood's solver."""
-    end: MeanEstimate
-    """KL(q_T || p_T), p_T being the prior."""
-    integral: MeanEstimate
-    """Of g^2 / 2 E[(s - grad ln q) . (grad ln p - grad ln q)]."""
-
-    @property
-    def right(self) -> MeanEstimate:
-        """The sum of `end` and `integral`."""
-        return MeanEstimate(
-            self.end.mean + self.integral.mean, float(np.hypot(self.end.se, self.integral.se)), self.integral.n
-        )
-
-
-def kl_identity(
-    score_fn: ScoreFn,
-    sde: SDE,
-    density: Marginals,
-    sampler: Sampler,
-    *,
-    t_min: float,
-    num_points: int,
-    num_times: int = 32,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-) -> KLIdentity:
-    """Checks a score model's ODE against Theorem 3.1, for data of few dimensions known in closed form.
-
-    Args:
-        sampler: points of q_t; quasi-random ones for accuracy, whose standard errors are then too large.
-        num_points: at each end, and at each time of the integral.
-
-    Raises:
-        ValueError: of `time_nodes` and `distance_curves`. RuntimeError: if a solve fails.
-    """
-    nodes = time_nodes(sde, t_min, num_times)
-    first, last = (jnp.full(num_points, t, jnp.asarray(nodes.t).dtype) for t in (t_min, sde.t_max))
-    x, x_end = sampler(first), sampler(last)
-    result = ode_log_likelihood(score_fn, sde, x, None, t_min=t_min, rtol=rtol, atol=atol)
-    require_success(result.info)
-    data_score = partial(density.score, sde)
-    curves = distance_curves(score_fn, sde, sampler, nodes, num_points, data_score=data_score, rtol=rtol, atol=atol)
-    return KLIdentity(
-        start=mean_estimate(np.asarray(density.log_density(sde, x, first) - result.logp)),
-        end=mean_estimate(np.asarray(density.log_density(sde, x_end, last) - sde.prior_logp(x_end))),
-        integral=curves["cross"].integral,
-    )

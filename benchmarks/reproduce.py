@@ -15,6 +15,7 @@ import importlib
 import json
 import os
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from models.score import NetworkScore
 from ode import require_success
 from paths import ode_path, sde_path
 from run_files import read_metrics
-from score_ode import distance_curves, time_nodes
+from score_distances import distance_curves, time_nodes
 from stored_states import stored_state
 
 
@@ -59,7 +60,10 @@ def main() -> None:
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     problems = [problem.scaled(arguments.steps) for problem in PROBLEMS]
     if not arguments.page_only:
-        run_all(problems, arguments.runs)
+        try:
+            run_all(problems, arguments.runs)
+        except KeyboardInterrupt:
+            sys.exit("interrupted; the same command goes on from here")
     write_page(problems, arguments.runs, arguments.docs)
 
 

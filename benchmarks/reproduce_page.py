@@ -17,7 +17,7 @@ from evaluation import MeanEstimate, mean_estimate
 from figures import figure_png
 from figures_density import density_curves, density_maps, distance_figure, trajectories
 from files import read_npz, write_atomic
-from score_ode import Curve, TimeNodes
+from score_distances import Curve, TimeNodes
 
 LABELS = {
     "order1": "order 1",

@@ -8,7 +8,7 @@ from PIL import Image
 
 from figures import figure_png
 from figures_density import DISTANCES, density_curves, density_maps, distance_figure, trajectories
-from score_ode import Curve, TimeNodes
+from score_distances import Curve, TimeNodes
 
 X = np.linspace(-2, 2, 50)
 BELL = np.exp(-0.5 * X**2) / np.sqrt(2 * np.pi)

@@ -14,17 +14,8 @@ from arrays import Batch, PerExample, per_example
 from densities import GaussianMixture, paper_mixture
 from likelihood import Probes, draw_probes, ode_log_likelihood
 from ode import Info, require_success
-from score_ode import (
-    Curve,
-    TimeNodes,
-    _total,
-    distance_curves,
-    distances,
-    kl_identity,
-    ode_score,
-    ode_score_path,
-    time_nodes,
-)
+from score_distances import Curve, TimeNodes, distance_curves, distances, kl_identity, time_nodes
+from score_ode import _total, likelihood_by_start, ode_score, ode_score_path
 from sde_lib import SDE, SDES, VESDE, VPSDE
 from tests.analytic import asymmetric_mixture
 
@@ -140,6 +131,17 @@ def test_kl_identity_gradient_and_distances():
         assert_close(scores, expected)
         assert np.max(np.abs(scores - np.asarray(score_fn(x, t[: count // 2])))) > 0.1  # it is not the model's score
 
+        # the likelihood against the start of the solve
+        logp, info = likelihood_by_start(score_fn, VE, x, np.array([T_MIN, 0.3]), **solve)
+        require_success(info)
+        same = ode_log_likelihood(score_fn, VE, jnp.tile(x, (2, 1)), None, t_min=T_MIN, **solve).logp
+        np.testing.assert_allclose(logp[0], same[: count // 2], atol=1e-4)
+        logp, _ = likelihood_by_start(score_of(density, VE, 0.0), VE, x, np.array([T_MIN, 0.3]), **solve)
+        for row, start in zip(logp, (T_MIN, 0.3), strict=True):
+            np.testing.assert_allclose(
+                row, density.log_density(VE, x, jnp.full(len(x), start)), atol=2e-2
+            )  # the prior's mismatch
+
         t = jnp.asarray(np.repeat(nodes.t, count))
         values = distances(score_fn, VE, sampler(t), t, data_score=exact, **solve)
         cross = np.asarray(values.cross).reshape(times, count).mean(axis=1)
@@ -174,6 +176,8 @@ def test_bad_input_is_refused():
     x, score_fn = jnp.ones((2, 1)), score_of(paper_mixture(), VP, 0.0)
     with pytest.raises(ValueError, match="times must increase"):
         ode_score_path(score_fn, VP, x, np.array([0.5, 0.1]))
+    with pytest.raises(ValueError, match="starts must lie"):
+        likelihood_by_start(score_fn, VP, x, np.array([0.1, 1.0]))
     with pytest.raises(ValueError, match="t_min"):
         time_nodes(VP, 0.0, 4)
     with pytest.raises(ValueError, match="at least 2 points"):

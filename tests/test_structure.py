@@ -21,6 +21,7 @@ LAYERS = (
         "dequantization",
         "variational",
         "score_ode",
+        "score_distances",
         "entropy",
         "paths",
     },
