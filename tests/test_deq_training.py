@@ -25,8 +25,7 @@ from tests.analytic import asymmetric_mixture, gaussian
 from variational import Bins, DequantizerTrainer, VariationalDequantizer
 
 
-@pytest.mark.parametrize("name", ["vesde", "vpsde"])
-@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize(("name", "started"), [("vesde", True), ("vpsde", False)])
 def test_a_draw_of_the_bound_has_its_expectation(name, started):
     """Over times that are equidistant, with a random shift, as in training: within 5 standard errors."""
     density, sde, num = asymmetric_mixture(3), SDES[name](), 4000
@@ -55,17 +54,18 @@ def test_training_finds_the_noise_that_the_model_wants():
     density = gaussian(mean, np.diag(std**2)).score_fn(sde)
     score_fn = jax.tree_util.Partial(lambda x, t: density(x.reshape(-1, 2), t).reshape(x.shape))
     reference = Reference(jnp.asarray(mean.reshape(1, 2, 1)), jnp.asarray(std.reshape(1, 2, 1)))
-    network = Flowpp(filters=4, components=3, blocks=1, heads=1, couplings=2)
+    network = Flowpp(filters=4, components=2, blocks=1, heads=1, couplings=2)
     trainer = DequantizerTrainer(network, sde, optax.adam(5e-3), Bins(2, False), t_min, True, 0.98, False)
-    images = jnp.tile(jnp.asarray([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.uint8).reshape(4, 1, 2, 1), (64, 1, 1, 1))
+    every = jnp.asarray([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.uint8).reshape(4, 1, 2, 1)
+    images, many = (jnp.tile(every, (num, 1, 1, 1)) for num in (8, 64))
 
     state, key = jax.jit(trainer.first_state)(images, jax.random.key(0)), jax.random.key(1)
     step = jax.jit(trainer.step)
-    for _ in range(250):
+    for _ in range(200):
         state, _ = step(state, score_fn, reference, images, key)
 
     evaluate = jax.jit(trainer.bits_per_dim, static_argnames="train")
-    parts = evaluate(state.ema_params, score_fn, reference, images, jax.random.key(2), train=False)
+    parts = evaluate(state.ema_params, score_fn, reference, many, jax.random.key(2), train=False)
     learned = np.mean(np.asarray(parts["total"]).reshape(64, 4), axis=0)
     edges = norm.cdf((np.array([0.0, 0.5, 1.0])[:, None] - mean) / std)
     of_level = np.diff(edges, axis=0)
@@ -78,7 +78,7 @@ def test_training_finds_the_noise_that_the_model_wants():
     )
     error = np.std(np.asarray(parts["total"]).reshape(64, 4), axis=0) / 8
     assert np.all(learned > exact - 5 * error - 1e-3)
-    assert np.mean(learned - exact) < 0.15 * np.mean(uniform - exact), (learned, exact, uniform)
+    assert np.mean(learned - exact) < 0.1 * np.mean(uniform - exact), (learned, exact, uniform)
 
 
 def config_with(**fields):
