@@ -25,7 +25,7 @@ class Snapshots:
     One that an interruption prevented is drawn when training goes on from its checkpoint.
 
     Raises:
-        ValueError: from the constructor, if snapshots are wanted but `config.sampling` is not valid.
+        ValueError: from the constructor, if snapshots are wanted but `config.sampling` is not valid, or of points.
     """
 
     def __init__(self, run: Run, workdir: Path):
@@ -33,6 +33,8 @@ class Snapshots:
         self.shown = min(SHOWN, run.config.sampling.batch_size)
         if run.config.training.snapshot_sampling:
             sampler_from_config(run.config, run.sde)
+            if len(run.data_shape) != 3:
+                raise ValueError(f"training.snapshot_sampling draws images; {run.config.data.dataset} has none")
 
     def due(self, step: int) -> bool:
         """Whether the checkpoint of this step is one to keep: every `training.snapshot_freq` steps, and the last."""
