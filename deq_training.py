@@ -103,9 +103,10 @@ class DeqTraining:
             for step, images in enumerate(self._batches(first), start=first + 1):
                 state, values = self._step(state, self.score_fn, self.reference, images, key)
                 metrics.collect(values, 1)
-                last = step >= last_step or stop.requested
+                recording = step % training.log_freq == 0
+                last = step >= last_step or stop.now(may_wait=recording)
                 saving = last or any(step % every == 0 for every in saving_steps)
-                if saving or step % training.log_freq == 0:
+                if saving or recording:
                     means = metrics.record_train(step, training.score_matching_order)
                     bar.set_postfix(bpd=f"{means['total']:.4g}", refresh=False)
                 if step % training.eval_freq == 0:

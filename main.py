@@ -23,6 +23,8 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+import parallel
+
 MODES = ("train", "train_deq", "eval", "report", "prepare", "stats")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes besides 0."""
@@ -34,6 +36,11 @@ _MODE = flags.DEFINE_enum(
 )
 _EVAL_FOLDER = flags.DEFINE_string("eval_folder", "eval", "Folder for results, inside the workdir.")
 _DEQ_FOLDER = flags.DEFINE_string("deq_folder", "deq", "Folder of the learned dequantizer, inside the workdir.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "Several hosts: address:port of the first process, or auto where the cluster tells it."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of them this is, from 0.")
 _COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows beside this one's run.")
 
 
@@ -49,6 +56,8 @@ def main(argv: Sequence[str]) -> int:
     logging.set_verbosity(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     try:
+        if _COORDINATOR.value:
+            parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
         _run(str(_MODE.value), Path(_WORKDIR.value or "").absolute())
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from here\n")

@@ -41,6 +41,37 @@ def fetch(tree: Tree) -> Tree:
     return jax.device_get(tree)
 
 
+def join_processes(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+    """Makes this process one of several that run as one; before anything else asks for devices.
+
+    Args:
+        coordinator: address:port of the first process, or "auto" where a cluster says it and the numbers: SLURM, Open
+            MPI, Kubernetes, TPU pods.
+        num_processes, process_id: how many there are, and which of them this is, from 0.
+
+    Raises:
+        ValueError: if something is missing, or the others do not come.
+    """
+    given = coordinator != "auto"
+    if given and (num_processes is None or process_id is None or not 0 <= process_id < num_processes):
+        raise ValueError(
+            f"--coordinator={coordinator} needs --num_processes and --process_id below it, got {num_processes} and "
+            f"{process_id}; or --coordinator=auto, under SLURM, Open MPI, Kubernetes or on a TPU pod"
+        )
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, which asks us to stop
+    try:
+        jax.distributed.initialize(coordinator if given else None, num_processes, process_id)
+        # Their devices connect now, while nobody compiles: they wait 30 s for each other, not longer.
+        multihost_utils.sync_global_devices("joined")
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"--coordinator={coordinator}: the processes did not find each other: {error}") from error
+
+
+def any_host(value: bool) -> bool:
+    """Whether it is true on any host, on every host."""
+    return bool(np.any(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value
+
+
 def agree(value: bool) -> bool:
     """The first host's value, on every host: for decisions that all must take alike."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value))) if jax.process_count() > 1 else value

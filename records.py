@@ -19,6 +19,8 @@ from jaxtyping import Array
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+import parallel
+
 
 class MetricsWriter:
     """Appends metrics to JSON lines (the record) and TensorBoard files (for looking); silent on hosts but the first.
@@ -145,6 +147,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+
+    def now(self, may_wait: bool = True) -> bool:
+        """Whether to stop here: if any host was asked to, the same on all hosts, which have to call this together.
+
+        Several hosts wait for each other to agree; where they should not, the answer is no.
+        """
+        if jax.process_count() > 1:
+            if not may_wait:
+                return False
+            self.requested = parallel.any_host(self.requested)
+        return self.requested
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         del frame

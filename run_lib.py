@@ -94,16 +94,17 @@ def training_loop(
     key = run.key(TRAIN_KEY)
     step = int(state.step)
     snapshots.draw(state, stop)  # unless it was drawn before an interruption
-    if stop.requested:
+    if stop.now():
         return state
     with progress(training.n_iters, f"order {training.score_matching_order}", "step", initial=step) as bar:
         for images in step_batches(run, train_source, step):
             before, step = step, step + len(images)
             state, values = train_steps(state, parallel.global_array(run.mesh, images, axis=1), key)
             metrics.collect(values, len(images))
-            last = step >= training.n_iters or stop.requested
+            recording = due(step, before, training.log_freq)
+            last = step >= training.n_iters or stop.now(may_wait=recording)
             saving = last or any(due(step, before, f) for f in _saving_steps(training))
-            if saving or due(step, before, training.log_freq):
+            if saving or recording:
                 means = metrics.record_train(step, training.score_matching_order)
                 bar.set_postfix(loss=f"{means['total']:.4g}", refresh=False)
             if due(step, before, training.eval_freq):
@@ -115,7 +116,7 @@ def training_loop(
                 with metrics.aside():
                     snapshots.draw(state, stop)
             bar.update(step - before)
-            if last or (saving and stop.requested):
+            if last or (saving and stop.now()):
                 break
     return state
 

@@ -70,7 +70,7 @@ class Snapshots:
     def _grid(self, params: object, stop: StopRequest) -> np.ndarray:
         def look_up(step: int, steps: int) -> None:
             del step, steps
-            if parallel.agree(stop.requested):
+            if stop.now():
                 raise _StoppedError
 
         devices = self.run.mesh.size

@@ -1,0 +1,78 @@
+"""Several processes run as one: two of two devices each against this one of four."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import run_lib
+from configs.digits.smoke import get_config
+
+ROOT = Path(__file__).parent.parent
+FIELDS: dict[str, Any] = {
+    "training.n_iters": 6,
+    "training.snapshot_freq": 4,
+    "training.log_freq": 2,
+    "data.random_flip": True,
+    "eval.ode_solver": "rk4_log",
+    "eval.ode_steps": 2,
+    "eval.num_repeats": 1,
+    "sampling.num_steps": 2,
+}
+
+
+def start(workdir: Path, mode: str, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "main.py", "--config=configs/digits/smoke.py", f"--workdir={workdir}", f"--mode={mode}"]
+    fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    statistics = f"--config.eval.statistics_dir={workdir.parent}/stats"
+    return subprocess.Popen(
+        [*command, *fields, statistics, *flags], cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE
+    )
+
+
+def run_two(workdir: Path, mode: str) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = (f"--coordinator=localhost:{port}", "--num_processes=2")
+    processes = [start(workdir, mode, *flags, f"--process_id={k}") for k in range(2)]
+    errors = [process.communicate(timeout=600)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+
+
+def run_here(workdir: Path) -> None:
+    config = get_config()
+    config.update_from_flattened_dict({**FIELDS, "eval.statistics_dir": f"{workdir.parent}/stats"})
+    run_lib.train(config, workdir)
+    run_lib.evaluate(config, workdir, "eval")
+
+
+def test_two_hosts_do_what_one_does(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_here(one)
+    run_two(two, "train")
+    run_two(two, "eval")
+    losses = []
+    for workdir in (one, two):
+        records = [json.loads(line) for line in (workdir / "train" / "metrics.jsonl").read_text().splitlines()]
+        losses.append([record["total"] for record in records if record["split"] == "train"])
+    assert len(losses[0]) == 3
+    np.testing.assert_allclose(*losses, rtol=1e-5)  # sums in another order
+    results = [json.loads((workdir / "eval" / "step_6.json").read_text()) for workdir in (one, two)]
+    assert [result["bpd"]["n"] for result in results] == [48, 48]
+    assert results[0]["bpd"]["mean"] == pytest.approx(results[1]["bpd"]["mean"], rel=1e-4)
+    assert results[0]["samples"]["fid"] == pytest.approx(results[1]["samples"]["fid"], rel=1e-2)
+
+
+def test_processes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
+    process = start(tmp_path, "train", "--coordinator=localhost:1", "--num_processes=2", "--process_id=2")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert "--process_id below it, got 2 and 2" in errors.splitlines()[-1]
