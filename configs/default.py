@@ -181,7 +181,7 @@ def _eval() -> ConfigDict:
     evaluate.dequantizer = False  # learned dequantization noise instead of eval.dequantization
     evaluate.dequantization = "uniform"  # noise that makes levels a density: uniform, truncated_normal
     evaluate.truncation = 3.0  # of truncated_normal: half a level, in standard deviations of the noise it starts from
-    evaluate.num_importance_samples = 1  # draws of that noise, averaged inside the logarithm: more, a tighter bound
+    evaluate.num_importance_samples = 1  # draws averaged inside the logarithm: a tighter bound, with probe=exact
     evaluate.num_samples = 50_000  # images behind FID, IS and KID
     evaluate.features = "inception"  # the network whose features FID compares: inception, classifier
     evaluate.inception = "assets/inception-2015-12-05.npz"  # its weights, from python -m tools.convert_inception

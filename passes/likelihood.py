@@ -189,8 +189,8 @@ def importance_weighted(draws: list[tuple[Values, Values]], dims: int, constants
     """Bits/dim of each image from draws of its noise, with terms that add up to it and estimates of its errors.
 
     The average inside the logarithm takes ln p to be exact. With probes it is an estimate, and an average over its
-    noise, too, would come out too large; so all draws of an image share their probes, whose noise then is the same to
-    the extent that the draws, all within a bin, are.
+    noise, too, would come out too large. All draws of an image share their probes, which takes away the noise that
+    is the same for all; with probes and several draws the result still is too good, see docs/results/dequantization.md.
 
     Args:
         draws: of each, the terms of -ln (p / q) and the estimates of its errors, in nats.
