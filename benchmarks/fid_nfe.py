@@ -5,7 +5,8 @@
 Each sampler is an evaluation of its own in the workdir, e.g. runs/order1/pc2000, as
 
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/order1 --mode=eval --eval_folder=pc2000 \
-        --config.sampling.num_steps=1000 --config.eval.num_samples=10000 --config.eval.enable_bpd=False
+        --config.sampling.method=pc --config.sampling.num_steps=1000 --config.eval.num_samples=10000 \
+        --config.eval.enable_bpd=False
 
 would make it. Interrupted and started again, it goes on; with --table-only it makes the page from what has been drawn.
 """

@@ -44,7 +44,9 @@ def get_config() -> Config:
     config.training.snapshot_freq_for_preemption = 200
     config.training.snapshot_sampling = False
 
-    config.sampling.num_steps = 200
+    config.sampling.method = "dpm_solver"
+    config.sampling.eta = 1.0
+    config.sampling.max_nfe = 20
 
     config.eval.batch_size = 120
     config.eval.enable_sampling = True

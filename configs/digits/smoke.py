@@ -26,6 +26,7 @@ def get_config() -> Config:
     config.training.snapshot_freq = 40
     config.training.snapshot_freq_for_preemption = 20
 
+    config.sampling.method = "pc"
     config.sampling.num_steps = 10
     config.sampling.batch_size = 32
 
