@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float
 
 import datasets
@@ -50,6 +51,8 @@ class LikelihoodPass:
         self.estimator = estimator_from_config(run.config)
         self.source = datasets.source_from_config(run.config, settings.bpd_dataset)
         self.num_draws: int = settings.num_importance_samples
+        if self.num_draws > 1 and self.estimator.description["probe"] != "exact":
+            logging.warning("eval.num_importance_samples > 1 with probes makes bits/dim too low; use eval.probe=exact")
         self.sizes = evaluation_batch_sizes(self.source, settings.batch_size, settings.max_examples)
         for number, size in enumerate(self.sizes):
             check_levels(self._images(number).images[:size], run.config.data.levels, self.source.description)
