@@ -5,10 +5,9 @@ The page is made from the run's folder alone, from whatever is there, and needs 
 
 import base64
 import html
-import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -26,20 +25,15 @@ from figures import (
 )
 from figures_density import densities_figure
 from files import write_atomic
+from report_results import Runs, likelihoods, losses_over_all, sample_quality
 from run_files import Grid, RunFiles, read_run
-from tables import MISSING, Row, duration, html_table, number, with_error
+from tables import MISSING, duration, html_table, number, paragraph, with_error
 
 SHOWN = 64
 """Images in a grid, at most."""
 
 SNAPSHOTS = 6
 """Snapshots shown, at most."""
-
-Runs: TypeAlias = Mapping[str, RunFiles]
-"""Runs by their labels."""
-
-Result: TypeAlias = Mapping[str, Any]
-"""An evaluation, as it is stored."""
 
 
 def write_report(workdir: Path, *, others: Sequence[Path] = ()) -> None:
@@ -58,8 +52,8 @@ def write_report(workdir: Path, *, others: Sequence[Path] = ()) -> None:
 def _page(runs: Runs, figures: Path) -> str:
     sections = {
         "Loss": _losses(runs, figures),
-        "Likelihood": _likelihoods(runs),
-        "Sample quality": _sample_quality(runs),
+        "Likelihood": likelihoods(runs),
+        "Sample quality": sample_quality(runs),
         "Samples": _samples(runs, figures) + _snapshots(runs, figures),
         "Density": _density(runs, figures),
         "Time": _times(runs, figures),
@@ -68,9 +62,9 @@ def _page(runs: Runs, figures: Path) -> str:
     }
     problems = [problem for run in runs.values() for problem in run.problems]
     if problems:
-        sections["Unreadable files"] = "".join(_paragraph(problem) for problem in problems)
+        sections["Unreadable files"] = "".join(paragraph(problem) for problem in problems)
     title = html.escape(" and ".join(runs))
-    summaries = "".join(_paragraph(_summary(label, run), "summary") for label, run in runs.items())
+    summaries = "".join(paragraph(_summary(label, run), "summary") for label, run in runs.items())
     body = "".join(
         f"<section>\n<h2>{heading}</h2>\n{content}</section>\n" for heading, content in sections.items() if content
     )
@@ -118,164 +112,14 @@ def _summary(label: str, run: RunFiles) -> str:
 def _losses(runs: Runs, figures: Path) -> str:
     curves = {_described(label, run): run.metrics for label, run in runs.items() if run.has_curves(TITLES)}
     if not curves:
-        content = _paragraph("No training recorded yet.")
+        content = paragraph("No training recorded yet.")
     else:
-        content = _plot(loss_figure(curves), figures / "loss.png", "Loss curves") + _paragraph(
+        content = _plot(loss_figure(curves), figures / "loss.png", "Loss curves") + paragraph(
             "The terms of the objective, each without its weight; the total is what training minimises. Losses are "
             "squared errors relative to the noise, so they have no unit. Test losses are those of the averaged "
             "parameters."
         )
-    results = _results(runs, "loss")
-    if not results:
-        return content
-    names = [name for name in TITLES if any(name in result["loss"] for _, result in results)]
-    rows = [
-        (*_which(label, result), *(with_error(*_mean_and_se(result["loss"].get(name))) for name in names))
-        for label, result in results
-    ]
-    return content + "<h3>Over all test images</h3>\n" + _results_table(runs, [TITLES[name] for name in names], rows)
-
-
-def _likelihoods(runs: Runs) -> str:
-    sections = [tables for tables in (_bits_per_dim(runs), _nats(runs)) if tables]
-    return "".join(sections) or _paragraph("No evaluation of the likelihood yet.")
-
-
-def _nats(runs: Runs) -> str:
-    """Of points."""
-    results = _results(runs, "nll")
-    if not results:
-        return ""
-    headers = ("NLL, nats", "KL to the data, nats", "entropy of the data", "points", "solver error", "NFE", "time")
-    rows = [(*_which(label, result), *_nats_cells(result["nll"])) for label, result in results]
-    solves = [(*_which(label, result), *_solve_cells(result["nll"])) for label, result in results]
-    return (
-        _results_table(runs, headers, rows)
-        + _paragraph(
-            "± is the standard error over points. KL is the mean of ln q - ln p over the points, q being the density "
-            "they are drawn from, so the spread of ln q does not count in its error."
-        )
-        + "<h3>How it was computed</h3>\n"
-        + _results_table(runs, (*_SOLVE_HEADERS[:-1], "points of"), solves)
-    )
-
-
-def _nats_cells(nll: Mapping[str, Any]) -> Row:
-    return (
-        with_error(nll.get("mean"), nll.get("se")),
-        with_error(*_mean_and_se(nll.get("kl"))),
-        number(nll.get("entropy")),
-        number(nll.get("n")),
-        _small(nll.get("solver_error")),
-        number(nll.get("nfe"), 0),
-        duration(nll.get("seconds")),
-    )
-
-
-def _bits_per_dim(runs: Runs) -> str:
-    results = _results(runs, "bpd")
-    if not results:
-        return ""
-    names = list(dict.fromkeys(name for _, result in results for name in result["bpd"].get("terms", {})))
-    tables = {
-        "": (_BPD_HEADERS, _bpd_cells),
-        "Terms, in bits/dim": (
-            [name.replace("_", " ") for name in names],
-            lambda bpd: [with_error(*_mean_and_se(bpd.get("terms", {}).get(name))) for name in names],
-        ),
-        "How it was computed": (_SOLVE_HEADERS, _solve_cells),
-    }
-    content = ""
-    for heading, (headers, cells) in tables.items():
-        rows = [(*_which(label, result), *cells(result["bpd"])) for label, result in results]
-        content += (f"<h3>{heading}</h3>\n" if heading else "") + _results_table(runs, headers, rows)
-    return content + _paragraph(
-        "± is the standard error over images, of which each counts with the mean of its repeats. Errors are estimates, "
-        "in bits/dim: the solver's of the bias of the mean, the others of its standard error by probes, by the times "
-        "and noise that a bound is sampled at, and over repeats. A solve far more accurate than those costs more than "
-        "it tells."
-    )
-
-
-_BPD_HEADERS = (
-    "bits/dim",
-    "95 % interval",
-    "images",
-    "repeats",
-    "over repeats ±",
-    "solver error",
-    "probes ±",
-    "sampling ±",
-    "NFE",
-    "time",
-)
-
-
-def _bpd_cells(bpd: Mapping[str, Any]) -> Row:
-    interval, errors = bpd.get("ci95"), bpd.get("errors", {})
-    return (
-        with_error(bpd.get("mean"), bpd.get("se")),
-        f"{interval[0]:.4f} to {interval[1]:.4f}" if interval else MISSING,
-        number(bpd.get("n")),
-        number(bpd.get("repeats")),
-        _small(bpd.get("se_over_repeats")),
-        *(_small(errors.get(name)) for name in ("solver_error", "probe_error", "sampling_error")),
-        number(bpd.get("nfe"), 0),
-        duration(bpd.get("seconds")),
-    )
-
-
-def _small(error: float | None) -> str:
-    return MISSING if error is None else f"{error:.1e}"
-
-
-_SOLVE_HEADERS = ("estimate", "from t", "probes", "dequantization", "draws", "images of")
-
-
-def _solve_cells(bpd: Mapping[str, Any]) -> Row:
-    settings = [f"{name} {bpd[name]:.0e}" for name in ("rtol", "atol") if name in bpd]
-    settings += [f"{bpd['steps']} steps"] if "steps" in bpd else []
-    if "bound" in bpd:
-        settings += [f"{bpd['num_times']} times, {bpd['num_starts']} start draws"]
-    estimate = f"{bpd['bound']} bound of the SDE" if "bound" in bpd else number(bpd.get("solver"))
-    probes = [number(bpd[name]) for name in ("num_probes", "probe") if name in bpd]
-    noise = number(bpd.get("dequantization")) + (f", cut at {bpd['tau']:.3g}" if "tau" in bpd else "")
-    return (
-        ", ".join([estimate, *settings]),
-        number(bpd.get("t_min")),
-        " ".join(probes) or MISSING,
-        noise,
-        number(bpd.get("importance_samples")),
-        number(bpd.get("data")),
-    )
-
-
-def _sample_quality(runs: Runs) -> str:
-    results = _results(runs, "samples")
-    if not results:
-        return _paragraph("No evaluation of samples yet.")
-    headers = ("FID", "of features", "IS", "KID", "samples", "sampler", "NFE", "time", "compared with")
-    rows = [(*_which(label, result), *_quality_cells(result["samples"])) for label, result in results]
-    warnings = dict.fromkeys(result["samples"].get("warning") for _, result in results)
-    return (
-        _results_table(runs, headers, rows)
-        + _paragraph("IS: mean ± standard deviation over splits. KID: mean ± standard error.")
-        + "".join(_paragraph(f"{warning}.", "warning") for warning in warnings if warning)
-    )
-
-
-def _quality_cells(samples: Mapping[str, Any]) -> Row:
-    return (
-        number(samples.get("fid")),
-        number(samples.get("fid_features")),
-        with_error(samples.get("is_mean"), samples.get("is_std")),
-        with_error(samples.get("kid_mean"), samples.get("kid_se")),
-        number(samples.get("n")),
-        number(samples.get("sampler")),
-        number(samples.get("nfe"), 0),
-        duration(samples.get("seconds")),
-        number(samples.get("statistics_data")),
-    )
+    return content + losses_over_all(runs)
 
 
 def _samples(runs: Runs, figures: Path) -> str:
@@ -284,12 +128,12 @@ def _samples(runs: Runs, figures: Path) -> str:
         for label, run in runs.items()
         if run.samples is not None
     ]
-    missing = "" if grids else _paragraph("No samples drawn yet.")
+    missing = "" if grids else paragraph("No samples drawn yet.")
     real = next((run.data for run in runs.values() if run.data is not None), None)
     if real is not None:
         grids.append(("real images", real))
     elif grids:
-        missing = _paragraph("No real images stored to hold them against.")
+        missing = paragraph("No real images stored to hold them against.")
     if not grids:
         return missing
     captions = [caption for caption, _ in grids]
@@ -316,7 +160,7 @@ def _snapshots(runs: Runs, figures: Path) -> str:
     return (
         "<h3>While training</h3>\n"
         + _gallery(captions, pictures)
-        + _paragraph("A row for each checkpoint, in the order of the steps; a column is the same noise all along.")
+        + paragraph("A row for each checkpoint, in the order of the steps; a column is the same noise all along.")
     )
 
 
@@ -346,7 +190,7 @@ def _density(runs: Runs, figures: Path) -> str:
         if grid.limit == first.limit and grid.density.shape == first.density.shape
     }
     figure = densities_figure(first.limit, first.data, densities)
-    return _plot(figure, figures / "density.png", "Densities of data and models") + _paragraph(
+    return _plot(figure, figures / "density.png", "Densities of data and models") + paragraph(
         "By the likelihood of the ODE, at the cells of a grid; where a model's is beyond the scale it is cut off."
     )
 
@@ -354,7 +198,7 @@ def _density(runs: Runs, figures: Path) -> str:
 def _times(runs: Runs, figures: Path) -> str:
     timed = {label: run for label, run in runs.items() if run.has_curves(["steps_per_second"])}
     if not timed:
-        return _paragraph("No training recorded yet.")
+        return paragraph("No training recorded yet.")
     rows = []
     for label, run in timed.items():
         train = run.metrics["train"]
@@ -372,7 +216,7 @@ def _times(runs: Runs, figures: Path) -> str:
 def _configurations(runs: Runs) -> str:
     flat = {label: _flat(run.config) for label, run in runs.items() if run.config is not None}
     if not flat:
-        return _paragraph("No configuration stored.")
+        return paragraph("No configuration stored.")
     names = list(dict.fromkeys(name for fields in flat.values() for name in fields))
     rows = [(name, *(fields.get(name, MISSING) for fields in flat.values())) for name in names]
     different = [row for row in rows if len(set(row[1:])) > 1]
@@ -384,7 +228,7 @@ def _configurations(runs: Runs) -> str:
 def _environments(runs: Runs) -> str:
     flat = {label: _flat(run.environment) for label, run in runs.items() if run.environment is not None}
     if not flat:
-        return _paragraph("No environment stored.")
+        return paragraph("No environment stored.")
     names = list(dict.fromkeys(name for fields in flat.values() for name in fields))
     rows = [
         (name.removeprefix("versions.").replace("_", " "), *(fields.get(name, MISSING) for fields in flat.values()))
@@ -407,34 +251,6 @@ def _flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 # --- parts of sections ---
 
 
-def _results(runs: Runs, part: str) -> list[tuple[str, Result]]:
-    """The evaluations that have this part, with their runs' labels."""
-    return [(label, result) for label, run in runs.items() for result in run.results if part in result]
-
-
-def _which(label: str, result: Result) -> Row:
-    """What tells an evaluation from the others; see `_results_table`."""
-    weights = {True: "averaged", False: "last"}.get(result.get("ema", None), MISSING)
-    return label, result["file"], number(result.get("order")), number(result.get("checkpoint_step")), weights
-
-
-def _results_table(runs: Runs, headers: Sequence[str], rows: Sequence[Row]) -> str:
-    """A table of rows that begin with `_which`; run and file are only shown where there are several for one step."""
-    several_runs = len(runs) > 1
-    several_files = len({(row[0], row[3]) for row in rows}) < len(rows)
-    chosen = [several_runs, several_files, *[True] * (len(headers) + 3)]
-    all_headers = ("run", "file", "order", "step", "weights", *headers)
-    kept = [list(itertools.compress(row, chosen)) for row in (all_headers, *rows)]
-    return html_table(kept[0], kept[1:])
-
-
-def _mean_and_se(estimate: Any) -> tuple[float | None, float | None]:
-    """Of an estimate stored as a number, or as its mean and standard error."""
-    if isinstance(estimate, Mapping):
-        return estimate.get("mean"), estimate.get("se")
-    return estimate, None
-
-
 def _plot(figure: Figure, path: Path, description: str) -> str:
     """A figure as part of the page, and as a file."""
     png = figure_png(figure)
@@ -445,10 +261,6 @@ def _plot(figure: Figure, path: Path, description: str) -> str:
 def _image(png: bytes, description: str, width: str = "auto") -> str:
     data = base64.b64encode(png).decode()
     return f'<img alt="{html.escape(description)}" style="width: {width}" src="data:image/png;base64,{data}">\n'
-
-
-def _paragraph(text: str, kind: str = "note") -> str:
-    return f'<p class="{kind}">{html.escape(text)}</p>\n'
 
 
 _STYLE = """

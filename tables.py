@@ -66,5 +66,10 @@ def html_table(headers: Row, rows: Sequence[Row]) -> str:
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}</table></div>\n'
 
 
+def paragraph(text: str, kind: str = "note") -> str:
+    """Text for HTML, of a class that the page styles."""
+    return f'<p class="{kind}">{html.escape(text)}</p>\n'
+
+
 def _is_number(cell: str) -> bool:
     return cell == MISSING or re.match(r"-?\d[\d,]*(\.\d+)?(e-?\d+)?( |$)", cell) is not None

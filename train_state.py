@@ -27,6 +27,13 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: Params
     opt_state: optax.OptState
 
+    def updated(self, gradient: Params, optimizer: optax.GradientTransformation, ema_rate: float) -> "TrainState":
+        """The state after one step of the optimizer."""
+        updates, opt_state = optimizer.update(gradient, self.opt_state, self.params)
+        params = optax.apply_updates(self.params, updates)
+        ema_params = optax.incremental_update(params, self.ema_params, 1 - ema_rate)
+        return TrainState(self.step + 1, params, ema_params, opt_state)
+
 
 def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """The state at step 0. Copies the parameters, since a donated state must not alias its parts."""
@@ -85,11 +92,8 @@ class Trainer:
             The next state, and the batch means of the loss and its terms with the gradient's global norm.
         """
         gradient, losses = self.gradient(state.params, images, jax.random.fold_in(key, state.step))
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = optax.incremental_update(params, state.ema_params, 1 - self.ema_rate)
         metrics = losses | {"grad_norm": optax.tree.norm(gradient)}
-        return TrainState(state.step + 1, params, ema_params, opt_state), metrics
+        return state.updated(gradient, self.optimizer, self.ema_rate), metrics
 
     def gradient(self, params: Params, images: ImageLevels, key: Array) -> tuple[Params, Metrics]:
         """Gradient of the mean loss, and the mean of each term, accumulated over equal parts of the batch.

@@ -136,12 +136,8 @@ class DequantizerTrainer:
             return means["total"], means
 
         gradient, means = jax.grad(mean_loss, has_aux=True)(state.params)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema_params = optax.incremental_update(params, state.ema_params, 1 - self.ema_rate)
-        return TrainState(state.step + 1, params, ema_params, opt_state), means | {
-            "grad_norm": optax.tree.norm(gradient)
-        }
+        metrics = means | {"grad_norm": optax.tree.norm(gradient)}
+        return state.updated(gradient, self.optimizer, self.ema_rate), metrics
 
     def bits_per_dim(
         self, params: Params, score_fn: ScoreFn, reference: Reference, images: Images, key: Array, *, train: bool

@@ -10,6 +10,7 @@ LAYERS = (
     {"run_lib"},
     {"deq_training"},
     {"passes", "stored_states", "report"},
+    {"report_results"},
     {"build", "workdir", "tables", "comparison", "figures", "figures_density", "run_files", "released"},
     {"checkpoints"},
     {
