@@ -105,6 +105,20 @@ def distance_figure(models: Mapping[str, Mapping[str, Curve]]) -> Figure:
     return figure
 
 
+def start_figure(start: Float[np.ndarray, " starts"], models: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
+    """Mean of ln q - ln p against the time that the likelihood's solve starts at, with its error, of each model."""
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    panel = figure.subplots()
+    for colour, (label, (mean, se)) in zip(COLOURS, models.items(), strict=False):
+        panel.plot(start, mean, color=colour, linewidth=1.5, label=label)
+        panel.fill_between(start, mean - se, mean + se, color=colour, alpha=0.15, linewidth=0)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    _style(panel, "", "time that the solve starts at", "NLL above that of the data's density, nats")
+    panel.legend(frameon=False, fontsize=8)
+    return figure
+
+
 def _draw_curve(panel: Axes, curve: Curve, colour: str, label: str) -> None:
     t, mean = curve.nodes.t, np.asarray(curve.mean)
     panel.plot(t, mean, color=colour, linewidth=1.5, label=label)

@@ -33,6 +33,8 @@ from benchmarks.synthetic import (
     POINTS_AT_TIME,
     PROBLEMS,
     SEEDS,
+    STARTING_POINTS,
+    STARTS,
     TOLERANCE,
     Problem,
 )
@@ -47,6 +49,7 @@ from ode import require_success
 from paths import ode_path, sde_path
 from run_files import read_metrics
 from score_distances import distance_curves, time_nodes
+from score_ode import likelihood_by_start
 from stored_states import stored_state
 
 
@@ -80,6 +83,29 @@ def run_all(problems: list[Problem], runs: Path) -> None:
         write_atomic(folder / "seconds.json", json.dumps(took))
         save_paths(problem, folder, runs / "paths.npz")
         print(f"{problem.title}, seed {seed}: {took['wall']:.0f} s, {took['cpu']:.0f} s of CPU time", flush=True)
+    for problem in problems:
+        for seed in SEEDS:
+            study_starts(problem, runs / problem.name / f"seed{seed}")
+
+
+def study_starts(problem: Problem, folder: Path) -> None:
+    """folder/<name>_starts.npz: ln q - ln p of points against the time that the solve starts at ([L22] Fig. 6)."""
+    for name in BRANCHES:
+        path = folder / f"{name}_starts.npz"
+        if path.exists():
+            continue
+        run = build(config_of(problem, problem.settings(0)))
+        step = json.loads((folder / f"{name}.json").read_text())["step"]
+        workdir = folder / name.removesuffix("_long") / "checkpoints" / str(step)
+        score_fn = run.score_fn(stored_state(run, workdir).ema_params)
+        density = run.density
+        assert density is not None
+        assert density.log_density_of_data is not None
+        x = density.sample(jax.random.key(9), (STARTING_POINTS, density.dims))
+        logp, info = likelihood_by_start(score_fn, run.sde, x, STARTS, rtol=TOLERANCE, atol=TOLERANCE)
+        require_success(info)
+        excess = np.asarray(density.log_density_of_data(x), np.float64) - np.asarray(logp, np.float64)
+        write_npz(path, start=STARTS, excess=excess)
 
 
 def commit() -> str:

@@ -11,11 +11,20 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks.synthetic import BRANCHES, ENTROPY_POINTS, NUM_TIMES, POINTS_AT_TIME, TEST_POINTS, Problem
+from benchmarks.synthetic import (
+    BRANCHES,
+    ENTROPY_POINTS,
+    NUM_TIMES,
+    POINTS_AT_TIME,
+    STARTING_POINTS,
+    STARTS,
+    TEST_POINTS,
+    Problem,
+)
 from densities import DENSITIES
 from evaluation import MeanEstimate, mean_estimate
 from figures import figure_png
-from figures_density import density_curves, density_maps, distance_figure, trajectories
+from figures_density import density_curves, density_maps, distance_figure, start_figure, trajectories
 from files import read_npz, write_atomic
 from score_distances import Curve, TimeNodes
 
@@ -103,6 +112,7 @@ def section(problem: Problem, folders: Sequence[Path]) -> str:
         points=points,
         own=own,
         name=problem.name,
+        starting=STARTING_POINTS,
     )
 
 
@@ -158,7 +168,20 @@ def of_points(folders: Sequence[Path], worse: str, better: str) -> str:
 def problem_figures(problem: Problem, folders: Sequence[Path]) -> dict[str, Figure]:
     arrays = {name: [read_npz(folder / f"{name}.npz") for folder in folders] for name in BRANCHES}
     curves = {LABELS[name]: averaged_curves(of_seeds) for name, of_seeds in arrays.items()}
-    return {"density": density_figure(problem, arrays), "distances": distance_figure(curves)}
+    return {
+        "density": density_figure(problem, arrays),
+        "distances": distance_figure(curves),
+        "starts": starts_figure(problem, folders),
+    }
+
+
+def starts_figure(problem: Problem, folders: Sequence[Path]) -> Figure:
+    models = {}
+    for name in BRANCHES:
+        of_seeds = [read_npz(folder / f"{name}_starts.npz") for folder in folders]
+        excess = np.array([arrays["excess"].mean(axis=1) for arrays in of_seeds])
+        models[LABELS[name]] = excess.mean(0), excess.std(0, ddof=min(1, len(excess) - 1)) / np.sqrt(len(excess))
+    return start_figure(STARTS, models)
 
 
 def density_figure(problem: Problem, arrays: dict[str, list[dict[str, np.ndarray]]]) -> Figure:
@@ -244,4 +267,9 @@ of {own[entropy_score]:.3f} and {own[entropy_divergence]:.3f} in the entropies. 
 
 ![Densities](../images/synthetic_{name}_density.png)
 ![Distances between scores](../images/synthetic_{name}_distances.png)
+
+The NLL of {starting} points of the data, taken to be at the time that the solve starts at ([L22] Fig. 6), above that of
+the data's own density; shaded is the standard error over seeds:
+
+![NLL against the start](../images/synthetic_{name}_starts.png)
 """

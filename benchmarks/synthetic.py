@@ -14,6 +14,8 @@ TEST_POINTS = 2000
 NUM_TIMES, POINTS_AT_TIME = 16, 256
 """Of the distances between scores against time."""
 ENTROPY_POINTS = 32_768
+STARTS, STARTING_POINTS = np.geomspace(1e-5, 0.3, 12), 500
+"""Times that a likelihood's solve starts at, and the points solved from each."""
 TOLERANCE = 1e-3
 """Of the solves behind the distances."""
 
