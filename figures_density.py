@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from figures import COLOURS
 from score_distances import Curve
@@ -107,15 +108,20 @@ def distance_figure(models: Mapping[str, Mapping[str, Curve]]) -> Figure:
 
 def start_figure(start: Float[np.ndarray, " starts"], models: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> Figure:
     """Mean of ln q - ln p against the time that the likelihood's solve starts at, with its error, of each model."""
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
     panel = figure.subplots()
     for colour, (label, (mean, se)) in zip(COLOURS, models.items(), strict=False):
         panel.plot(start, mean, color=colour, linewidth=1.5, label=label)
         panel.fill_between(start, mean - se, mean + se, color=colour, alpha=0.15, linewidth=0)
     panel.set_xscale("log")
-    panel.set_yscale("log")
     _style(panel, "", "time that the solve starts at", "NLL above that of the data's density, nats")
-    panel.legend(frameon=False, fontsize=8)
+    shown = np.concatenate([mean for mean, _ in models.values()])
+    if shown.max() > 5 * shown.min() > 0:
+        panel.set_yscale("log")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        panel.yaxis.set_minor_formatter(NullFormatter())
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     return figure
 
 
