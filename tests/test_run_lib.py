@@ -171,7 +171,7 @@ BAD_INPUT = {
     "unknown data": ("--config.data.dataset=digitz", "data.dataset is 'digitz'"),
     "negative batch": ("--config.training.batch_size=-4", "training.batch_size is -4"),
     "no such init_from": ("--config.training.init_from=/nowhere", "no checkpoint in /nowhere"),
-    "unknown mode": ("--mode=trian", "train|eval"),
+    "unknown mode": ("--mode=trian", "train|train_deq|eval"),
     "no such config": ("--config=configs/digits/none.py", "none.py"),
 }
 
@@ -209,6 +209,7 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(tmp_path):
     """Ctrl-C in the middle, then the same command: the result is that of a run never interrupted."""
     settings = {"n_iters": 300, "snapshot_freq": 300, "snapshot_freq_for_preemption": 300}
     flags = [f"--config.training.{name}={value}" for name, value in settings.items()]
+    flags.append("--config.data.random_flip=True")  # as in config_with
     workdir = tmp_path / "stopped"
 
     def start():
