@@ -112,8 +112,7 @@ class Preprocess:
         """Mirrors at random and dequantizes, each as asked, then scales."""
         flip_key, noise_key = jax.random.split(key)
         if self.random_flip:
-            mirror = jax.random.bernoulli(flip_key, shape=images.shape[:1])
-            images = jnp.where(per_example(mirror, images), images[:, :, ::-1], images)
+            images = random_mirror(flip_key, images)
         if self.dequantize:
             return self.scale(uniform_dequantize(noise_key, images, self.levels))
         return self.scale(images.astype(jnp.float32) / (self.levels - 1))
@@ -152,6 +151,12 @@ class PointPreprocess:
 
     def without_flip(self) -> "PointPreprocess":
         return self
+
+
+def random_mirror(key: Array, images: Array) -> Array:
+    """Each image mirrored left-right with probability 1/2."""
+    mirror = jax.random.bernoulli(key, shape=images.shape[:1])
+    return jnp.where(per_example(mirror, images), images[:, :, ::-1], images)
 
 
 def uniform_dequantize(key: Array, images: Array, levels: int) -> Batch:

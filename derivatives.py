@@ -38,6 +38,16 @@ def exact_divergence(field: Field, x: Batch) -> tuple[Batch, PerExample]:
     return value, jnp.trace(jacobian, axis1=1, axis2=2)
 
 
+def divergence_of_probes(
+    field: Field, x: Batch, probes: Float[Array, "k batch *dims"] | None
+) -> tuple[Batch, Float[Array, "batch k"]]:
+    """The field and its divergence along each of k probes; with None the exact one, as of a single probe."""
+    if probes is None:
+        value, divergence = exact_divergence(field, x)
+        return value, divergence[:, None]
+    return jax.vmap(lambda probe: probe_divergence(field, x, probe), out_axes=(None, 1))(probes)
+
+
 def exact_jacobian(field: Field, x: Batch) -> tuple[Batch, Float[Array, "batch d d"]]:
     """The field and J[b, i, j] = d field_i / d x_j of each example, over flattened dimensions."""
     value, push_forward = jax.linearize(field, x)

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, num_dims
 from coordinates import Reference, ReferencePath, TimePath
-from derivatives import PROBES, Field, exact_divergence, probe_divergence
+from derivatives import PROBES, divergence_of_probes
 from ode import Info, as_pytree, integrate
 from sde_lib import SDE
 
@@ -170,7 +170,7 @@ class TimeField:
     def __call__(self, t: Float[Array, ""], state: State) -> State:
         x, _ = state
         times = jnp.full(x.shape[:1], t)
-        return _with_divergence(lambda x: self.path.sde.probability_flow(self.score_fn, x, times), x, self.probes)
+        return divergence_of_probes(lambda x: self.path.sde.probability_flow(self.score_fn, x, times), x, self.probes)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes", "path"], meta_fields=[])
@@ -188,21 +188,13 @@ class ReferenceField:
         sigma, (_, scale) = self.path.sde.alpha_sigma(t)[1], self.path.moments(y, t)
         weight = rate * jnp.square(sigma / scale)
         x, times = self.path.restore(y, t), jnp.full(y.shape[:1], t)
-        score, divergence = _with_divergence(lambda x: self.score_fn(x, times), x, self.probes)
+        score, divergence = divergence_of_probes(lambda x: self.score_fn(x, times), x, self.probes)
         # Probed in x, whatever the reference: J is symmetric there for a true score, so that nothing varies less.
         known = jnp.sum(weight[None] * self._probe_squares(y), axis=range(2, y.ndim + 1)).T
         return -weight * (scale * score + y), -(rate * sigma**2 * divergence + known)
 
     def _probe_squares(self, like: Batch) -> Probes:
         return jnp.ones((1, *like.shape), like.dtype) if self.probes is None else jnp.square(self.probes)
-
-
-def _with_divergence(flow: Field, x: Batch, probes: Probes | None) -> State:
-    """A flow and its divergence, [batch, k], exact or along each of k probes."""
-    if probes is None:
-        value, divergence = exact_divergence(flow, x)
-        return value, divergence[:, None]
-    return jax.vmap(lambda probe: probe_divergence(flow, x, probe), out_axes=(None, 1))(probes)
 
 
 class BitsPerDim(NamedTuple):

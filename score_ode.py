@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, inner, per_example
-from derivatives import Field, exact_divergence, probe_divergence
+from derivatives import Field, divergence_of_probes
 from likelihood import Probes
 from ode import Info, as_pytree, integrate
 from sde_lib import SDE
@@ -185,8 +185,8 @@ class _ScoreFlow:
         flow = _Flow(self.score_fn, self.start, self.sde).at(fraction)
 
         def potential(x: Batch) -> tuple[Float[Array, ""], Batch]:
-            value, divergence = _with_divergence(flow, x, self.probes)
-            return jnp.sum(divergence + inner(value, a)), value
+            value, divergence = divergence_of_probes(flow, x, self.probes)
+            return jnp.sum(jnp.mean(divergence, axis=1) + inner(value, a)), value
 
         # Examples do not interact, so the gradient of the sum over the batch is each example's own.
         gradient, value = jax.grad(potential, has_aux=True)(x)
@@ -245,14 +245,6 @@ class _LikelihoodFlow:
 
     def __call__(self, fraction: Float[Array, ""], state: tuple[Batch, PerExample]) -> tuple[Batch, PerExample]:
         flow = _Flow(self.score_fn, self.start, self.sde).at(fraction)
-        value, divergence = _with_divergence(flow, state[0], self.probes)
+        value, divergence = divergence_of_probes(flow, state[0], self.probes)
         rate = self.sde.t_max - self.start
-        return per_example(rate, value) * value, rate * divergence
-
-
-def _with_divergence(flow: Field, x: Batch, probes: Probes | None) -> tuple[Batch, PerExample]:
-    """A flow and its divergence: exact, or the mean over k probes."""
-    if probes is None:
-        return exact_divergence(flow, x)
-    value, along = jax.vmap(lambda probe: probe_divergence(flow, x, probe), out_axes=(None, 0))(probes)
-    return value, jnp.mean(along, axis=0)
+        return per_example(rate, value) * value, rate * jnp.mean(divergence, axis=1)

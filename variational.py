@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
-from arrays import Batch, PerExample, ScoreFn, per_example
+from arrays import Batch, PerExample, ScoreFn
 from bounds import bound_draw
 from configs.default import Config
 from coordinates import Reference
+from datasets import random_mirror
 from dequantization import Dequantized, Images, Keys
 from likelihood import discrete_bits
 from models.flowpp import Flowpp, flowpp_from_config
@@ -127,8 +128,7 @@ class DequantizerTrainer:
         """
         flip_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
         if self.random_flip:
-            mirror = jax.random.bernoulli(flip_key, shape=images.shape[:1])
-            images = jnp.where(per_example(mirror, images), images[:, :, ::-1], images)
+            images = random_mirror(flip_key, images)
 
         def mean_loss(params: Params) -> tuple[Array, dict[str, Array]]:
             parts = self.bits_per_dim(params, score_fn, reference, images, loss_key, train=True)

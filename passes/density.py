@@ -19,7 +19,7 @@ from datasets import SPLITS, EvaluationBatch, evaluation_batch, evaluation_batch
 from evaluation import mean_estimate
 from files import write_npz
 from models.score import Params
-from passes.estimators import Estimate, estimator_from_config
+from passes.estimators import Estimate, checked, estimator_from_config
 from passes.keep import Keep, Values
 from records import progress
 from sampling import image_keys, sampler_from_config
@@ -114,15 +114,8 @@ class DensityPass:
             self.run.config.training.smallest_time,
             self.reference,
         )
-        terms, errors, info = parallel.fetch((estimate.terms, estimate.errors, estimate.info))
-        where = f"of {self.source.description}; its likelihood is not to be had with {self.estimator.description}"
-        if info is not None and not info.success:
-            point = batch.indices[info.suspect]
-            raise RuntimeError(f"the likelihood's solve broke down at t = {info.t:.6g}, at point {point} {where}")
-        finite = np.isfinite(np.sum(list(terms.values()), axis=0))
-        if not np.all(finite):
-            raise RuntimeError(f"the likelihood is not finite at point {batch.indices[np.argmin(finite)]} {where}")
-        return Estimate(terms, errors, int(estimate.nfe), info)
+        refusal = f"of {self.source.description}; its likelihood is not to be had with {self.estimator.description}"
+        return checked(estimate, batch.indices, "point", refusal)
 
 
 def summary(batches: list[Values], entropy: float | None) -> dict[str, Any]:

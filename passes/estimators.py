@@ -5,9 +5,11 @@ import functools
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 import bounds
+import parallel
 from arrays import Batch, PerExample, ScoreFn
 from configs.default import Config
 from coordinates import TAIL_DENSITY, Reference
@@ -28,6 +30,27 @@ class Estimate(NamedTuple):
     """Evaluations of the network for each example, one with its derivatives counting as one."""
     info: Info | None
     """How the solve went, if there was one."""
+
+
+def checked(estimate: Estimate, numbers: np.ndarray, kind: str, refusal: str) -> Estimate:
+    """The estimate on the host.
+
+    Args:
+        numbers: of the examples in their data set.
+        kind: what an example is called.
+        refusal: ends the message: of which data, and what cannot be had.
+
+    Raises:
+        RuntimeError: if it is none, naming the example and, of a solve, the time.
+    """
+    terms, errors, info = parallel.fetch((estimate.terms, estimate.errors, estimate.info))
+    if info is not None and not info.success:
+        example = f"{kind} {numbers[info.suspect]}"
+        raise RuntimeError(f"the likelihood's solve broke down at t = {info.t:.6g}, at {example} {refusal}")
+    finite = np.isfinite(np.sum(list(terms.values()), axis=0))
+    if not np.all(finite):
+        raise RuntimeError(f"the likelihood is not finite at {kind} {numbers[np.argmin(finite)]} {refusal}")
+    return Estimate(terms, errors, int(estimate.nfe), info)
 
 
 class Estimator(Protocol):

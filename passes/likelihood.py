@@ -21,7 +21,7 @@ from dequantization import Dequantized, Dequantizer, Images, check_levels, impor
 from evaluation import mean_estimate
 from likelihood import discrete_bits
 from models.score import Params
-from passes.estimators import Estimate, estimator_from_config
+from passes.estimators import Estimate, checked, estimator_from_config
 from passes.keep import Keep, Values
 from records import progress
 from sampling import image_keys
@@ -143,15 +143,8 @@ class LikelihoodPass:
         """
         score_fn, t_min = self.run.score_fn(params), self.dequantizer.t_min
         estimate = self.estimator(score_fn, self.run.sde, x, keys, t_min, self._reference)
-        terms, errors, info = parallel.fetch((estimate.terms, estimate.errors, estimate.info))
-        where = f"of {self.source.description}; its bits/dim are not to be had with {self.estimator.description}"
-        if info is not None and not info.success:
-            image = batch.indices[info.suspect]
-            raise RuntimeError(f"the likelihood's solve broke down at t = {info.t:.6g}, at image {image} {where}")
-        finite = np.isfinite(np.sum(list(terms.values()), axis=0))
-        if not np.all(finite):
-            raise RuntimeError(f"the likelihood is not finite at image {batch.indices[np.argmin(finite)]} {where}")
-        return Estimate(terms, errors, int(estimate.nfe), info)
+        refusal = f"of {self.source.description}; its bits/dim are not to be had with {self.estimator.description}"
+        return checked(estimate, batch.indices, "image", refusal)
 
 
 @jax.jit
