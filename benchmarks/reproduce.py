@@ -46,6 +46,7 @@ from likelihood import Reference, ode_log_likelihood
 from marginals import marginals_of, sample_at
 from models.score import NetworkScore
 from ode import require_success
+from passes.density_grid import grid_points
 from paths import ode_path, sde_path
 from run_files import read_metrics
 from score_distances import distance_curves, time_nodes
@@ -241,7 +242,7 @@ def entropies_of(run: Run, score_fn: NetworkScore) -> dict[str, Any]:
 def density_on_grid(run: Run, score_fn: NetworkScore, problem: Problem) -> np.ndarray:
     """exp(ln p) of the ODE at the points of the grid."""
     assert run.density is not None
-    x = jnp.asarray(problem.grid_points(run.density.dims), jnp.float32)
+    x = jnp.asarray(grid_points(problem.limit, problem.grid, run.density.dims))
     result = ode_log_likelihood(
         score_fn,
         run.sde,

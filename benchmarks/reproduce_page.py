@@ -26,6 +26,7 @@ from evaluation import MeanEstimate, mean_estimate
 from figures import figure_png
 from figures_density import density_curves, density_maps, distance_figure, start_figure, trajectories
 from files import read_npz, write_atomic
+from passes.density_grid import grid_points
 from score_distances import Curve, TimeNodes
 
 LABELS = {
@@ -186,7 +187,7 @@ def starts_figure(problem: Problem, folders: Sequence[Path]) -> Figure:
 
 def density_figure(problem: Problem, arrays: dict[str, list[dict[str, np.ndarray]]]) -> Figure:
     density = DENSITIES[problem.dataset]
-    x = problem.grid_points(density.dims)
+    x = grid_points(problem.limit, problem.grid, density.dims)
     assert density.log_density_of_data is not None
     data = np.exp(np.asarray(density.log_density_of_data(jnp.asarray(x, jnp.float32)), np.float64))
     if density.dims == 1:

@@ -56,13 +56,6 @@ class Problem:
             "eval.enable_sampling": False,
         }
 
-    def grid_points(self, dims: int) -> np.ndarray:
-        """The centres of a grid's cells, [n, 1], or [n * n, 2] row after row."""
-        side = (np.arange(self.grid) + 0.5) / self.grid * 2 * self.limit - self.limit
-        if dims == 1:
-            return side[:, None]
-        return np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
-
     def scaled(self, factor: float) -> "Problem":
         """The same with a multiple of the steps."""
         return dataclasses.replace(self, base=round(self.base * factor), steps=round(self.steps * factor))
