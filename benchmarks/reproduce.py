@@ -80,13 +80,11 @@ def run_all(problems: list[Problem], runs: Path) -> None:
         started, cpu = time.monotonic(), time.process_time()
         folder = runs / problem.name / f"seed{seed}"
         run_seed(problem, seed, folder)
+        study_starts(problem, folder)
+        save_paths(problem, folder, runs / "paths.npz")
         took = {"wall": time.monotonic() - started, "cpu": time.process_time() - cpu, "commit": commit()}
         write_atomic(folder / "seconds.json", json.dumps(took))
-        save_paths(problem, folder, runs / "paths.npz")
         print(f"{problem.title}, seed {seed}: {took['wall']:.0f} s, {took['cpu']:.0f} s of CPU time", flush=True)
-    for problem in problems:
-        for seed in SEEDS:
-            study_starts(problem, runs / problem.name / f"seed{seed}")
 
 
 def study_starts(problem: Problem, folder: Path) -> None:
@@ -114,7 +112,7 @@ def commit() -> str:
 
 
 def done(folder: Path) -> bool:
-    return all((folder / f"{name}.json").exists() for name in BRANCHES)
+    return (folder / "seconds.json").exists()
 
 
 def run_seed(problem: Problem, seed: int, folder: Path) -> None:

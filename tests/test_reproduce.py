@@ -2,11 +2,12 @@
 
 import json
 
+import jax
 import numpy as np
 
 from benchmarks.reproduce import config_of
 from benchmarks.reproduce_page import ACCOUNT, write_page
-from benchmarks.synthetic import BRANCHES, PROBLEMS, Problem
+from benchmarks.synthetic import BRANCHES, PROBLEMS, STARTS, Problem
 from build import build
 from files import write_atomic, write_npz
 
@@ -27,6 +28,7 @@ def write_results(problem: Problem, folder, seed: int) -> None:
         points = np.full(10, kl) + np.linspace(-1, 1, 10)
         arrays = {"density": grid, "points_kl": points, "nodes_t": nodes, "nodes_weight": nodes}
         write_npz(folder / f"{name}.npz", **arrays, **curves)
+        write_npz(folder / f"{name}_starts.npz", start=STARTS, excess=np.full((len(STARTS), 10), kl))
     write_atomic(folder / "seconds.json", json.dumps({"wall": 60.0, "cpu": 30.0, "commit": f"abc{seed}"}))
 
 
@@ -42,7 +44,7 @@ def test_page(tmp_path):
     assert "From order 2 to order 3 the NLL falls by +0.0033 ± 0.0088 nats, within two standard errors." in text
     assert "order 3 against order 1 +0.2000 ± 0.0000" in text  # the spread over points cancels
     assert "commit abc1, abc2, abc3" in text
-    for kind in ("density", "distances"):
+    for kind in ("density", "distances", "starts"):
         assert (tmp_path / "docs" / "images" / f"synthetic_{BOARD.name}_{kind}.png").stat().st_size > 1000
     write_atomic(path, text + "\nBy hand.\n")
     write_page(PROBLEMS, tmp_path / "runs", tmp_path / "docs")
@@ -54,6 +56,7 @@ def test_settings_are_a_configuration():
         run = build(config_of(problem, problem.settings(3) | {"training.score_matching_order": 3}))
         assert run.config.seed == 3
         assert run.density is not None
-        assert problem.grid_points(run.density.dims).shape == (problem.grid**run.density.dims, run.density.dims)
+        points = run.density.sample(jax.random.key(0), (1000, run.density.dims))
+        assert abs(points).max() < problem.limit  # the picture of the density shows all of the data
         # the checkpoint at equal steps must be one of those that are kept
         assert problem.base % problem.steps == 0
