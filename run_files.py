@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from features import Images
 from files import read_npz
+from results import evaluations, seconds_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,26 +162,27 @@ def _curves(records: dict[int, dict[str, Any]]) -> dict[str, Curve]:
 def _read_results(workdir: Path, metrics: RunCurves, problems: list[str]) -> list[dict[str, Any]]:
     """Evaluations in any folder of the run, each with its `file`, and the `train_seconds` up to its checkpoint."""
     results = []
-    for path in workdir.glob("*/*.json"):
-        result = _read_json(path, problems)
-        if result is None or "checkpoint_step" not in result:
+    for path in sorted(workdir.glob("**/*.json")):
+        content = _read_json(path, problems)
+        if content is None or "checkpoint_step" not in content:
             continue
-        result["file"] = str(path.relative_to(workdir))
-        for part, taken in (_read_json(seconds_file(path), problems) or {}).items():
-            if part in result:
-                result[part]["seconds"] = taken
-        seconds = _seconds_until(metrics, result["checkpoint_step"])
-        results.append(result if seconds is None else result | {"train_seconds": seconds})
-    return sorted(results, key=lambda result: (result["checkpoint_step"], result["file"]))
+        file, seconds = str(path.relative_to(workdir)), _value_until(metrics, "seconds", content["checkpoint_step"])
+        *earlier, last = evaluations(content, _read_json(seconds_file(path), problems) or {})
+        each = [result | {"file": f"{file}, earlier {n}"} for n, result in enumerate(earlier, 1)]
+        each.append(last | {"file": file})
+        results += each if seconds is None else [result | {"train_seconds": seconds} for result in each]
+    return sorted(results, key=lambda result: result["checkpoint_step"])
 
 
-def seconds_file(path: Path) -> Path:
-    """Where the seconds that each part of an evaluation took are, for its file of results."""
-    return path.with_name(f"{path.stem}_seconds.json")
+def trained_order(workdir: Path, step: int) -> int | None:
+    """The highest order of the loss that this run was trained with up to a step; None before its first record."""
+    order = _value_until(read_metrics(workdir / "train" / "metrics.jsonl"), "order", step)
+    return None if order is None else int(order)
 
 
-def _seconds_until(metrics: RunCurves, step: int) -> float | None:
-    curve = metrics.get("train", {}).get("seconds")
+def _value_until(metrics: RunCurves, name: str, step: int) -> float | None:
+    """Of the last record of training up to a step."""
+    curve = metrics.get("train", {}).get(name)
     if curve is None or not (curve.steps <= step).any():
         return None
     return float(curve.values[curve.steps <= step][-1])

@@ -7,7 +7,7 @@ A run's folder (workdir) holds
     eval/                           results (.json), and the per-example values behind them (.npz)
     samples/                        images drawn, and real ones to hold them against
     report.html, figures/           for people
-    log.txt
+    log.txt                         log_1.txt, ... of further hosts
 """
 
 import hashlib
@@ -27,7 +27,6 @@ from comparison import comparison_table
 from configs.default import Config
 from datasets import Source
 from deq_training import evaluation_dequantizer
-from files import write_atomic
 from passes.density import DensityPass, PointSamples
 from passes.density_grid import draw_density
 from passes.extractors import Comparison, comparison_from_config
@@ -39,7 +38,8 @@ from passes.snapshots import Snapshots
 from passes.statistics import statistics_pass
 from records import MetricsWriter, StopRequest, progress, stop_on_signal
 from report import write_report
-from run_files import read_run, seconds_file
+from results import Results
+from run_files import read_run, trained_order
 from sampling import sampler_from_config
 from sources import prepare_from_config
 from stored_states import initial_state, open_checkpoints, open_existing_checkpoints, starting_state, stored_state
@@ -133,13 +133,15 @@ def _saving_steps(training: Config) -> tuple[int, int]:
 def step_batches(run: Run, source: Source, first_step: int) -> Iterator[np.ndarray]:
     """This host's rows of the batches for each compiled call, [steps, rows, height, width, channels], to the last step.
 
-    Calls begin at multiples of `training.n_jitted_steps`, so that a resumed run makes the same calls.
+    Calls begin at multiples of `training.n_jitted_steps`, so that a resumed run makes the same calls; and also at those
+    of `training.snapshot_freq`, since checkpoints are kept for good of these very steps.
     """
     training = run.config.training
     batches = datasets.training_batches(source, training.batch_size, run.config.seed, first_step, training.n_iters)
     step = first_step
     while step < training.n_iters:
-        last = min((step // training.n_jitted_steps + 1) * training.n_jitted_steps, training.n_iters)
+        ends = [(step // every + 1) * every for every in (training.n_jitted_steps, training.snapshot_freq)]
+        last = min(*ends, training.n_iters)
         yield np.stack([next(batches) for _ in range(step, last)])
         step = last
 
@@ -166,7 +168,8 @@ def evaluate(config: Config, workdir: Path, eval_folder: str, deq_folder: str = 
         shapes = jax.eval_shape(run.fresh_state)
         for step in chosen_steps(config, checkpoints.steps()):
             state = checkpoints.restore(step, shapes, parallel.replicated(run.mesh))
-            stamp = {"order": config.training.score_matching_order}
+            order = trained_order(workdir, step)  # it need not be that of this configuration
+            stamp = {} if order is None else {"order": order}
             evaluate_checkpoint(run, parts, state, f"step_{step}", stamp, workdir, eval_folder)
 
 
@@ -179,20 +182,23 @@ class Parts(NamedTuple):
     density: DensityPass | None = None
     """The likelihood of points."""
     points: PointSamples | None = None
+    loss: LossPass | None = None
 
 
 def parts_from_config(run: Run, deq_folder: Path) -> Parts:
     """Raises ValueError, OSError: for bad input."""
     settings = run.config.eval
+    loss = LossPass(run, datasets.source_from_config(run.config, "test")) if settings.enable_loss else None
     if run.density is not None:
         density = DensityPass(run) if settings.enable_bpd else None
-        return Parts(None, None, density, PointSamples(run) if settings.enable_sampling else None)
+        return Parts(None, None, density, PointSamples(run) if settings.enable_sampling else None, loss)
     parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
     if settings.enable_sampling:
         sampler_from_config(run.config, run.sde)  # for its checks
     return Parts(
         LikelihoodPass(run, evaluation_dequantizer(run, deq_folder)) if settings.enable_bpd else None,
         comparison_from_config(run.config) if settings.enable_sampling else None,
+        loss=loss,
     )
 
 
@@ -239,43 +245,34 @@ def evaluate_checkpoint(
     workdir: Path,
     eval_folder: str,
 ) -> None:
-    """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`.
+    """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`."""
+    folder, step = workdir / eval_folder, int(state.step)
+    shown = label if eval_folder == "eval" else f"{label}_{eval_folder.replace('/', '_')}"
+    results = Results(folder / f"{label}.json", {"checkpoint_step": step, "ema": True} | stamp)
 
-    What the parts took goes to <label>_seconds.json: all else is the same whenever and however often it is started.
-    """
-    folder, settings = workdir / eval_folder, run.config.eval
-    path, step = folder / f"{label}.json", int(state.step)
-    result: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    result |= {"checkpoint_step": step, "ema": True} | stamp
-    seconds_path = seconds_file(path)
-    seconds: dict[str, float] = json.loads(seconds_path.read_text()) if seconds_path.exists() else {}
-
-    def keep(**parts: Any) -> None:
-        seconds.update({name: part.pop("seconds") for name, part in parts.items() if "seconds" in part})
-        result.update(parts)
+    def keep(name: str, part: dict[str, Any]) -> None:
+        results.add(name, part)
         if jax.process_index() == 0:
-            write_atomic(seconds_path, json.dumps(seconds, indent=1))
-            write_atomic(path, json.dumps(result, indent=1))
+            results.write()
             write_report(workdir)
 
-    if settings.enable_loss:
-        test_source = datasets.source_from_config(run.config, "test")
-        keep(loss=LossPass(run, test_source).whole(state.ema_params))
+    if parts.loss is not None:
+        keep("loss", parts.loss.whole(state.ema_params))
     if parts.likelihood is not None:
-        keep(bpd=parts.likelihood(state.ema_params, folder))
+        keep("bpd", parts.likelihood(state.ema_params, folder))
     if parts.comparison is not None:
         samples, images = sampling_pass(run, parts.comparison, state.ema_params, folder)
-        name = label if eval_folder == "eval" else f"{label}_{eval_folder.replace('/', '_')}"
-        write_samples(run, images, name, step, workdir)
-        keep(samples=samples)
+        write_samples(run, images, shown, step, workdir)
+        keep("samples", samples)
     if parts.density is not None:
         nll = parts.density(state.ema_params, folder)
-        draw_density(run, parts.density, state.ema_params, settings.density_grid, label, step, workdir)
-        keep(nll=nll)
+        cells = run.config.eval.density_grid
+        draw_density(run, parts.density, state.ema_params, cells, shown, step, workdir)
+        keep("nll", nll)
     if parts.points is not None:
         points, drawn = parts.points(state.ema_params, folder)
-        parts.points.write(drawn, label, step, workdir)
-        keep(points=points)
+        parts.points.write(drawn, shown, step, workdir)
+        keep("points", points)
 
 
 def prepare(config: Config) -> None:

@@ -112,7 +112,7 @@ def bits_per_dim_of_images(workdir: Path) -> np.ndarray:
 
 
 def newest_result(workdir: Path) -> dict:
-    paths = (workdir / "eval").glob("step_*.json")
+    paths = (workdir / "eval").glob("step_*[0-9].json")  # without those of the seconds
     return json.loads(max(paths, key=lambda p: int(p.stem.split("_")[1])).read_text())
 
 

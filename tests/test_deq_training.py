@@ -169,8 +169,11 @@ def test_noise_stays_in_its_bin_and_depends_on_its_image_only(trained):
 
 
 def test_evaluation_with_the_dequantizer(trained):
+    run_lib.evaluate(config_with(), trained, "learned")
     run_lib.evaluate(config_with(eval__dequantizer=True), trained, "learned")
-    result = json.loads((trained / "learned" / "step_4.json").read_text())["bpd"]
+    content = json.loads((trained / "learned" / "step_4.json").read_text())
+    assert [part["bpd"]["dequantization"] for part in content["earlier"]] == ["uniform"], "it is not lost"
+    result = content["bpd"]
     assert result["dequantization"] == "variational"
     assert result["dequantizer"].startswith("flowpp_cifar10, step 6, ")
     assert result["n"] == 16

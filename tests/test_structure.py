@@ -11,7 +11,7 @@ LAYERS = (
     {"deq_training"},
     {"passes", "stored_states", "report"},
     {"report_results"},
-    {"build", "workdir", "tables", "comparison", "figures", "figures_density", "run_files", "released"},
+    {"build", "workdir", "tables", "comparison", "figures", "figures_density", "run_files", "results", "released"},
     {"checkpoints"},
     {
         "train_state",

@@ -1,0 +1,79 @@
+"""The results of a checkpoint, as JSON: what each part of its evaluations found and, beside it, what that took.
+
+<label>.json            a stamp that tells the checkpoint; each part, `loss`, `bpd`, ..., as evaluated last; `earlier`:
+                        parts as evaluated before with other settings, oldest first, so that none is lost
+<label>_seconds.json    the time that each part took: all else is the same however often it was interrupted
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from files import write_atomic
+
+IDENTITY = ("values", "n", "features_hash", "statistics_hash")
+"""Fields that tell parts of other settings apart: where their values are kept, what samples are compared with."""
+
+
+class Results:
+    """What the files of one checkpoint hold, to be added to and written.
+
+    Raises:
+        ValueError: if there is a file that cannot be read.
+    """
+
+    def __init__(self, path: Path, stamp: dict[str, Any]):
+        self.path = path
+        self.content = _read(path) | stamp
+        self.seconds = _read(seconds_file(path))
+
+    def add(self, name: str, part: Mapping[str, Any]) -> None:
+        """Takes in a part: in place of one of the same settings, while one of other settings goes to `earlier`."""
+        part = dict(part)
+        if "seconds" in part:
+            self.seconds[_seconds_key(name, part)] = part.pop("seconds")
+        before = [*self.content.pop("earlier", []), *([{name: self.content[name]}] if name in self.content else [])]
+        earlier = [each for each in before if not (name in each and _identity(each[name]) == _identity(part))]
+        self.content |= {name: part} | ({"earlier": earlier} if earlier else {})
+
+    def write(self) -> None:
+        write_atomic(seconds_file(self.path), json.dumps(self.seconds, indent=1))
+        write_atomic(self.path, json.dumps(self.content, indent=1))
+
+
+def seconds_file(path: Path) -> Path:
+    """Where the seconds that each part took are, for a file of results."""
+    return path.with_name(f"{path.stem}_seconds.json")
+
+
+def evaluations(content: Mapping[str, Any], seconds: Mapping[str, float]) -> list[dict[str, Any]]:
+    """What a file of results holds as results of one evaluation each: the last one, which is the last here, too.
+
+    Each part has its `seconds` again, where they are known.
+    """
+    last = {name: value for name, value in content.items() if name != "earlier"}
+    stamp = {name: value for name, value in last.items() if not isinstance(value, Mapping)}
+    results = [*(stamp | part for part in content.get("earlier", [])), last]
+    return [{name: _with_seconds(name, value, seconds) for name, value in result.items()} for result in results]
+
+
+def _with_seconds(name: str, value: Any, seconds: Mapping[str, float]) -> Any:
+    if not isinstance(value, Mapping) or (key := _seconds_key(name, value)) not in seconds:
+        return value
+    return {**value, "seconds": seconds[key]}
+
+
+def _seconds_key(name: str, part: Mapping[str, Any]) -> str:
+    return part.get("values", name)
+
+
+def _identity(part: Mapping[str, Any]) -> Iterable[Any]:
+    return [part.get(field) for field in IDENTITY]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no readable JSON ({error}); delete it to evaluate again") from error

@@ -1,0 +1,72 @@
+"""What evaluations of one checkpoint leave in its file of results, and how the report reads it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from comparison import comparison_table
+from report import write_report
+from results import Results
+from run_files import read_run
+
+
+def bpd(mean: float, values: str, dequantization: str) -> dict[str, Any]:
+    return {"mean": mean, "se": 0.01, "dequantization": dequantization, "nfe": 9.0, "seconds": mean, "values": values}
+
+
+UNIFORM, LEARNED = bpd(2.5, "bpd-a", "uniform"), bpd(2.25, "bpd-b", "variational")
+
+
+def add(workdir: Path, **parts: dict[str, Any]) -> dict[str, Any]:
+    """What one evaluation of a checkpoint leaves in the file."""
+    results = Results(workdir / "eval" / "step_4.json", {"checkpoint_step": 4})
+    for name, part in parts.items():
+        results.add(name, part)
+    results.write()
+    return json.loads((workdir / "eval" / "step_4.json").read_text())
+
+
+def test_a_part_with_other_settings_replaces_none(tmp_path):
+    add(tmp_path, loss={"total": {"mean": 0.5}}, bpd=UNIFORM)
+    content = add(tmp_path, loss={"total": {"mean": 0.4}}, bpd=LEARNED)
+    assert content["bpd"]["mean"] == 2.25, "the last one"
+    assert [part["bpd"]["mean"] for part in content["earlier"]] == [2.5]
+    assert content["loss"] == {"total": {"mean": 0.4}}
+    assert add(tmp_path, bpd=LEARNED) == content, "the same again changes nothing"
+    back = add(tmp_path, bpd=UNIFORM)
+    assert (back["bpd"]["mean"], [part["bpd"]["mean"] for part in back["earlier"]]) == (2.5, [2.25])
+
+
+def test_samples_compared_otherwise_are_other_results(tmp_path):
+    samples = {"fid": 1.0, "n": 100, "features_hash": "f", "statistics_hash": "s", "values": "samples-a"}
+    changes = {"n": 200, "features_hash": "g", "statistics_hash": "t", "values": "samples-b"}
+    add(tmp_path, samples=samples)
+    for number, change in enumerate(changes.items(), 1):
+        content = add(tmp_path, samples=samples | dict([change]))
+        assert len(content["earlier"]) == number
+
+
+def test_the_report_shows_all_of_them_with_their_times(tmp_path):
+    add(tmp_path, bpd=UNIFORM, samples={"fid": 1.0, "n": 9, "values": "samples-a", "seconds": 7.0})
+    add(tmp_path, bpd=LEARNED)
+    earlier, last = read_run(tmp_path).results
+    assert earlier["bpd"] == UNIFORM
+    assert last["bpd"] == LEARNED
+    assert (last["samples"]["seconds"], "samples" in earlier) == (7.0, False)
+    assert (earlier["file"], last["file"]) == ("eval/step_4.json, earlier 1", "eval/step_4.json")
+    write_report(tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert all(word in page for word in ("uniform", "variational", "eval/step_4.json, earlier 1"))
+    assert page.index("2.250") < page.index("2.500"), "the summary has the last"
+    table = comparison_table(read_run(tmp_path).results)
+    assert "2.500 +- 0.010" in table
+    assert "2.250 +- 0.010" in table
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "step_4.json").write_text('{"checkpoint_step": ')
+    with pytest.raises(ValueError, match=r"step_4.json is no readable JSON .*; delete it"):
+        add(tmp_path)
