@@ -21,8 +21,9 @@ from files import write_npz
 from models.score import Params
 from passes.estimators import Estimate, checked, estimator_from_config
 from passes.keep import Keep, Values
+from passes.rounds import draw_in_rounds
 from records import progress
-from sampling import image_keys, sampler_from_config
+from sampling import Progress, image_keys, sampler_from_config
 
 REFERENCE_POINTS = 10_000
 """Training points, at most, that the mean and standard deviation of the data are taken from."""
@@ -72,10 +73,11 @@ class DensityPass:
             described |= {"reference_points": REFERENCE_POINTS, "num_points": self.run.config.data.num_points}
         keep = Keep(folder, "nll", self.description | batching | described, params)
         batches: list[Values] = []
-        with progress(sum(self.sizes), "likelihood", "point") as bar:
-            for number, size in enumerate(self.sizes):
-                batches.append(keep(f"batch{number}", functools.partial(self._batch, params, number)))
-                bar.update(size)
+        sizes = {f"batch{number}": size for number, size in enumerate(self.sizes)}
+        with progress(sum(self.sizes), "likelihood", "point", initial=keep.count(sizes)) as bar:
+            for number, name in enumerate(sizes):
+                batches.append(keep(name, functools.partial(self._batch, params, number)))
+                bar.update(max(0, sum(self.sizes[: number + 1]) - bar.n))
         assert self.run.density is not None
         return summary(batches, self.run.density.entropy) | self.description | {"values": keep.folder.name}
 
@@ -161,33 +163,29 @@ class PointSamples:
         Raises:
             RuntimeError: if a point is not finite, or the ODE sampler's solve breaks down.
         """
-        config, size = self.run.config, self.run.config.sampling.batch_size
+        config = self.run.config
         described = {"sampling": config.sampling.to_dict(), "num_scales": config.model.num_scales, "seed": config.seed}
         keep = Keep(folder, "points", described | {"network": self.run.network_description()}, params)
-        rounds: list[Values] = []
-        with progress(self.wanted, "sampling", "point") as bar:
-            for first in range(0, self.wanted, size):
-                rounds.append(keep(f"round{first // size}", functools.partial(self._round, params, first)))
-                bar.update(min(size, self.wanted - first))
-        points = np.concatenate([each["points"] for each in rounds])[: self.wanted]
-        cost = {"nfe": int(rounds[0]["nfe"]), "seconds": float(sum(each["seconds"] for each in rounds))}
-        sampler = {"sampler": config.sampling.method, "n": len(points)}
-        return sampler | described | cost | {"values": keep.folder.name}, points
+        draw = functools.partial(self._draw, params)
+        drawn = draw_in_rounds(keep, "point", self.wanted, config.sampling.batch_size, draw)
+        cost = {"sampler": config.sampling.method, "n": self.wanted, "nfe": drawn.nfe, "seconds": drawn.seconds}
+        return cost | described | {"values": keep.folder.name}, drawn.samples
 
-    def _round(self, params: Params, first: int) -> Values:
-        started, size = time.monotonic(), self.run.config.sampling.batch_size
-        numbers = np.arange(first, first + size)[parallel.local_rows(size)]
+    def _draw(self, params: Params, numbers: np.ndarray, show: Progress) -> tuple[np.ndarray, int]:
+        local = numbers[parallel.local_rows(len(numbers))]
         samples = self.sampler(
             self.run.score_fn(params),
             self.run.key(SAMPLE_KEY),
-            parallel.global_array(self.run.mesh, numbers),
+            parallel.global_array(self.run.mesh, local),
             self.run.data_shape,
+            show,
         )
         points = np.asarray(parallel.fetch(samples.x))
-        if not np.isfinite(points).all():
-            bad = first + int(np.argmin(np.isfinite(points).all(axis=1)))
-            raise RuntimeError(f"point {bad} is not finite with sampling.method={self.run.config.sampling.method}")
-        return {"points": points, "nfe": np.asarray(samples.nfe), "seconds": np.asarray(time.monotonic() - started)}
+        finite = np.isfinite(points).all(axis=1)
+        if not finite.all():
+            bad, method = numbers[np.argmin(finite)], self.run.config.sampling.method
+            raise RuntimeError(f"point {bad} is not finite with sampling.method={method}")
+        return points, samples.nfe
 
     def write(self, points: Float[np.ndarray, "n d"], label: str, step: int, workdir: Path) -> None:
         """samples/points/<label>.npz: `points` of the model at training `step`; data.npz: as many test points."""

@@ -28,13 +28,20 @@ class Keep:
         if jax.process_index() == 0:
             write_atomic(self.folder / "settings.json", text)
 
+    def count(self, sizes: Mapping[str, int]) -> int:
+        """How many images are in those of these batches, names with sizes, that are there.
+
+        A progress bar starts at it, so that its rate is that of the others.
+        """
+        return sum(size for name, size in sizes.items() if self._path(name).exists())
+
     def __call__(self, name: str, compute: Callable[[], Values]) -> Values:
         """What `compute` gives, or gave an earlier run.
 
         Raises:
             OSError: if the hosts do not share the folder.
         """
-        path = self.folder / f"{name}.npz"
+        path = self._path(name)
         stored = _read(path)
         if parallel.agree(stored is not None):
             if stored is None:
@@ -44,6 +51,9 @@ class Keep:
         if jax.process_index() == 0:
             write_npz(path, **values)
         return values
+
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.npz"
 
 
 def _read(path: Path) -> Values | None:

@@ -29,12 +29,15 @@ from sampling import image_keys
 REFERENCE_IMAGES = 10_000
 """Training images, at most, that the mean and standard deviation of the data are taken from."""
 
+_BLOCK = 256  # of them in memory at a time: images may be large
+
 
 class LikelihoodPass:
     """Bits/dim over the images of `eval.bpd_dataset`, `eval.num_repeats` times, as the rest of `eval` says.
 
     Raises:
         ValueError: for a field whose value is not allowed, or images that are not integer levels as data.levels says.
+        OSError: if the data are not there.
     """
 
     def __init__(self, run: Run, dequantizer: Dequantizer):
@@ -50,6 +53,9 @@ class LikelihoodPass:
         self.run, self.dequantizer = run, dequantizer
         self.estimator = estimator_from_config(run.config)
         self.source = datasets.source_from_config(run.config, settings.bpd_dataset)
+        self._reference_source = (
+            datasets.source_from_config(run.config, "train") if self.estimator.needs_reference else None
+        )
         self.num_draws: int = settings.num_importance_samples
         if self.num_draws > 1 and self.estimator.description["probe"] != "exact":
             logging.warning("eval.num_importance_samples > 1 with probes makes bits/dim too low; use eval.probe=exact")
@@ -80,13 +86,16 @@ class LikelihoodPass:
         """
         keep = Keep(folder, "bpd", self.settings(), params)
         repeats: list[list[Values]] = []
-        with progress(self.run.config.eval.num_repeats * sum(self.sizes), "bits/dim", "image") as bar:
-            for repeat in range(self.run.config.eval.num_repeats):
+        num_repeats, done = self.run.config.eval.num_repeats, 0
+        sizes = {f"repeat{r}_batch{n}": size for r in range(num_repeats) for n, size in enumerate(self.sizes)}
+        with progress(sum(sizes.values()), "bits/dim", "image", initial=keep.count(sizes)) as bar:
+            for repeat in range(num_repeats):
                 repeats.append([])
                 for number, size in enumerate(self.sizes):
                     solve = functools.partial(self._batch, params, repeat, number)
                     repeats[-1].append(keep(f"repeat{repeat}_batch{number}", solve))
-                    bar.update(size)
+                    done += size
+                    bar.update(max(0, done - bar.n))
         return summary(repeats) | self.description | {"values": keep.folder.name}
 
     def settings(self) -> dict[str, Any]:
@@ -95,22 +104,17 @@ class LikelihoodPass:
         batches = {"batch_size": settings.batch_size, "max_examples": settings.max_examples}
         bins = {"bins_per_unit": self.dequantizer.bins_per_unit, "unit_scale": self.dequantizer.unit_scale}
         network = {"network": run.network_description()}
-        if not self.estimator.needs_reference:
+        if self._reference_source is None:
             return self.description | batches | bins | network
-        reference = {"reference_data": self._train_source.description, "reference_images": REFERENCE_IMAGES}
+        reference = {"reference_data": self._reference_source.description, "reference_images": REFERENCE_IMAGES}
         return self.description | batches | bins | network | reference
 
     @functools.cached_property
-    def _train_source(self) -> datasets.Source:
-        return datasets.source_from_config(self.run.config, "train")
-
-    @functools.cached_property
     def _reference(self) -> Reference:
-        if not self.estimator.needs_reference:
+        if self._reference_source is None:
             return Reference()
-        images = self._train_source.images(np.arange(min(len(self._train_source), REFERENCE_IMAGES)))
         data = self.run.config.data
-        return data_reference(images, data.levels, self.dequantizer.bins_per_unit, data.centered)
+        return data_reference(self._reference_source, data.levels, self.dequantizer.bins_per_unit, data.centered)
 
     def _images(self, number: int) -> EvaluationBatch:
         settings = self.run.config.eval
@@ -166,19 +170,25 @@ def _in_nats(log_q: Float[np.ndarray, " batch"], estimate: Estimate) -> tuple[Va
     return terms | {"dequantization": np.asarray(log_q, np.float64)}, errors
 
 
-def data_reference(images: np.ndarray, levels: int, bins_per_unit: int, centered: bool) -> Reference:
-    """Mean and standard deviation of each entry of the network's data, for images of integer levels.
+def data_reference(source: datasets.Source, levels: int, bins_per_unit: int, centered: bool) -> Reference:
+    """Mean and standard deviation of each entry of the network's data, from the first images of a source.
 
     They are in the middle of their bins: bare, if there is one bin less than levels, or with uniform noise.
     """
+    count = min(len(source), REFERENCE_IMAGES)
+    total, squares = np.zeros((2, *source.image_shape), np.int64)
+    for first in range(0, count, _BLOCK):
+        images = source.images(np.arange(first, min(first + _BLOCK, count)))
+        total += images.sum(axis=0, dtype=np.int64)
+        # of unsigned bytes, whose squares need twice as many bits
+        squares += np.square(images, dtype=np.uint16).sum(axis=0, dtype=np.int64)
+    mean = total / count
+    variance = squares / count - mean**2
     bare, scale = bins_per_unit < levels, (2.0 if centered else 1.0) / bins_per_unit
-    mean = images.mean(axis=0, dtype=np.float64)
-    # of unsigned bytes, whose squares need twice as many bits
-    variance = np.square(images, dtype=np.uint16).mean(axis=0, dtype=np.float64) - mean**2
     middle, noise = (0.0, 0.0) if bare else (0.5, 1 / 12)
     std = scale * np.sqrt(np.maximum(variance, 0) + noise)
-    first = -1.0 if centered else 0.0
-    return Reference((first + scale * (mean + middle)).astype(np.float32), std.astype(np.float32))
+    lowest = -1.0 if centered else 0.0
+    return Reference((lowest + scale * (mean + middle)).astype(np.float32), std.astype(np.float32))
 
 
 def importance_weighted(draws: list[tuple[Values, Values]], dims: int, constants: tuple[float, float]) -> Values:

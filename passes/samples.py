@@ -8,7 +8,6 @@ correctors average norms over it, and the adaptive ODE solver chooses its steps 
 """
 
 import functools
-import time
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from figures import save_grid
 from files import write_npz
 from models.score import Params
 from passes.extractors import Comparison
-from passes.keep import Keep, Values
-from records import progress
+from passes.keep import Keep
+from passes.rounds import draw_in_rounds
 from sampling import Progress, sampler_from_config
 
 SHOWN = 64
@@ -48,45 +47,34 @@ def sampling_pass(run: Run, comparison: Comparison, params: Params, folder: Path
     Raises:
         RuntimeError: if a sample is not finite, or the ODE sampler's solve breaks down.
     """
-    wanted, batch_size = run.config.eval.num_samples, run.config.sampling.batch_size
     _warn_of_odes(run)
     comparison.prepare()  # what can fail with the real images fails before anything is drawn
-    described = {"sampling": run.config.sampling.to_dict(), "num_scales": run.config.model.num_scales}
-    keep = Keep(folder, "samples", described | {"seed": run.config.seed}, params)
-    batches: list[Values] = []
-    with progress(wanted, "sampling", "image") as bar:
-
-        def show(step: int, steps: int) -> None:
-            bar.set_postfix(step=f"{step}/{steps}")
-
-        for number in range(-(-wanted // batch_size)):
-            batches.append(keep(f"round{number}", functools.partial(_round, run, params, number, show)))
-            bar.update(min((number + 1) * batch_size, wanted) - bar.n)
-    images = np.concatenate([batch["samples"] for batch in batches])[:wanted]
-    cost = {
-        "sampler": run.config.sampling.method,
-        "nfe": int(batches[0]["nfe"]),
-        "seconds": float(np.sum([batch["seconds"] for batch in batches])),
+    described = {
+        "sampling": run.config.sampling.to_dict(),
+        "num_scales": run.config.model.num_scales,
+        "seed": run.config.seed,
         "rounding": "down" if run.config.data.uniform_dequantization else "nearest",
     }
-    return comparison(images) | cost | described | {"values": keep.folder.name}, images
+    keep = Keep(folder, "samples", described | {"network": run.network_description()}, params)
+    wanted, size = run.config.eval.num_samples, run.config.sampling.batch_size
+    drawn = draw_in_rounds(keep, "sample", wanted, size, functools.partial(draw_images, run, params))
+    cost = {"sampler": run.config.sampling.method, "nfe": drawn.nfe, "seconds": drawn.seconds}
+    return comparison(drawn.samples) | cost | described | {"values": keep.folder.name}, drawn.samples
 
 
 def _warn_of_odes(run: Run) -> None:
     sampling = run.config.sampling
-    follows_ode = sampling.method in ("ode", "heun") or (sampling.method == "dpm_solver" and sampling.eta == 0)
+    follows_ode = {
+        "pc": sampling.probability_flow and sampling.corrector == "none",
+        "ode": True,
+        "dpm_solver": sampling.eta == 0,
+        "heun": True,
+    }[sampling.method]
     if follows_ode and run.config.training.sde in ("vesde", "linearvesde"):
         logging.warning(
             "the ODE of a VE model keeps every error of the score at large noise, and its samples are often poor; "
             "--config.sampling.method=dpm_solver --config.sampling.eta=1 follows the SDE"
         )
-
-
-def _round(run: Run, params: Params, number: int, show: Progress) -> Values:
-    started = time.monotonic()
-    size = run.config.sampling.batch_size
-    images, nfe = draw_images(run, params, np.arange(number * size, (number + 1) * size), show)
-    return {"samples": images, "nfe": np.asarray(nfe), "seconds": np.asarray(time.monotonic() - started)}
 
 
 def draw_images(
@@ -139,6 +127,8 @@ def write_samples(run: Run, images: Images, label: str, step: int, workdir: Path
     write_npz(folder / "data.npz", samples=source.images(np.arange(min(SHOWN, len(source)))), levels=levels, step=0)
     write_npz(folder / f"{label}.npz", samples=images[:SHOWN], levels=levels, step=step)
     save_grid(folder / f"{label}.png", images[:SHOWN], levels)
+    for path in (folder / label).glob("images_*"):  # of an earlier evaluation, which may have drawn more
+        path.unlink()
     for first in range(0, len(images), SHARD):
         shard, name = images[first : first + SHARD], f"images_{first:06d}"
         write_npz(folder / label / f"{name}.npz", samples=shard, levels=levels, step=step)

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import passes.rounds
 import passes.samples
+import records
 import run_lib
 from build import build
 from configs.digits.smoke import get_config
@@ -17,6 +19,8 @@ from features import Features
 from figures import image_grid, snapshot_grid
 from files import read_npz
 from passes.extractors import Comparison
+from passes.keep import Keep
+from passes.rounds import draw_in_rounds
 from passes.samples import draw_images, sampling_pass, write_samples
 from passes.snapshots import Snapshots
 from records import StopRequest
@@ -95,20 +99,64 @@ def test_images_do_not_depend_on_devices_and_interruptions(run, params, comparis
         assert np.mean(off > 0) <= 1e-3
 
 
-def test_other_settings_draw_anew(run, params, comparison, tmp_path):
-    first, _ = sampling_pass(run, comparison, params, tmp_path)
-    other = build(config_with(model__sigma_max=1.0, sampling__batch_size=24))
-    second, images = sampling_pass(other, comparison, params, tmp_path)
-    assert first["values"] != second["values"]
-    assert len(images) == 48
+OTHERS = {
+    "sampling__batch_size": 24,
+    "sampling__max_nfe": 8,
+    "seed": 1,
+    "data__uniform_dequantization": False,  # what pixels are rounded to
+    "data__centered": True,
+    "model__sigma_max": 2.0,
+    "model__num_scales": 10,
+}
 
 
-@pytest.mark.parametrize(("sde", "eta", "warns"), [("vesde", 0.0, True), ("vesde", 1.0, False), ("vpsde", 0.0, False)])
-def test_odes_of_ve_models_are_warned_of(comparison, tmp_path, monkeypatch, sde, eta, warns):
+@pytest.mark.parametrize("field", OTHERS)
+def test_other_settings_draw_anew(comparison, tmp_path, monkeypatch, field):
+    drawn = []
+
+    def draw(run, params, numbers, show):
+        drawn.append(numbers)
+        return np.zeros((len(numbers), 8, 8, 1), np.uint8), 6
+
+    monkeypatch.setattr(passes.samples, "draw_images", draw)
+    for fields, rounds in (({}, 3), ({}, 0), ({field: OTHERS[field]}, 2 if field == "sampling__batch_size" else 3)):
+        drawn.clear()
+        _, images = sampling_pass(build(config_with(**fields)), comparison, {}, tmp_path)
+        assert len(drawn) == rounds
+        assert len(images) == 48
+
+
+def test_the_rate_is_that_of_samples_drawn_now(tmp_path, monkeypatch):
+    bars = []
+
+    def progress(*arguments, **options):
+        bars.append(records.progress(*arguments, **options))
+        return bars[-1]
+
+    monkeypatch.setattr(passes.rounds, "progress", progress)
+    for wanted in (6, 20):  # of 8: one round, then two more
+        keep = Keep(tmp_path, "samples", {}, {})
+        drawn = draw_in_rounds(keep, "sample", wanted, 8, lambda numbers, _: (numbers.copy(), 5))
+        np.testing.assert_array_equal(drawn.samples, np.arange(wanted))
+    assert [(bar.initial, bar.n) for bar in bars] == [(0, 6), (8, 20)]
+
+
+@pytest.mark.parametrize(
+    ("sde", "fields", "warns"),
+    [
+        ("vesde", {"eta": 0.0}, True),
+        ("vesde", {"eta": 1.0}, False),
+        ("vpsde", {"eta": 0.0}, False),
+        ("vesde", {"method": "pc", "probability_flow": True, "corrector": "none"}, True),
+        ("vesde", {"method": "pc", "probability_flow": True}, False),
+    ],
+)
+def test_odes_of_ve_models_are_warned_of(comparison, tmp_path, monkeypatch, sde, fields, warns):
     said = []
     monkeypatch.setattr(passes.samples.logging, "warning", lambda *message: said.append(message))
     monkeypatch.setattr(passes.samples, "draw_images", lambda *_: (np.zeros((16, 8, 8, 1), np.uint8), 6))
-    config = config_with(training__sde=sde, model__scale_by_sigma=sde == "vesde", sampling__eta=eta)
+    config = config_with(training__sde=sde, model__scale_by_sigma=sde == "vesde")
+    config.sampling.update(fields)
     sampling_pass(build(config), comparison, {}, tmp_path)
     assert any("follows the SDE" in text for text, *_ in said) == warns
 
@@ -129,6 +177,10 @@ def test_samples_on_disk(run, tmp_path, monkeypatch):
     np.testing.assert_array_equal(np.concatenate([shard["samples"] for shard in shards]), images)
     assert {(int(shard["levels"]), int(shard["step"])) for shard in shards} == {(17, 7)}
     assert len(read_npz(tmp_path / "samples" / "data.npz")["samples"]) == 64
+    write_samples(run, images[:25], "step_7", 7, tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"images_{first:06d}.{kind}" for first in (0, 20) for kind in ("npz", "png")
+    ], "of an earlier evaluation nothing is left"
 
 
 # Snapshots
