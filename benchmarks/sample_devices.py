@@ -4,7 +4,8 @@
 
 For each number of devices one process after another draws the images by main.py --mode=eval into a folder of its own;
 the first is asked to stop (SIGINT) after a third of the rounds, the second is killed (SIGKILL) after two thirds, the
-third finishes. At most 0.1 % of the pixels may then be off, by one level; else the exit status is 1.
+third finishes. At most 0.1 % of the pixels may then be off, by one level; else the exit status is 1. What the processes
+say goes to on_1_devices.log and on_4_devices.log in the workdir.
 """
 
 import argparse
@@ -25,6 +26,8 @@ DEVICES = (1, 4)
 BATCH = 256
 LARGEST_SHARE = 1e-3
 SAMPLER = ("method=dpm_solver", "order=2", "eta=1.0", "max_nfe=20", f"batch_size={BATCH}")
+INTERRUPTED = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+"""The exit status of a process that was interrupted so while it worked."""
 
 
 def main() -> int:
@@ -32,6 +35,8 @@ def main() -> int:
     parser.add_argument("--workdir", type=Path, default=Path("runs/order1"))
     parser.add_argument("--num-samples", type=int, default=10_000)
     arguments = parser.parse_args()
+    if arguments.num_samples <= 2 * BATCH:
+        parser.error(f"--num-samples is {arguments.num_samples}; to be interrupted twice it takes over {2 * BATCH}")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would these
     images = {n: drawn_on(n, arguments.workdir, arguments.num_samples) for n in DEVICES}
     one, several = (images[n].astype(int) for n in DEVICES)
@@ -45,33 +50,38 @@ def main() -> int:
 
 
 def drawn_on(devices: int, workdir: Path, num_samples: int) -> np.ndarray:
-    """The images drawn by three processes one after the other, two of them interrupted."""
+    """The images drawn by three processes one after the other, two of them interrupted.
+
+    Raises:
+        RuntimeError: if a process fails, or ends before it is interrupted.
+    """
     folder = workdir / f"on_{devices}_devices"
     shutil.rmtree(folder, ignore_errors=True)
     rounds = -(-num_samples // BATCH)
-    command = evaluation(workdir, folder.name, num_samples)
-    environment = os.environ | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    for stop_at, how in ((rounds // 3, signal.SIGINT), (2 * rounds // 3, signal.SIGKILL), (None, None)):
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-        if stop_at is not None and how is not None:
-            while len(finished := rounds_in(folder)) < stop_at and process.poll() is None:
+    with (workdir / f"{folder.name}.log").open("w") as log:
+        for stop_at, how in ((rounds // 3, signal.SIGINT), (2 * rounds // 3, signal.SIGKILL)):
+            process = start(devices, workdir, folder.name, num_samples, log.fileno())
+            while len(rounds_in(folder)) < stop_at and process.poll() is None:
                 time.sleep(0.05)
             process.send_signal(how)
-            status = process.wait()
-            if status == 0:
-                raise RuntimeError(f"it had ended before {how.name} came; draw more samples")
-            said = f"stopped by {how.name} after {len(finished)} of {rounds} rounds, status {status}"
-            print(f"{devices} devices: {said}", flush=True)
-        elif process.wait() != 0:
-            raise RuntimeError(f"sampling failed: {' '.join(command)}")
+            status, finished = process.wait(), len(rounds_in(folder))
+            if status != INTERRUPTED[how] or finished == rounds:
+                raise RuntimeError(f"status {status} before {how.name} came, {finished} of {rounds} rounds: {log.name}")
+            print(f"{devices} devices: stopped by {how.name} after {finished} of {rounds} rounds", flush=True)
+        status = start(devices, workdir, folder.name, num_samples, log.fileno()).wait()
+        if status != 0 or len(rounds_in(folder)) != rounds:
+            raise RuntimeError(f"status {status}, {len(rounds_in(folder))} of {rounds} rounds: {log.name}")
     return np.concatenate([read_npz(path)["samples"] for path in rounds_in(folder)])[:num_samples]
 
 
-def evaluation(workdir: Path, eval_folder: str, num_samples: int) -> list[str]:
+def start(devices: int, workdir: Path, eval_folder: str, num_samples: int, log: int) -> subprocess.Popen[bytes]:
+    """An evaluation on so many of the processor's devices."""
     arguments = ["--config=configs/digits/ncsnpp.py", f"--workdir={workdir}", "--mode=eval"]
     arguments += [f"--eval_folder={eval_folder}", "--config.eval.enable_bpd=False"]
     arguments += [f"--config.eval.num_samples={num_samples}"]
-    return [sys.executable, "main.py", *arguments, *(f"--config.sampling.{setting}" for setting in SAMPLER)]
+    command = [sys.executable, "main.py", *arguments, *(f"--config.sampling.{setting}" for setting in SAMPLER)]
+    forced = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(command, env=os.environ | forced, stderr=log)
 
 
 def rounds_in(folder: Path) -> list[Path]:
