@@ -68,7 +68,9 @@ class _TrainingBatches:
 
 
 def training_batches(source: Source, batch_size: int, seed: int, first_step: int, num_steps: int) -> Iterator[Levels]:
-    """This host's rows of batches first_step .. num_steps - 1, read ahead in threads."""
+    """This host's rows of batches first_step .. num_steps - 1, read ahead in threads; none if there are none."""
+    if first_step >= num_steps:
+        return iter(())
     batches = _TrainingBatches(source, BatchOrder(len(source), batch_size, seed), num_steps)
     read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(read))

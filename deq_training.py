@@ -17,12 +17,11 @@ import parallel
 from build import EVAL_KEY, INIT_KEY, TRAIN_KEY, Run, build
 from checkpoints import Checkpoints
 from configs.default import Config
-from coordinates import Reference
 from datasets import Source, evaluation_batch, evaluation_batch_sizes, training_batches
 from dequantization import Dequantizer, dequantizer_from_config
 from models.score import NetworkScore, Params
 from passes.keep import params_digest
-from passes.likelihood import REFERENCE_IMAGES, data_reference
+from passes.likelihood import data_reference
 from records import MetricsWriter, StopRequest, progress, stop_on_signal
 from stored_states import open_existing_checkpoints, stored_state
 from train_state import TrainState
@@ -44,10 +43,15 @@ def train_deq(config: Config, workdir: Path, deq_folder: str) -> None:
     """
     run, folder = build(config), workdir / deq_folder
     _images_only(run)
+    _plain_steps_only(config.training)
+    if folder == workdir:
+        raise ValueError(f"--deq_folder={deq_folder} is the workdir, where the score model is; name a folder inside it")
     trainer = dequantizer_trainer_from_config(config, run.sde)
     train_source, test_source = (datasets.source_from_config(config, split) for split in datasets.SPLITS)
     score_fn = run.score_fn(score_params(run, workdir))
-    description = _description(run) | {"score parameters": params_digest(score_fn.params)}
+    description = _description(run) | {
+        "parameters of the score model (eval.ckpt_id, else another --deq_folder)": params_digest(score_fn.params)
+    }
     check_writable(folder)
     with Checkpoints(folder / "checkpoints", description, config.training.snapshot_freq) as checkpoints:
         training = DeqTraining(run, trainer, score_fn, train_source, test_source)
@@ -73,7 +77,9 @@ class DeqTraining:
         self.run, self.trainer, self.score_fn = run, trainer, score_fn
         self.train_source, self.test_source = train_source, test_source
         whole, along = parallel.replicated(run.mesh), parallel.along_batch(run.mesh)
-        self.reference = jax.device_put(_reference(run, train_source), whole)
+        data = run.config.data
+        # of the bound's control variate
+        self.reference = jax.device_put(data_reference(train_source, data.levels, data.levels, data.centered), whole)
         self._first_state = jax.jit(trainer.first_state, in_shardings=(along, whole), out_shardings=whole)
         self._step = jax.jit(
             trainer.step,
@@ -199,6 +205,16 @@ def _images_only(run: Run) -> None:
         raise ValueError(f"data.dataset is {run.config.data.dataset!r}; only images have levels to dequantize")
 
 
+def _plain_steps_only(training: Config) -> None:
+    """Raises ValueError for what only steps of the score model can do."""
+    for field in ("accumulation_steps", "n_jitted_steps"):
+        if training[field] != 1:
+            raise ValueError(
+                f"training.{field} is {training[field]}, but --mode=train_deq takes its steps one by one, each on the "
+                f"whole batch: set it to 1"
+            )
+
+
 def _description(run: Run) -> dict[str, Any]:
     """What a checkpoint must agree with to be of this dequantizer: its fields, and the kind of images."""
     deq = {f"deq.{field}": run.config.deq[field] for field in ("name", "filters", "components", "blocks", "attn_heads")}
@@ -208,10 +224,3 @@ def _description(run: Run) -> dict[str, Any]:
 def _state_shapes(run: Run, trainer: DequantizerTrainer) -> TrainState:
     images = np.zeros((1, *run.data_shape), np.uint8)
     return jax.eval_shape(trainer.first_state, images, jax.random.key(0))
-
-
-def _reference(run: Run, source: Source) -> Reference:
-    """Of the bound's control variate: mean and standard deviation of dequantized training images."""
-    images = source.images(np.arange(min(len(source), REFERENCE_IMAGES)))
-    data = run.config.data
-    return data_reference(images, data.levels, data.levels, data.centered)

@@ -74,6 +74,23 @@ class Dequantizer(Protocol):
     def __call__(self, keys: Keys, images: Images) -> Dequantized: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Bins:
+    """Bins of `levels` grey levels that tile [0, 1], as the network's data are scaled: `centered`, in [-1, 1]."""
+
+    levels: int
+    centered: bool
+
+    @property
+    def unit_scale(self) -> float:
+        """dy/dx from the network's data x to pixel values y."""
+        return 0.5 if self.centered else 1.0
+
+    def data_of(self, images: Images, noise: Batch) -> Batch:
+        """(k + u) / levels for level k and noise u in [0, 1], scaled to the network's data."""
+        return _scale((images.astype(noise.dtype) + noise) / self.levels, self.centered)
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=["levels", "centered", "t_min"])
 @dataclasses.dataclass(frozen=True)
 class UniformDequantizer:
@@ -87,12 +104,16 @@ class UniformDequantizer:
     t_min: float
 
     @property
+    def bins(self) -> Bins:
+        return Bins(self.levels, self.centered)
+
+    @property
     def bins_per_unit(self) -> int:
         return self.levels
 
     @property
     def unit_scale(self) -> float:
-        return 0.5 if self.centered else 1.0
+        return self.bins.unit_scale
 
     @property
     def description(self) -> dict[str, Any]:
@@ -100,8 +121,7 @@ class UniformDequantizer:
 
     def __call__(self, keys: Keys, images: Images) -> Dequantized:
         noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
-        unit = (images.astype(noise.dtype) + noise) / self.levels
-        return Dequantized(_scale(unit, self.centered), jnp.zeros(len(images), noise.dtype))
+        return Dequantized(self.bins.data_of(images, noise), jnp.zeros(len(images), noise.dtype))
 
 
 @partial(

@@ -20,7 +20,7 @@ from bounds import bound_draw
 from configs.default import Config
 from coordinates import Reference
 from datasets import random_mirror
-from dequantization import Dequantized, Images, Keys
+from dequantization import Bins, Dequantized, Images, Keys
 from likelihood import discrete_bits
 from models.flowpp import Flowpp, flowpp_from_config
 from models.score import Params
@@ -29,28 +29,6 @@ from train_state import TrainState, create_state, optimizer_from_config
 
 Parts: TypeAlias = dict[str, PerExample]
 """Numbers of each image, by name, in bits/dim."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Bins:
-    """Bins of `levels` grey levels that tile [0, 1], as the network's data are scaled."""
-
-    levels: int
-    centered: bool
-
-    @property
-    def unit_scale(self) -> float:
-        """dy/dx from the network's data x to pixel values y."""
-        return 0.5 if self.centered else 1.0
-
-    def data(self, images: Images, noise: Batch) -> Batch:
-        """(k + u) / levels for level k and noise u, scaled to the network's data."""
-        unit = (images.astype(noise.dtype) + noise) / self.levels
-        return 2 * unit - 1 if self.centered else unit
-
-    def unit(self, images: Images) -> Batch:
-        """Levels scaled to [0, 1], as the dequantizer sees an image."""
-        return images.astype(jnp.float32) / (self.levels - 1)
 
 
 @flax.struct.dataclass
@@ -81,8 +59,13 @@ class VariationalDequantizer:
     def __call__(self, keys: Keys, images: Images) -> Dequantized:
         gaussian = jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys)
         with jax.default_matmul_precision("highest"):
-            noise, log_q = _noise(self.network, self.params, gaussian, self.bins.unit(images))
-        return Dequantized(self.bins.data(images, noise), log_q)
+            noise, log_q = _noise(self.network, self.params, gaussian, _unit(images, self.bins))
+        return Dequantized(self.bins.data_of(images, noise), log_q)
+
+
+def _unit(images: Images, bins: Bins) -> Batch:
+    """Levels scaled to [0, 1], as the network sees an image."""
+    return images.astype(jnp.float32) / (bins.levels - 1)
 
 
 def _noise(
@@ -110,7 +93,7 @@ class DequantizerTrainer:
         """The state at step 0, initialised on a batch of images."""
         noise_key, init_key = jax.random.split(key)
         gaussian = jax.random.normal(noise_key, images.shape)
-        params = self.network.init(init_key, gaussian, self.bins.unit(images), False)["params"]
+        params = self.network.init(init_key, gaussian, _unit(images, self.bins), False)["params"]
         return create_state(params, self.optimizer)
 
     def step(
@@ -149,13 +132,13 @@ class DequantizerTrainer:
         """
         noise_key, shift_key, z_key, start_key, dropout_key = jax.random.split(key, 5)
         gaussian, z, start_z = (jax.random.normal(k, images.shape) for k in (noise_key, z_key, start_key))
-        unit, dropout = self.bins.unit(images), dropout_key if train and self.network.dropout else None
+        unit, dropout = _unit(images, self.bins), dropout_key if train and self.network.dropout else None
         noise, log_q = _noise(self.network, params, gaussian, unit, dropout)
         quantile = (jnp.arange(len(images)) / len(images) + jax.random.uniform(shift_key)) % 1.0
         bound = bound_draw(
             score_fn,
             self.sde,
-            self.bins.data(images, noise),
+            self.bins.data_of(images, noise),
             quantile,
             z,
             start_z if self.start_correction else None,

@@ -17,12 +17,13 @@ from build import build
 from configs.digits.smoke import get_config
 from coordinates import Reference
 from deq_training import evaluation_dequantizer, train_deq
+from dequantization import Bins
 from models.flowpp import ARCHITECTURES, Flowpp
 from ode import as_pytree
 from sde_lib import SDES, VPSDE
 from stored_states import open_checkpoints
 from tests.analytic import asymmetric_mixture, gaussian
-from variational import Bins, DequantizerTrainer, VariationalDequantizer
+from variational import DequantizerTrainer, VariationalDequantizer
 
 
 @pytest.mark.parametrize(("name", "started"), [("vesde", True), ("vpsde", False)])
@@ -193,15 +194,18 @@ def test_what_is_missing_is_said_before_any_work(trained, tmp_path):
         train_deq(config_with(), tmp_path / "empty", "deq")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 8, which eval.ckpt_id asks for; there are 4"):
         train_deq(config_with(eval__ckpt_id=2), trained, "deq")
+    with pytest.raises(ValueError, match=r"--deq_folder=\. is the workdir"):
+        train_deq(config_with(), trained, ".")
     assert not (tmp_path / "empty").exists()
 
 
 def test_a_dequantizer_goes_on_with_its_own_score_model_only(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     save_score_model(tmp_path / "run", config_with(), 8)
-    with pytest.raises(ValueError, match="score parameters"):
+    with pytest.raises(ValueError, match=r"parameters of the score model \(eval.ckpt_id"):
         train_deq(config_with(), tmp_path / "run", "deq")
-    train_deq(config_with(eval__ckpt_id=1), tmp_path / "run", "deq")  # nothing left to do for its own
+    for last_step in (6, 5):  # nothing left to do for its own
+        train_deq(config_with(eval__ckpt_id=1, deq__n_iters=last_step), tmp_path / "run", "deq")
 
 
 @pytest.mark.parametrize(
@@ -210,6 +214,8 @@ def test_a_dequantizer_goes_on_with_its_own_score_model_only(trained, tmp_path):
         ("deq__ema_rate", 1.0, r"deq.ema_rate is 1.0; it must lie in \[0, 1\)"),
         ("deq__n_iters", 0, "deq.n_iters is 0; it must be at least 1"),
         ("deq__name", "glow", "deq.name is 'glow'; known are"),
+        ("training__accumulation_steps", 2, "training.accumulation_steps is 2, but --mode=train_deq .*: set it to 1"),
+        ("training__n_jitted_steps", 5, "training.n_jitted_steps is 5, but --mode=train_deq .*: set it to 1"),
         ("deq__filters", 8, "another network: deq.filters is 4 there, 8 in the configuration"),
     ],
 )

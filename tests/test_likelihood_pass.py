@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import datasets
+import passes.likelihood
 from build import Run, build
 from configs.digits.smoke import get_config
 from dequantization import dequantizer_from_config, log_mean_exp
@@ -167,11 +168,12 @@ def test_a_likelihood_that_is_not_finite_is_named(tmp_path):
 
 
 @pytest.mark.parametrize(("bins", "centered"), [(17, False), (17, True), (16, True)])
-def test_the_reference_has_the_moments_of_the_data(bins, centered):
+def test_the_reference_has_the_moments_of_the_data(bins, centered, monkeypatch):
     images = np.random.default_rng(0).integers(0, 17, (50, 2, 2, 1)).astype(np.uint8)
     unit = images / 16 if bins == 16 else (images[..., None] + np.linspace(0, 1, 2001)[:-1] + 0.5 / 2000) / 17
     x = (2 * unit - 1 if centered else unit).reshape(50, 4, -1)
-    reference = data_reference(images, 17, bins, centered)
+    monkeypatch.setattr(passes.likelihood, "_BLOCK", 16)  # the last is smaller
+    reference = data_reference(datasets.MemorySource(images, "some"), 17, bins, centered)
     np.testing.assert_allclose(np.ravel(reference.mean), x.mean(axis=(0, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.ravel(reference.std), x.std(axis=(0, 2)), rtol=1e-4)
 
