@@ -45,7 +45,7 @@ def loss_figure(runs: Mapping[str, RunCurves]) -> Figure:
     figure = Figure(figsize=(max(3.7 * columns, 5.5), 2.8 * rows + 0.5), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for panel, name in zip(panels, names, strict=False):
-        for colour, curves in zip(_colours(len(runs)), runs.values(), strict=True):
+        for colour, curves in zip(colours(len(runs)), runs.values(), strict=True):
             _draw_curves(panel, colour, {split: c[name] for split, c in curves.items() if name in c})
         _style(panel, TITLES[name], "norm" if name == "grad_norm" else "loss (dimensionless)")
     for panel in panels[len(names) :]:
@@ -59,7 +59,7 @@ def seconds_figure(runs: Mapping[str, RunCurves]) -> Figure:
     figure = Figure(figsize=(11.1, 2.4), layout="constrained")
     panel = figure.subplots()
     top = 0.0
-    for colour, curves in zip(_colours(len(runs)), runs.values(), strict=True):
+    for colour, curves in zip(colours(len(runs)), runs.values(), strict=True):
         rate = curves.get("train", {}).get("steps_per_second")
         if rate is not None:
             panel.plot(rate.steps, 1 / rate.values, color=colour, linewidth=1.2)
@@ -71,12 +71,13 @@ def seconds_figure(runs: Mapping[str, RunCurves]) -> Figure:
     return figure
 
 
-def _colours(count: int) -> list[str]:
+def colours(count: int) -> list[str]:
+    """From the first on again where there are more runs than colours."""
     return [COLOURS[k % len(COLOURS)] for k in range(count)]
 
 
 def _draw_curves(panel: Axes, colour: str, curves: Mapping[str, Curve]) -> None:
-    """The training curve, smoothed over raw; test losses, of one batch each, as dots with their own smoothed line."""
+    """The training curve, smoothed over raw; test losses, each of a few batches, as dots with a smoothed line."""
     for split, curve in curves.items():
         if split == "train":
             panel.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=0.7)
@@ -117,12 +118,12 @@ def _loss_legend(figure: Figure, runs: Mapping[str, RunCurves]) -> None:
     colour = "#30363d" if several else COLOURS[0]
     entries["train (raw behind smoothed)"] = Line2D([], [], color=colour)
     if any("test" in curves for curves in runs.values()):
-        entries["test (dots: single batches)"] = Line2D([], [], color=colour, linestyle="--")
+        entries["test (dots behind smoothed)"] = Line2D([], [], color=colour, linestyle="--")
     _legend(figure, entries)
 
 
 def _run_entries(runs: Mapping[str, RunCurves]) -> dict[str, Line2D]:
-    return {label: Line2D([], [], color=colour) for label, colour in zip(runs, _colours(len(runs)), strict=True)}
+    return {label: Line2D([], [], color=colour) for label, colour in zip(runs, colours(len(runs)), strict=True)}
 
 
 def _legend(figure: Figure, entries: Mapping[str, Line2D]) -> None:

@@ -13,7 +13,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from figures import COLOURS
+from figures import colours
 from score_distances import Curve
 
 DATA_COLOUR = "#30363d"
@@ -42,10 +42,11 @@ def density_curves(
     """Densities in one dimension, a panel for each kind of model: a line for each of its runs, over the data's."""
     figure = Figure(figsize=(3.7 * len(models), 3.1), layout="constrained")
     panels = figure.subplots(1, len(models), sharey=True, squeeze=False)[0]
-    for panel, colour, (label, runs) in zip(panels, COLOURS, models.items(), strict=False):
+    for panel, colour, (label, runs) in zip(panels, colours(len(models)), models.items(), strict=True):
         panel.fill_between(x, data, color=DATA_COLOUR, alpha=0.18, linewidth=0, label="data")
+        name = "model" if len(runs) == 1 else "model, each seed"
         for number, density in enumerate(runs):
-            panel.plot(x, density, color=colour, linewidth=1.3, label=None if number else "model, each seed")
+            panel.plot(x, density, color=colour, linewidth=1.3, label=None if number else name)
         _style(panel, label, "x", "density" if panel is panels[0] else "")
         panel.set_ylim(0, 1.6 * float(np.max(data)))  # a wrong model's peaks may be cut off
         panel.legend(frameon=False, fontsize=8, loc="upper right")
@@ -59,17 +60,15 @@ def density_maps(
     maps = {"data": data, **models}
     figure = Figure(figsize=(2.9 * len(maps) + 0.7, 3.2), layout="constrained")
     panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
-    colours = ScalarMappable(Normalize(0, 1.6 * float(np.max(data))), "viridis")
+    scale = ScalarMappable(Normalize(0, 1.6 * float(np.max(data))), "viridis")
     for panel, (label, density) in zip(panels, maps.items(), strict=True):
         extent = (-limit, limit, -limit, limit)
-        panel.imshow(
-            density, origin="lower", extent=extent, norm=colours.norm, cmap=colours.cmap, interpolation="nearest"
-        )
+        panel.imshow(density, origin="lower", extent=extent, norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
         panel.set_title(label, fontsize=10, loc="left")
         panel.set_xlabel("$x_1$", fontsize=8.5)
         panel.tick_params(labelsize=8)
     panels[0].set_ylabel("$x_2$", fontsize=8.5)
-    bar = figure.colorbar(colours, ax=panels, extend="max", shrink=0.85)
+    bar = figure.colorbar(scale, ax=panels, extend="max", shrink=0.85)
     bar.set_label("density", fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
     return figure
@@ -97,7 +96,7 @@ def distance_figure(models: Mapping[str, Mapping[str, Curve]]) -> Figure:
     figure = Figure(figsize=(3.9 * len(names), 3.3), layout="constrained")
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     for panel, name in zip(panels, names, strict=True):
-        for colour, (label, curves) in zip(COLOURS, models.items(), strict=False):
+        for colour, (label, curves) in zip(colours(len(models)), models.items(), strict=True):
             if name in curves:
                 _draw_curve(panel, curves[name], colour, label)
         panel.set_yscale("log")
@@ -110,7 +109,7 @@ def start_figure(start: Float[np.ndarray, " starts"], models: Mapping[str, tuple
     """Mean of ln q - ln p against the time that the likelihood's solve starts at, with its error, of each model."""
     figure = Figure(figsize=(7.4, 3.4), layout="constrained")
     panel = figure.subplots()
-    for colour, (label, (mean, se)) in zip(COLOURS, models.items(), strict=False):
+    for colour, (label, (mean, se)) in zip(colours(len(models)), models.items(), strict=True):
         panel.plot(start, mean, color=colour, linewidth=1.5, label=label)
         panel.fill_between(start, mean - se, mean + se, color=colour, alpha=0.15, linewidth=0)
     panel.set_xscale("log")

@@ -97,13 +97,24 @@ def _summary(label: str, run: RunFiles) -> str:
     if run.environment and "num_parameters" in run.environment:
         parts.append(f"{number(run.environment['num_parameters'])} parameters")
     for part in ("bpd", "nll", "samples"):
-        newest = next((result[part] for result in reversed(run.results) if part in result), None)
-        if newest and part != "samples":
+        result, source = _newest(run, part)
+        if result and part != "samples":
             unit = "bits/dim" if part == "bpd" else "nats"
-            parts.append(f"{with_error(newest.get('mean'), newest.get('se'))} {unit}")
-        elif newest:
-            parts.append(f"FID {number(newest.get('fid'))} ({newest.get('fid_features', 'unknown')} features)")
+            parts.append(f"{with_error(result.get('mean'), result.get('se'))} {unit}{source}")
+        elif result:
+            features = result.get("fid_features", "unknown")
+            parts.append(f"FID {number(result.get('fid'))} ({features} features){source}")
     return f"{_described(label, run)}: {', '.join(parts) or 'nothing recorded yet'}"
+
+
+def _newest(run: RunFiles, part: str) -> tuple[Mapping[str, Any], str]:
+    """This part of the newest checkpoint's evaluation; of several the last in eval/, or of all, and then its file."""
+    having = [result for result in run.results if part in result]
+    of_newest = [result for result in having if result["checkpoint_step"] == having[-1]["checkpoint_step"]]
+    if not of_newest:
+        return {}, ""
+    chosen = ([result for result in of_newest if result["file"].startswith("eval/")] or of_newest)[-1]
+    return chosen[part], f" of {chosen['file']}" if len(of_newest) > 1 else ""
 
 
 # --- sections ---
@@ -124,7 +135,7 @@ def _losses(runs: Runs, figures: Path) -> str:
 
 def _samples(runs: Runs, figures: Path) -> str:
     grids = [
-        (f"{_described(label, run)}, step {run.samples.step:,}", run.samples)
+        (f"{_described(label, run)}, step {run.samples.step:,}{_of_file(run.samples)}", run.samples)
         for label, run in runs.items()
         if run.samples is not None
     ]
@@ -172,6 +183,11 @@ def _gallery(captions: Sequence[str], pictures: Sequence[Image]) -> str:
     return f'<div class="grids">{shown}</div>\n'
 
 
+def _of_file(grid: Grid) -> str:
+    """Where the images are, unless that is where those of a step usually are."""
+    return "" if grid.name in ("", f"step_{grid.step}") else f", {grid.name}"
+
+
 def _shown(grid: Grid) -> np.ndarray:
     """Fewer of larger images, so that the grid fits a screen."""
     per_row = max(1, min(8, 600 // grid.images.shape[2]))
@@ -185,7 +201,7 @@ def _density(runs: Runs, figures: Path) -> str:
     if first is None or first.data is None:
         return ""
     densities = {
-        f"{_described(label, runs[label])}, step {grid.step:,}": grid.density
+        f"{_described(label, runs[label])}, step {grid.step:,}".replace("$", r"\$"): grid.density
         for label, grid in grids.items()
         if grid.limit == first.limit and grid.density.shape == first.density.shape
     }

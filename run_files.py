@@ -41,6 +41,8 @@ class Grid:
     images: Images
     levels: int
     step: int
+    name: str = ""
+    """Of their file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,8 +162,8 @@ def _curves(records: dict[int, dict[str, Any]]) -> dict[str, Curve]:
 
 
 def _read_results(workdir: Path, metrics: RunCurves, problems: list[str]) -> list[dict[str, Any]]:
-    """Evaluations in any folder of the run, each with its `file`, and the `train_seconds` up to its checkpoint."""
-    results = []
+    """Evaluations in any folder of the run, each with its `run`, its `file`, and the `train_seconds` up to it."""
+    results, run = [], {"run": workdir.resolve().name}
     for path in sorted(workdir.glob("**/*.json")):
         content = _read_json(path, problems)
         if content is None or "checkpoint_step" not in content:
@@ -170,7 +172,8 @@ def _read_results(workdir: Path, metrics: RunCurves, problems: list[str]) -> lis
         *earlier, last = evaluations(content, _read_json(seconds_file(path), problems) or {})
         each = [result | {"file": f"{file}, earlier {n}"} for n, result in enumerate(earlier, 1)]
         each.append(last | {"file": file})
-        results += each if seconds is None else [result | {"train_seconds": seconds} for result in each]
+        about = run if seconds is None else run | {"train_seconds": seconds}
+        results += [result | about for result in each]
     return sorted(results, key=lambda result: result["checkpoint_step"])
 
 
@@ -226,7 +229,7 @@ def _read_snapshots(folder: Path, problems: list[str]) -> list[Snapshot]:
 def _read_grid(path: Path, problems: list[str]) -> Grid | None:
     try:
         arrays = read_npz(path)
-        return Grid(arrays["samples"], int(arrays["levels"]), int(arrays.get("step", 0)))
+        return Grid(arrays["samples"], int(arrays["levels"]), int(arrays.get("step", 0)), path.stem)
     except (ValueError, KeyError) as error:
         problems.append(f"{path}: {error}")
         return None

@@ -30,6 +30,15 @@ def test_density_curves_have_a_line_for_each_run():
     assert [panel.get_title(loc="left") for panel in figure.axes] == ["order 1", "order 3"]
 
 
+def test_there_is_a_panel_and_a_colour_for_any_number_of_models():
+    models = {f"order {k}": [BELL] for k in range(7)}
+    assert [len(panel.lines) for panel in checked(density_curves(X, BELL, models)).axes] == [1] * 7
+    nodes = TimeNodes(np.linspace(0.01, 0.99, 8), np.full(8, 0.125))
+    curve = Curve(nodes, np.linspace(1, 2, 8), np.full(8, 0.1), 10)
+    (panel,) = checked(distance_figure({label: {"fisher": curve} for label in models})).axes
+    assert len(panel.lines) == 7
+
+
 def test_density_maps_share_their_colours():
     data = np.outer(BELL, BELL)
     figure = checked(density_maps(2.0, data, {"order 1": 0.5 * data}))

@@ -214,6 +214,39 @@ def test_evaluations_of_one_step_are_told_apart_by_their_files(tmp_path):
     likelihood = page_of(run).sections["Likelihood"]
     assert "eval/step_2000.json" in likelihood
     assert "eval_tight/step_2000.json" in likelihood
+    write_json(run / "eval" / "deeper" / "step_2000.json", {"checkpoint_step": 2000, "order": 3, "bpd": BPD})
+    assert "eval/deeper/step_2000.json" in page_of(run).sections["Likelihood"]
+
+
+def test_of_several_evaluations_the_first_line_says_which_it_shows(tmp_path):
+    """That in eval/, and of one file the last."""
+    run = write_run(tmp_path / "run")
+    result = {"checkpoint_step": 2000, "order": 3}
+    for folder, fid in (("fast", 2.5), ("quick", 3.5)):
+        write_json(run / folder / "step_2000.json", result | {"samples": SAMPLES | {"fid": fid}})
+    write_json(run / "eval" / "step_1000.json", result | {"checkpoint_step": 1000, "samples": SAMPLES | {"fid": 9.5}})
+    assert "FID 1.235 (classifier features) of eval/step_2000.json" in page_of(run).sections[""]
+    earlier = [{"samples": SAMPLES | {"fid": 7.5, "n": 5}}]
+    write_json(run / "eval" / "step_2000.json", result | {"bpd": BPD, "samples": SAMPLES, "earlier": earlier})
+    assert "FID 1.235 (classifier features) of eval/step_2000.json" in page_of(run).sections[""]
+    (run / "eval" / "step_2000.json").unlink()
+    assert "FID 3.500 (classifier features) of quick/step_2000.json" in page_of(run).sections[""]
+
+
+def test_samples_of_another_evaluation_say_so(tmp_path):
+    run = write_run(tmp_path / "run")
+    images = np.zeros((4, 8, 8, 1), np.uint8)
+    write_npz(run / "samples" / "step_2000_fast.npz", samples=images, levels=17, step=2000)
+    assert "step 2,000 real images" in words(page_of(run).sections["Samples"])
+    (run / "samples" / "step_2000.npz").unlink()
+    assert "step 2,000, step_2000_fast real images" in words(page_of(run).sections["Samples"])
+
+
+def test_names_of_folders_are_no_formulas(tmp_path):
+    run = write_run(tmp_path / "$^$")
+    density = np.ones(16)
+    write_npz(run / "density" / "step_2000.npz", density=density, data=density, limit=1.0, step=2000)
+    assert "Density" in page_of(run).sections
 
 
 def test_runs_side_by_side(tmp_path):
@@ -352,6 +385,19 @@ def test_comparison_table_is_aligned_and_plain(tmp_path):
     assert lines[3].split() == ["1", "12,000", *"-------"]
     assert comparison_table(results).isascii()
     assert comparison_table([]).startswith("order")
+
+
+def test_comparison_table_tells_runs_and_evaluations_apart(tmp_path):
+    first, second = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    both = [*read_run(first).results, *read_run(second).results]
+    assert [line.split()[0] for line in comparison_table(both).splitlines()[2:]] == ["a", "b"]
+    write_json(first / "fast" / "step_2000.json", {"checkpoint_step": 2000, "order": 3, "bpd": BPD})
+    lines = comparison_table(read_run(first).results).splitlines()
+    assert [line.split()[0] for line in (lines[0], *lines[2:])] == [
+        "file",
+        "eval/step_2000.json",
+        "fast/step_2000.json",
+    ]
 
 
 NLL = {
