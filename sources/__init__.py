@@ -4,6 +4,7 @@ A source holds the images of one split as unsigned bytes, levels 0 .. levels-1, 
 To add one, write a function like `load_digits` and name it in SOURCES.
 """
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,9 @@ def _path(data: Config) -> Path:
     return Path(data.path)
 
 
+CHECKED_IMAGES, CHECKED_BYTES = 1000, 2**26
+"""How many images, and of what size in all, are looked at for their levels before anything else is done."""
+
 SOURCES: dict[str, Callable[[Config, str], Source]] = {
     "digits": lambda data, split: load_digits(split),
     "npz": _npz,
@@ -120,7 +124,7 @@ def source_from_config(config: Config, split: str) -> Source:
             f"{source.description} has images of {source.image_shape}, but data.image_size and data.num_channels "
             f"ask for {wanted}"
         )
-    _check_levels(source, data.levels)
+    check_levels(source, data.levels)
     return source
 
 
@@ -129,9 +133,10 @@ def prepare_from_config(config: Config) -> str:
     return prepare_entry(config.data)
 
 
-def _check_levels(source: Source, levels: int) -> None:
-    """Checks data.levels against a sample of the images: all below it, and the upper half in use."""
-    highest = int(source.images(np.arange(min(len(source), 1000))).max())
+def check_levels(source: Source, levels: int) -> None:
+    """Checks data.levels against a sample from all over the images: all below it, and the upper half in use."""
+    count = min(len(source), CHECKED_IMAGES, max(1, CHECKED_BYTES // math.prod(source.image_shape)))
+    highest = int(source.images(np.linspace(0, len(source) - 1, count, dtype=int)).max())
     if not levels // 2 <= highest < levels:
         raise ValueError(
             f"data.levels is {levels}, but the brightest pixel of {source.description} has level {highest}; "

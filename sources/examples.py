@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 from jaxtyping import Int64
 
@@ -17,10 +18,10 @@ HEADER, FOOTER = 12, 4
 class TFRecords:
     """The records of TFRecord files, which are looked through once for where each record begins.
 
-    Checksums are not verified.
+    The checksum of a record is verified whenever it is read.
 
     Raises:
-        ValueError: if a file is no TFRecord file, or cut short.
+        ValueError: if a file is no TFRecord file, or cut short; later, naming the record that is damaged.
     """
 
     def __init__(self, paths: Sequence[Path]):
@@ -40,7 +41,11 @@ class TFRecords:
         begin, length = self._spans[key].tolist()
         with self._paths[self._file[key]].open("rb", buffering=0) as file:
             file.seek(begin)
-            return file.read(length)
+            record, stored = file.read(length), file.read(FOOTER)
+        if _checksum(record) != stored:
+            number = key - int(np.searchsorted(self._file, self._file[key]))
+            raise ValueError(f"{self._paths[self._file[key]]} is damaged: its record {number} has another checksum")
+        return record
 
 
 def _spans(path: Path) -> Int64[np.ndarray, "records 2"]:
@@ -49,16 +54,25 @@ def _spans(path: Path) -> Int64[np.ndarray, "records 2"]:
     with path.open("rb", buffering=0) as file:
         while end < size:
             file.seek(end)
-            begin, length = end + HEADER, int.from_bytes(file.read(8), "little")
+            header = file.read(HEADER)
+            if _checksum(header[:8]) != header[8:]:
+                raise ValueError(f"{path} is no TFRecord file, or damaged where its record {len(spans)} begins")
+            begin, length = end + HEADER, int.from_bytes(header[:8], "little")
             end = begin + length + FOOTER
             if end > size:
-                raise ValueError(f"{path} is no TFRecord file, or cut short: its record {len(spans)} ends behind it")
+                raise ValueError(f"{path} is cut short: its record {len(spans)} ends behind it")
             spans.append((begin, length))
     return np.array(spans, np.int64).reshape(-1, 2)
 
 
+def _checksum(data: bytes) -> bytes:
+    """As TFRecord files hold it: CRC-32C, rotated and moved by a constant."""
+    crc = google_crc32c.value(data)
+    return (((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
+
+
 def decode_encoded(record: bytes, framing: Framing, image_size: int, num_channels: int) -> ImageLevels:
-    """The feature `image`, a PNG or JPEG image; raises ValueError if there is none."""
+    """The feature `image`, an encoded image; raises ValueError if there is none."""
     return decode_image(_bytes(_features(record), "image"), framing, image_size, num_channels)
 
 

@@ -1,4 +1,4 @@
-"""Folders of PNG and JPEG images, decoded to arrays of one size."""
+"""Folders of PNG, JPEG and WebP images, decoded to arrays of one size."""
 
 import functools
 import hashlib
@@ -15,7 +15,8 @@ from sources.resizing import CHANNELS, Framing, decode_image, shorter_side
 from sources.source import ImageLevels
 from sources.splits import SPLITS, Levels, Split, StoredSplit, is_test, read_split, write_splits
 
-EXTENSIONS = (".png", ".jpg", ".jpeg")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
+"""WebP is what LSUN's own script exports."""
 
 
 def load_folder(
@@ -101,7 +102,9 @@ def celeba_paths(folder: Path) -> dict[str, list[Path]]:
     partition = next(folder.rglob("list_eval_partition.txt"), None)
     if partition is None:
         raise FileNotFoundError(f"there is no list_eval_partition.txt under {folder}; it comes with CelebA's images")
-    images = {path.name: path for path in _images_under(folder)}
+    # beside it there may be img_celeba, whose images have the same names, but are not aligned
+    aligned = next((path for path in folder.rglob("img_align_celeba") if path.is_dir()), folder)
+    images = {path.name: path for path in _images_under(aligned)}
     paths: dict[str, list[Path]] = {split: [] for split in SPLITS}
     for line in partition.read_text().splitlines():
         match line.split():

@@ -75,7 +75,7 @@ def centre(image: Image.Image, size: int) -> Image.Image:
 
 
 def decode_image(encoded: Path | bytes, framing: Framing, size: int, num_channels: int) -> ImageLevels:
-    """Decodes a PNG or JPEG image, converts it to grey or colour, dropping alpha, and frames it.
+    """Decodes a PNG, JPEG or WebP image, converts it to grey or colour, dropping alpha, and frames it.
 
     Raises:
         ValueError: if it is no image of 8 bits per channel, or cannot be framed; without the image's name.

@@ -3,7 +3,7 @@
 import functools
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -147,16 +147,33 @@ def _open_records(info: Any, part: str) -> Records:
     return records
 
 
-def _open_array_records(paths: list[Path]) -> Records:
-    from array_record.python.array_record_data_source import ArrayRecordDataSource
+class ArrayRecords:
+    """The records of array_record files, whose checksums their reader verifies.
 
-    try:
-        return ArrayRecordDataSource([str(path) for path in paths])
-    except Exception as error:  # of its own, and without the file's name
-        raise ValueError(f"{paths[0].parent} is damaged: {error}") from error
+    Raises:
+        ValueError: if a file is damaged; found when it is opened, or when the record is read.
+    """
+
+    def __init__(self, paths: list[Path]):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        self._folder = paths[0].parent
+        try:
+            self._records = ArrayRecordDataSource([str(path) for path in paths])
+        except Exception as error:  # of its own, and without the file's name
+            raise ValueError(f"{self._folder} is damaged: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitems__(self, record_keys: Sequence[int], /) -> Sequence[bytes]:
+        try:
+            return self._records.__getitems__(record_keys)
+        except RuntimeError as error:  # without the file's name
+            raise ValueError(f"{self._folder} is damaged: {error}") from error
 
 
-OPENERS: dict[str, Callable[[list[Path]], Records]] = {"array_record": _open_array_records, "tfrecord": TFRecords}
+OPENERS: dict[str, Callable[[list[Path]], Records]] = {"array_record": ArrayRecords, "tfrecord": TFRecords}
 """Readers of tfds's file formats."""
 
 

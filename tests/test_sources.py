@@ -9,7 +9,7 @@ from PIL import Image
 
 import run_lib
 from configs.digits.smoke import get_config
-from sources import MemorySource, resizing, source_from_config
+from sources import MemorySource, check_levels, resizing, source_from_config
 
 RNG = np.random.default_rng(0)
 
@@ -107,6 +107,28 @@ def test_damaged_and_missing_npz_are_named(tmp_path):
         source_from_config(config_for("npz", tmp_path), "train")
 
 
+@pytest.mark.parametrize(("size", "most"), [(32, 1000), (1024, 21), (8192, 1)])
+def test_levels_are_looked_at_in_few_large_images(size, most):
+    """Those of 1024x1024 are 3 MB each."""
+
+    class Large:
+        image_shape, description, asked = (size, size, 3), "large", range(0)
+
+        def __len__(self):
+            return 5000
+
+        def images(self, indices):
+            self.asked = indices
+            return np.full((1, 1, 1, 3), 255, np.uint8)
+
+    source = Large()
+    check_levels(source, 256)
+    assert len(source.asked) == most
+    assert most == 1 or (source.asked[0], source.asked[-1]) == (0, 4999)
+    with pytest.raises(ValueError, match=r"data.levels is 17, but the brightest pixel of large has level 255"):
+        check_levels(source, 17)
+
+
 def save(path, pixels, mode=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(pixels)
@@ -116,11 +138,11 @@ def save(path, pixels, mode=None):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Sixty images: colour and grey, PNG and JPEG, of several sizes, two folders deep, and a file that is no image."""
+    """Sixty images: colour and grey, of every format, of several sizes, two folders deep, and a text file."""
     for number in range(60):
         height, width = [(16, 16), (16, 20), (40, 32), (9, 30)][number % 4]
         pixels = random_images(height, width, 3)
-        name = ["a.png", "B.PNG", "c.jpg", "d.jpeg"][number % 4]
+        name = ["a.png", "B.PNG", "c.jpg", "d.webp" if number % 8 > 3 else "d.jpeg"][number % 4]
         save(tmp_path / "pictures" / f"{number % 3}" / f"{number}{name}", pixels, "L" if number % 5 == 0 else None)
     (tmp_path / "pictures" / "readme.txt").write_text("hello")
     return tmp_path / "pictures"
@@ -266,6 +288,9 @@ def test_celeba_folder(celeba, tmp_path):
         expected = resizing.centre_140(image, 32)
     np.testing.assert_array_equal(test.images(np.array([0]))[0], np.asarray(expected))
     assert not list((tmp_path / "data").glob("decoding_*")), "only what is whole is left"
+    save(celeba / "img_celeba" / "000004.jpg", random_images(300, 300, 3))  # published beside it, not aligned
+    _, again = both_splits(config)
+    np.testing.assert_array_equal(images_of(again), images_of(test))
     partition = celeba / "list_eval_partition.txt"
     partition.write_text("000002.jpg 0\n000003.jpg 1\n000005.jpg 1\n000004.jpg 1\n000006.jpg 1\n")
     assert [len(source) for source in both_splits(config)] == [1, 4], "the same images, parted otherwise"

@@ -15,6 +15,7 @@ from configs.default import get_config
 from datasets import training_batches
 from sources import MemorySource, catalogue, source_from_config
 from sources.archives import read_cifar10
+from sources.examples import TFRecords, decode_raw
 from sources.source import RecordSource
 from sources.tfds_folders import TfdsSet, load_tfds
 from tests.test_published import cifar10_archive, sha256
@@ -116,17 +117,47 @@ def copied(tmp_path):
     return tmp_path / "tfds", tmp_path / "tfds" / "cifar10" / "3.0.2"
 
 
+def tfrecords(tmp_path, whole, old, new):
+    """The file with other bytes in its first record, and checksums that fit."""
+    path = tmp_path / "changed.tfrecords"
+    path.write_bytes(whole)
+    first, *others = (records := TFRecords([path])).__getitems__(range(len(records)))
+    write_tfrecords(path, [first.replace(old, new), *others])
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("place", [0, 8, 12, -5, -1], ids=["length", "its checksum", "first", "last", "checksum"])
+def test_a_flipped_bit_in_a_record_is_found(tmp_path, place):
+    """Wherever it is: in raw records nothing else would tell."""
+    paths, images = [tmp_path / name for name in ("a.tfrecords", "b.tfrecords")], random_images(7, 4, 4, 3)
+    write_tfrecords(paths[0], [raw_example(image) for image in images[:4]])
+    write_tfrecords(paths[1], [raw_example(image) for image in images[4:]])
+    records = TFRecords(paths)
+    assert [decode_raw(record).tobytes() for record in records.__getitems__(range(7))] == [i.tobytes() for i in images]
+    data = bytearray(paths[1].read_bytes())
+    size = len(data) // 3  # of a record, with what is around it; the second of the second file is hit
+    data[size + place % size] ^= 16
+    paths[1].write_bytes(data)
+    with pytest.raises(ValueError, match=r"b.tfrecords is (no TFRecord file, or )?damaged.*record 1 (has|begins)"):
+        TFRecords(paths).__getitems__([5])
+    if place not in (0, 8):
+        assert decode_raw(TFRecords(paths).__getitems__([6])[0]).tobytes() == images[6].tobytes()
+
+
 def test_damaged_folders_are_named(tmp_path):
     data_dir, folder = copied(tmp_path)
     config = config_for("CIFAR10", data_dir)
     (file,) = folder.glob("cifar10-train.tfrecord*")
     whole, info = file.read_bytes(), folder / "dataset_info.json"
     for damaged, message in (
-        (whole[:-5], "cifar10-train.tfrecord.* cut short"),
+        (whole[:-5], "cifar10-train.tfrecord.* is cut short: its record 9"),
         (b"no records at all", "is no TFRecord file"),
         (b"", "train has 0 records instead of 10"),
-        (whole.replace(b"IHDR", b"IHDX", 1), r"record 0 of tfds cifar10 .* cannot be read as an image"),
-        (whole.replace(b"image", b"imago", 1), r"record 0 of .* has no bytes 'image'; its features are id, imago, lab"),
+        (tfrecords(tmp_path, whole, b"IHDR", b"IHDX"), "record 0 of tfds cifar10 .* cannot be read as an image"),
+        (
+            tfrecords(tmp_path, whole, b"image", b"imago"),
+            "record 0 of .* has no bytes 'image'; its features are id, imago, lab",
+        ),
     ):
         file.write_bytes(damaged)
         with pytest.raises(ValueError, match=message):
@@ -148,9 +179,13 @@ def test_damaged_folders_are_named(tmp_path):
 def test_damaged_array_records_are_named(cifar, tmp_path):
     shutil.copytree(cifar[0] / "cifar10", tmp_path / "cifar10")
     file = sorted((tmp_path / "cifar10" / "3.0.2").glob("*train*"))[1]
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match=r"3.0.2 is damaged"):
-        source_from_config(config_for("CIFAR10", tmp_path), "train")
+    whole = file.read_bytes()
+    flipped = bytearray(whole)
+    flipped[1000] ^= 16
+    for damaged in (whole[:1000], bytes(flipped)):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"3.0.2 is damaged"):
+            source_from_config(config_for("CIFAR10", tmp_path), "train")
 
 
 def test_the_newest_version_and_our_own_form_come_first(cifar, tmp_path):
@@ -223,7 +258,7 @@ def test_records_of_raw_levels(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"ffhq-r03.tfrecords, train, .* has images of \(8, 8, 3\)"):
         source_from_config(config, "train")
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"ffhq-r03.tfrecords is no TFRecord file, or cut short"):
+    with pytest.raises(ValueError, match=r"ffhq-r03.tfrecords is cut short"):
         source_from_config(config, "train")
     write_tfrecords(path, [b"\xff\xff"])
     with pytest.raises(ValueError, match=r"record 0 of .*ffhq-r03.tfrecords is no tf.train.Example"):
