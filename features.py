@@ -263,7 +263,8 @@ def trained_classifier(
     params = _load_params(path, identity)
     if params is None:
         params = _train(network, train, levels, recipe)
-        write_npz(path, identity=identity, hash=_params_hash(params), **_flat(params))
+        if jax.process_index() == 0:
+            write_npz(path, identity=identity, hash=_params_hash(params), **_flat(params))
     logits = _measure(network, params, test.images, levels).logits
     accuracy = float(np.mean(logits.argmax(-1) == test.labels))
     logging.info("Feature classifier %s: accuracy %.4f on %d test images", path.name, accuracy, len(test.labels))

@@ -192,8 +192,8 @@ def parts_from_config(run: Run, deq_folder: Path) -> Parts:
     if run.density is not None:
         density = DensityPass(run) if settings.enable_bpd else None
         return Parts(None, None, density, PointSamples(run) if settings.enable_sampling else None, loss)
-    parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
     if settings.enable_sampling:
+        parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
         sampler_from_config(run.config, run.sde)  # for its checks
     return Parts(
         LikelihoodPass(run, evaluation_dequantizer(run, deq_folder)) if settings.enable_bpd else None,

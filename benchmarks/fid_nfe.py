@@ -13,6 +13,7 @@ would make it. Interrupted and started again, it goes on; with --table-only it m
 
 import argparse
 import dataclasses
+import itertools
 import json
 import platform
 import subprocess
@@ -129,19 +130,20 @@ def newest_digest(workdir: Path) -> str:
 def measured(
     workdir: Path, label: str, settings: Mapping[str, Any], digest: str, comparison: Comparison
 ) -> Drawn | None:
-    """The rounds of this sampler that are kept, in order; None if there are none."""
+    """The rounds of this sampler that are kept, in order; None if there are none. Of several such sets the longest."""
+    longest: list[Path] = []
     for path in (workdir / folder_of(label)).glob("samples-*/settings.json"):
         stored = json.loads(path.read_text())
         if stored["parameters"] != digest or any(stored["sampling"].get(k, v) != v for k, v in settings.items()):
             continue
-        rounds = []
-        while (of_round := path.parent / f"round{len(rounds)}.npz").exists():
-            rounds.append(read_npz(of_round))
-        if rounds:
-            images: Images = np.concatenate([each["samples"] for each in rounds])
-            seconds = float(sum(each["seconds"] for each in rounds))
-            return Drawn(label, int(rounds[0]["nfe"]), seconds, extract_features(comparison.extractor, [images]))
-    return None
+        numbered = (path.parent / f"round{number}.npz" for number in itertools.count())
+        longest = max(longest, list(itertools.takewhile(Path.exists, numbered)), key=len)
+    if not longest:
+        return None
+    rounds = [read_npz(path) for path in longest]
+    images: Images = np.concatenate([each["samples"] for each in rounds])
+    seconds = float(sum(each["seconds"] for each in rounds))
+    return Drawn(label, int(rounds[0]["nfe"]), seconds, extract_features(comparison.extractor, [images]))
 
 
 class Quality(NamedTuple):

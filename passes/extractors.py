@@ -12,6 +12,7 @@ from absl import logging
 import datasets
 from configs.default import Config
 from datasets import MemorySource, Source
+from densities import DENSITIES
 from evaluation import evaluate_samples
 from feature_statistics import Statistics, check_statistics, dataset_statistics, load_statistics
 from features import (
@@ -111,8 +112,10 @@ def extractor_from_config(config: Config) -> FeatureExtractor:
 
     Raises:
         FileNotFoundError: if the weights of Inception are not there, saying how to get them.
-        ValueError: for an unknown name, damaged weights, or a classifier where the data have no labels.
+        ValueError: for points, an unknown name, damaged weights, or a classifier where the data have no labels.
     """
+    if config.data.dataset in DENSITIES:
+        raise ValueError(f"data.dataset is {config.data.dataset!r}, which has points; FID, IS and KID are of images")
     if config.eval.features not in EXTRACTORS:
         raise ValueError(f"eval.features is {config.eval.features!r}; known are {', '.join(EXTRACTORS)}")
     return EXTRACTORS[config.eval.features](config)

@@ -428,6 +428,13 @@ def test_classifier_comes_from_the_cache(tmp_path, monkeypatch):
     assert cached.test_accuracy == trained.test_accuracy
 
 
+def test_one_host_of_several_writes_the_classifier(tmp_path, monkeypatch):
+    monkeypatch.setattr("parallel.local_rows", slice)  # the other host is not there
+    monkeypatch.setattr("jax.process_index", lambda: 1)
+    assert bar_classifier(tmp_path).test_accuracy > 0.95
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "scrambled", "changed", "other data"])
 def test_damaged_cache_is_replaced(tmp_path, damage):
     trained = bar_classifier(tmp_path)

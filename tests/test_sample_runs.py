@@ -183,6 +183,14 @@ def test_samples_on_disk(run, tmp_path, monkeypatch):
     ], "of an earlier evaluation nothing is left"
 
 
+def test_the_size_of_rounds_matters_where_samples_are_drawn(tmp_path):
+    config = config_with(sampling__batch_size=30, eval__enable_sampling=False)
+    assert run_lib.parts_from_config(build(config), tmp_path).comparison is None
+    config.eval.enable_sampling = True
+    with pytest.raises(ValueError, match=r"sampling\.batch_size is 30; 4 devices do not divide it: use 28 or 32"):
+        run_lib.parts_from_config(build(config), tmp_path)
+
+
 # Snapshots
 
 

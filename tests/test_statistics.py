@@ -120,6 +120,12 @@ def test_real_images_are_measured_before_samples_are_drawn(config, tmp_path):
     assert not list(tmp_path.iterdir()), "they are measured once"
 
 
+def test_points_are_not_measured(config):
+    config.data.dataset = "checkerboard"
+    with pytest.raises(ValueError, match=r"data\.dataset is 'checkerboard', which has points; FID, IS and KID are of"):
+        run_lib.stats(config)
+
+
 def test_a_classifier_needs_labels(config, tmp_path):
     images = source_from_config(config, "train").images(np.arange(60))
     np.savez(tmp_path / "unlabelled.npz", x_train=images[:40], x_test=images[40:])
