@@ -7,6 +7,7 @@ import jax
 from jax.sharding import Mesh
 
 import parallel
+from checkpoints import parts_to_reset
 from configs.default import Config
 from datasets import training_preprocess
 from densities import DENSITIES, Density
@@ -84,11 +85,8 @@ def build(config: Config) -> Run:
         ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
     """
     training = config.training
-    for field in AT_LEAST_ONE:
-        if training[field] < 1:
-            raise ValueError(f"training.{field} is {training[field]}; it must be at least 1")
-    if not 0 <= config.model.ema_rate < 1:
-        raise ValueError(f"model.ema_rate is {config.model.ema_rate}; it must lie in [0, 1)")
+    _check_numbers(config)
+    _check_start(training)
     parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps)
     _check_kind_of_data(config)
     trainer = Trainer(
@@ -100,6 +98,28 @@ def build(config: Config) -> Run:
         accumulation_steps=training.accumulation_steps,
     )
     return Run(config, parallel.device_mesh(), trainer)
+
+
+def _check_numbers(config: Config) -> None:
+    training = config.training
+    for field in AT_LEAST_ONE:
+        if training[field] < 1:
+            raise ValueError(f"training.{field} is {training[field]}; it must be at least 1")
+    if not 0 <= config.model.ema_rate < 1:
+        raise ValueError(f"model.ema_rate is {config.model.ema_rate}; it must lie in [0, 1)")
+    if not 0 <= config.seed < 2**32:
+        raise ValueError(f"seed is {config.seed}; it must lie in [0, 2^32)")
+    if not training.continuous:
+        raise ValueError("training.continuous is False; there is no training in discrete time: set it to True")
+
+
+def _check_start(training: Config) -> None:
+    """Raises ValueError for parts to reset that nobody knows, or of nothing."""
+    if parts_to_reset(training.init_reset) and not training.init_from:
+        raise ValueError(
+            f"training.init_reset is {training.init_reset!r}, but training.init_from names nothing to start from; "
+            "parts are reset when a new run starts from another's checkpoint"
+        )
 
 
 def _check_kind_of_data(config: Config) -> None:

@@ -13,7 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Sharding
 
-from train_state import TrainState
+from train_state import TrainState, schedules_at
 
 RESETTABLE = ("step", "opt", "ema")
 
@@ -71,13 +71,23 @@ class Checkpoints:
             like: a state, or its shapes and dtypes, of this network and optimizer.
 
         Raises:
-            ValueError: if the checkpoint is of another network, naming the first difference.
+            ValueError: if the checkpoint is of another network, naming the first difference, or damaged.
         """
-        found = self._manager.restore(step, args=ocp.args.Composite(description=ocp.args.JsonRestore()))
-        _same_network(found["description"], self.description, f"the checkpoint of step {step}")
+        description = self._read(step, description=ocp.args.JsonRestore())
+        _same_network(description, self.description, f"the checkpoint of step {step}")
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), like)
-        restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)))
-        return restored["state"]
+        return self._read(step, state=ocp.args.StandardRestore(abstract))
+
+    def _read(self, step: int, **item: Any) -> Any:
+        """The one item of a checkpoint that is asked for, and how to read it."""
+        (name,) = item
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+        except Exception as error:  # damaged files make orbax, tensorstore and JAX raise a dozen kinds
+            raise ValueError(
+                f"the checkpoint {self._manager.directory / str(step)} is damaged, or of another kind of training; "
+                f"remove it to go on from an earlier one: {str(error)[:300]}"
+            ) from error
 
 
 def _same_network(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
@@ -93,8 +103,24 @@ def _same_network(found: dict[str, Any], wanted: dict[str, Any], what: str) -> N
 def reset_parts(state: TrainState, fresh: TrainState, parts: str) -> TrainState:
     """The state with some of its parts as in `fresh`, for starting a new run from an old one.
 
+    The warm-up of the learning rate belongs to the step: it starts again with that, and only with that. A reset EMA
+    starts from the parameters.
+
     Args:
-        parts: any of step, opt, ema, joined by commas. A reset EMA starts from the parameters.
+        parts: as in `parts_to_reset`.
+    """
+    names = parts_to_reset(parts)
+    if "step" in names:
+        state = state.replace(step=fresh.step)
+    if "opt" in names:
+        state = state.replace(opt_state=fresh.opt_state)
+    if "ema" in names:
+        state = state.replace(ema_params=jax.tree.map(lambda a: a.copy(), state.params))
+    return state.replace(opt_state=schedules_at(state.opt_state, state.step))
+
+
+def parts_to_reset(parts: str) -> list[str]:
+    """The parts that `training.init_reset` names: any of step, opt, ema, joined by commas.
 
     Raises:
         ValueError: for another part.
@@ -103,10 +129,4 @@ def reset_parts(state: TrainState, fresh: TrainState, parts: str) -> TrainState:
     for name in names:
         if name not in RESETTABLE:
             raise ValueError(f"training.init_reset has {name!r}; it takes any of {','.join(RESETTABLE)}")
-    if "step" in names:
-        state = state.replace(step=fresh.step)
-    if "opt" in names:
-        state = state.replace(opt_state=fresh.opt_state)
-    if "ema" in names:
-        state = state.replace(ema_params=jax.tree.map(lambda a: a.copy(), state.params))
-    return state
+    return names

@@ -22,7 +22,7 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from files import write_atomic
-from train_state import TrainState
+from train_state import TrainState, schedules_at
 
 Leaves: TypeAlias = dict[str, Any]
 """The leaves of a file or of what it must hold, by path."""
@@ -83,28 +83,25 @@ def _released_tree(state: TrainState) -> dict[str, Any]:
 
 
 def _adam_state(opt_state: optax.OptState) -> optax.ScaleByAdamState:
-    nodes = jax.tree.leaves(opt_state, is_leaf=_has_count)
-    (adam,) = (node for node in nodes if isinstance(node, optax.ScaleByAdamState))
+    (adam,) = filter(_is_adam, jax.tree.leaves(opt_state, is_leaf=_is_adam))
     return adam
 
 
 def _optimizer_state(stored: Mapping[str, Any], step: jax.Array, like: TrainState) -> optax.OptState:
-    """`like.opt_state` with Adam's moments and count as stored, and schedules at `step`."""
+    """`like.opt_state` with Adam's moments and count as stored, and the schedule at `step`."""
     first, second = (
         jax.tree.map(lambda _, moments, name=name: moments[name], like.params, stored["param_states"])
         for name in ("grad_ema", "grad_sq_ema")
     )
 
     def fill(node: Any) -> Any:
-        if isinstance(node, optax.ScaleByAdamState):
-            return optax.ScaleByAdamState(stored["step"], first, second)
-        return optax.ScaleByScheduleState(jnp.copy(step))  # nothing else in the chain has arrays
+        return optax.ScaleByAdamState(stored["step"], first, second) if _is_adam(node) else node
 
-    return jax.tree.map(fill, like.opt_state, is_leaf=_has_count)
+    return jax.tree.map(fill, schedules_at(like.opt_state, step), is_leaf=_is_adam)
 
 
-def _has_count(node: Any) -> bool:
-    return isinstance(node, optax.ScaleByAdamState | optax.ScaleByScheduleState)
+def _is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
 
 
 def _read_leaves(path: Path) -> Leaves:

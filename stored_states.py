@@ -32,10 +32,16 @@ def initial_state(run: Run) -> TrainState:
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
-        ValueError: if it is of another network or damaged, or `init_reset` has an unknown part.
+        ValueError: if it is of another network, damaged, or as far as training is to go already.
     """
     training = run.config.training
-    return reset_parts(stored_state(run, Path(training.init_from)), run.fresh_state(), training.init_reset)
+    state = reset_parts(stored_state(run, Path(training.init_from)), run.fresh_state(), training.init_reset)
+    if (step := int(state.step)) >= training.n_iters:
+        raise ValueError(
+            f"training.n_iters is {training.n_iters}, but {training.init_from}, named by training.init_from, is of "
+            f"step {step}: nothing would be trained; raise n_iters, or start at 0 by training.init_reset=step"
+        )
+    return state
 
 
 def stored_state(run: Run, path: Path) -> TrainState:

@@ -1,6 +1,7 @@
 """The training state, and one step of training as a pure function of (state, images, key)."""
 
 import dataclasses
+from typing import Any
 
 import flax.struct
 import jax
@@ -48,19 +49,46 @@ def create_state(params: Params, optimizer: optax.GradientTransformation) -> Tra
 def optimizer_from_config(optim: Config) -> optax.GradientTransformation:
     """Adam with linear warm-up, after clipping the gradient's global norm; weight decay is decoupled.
 
+    Its state has the same structure whatever the fields are, so that a run can go on with others.
+
     Raises:
-        ValueError: for an optimizer other than Adam, or a learning rate that is not positive.
+        ValueError: for an optimizer other than Adam, or a number out of its range.
     """
     if optim.optimizer != "Adam":
         raise ValueError(f"optim.optimizer is {optim.optimizer!r}; known is Adam")
     if not optim.lr > 0:
         raise ValueError(f"optim.lr is {optim.lr}; it must be positive")
-    rate = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup > 0 else optim.lr
-    steps = [optax.clip_by_global_norm(optim.grad_clip)] if optim.grad_clip >= 0 else []
-    steps.append(optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps))
-    if optim.weight_decay:
-        steps.append(optax.add_decayed_weights(optim.weight_decay))
-    return optax.chain(*steps, optax.scale_by_learning_rate(rate))
+    if not 0 <= optim.beta1 < 1:
+        raise ValueError(f"optim.beta1 is {optim.beta1}; it must lie in [0, 1)")
+    for field in ("warmup", "weight_decay"):
+        if optim[field] < 0:
+            raise ValueError(f"optim.{field} is {optim[field]}; it must not be negative")
+    clip = optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip >= 0 else optax.identity()
+    adam = optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps)
+    rate = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optax.constant_schedule(optim.lr)
+    return optax.chain(clip, _with_decay(adam, optim.weight_decay), optax.scale_by_learning_rate(rate))
+
+
+def _with_decay(adam: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:
+    """Adds a multiple of the parameters to Adam's updates."""
+
+    def update(updates: Params, state: optax.OptState, params: Params = None) -> tuple[Params, optax.OptState]:
+        updates, state = adam.update(updates, state, params)
+        return optax.tree.add_scale(updates, weight_decay, params), state
+
+    return optax.GradientTransformation(adam.init, update) if weight_decay else adam
+
+
+def schedules_at(opt_state: optax.OptState, step: Array) -> optax.OptState:
+    """The optimizer's state with its learning-rate schedule at `step`: the warm-up follows the state's step."""
+
+    def is_schedule(node: object) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    def move(node: Any) -> Any:
+        return optax.ScaleByScheduleState(jnp.copy(step)) if is_schedule(node) else node
+
+    return jax.tree.map(move, opt_state, is_leaf=is_schedule)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +126,8 @@ class Trainer:
     def gradient(self, params: Params, images: ImageLevels, key: Array) -> tuple[Params, Metrics]:
         """Gradient of the mean loss, and the mean of each term, accumulated over equal parts of the batch.
 
-        Data and noise are drawn for the whole batch, so the number of parts only changes the memory it takes.
+        Data and noise are drawn for the whole batch, so the number of parts changes the memory it takes, and of the
+        result no more than which units dropout leaves out.
         """
         data_key, noise_key, dropout_key = jax.random.split(key, 3)
         x0 = self.preprocess(data_key, images)

@@ -47,7 +47,8 @@ def _training() -> ConfigDict:
     training.snapshot_freq_for_preemption = 10_000  # steps between checkpoints that only serve to go on from
     training.snapshot_sampling = True  # draw a grid of samples with every kept checkpoint
     training.init_from = ""  # start from: a workdir, a step's folder in its checkpoints, or a released file
-    training.init_reset = ""  # parts of init_from not to take over: any of step,opt,ema, joined by commas
+    # parts of init_from not to take over: any of step (and with it the warm-up), opt, ema; joined by commas
+    training.init_reset = ""
     return training
 
 

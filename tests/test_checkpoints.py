@@ -6,7 +6,8 @@ from jax.sharding import Mesh
 
 import parallel
 from checkpoints import Checkpoints, reset_parts
-from train_state import create_state
+from configs.digits.smoke import get_config
+from train_state import create_state, optimizer_from_config
 
 OPTIMIZER = optax.adam(1e-3)
 
@@ -57,6 +58,32 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path):
     (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
     with Checkpoints(tmp_path, {}) as checkpoints:
         assert list(checkpoints.steps()) == [1]
+
+
+@pytest.mark.parametrize("file", ["description/metadata", "state/manifest.ocdbt"])
+def test_a_damaged_checkpoint_is_named(file, tmp_path):
+    with Checkpoints(tmp_path, {}) as checkpoints:
+        checkpoints.save(state_at(1))
+    (tmp_path / "1" / file).write_bytes(b"{")
+    shapes = jax.eval_shape(lambda: state_at(0))
+    refused = pytest.raises(ValueError, match=rf"the checkpoint {tmp_path}/1 is damaged")
+    with Checkpoints(tmp_path, {}, read_only=True) as checkpoints, refused:
+        checkpoints.restore(1, shapes, whole())
+
+
+@pytest.mark.parametrize(("parts", "warm"), [("", 0.7), ("opt", 0.7), ("ema", 0.7), ("step", 0.0), ("step,opt", 0.0)])
+def test_the_warm_up_starts_again_with_the_step(parts, warm):
+    """The next step's learning rate is what [S21a]'s code would work out from the state's step."""
+    optim = get_config().optim
+    optim.lr, optim.warmup, optim.eps = 1.0, 10, 1e-8
+    optimizer = optimizer_from_config(optim)
+    params = {"w": jnp.ones(3)}
+    old = create_state(params, optimizer)
+    for _ in range(7):
+        old = old.updated(params, optimizer, 0.9)
+    state = reset_parts(old, create_state(params, optimizer), parts)
+    updates, _ = optimizer.update(params, state.opt_state, state.params)  # of equal gradients Adam's steps are the rate
+    assert jnp.allclose(updates["w"], -warm, rtol=1e-3)
 
 
 def test_parts_of_a_state_are_reset():

@@ -122,7 +122,19 @@ def test_a_state_shares_no_buffers():
     assert len(set(pointers)) == len(pointers)
 
 
-@pytest.mark.parametrize(("field", "value"), [("optimizer", "SGD"), ("lr", 0.0)])
+@pytest.mark.parametrize(("field", "value"), [("warmup", 0), ("grad_clip", -1.0), ("weight_decay", 0.1)])
+def test_another_optimizer_goes_on_with_the_state(field, value):
+    optim = get_config().optim
+    usual = optimizer_from_config(optim).init({"w": jnp.ones(3)})
+    optim[field] = value
+    other = optimizer_from_config(optim).init({"w": jnp.ones(3)})
+    assert jax.tree.structure(other) == jax.tree.structure(usual)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("optimizer", "SGD"), ("lr", 0.0), ("beta1", 1.0), ("warmup", -1), ("weight_decay", -0.1)],
+)
 def test_impossible_optimizers_are_refused(field, value):
     optim = get_config().optim
     optim[field] = value
