@@ -16,8 +16,9 @@ Tree = TypeVar("Tree")
 
 
 def device_mesh() -> Mesh:
-    """All devices of all hosts along one axis, "data"."""
-    return Mesh(np.array(jax.devices()), ("data",))
+    """All devices of all hosts along one axis, "data"; each host's together, in the order of `local_rows`."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), ("data",))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -16,14 +16,19 @@ from records import log_to_file
 
 
 def check_writable(workdir: Path) -> None:
-    """Makes the folder. Raises OSError, in one line, if nothing can be written there."""
+    """Makes the folder, and logs to a file in it, of each host one: log.txt, log_1.txt, ...
+
+    Raises:
+        OSError: in one line, if nothing can be written there.
+    """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
         raise OSError(f"cannot write to --workdir={workdir}: {error.strerror}") from error
-    log_to_file(workdir / "log.txt")
+    host = jax.process_index()
+    log_to_file(workdir / (f"log_{host}.txt" if host else "log.txt"))
 
 
 def describe_run(run: Run, workdir: Path, num_parameters: int) -> None:
@@ -47,7 +52,7 @@ def describe_run(run: Run, workdir: Path, num_parameters: int) -> None:
 
 
 def _log_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
-    for name in before.keys() | now.keys():
+    for name in sorted(before.keys() | now.keys()):
         old, new = before.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
             _log_changes(old, new, f"{prefix}{name}.")

@@ -78,6 +78,13 @@ def test_hosts_share_out_the_global_batch(digits, monkeypatch):
     np.testing.assert_array_equal(one, batches(4))
 
 
+def test_each_hosts_devices_are_together_and_in_order(monkeypatch):
+    """Where rows lie along the mesh is where `local_rows` says, in whatever order the platform lists its devices."""
+    devices = jax.devices()
+    monkeypatch.setattr(jax, "devices", lambda: devices[::-1])
+    assert list(parallel.device_mesh().devices) == devices
+
+
 def test_an_evaluation_pass_counts_every_image_once(digits):
     sizes = evaluation_batch_sizes(digits, 100)
     assert sum(sizes) == len(digits)
