@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import datasets
 import run_lib
 import stored_states
 from build import build
@@ -77,13 +78,18 @@ def test_resumed_training_is_bit_for_bit_that_of_one_run(trained, tmp_path):
 def test_continuing_with_a_higher_order(trained, tmp_path):
     """Order 3 goes on from a first-order run: its step, parameters and optimizer, or those it is asked to reset."""
     config = config_with(
-        training__score_matching_order=3, training__init_from=str(trained), training__n_iters=12, optim__lr=1e-4
+        training__score_matching_order=3, training__init_from=str(trained), training__n_iters=13, optim__lr=1e-4
     )
-    run_lib.train(config, tmp_path / "kept")  # nothing left to do: exactly the state it starts from
-    assert same_bits(state_of(config, tmp_path / "kept"), state_of(config, trained))
+    run_lib.train(config, tmp_path / "kept")
+    started = stored_states.stored_state(build(config), tmp_path / "kept" / "checkpoints" / "12")
+    assert same_bits(started, state_of(config, trained)), "it starts from another state"
     config.training.init_from = str(tmp_path / "gone")  # a run that is under way does not need it
     run_lib.train(config, tmp_path / "kept")
     config.training.init_from = str(trained)
+    config.training.n_iters = 12
+    with pytest.raises(ValueError, match=r"training.n_iters is 12, but .* is of step 12: nothing would be trained"):
+        run_lib.train(config, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
     config.training.init_reset = "step,opt,ema"
     config.training.n_iters = 2
     run_lib.train(config, tmp_path / "reset")
@@ -136,6 +142,7 @@ def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypat
 
 def test_an_evaluation_killed_between_its_batches_ends_the_same(trained):
     fields = {"eval__num_repeats": 6, "eval__batch_size": 8, "eval__enable_sampling": False}
+    fields["training__score_matching_order"] = 3  # unlike the run's
     flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
     arguments = command("--mode=eval", f"--workdir={trained}", "--eval_folder=killed", *flags)
     killed = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL)
@@ -149,6 +156,7 @@ def test_an_evaluation_killed_between_its_batches_ends_the_same(trained):
         run_lib.evaluate(config_with(**fields), trained, folder)
     results = [(trained / folder / "step_12.json").read_bytes() for folder in ("killed", "not_killed")]
     assert results[0] == results[1]
+    assert json.loads(results[0])["order"] == 1, "the order is the run's, not the evaluation's"
 
 
 def test_missing_checkpoints_are_named(trained, tmp_path):
@@ -172,6 +180,7 @@ BAD_INPUT = {
     "negative batch": ("--config.training.batch_size=-4", "training.batch_size is -4"),
     "no such init_from": ("--config.training.init_from=/nowhere", "no checkpoint in /nowhere"),
     "unknown mode": ("--mode=trian", "train|train_deq|eval"),
+    "processes of nothing": ("--num_processes=2", "need --coordinator"),
     "no such config": ("--config=configs/digits/none.py", "none.py"),
 }
 
@@ -196,6 +205,48 @@ def test_missing_and_unwritable_workdirs(arguments):
     assert result.returncode == 2
     assert len(said_by_us) == 1, result.stderr
     assert "--workdir" in said_by_us[0]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("seed", -1, r"seed is -1; it must lie in \[0, 2\^32\)"),
+        ("training__n_iters", 0, "training.n_iters is 0; it must be at least 1"),
+        ("training__continuous", False, "training.continuous is False"),
+        ("training__init_reset", "lr", "init_reset has 'lr'; it takes any of step,opt,ema"),
+        ("training__init_reset", "opt", "init_reset is 'opt', but training.init_from names nothing"),
+        ("model__ema_rate", 1.0, "model.ema_rate is 1.0"),
+    ],
+)
+def test_impossible_configurations_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        build(config_with(**{field: value}))
+
+
+def test_calls_of_several_steps_end_at_the_checkpoints_to_keep():
+    """Whatever they are cut to: each multiple of snapshot_freq, and where an interruption stopped."""
+    run = build(config_with(training__n_jitted_steps=4, training__snapshot_freq=6, training__n_iters=21))
+    source = datasets.source_from_config(run.config, "train")
+
+    def ends(first):
+        return [first + n for n in np.cumsum([len(b) for b in run_lib.step_batches(run, source, first)])]
+
+    assert ends(0) == [4, 6, 8, 12, 16, 18, 20, 21]
+    assert ends(6) == ends(0)[2:]
+
+
+def test_a_full_device_is_answered_with_advice(tmp_path):
+    program = """
+import sys, main, run_lib
+def train(config, workdir):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+run_lib.train = train
+main.app.run(main.main, flags_parser=main._parse_flags)
+"""
+    arguments = ["--config=configs/digits/smoke.py", f"--workdir={tmp_path}", "--mode=train"]
+    result = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "training.accumulation_steps" in result.stderr.splitlines()[-1]
 
 
 def test_a_checkpoint_of_another_network_is_refused(trained):
