@@ -53,8 +53,6 @@ def main(argv: Sequence[str]) -> int:
         missing.append(_CONFIG.name)
     if missing:
         return _complain(f"--{missing[0]} is missing; see python main.py --help")
-    if not _COORDINATOR.value and (_NUM_PROCESSES.present or _PROCESS_ID.present):
-        return _complain("--num_processes and --process_id need --coordinator; without it each process is a run alone")
     logging.set_verbosity(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     try:
@@ -69,15 +67,17 @@ def main(argv: Sequence[str]) -> int:
         return _complain(str(error))
     except (FloatingPointError, RuntimeError) as error:
         logging.exception("failed")
-        sys.stderr.write(f"error: {error}\n{_advice(error)}")
+        sys.stderr.write(f"error: {error}\n")
         return FAILED
     return 0
 
 
 def _run(mode: str, workdir: Path) -> None:
     import deq_training  # here, so that --help and mistyped flags are answered at once
+    import records
     import run_lib
 
+    records.quiet_libraries()
     if mode == "train":
         run_lib.train(_CONFIG.value, workdir)
     elif mode == "eval":
@@ -97,24 +97,17 @@ def _complain(message: str) -> int:
     return BAD_INPUT
 
 
-def _advice(error: Exception) -> str:
-    """What to do about a device whose memory is full."""
-    if "RESOURCE_EXHAUSTED" not in str(error):
-        return ""
-    return (
-        "out of memory: training takes less with a larger training.accumulation_steps, with model.remat=True or a "
-        "smaller training.batch_size; evaluation with a smaller eval.batch_size or sampling.batch_size\n"
-    )
-
-
 def _parse_flags(argv: list[str]) -> list[str]:
     """Flags as absl parses them; what is wrong with them is one line, not a traceback."""
     try:
         rest = flags.FLAGS(argv)
     except (KeyError, AttributeError) as error:
-        said = str(error.args[0]).replace("\\n", " ").replace("\\'", "'").strip("'\"")
+        said = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "'").split())
+        said = said.replace("' Did", "; did").strip("'\"")
         sys.exit(_complain(f"the configuration has no such field: {said}"))
-    except (flags.Error, TypeError, ValueError, OSError) as error:
+    except SyntaxError as error:
+        sys.exit(_complain(f"the configuration is no Python: {error}"))
+    except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
         sys.exit(_complain(str(error)))
     if flags.FLAGS["config"].present:
         path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]

@@ -127,19 +127,31 @@ def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
         unit=unit,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 15.0,
+        miniters=0,  # only the interval counts, so that update(0) shows what else is new
         disable=jax.process_index() != 0,
         file=sys.stderr,
     )
 
 
 def log_to_file(path: Path) -> None:
-    """Appends what is logged to a file, beside standard error; of the checkpoint library only what is wrong."""
+    """Appends what is logged to a file, beside standard error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
-    for each in (handler, absl_logging.get_absl_handler()):
-        each.addFilter(lambda record: record.levelno >= logging.WARNING or "orbax" not in record.pathname)
+    handler.addFilter(_of_interest)
     absl_logging.get_absl_logger().addHandler(handler)
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """Leaves on standard error what this project logs, and of libraries what is wrong."""
+    absl_logging.get_absl_handler().addFilter(_of_interest)
+
+
+def _of_interest(record: logging.LogRecord) -> bool:
+    if "orbax" in record.pathname:  # warns of every folder that it is to leave as it is
+        return record.levelno >= logging.ERROR
+    return record.levelno >= logging.WARNING or "-packages" not in record.pathname
 
 
 class StopRequest:

@@ -35,7 +35,8 @@ def draw_in_rounds(keep: Keep, kind: str, wanted: int, size: int, draw: Draw) ->
     with progress(wanted, "sampling", kind, initial=keep.count(sizes)) as bar:
 
         def show(step: int, steps: int) -> None:
-            bar.set_postfix(step=f"{step}/{steps}")
+            bar.set_postfix(step=f"{step}/{steps}", refresh=False)
+            bar.update(0)  # draws it, if it is time to
 
         for number, name in enumerate(sizes):
             numbers = np.arange(number * size, (number + 1) * size)

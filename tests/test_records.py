@@ -1,12 +1,16 @@
 """What a run writes down of its training."""
 
+import io
 import json
+import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
+from absl import logging as absl_logging
 
-from records import MetricsWriter
+from records import MetricsWriter, log_to_file, progress
 
 
 def test_means_and_rates_count_steps_not_calls(tmp_path, monkeypatch):
@@ -26,3 +30,35 @@ def test_what_is_not_finite_is_named_with_its_steps(tmp_path):
         metrics.collect({"total": jnp.asarray(1.0), "third": jnp.asarray(1.0)}, steps=2)
         with pytest.raises(FloatingPointError, match="third not finite between steps 92 and 100"):
             metrics.record_train(100, order=3)
+
+
+def test_a_log_shows_a_bar_now_and_then_whatever_it_is_told(monkeypatch):
+    """Without a terminal: what is new is shown when the interval has passed, even where no image is done."""
+    drawn = io.StringIO()
+    monkeypatch.setattr("records.sys.stderr", drawn)
+    with progress(100, "sampling", "image") as bar:
+        bar.update(32)
+        before = drawn.getvalue()
+        for step in range(1, 21):
+            bar.set_postfix(step=f"{step}/20", refresh=False)
+            bar.update(0)
+        assert drawn.getvalue() == before
+        bar.last_print_t -= 16.0  # the interval has passed
+        bar.update(0)
+        assert drawn.getvalue()[len(before) :].count("step=20/20") == 1
+
+
+def test_of_libraries_only_what_is_wrong_is_logged(tmp_path):
+    logger, handlers = absl_logging.get_absl_logger(), list(absl_logging.get_absl_logger().handlers)
+    log_to_file(tmp_path / "log.txt")
+    try:
+        for path in ("/venv/site-packages/orbax/manager.py", "/venv/site-packages/jax/bridge.py", "/project/run_lib.py"):
+            for level in (logging.INFO, logging.WARNING, logging.ERROR):
+                name = f"{Path(path).parent.name} {logging.getLevelName(level)}"
+                logger.handle(logging.LogRecord("absl", level, path, 1, name, None, None))
+    finally:
+        (added,) = set(logger.handlers) - set(handlers)
+        logger.removeHandler(added)
+        added.close()
+    said = [line.split(maxsplit=3)[3] for line in (tmp_path / "log.txt").read_text().splitlines()]
+    assert said == ["orbax ERROR", "jax WARNING", "jax ERROR", "project INFO", "project WARNING", "project ERROR"]

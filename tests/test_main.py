@@ -1,0 +1,32 @@
+"""What the command says to flags and configurations that it cannot read."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+UNREADABLE = {
+    "no Python": (["--config=README.md"], "the configuration is no Python: unterminated string"),
+    "unknown section": (
+        ["--config=configs/digits/smoke.py", "--config.trainin.batch_size=3"],
+        'no such field: trainin; did you mean "training"',
+    ),
+    "unknown field": (
+        ["--config=configs/digits/smoke.py", "--config.training.batchsize=3"],
+        'no such field: batchsize; did you mean "batch_size"',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_one_line(name, tmp_path):
+    arguments, message = UNREADABLE[name]
+    command = [sys.executable, "main.py", *arguments, "--mode=train", f"--workdir={tmp_path / 'run'}"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert message in line
+    assert not (tmp_path / "run").exists()
