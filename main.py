@@ -53,6 +53,8 @@ def main(argv: Sequence[str]) -> int:
         missing.append(_CONFIG.name)
     if missing:
         return _complain(f"--{missing[0]} is missing; see python main.py --help")
+    if not _COORDINATOR.value and (_NUM_PROCESSES.present or _PROCESS_ID.present):
+        return _complain("--num_processes and --process_id need --coordinator; without it each process is a run alone")
     logging.set_verbosity(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     try:
@@ -67,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         return _complain(str(error))
     except (FloatingPointError, RuntimeError) as error:
         logging.exception("failed")
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {error}\n{_advice(error)}")
         return FAILED
     return 0
 
@@ -95,6 +97,16 @@ def _run(mode: str, workdir: Path) -> None:
 def _complain(message: str) -> int:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     return BAD_INPUT
+
+
+def _advice(error: Exception) -> str:
+    """What to do about a device whose memory is full."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return ""
+    return (
+        "out of memory: training takes less with a larger training.accumulation_steps, with model.remat=True or a "
+        "smaller training.batch_size; evaluation with a smaller eval.batch_size or sampling.batch_size\n"
+    )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

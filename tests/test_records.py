@@ -52,7 +52,7 @@ def test_of_libraries_only_what_is_wrong_is_logged(tmp_path):
     logger, handlers = absl_logging.get_absl_logger(), list(absl_logging.get_absl_logger().handlers)
     log_to_file(tmp_path / "log.txt")
     try:
-        for path in ("/venv/site-packages/orbax/manager.py", "/venv/site-packages/jax/bridge.py", "/project/run_lib.py"):
+        for path in ("/lib/site-packages/orbax/manager.py", "/lib/site-packages/jax/bridge.py", "/project/run_lib.py"):
             for level in (logging.INFO, logging.WARNING, logging.ERROR):
                 name = f"{Path(path).parent.name} {logging.getLevelName(level)}"
                 logger.handle(logging.LogRecord("absl", level, path, 1, name, None, None))
