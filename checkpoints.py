@@ -31,8 +31,11 @@ class Checkpoints:
     def __init__(self, folder: Path, description: dict[str, Any], keep_every: int = 1, *, read_only: bool = False):
         self.description = description
         policies = ocp.checkpoint_managers
+        # All but the newest were kept for good, perhaps by another `keep_every`.
+        kept = sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())[:-1]
+        keep = [policies.LatestN(1), policies.EveryNSteps(keep_every), policies.CustomSteps(kept)]
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(1), policies.EveryNSteps(keep_every)]),
+            preservation_policy=policies.AnyPreservationPolicy(keep),
             save_decision_policy=policies.FixedIntervalPolicy(1),  # the training loop decides
             cleanup_tmp_directories=not read_only,
             create=not read_only,

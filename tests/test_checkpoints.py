@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -41,6 +43,16 @@ def test_the_newest_and_every_nth_are_kept(tmp_path):
         assert checkpoints.newest() == 10
 
 
+def test_what_was_kept_stays_when_others_are_to_be_kept(tmp_path):
+    with Checkpoints(tmp_path, {}, keep_every=4) as checkpoints:
+        for step in (4, 8, 10):
+            checkpoints.save(state_at(step))
+    with Checkpoints(tmp_path, {}, keep_every=6) as checkpoints:
+        for step in (11, 12, 13):
+            checkpoints.save(state_at(step))
+        assert list(checkpoints.steps()) == [4, 8, 12, 13]
+
+
 def test_another_network_is_refused_and_a_newer_field_is_not(tmp_path):
     with Checkpoints(tmp_path, {"nf": 8, "ch_mult": (1, 2)}) as checkpoints:
         checkpoints.save(state_at(1))
@@ -60,15 +72,16 @@ def test_an_unfinished_save_is_no_checkpoint(tmp_path):
         assert list(checkpoints.steps()) == [1]
 
 
-@pytest.mark.parametrize("file", ["description/metadata", "state/manifest.ocdbt"])
-def test_a_damaged_checkpoint_is_named(file, tmp_path):
+def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
     with Checkpoints(tmp_path, {}) as checkpoints:
         checkpoints.save(state_at(1))
-    (tmp_path / "1" / file).write_bytes(b"{")
-    shapes = jax.eval_shape(lambda: state_at(0))
-    refused = pytest.raises(ValueError, match=rf"the checkpoint {tmp_path}/1 is damaged")
-    with Checkpoints(tmp_path, {}, read_only=True) as checkpoints, refused:
-        checkpoints.restore(1, shapes, whole())
+    of_another_optimizer = jax.eval_shape(lambda: create_state({"w": jnp.ones((4, 2))}, optax.sgd(1e-3)))
+    with Checkpoints(tmp_path, {}, read_only=True) as checkpoints:
+        with pytest.raises(ValueError, match=rf"the checkpoint {tmp_path}/1 is damaged, or of another kind"):
+            checkpoints.restore(1, of_another_optimizer, whole())
+        (tmp_path / "1" / "description" / "metadata").write_bytes(b"{")
+        with pytest.raises(ValueError, match=rf"the checkpoint {tmp_path}/1 is damaged"):
+            checkpoints.restore(1, jax.eval_shape(lambda: state_at(0)), whole())
 
 
 @pytest.mark.parametrize(("parts", "warm"), [("", 0.7), ("opt", 0.7), ("ema", 0.7), ("step", 0.0), ("step,opt", 0.0)])
@@ -77,13 +90,13 @@ def test_the_warm_up_starts_again_with_the_step(parts, warm):
     optim = get_config().optim
     optim.lr, optim.warmup, optim.eps = 1.0, 10, 1e-8
     optimizer = optimizer_from_config(optim)
-    params = {"w": jnp.ones(3)}
+    params: Any = {"w": jnp.ones(3)}
     old = create_state(params, optimizer)
     for _ in range(7):
         old = old.updated(params, optimizer, 0.9)
     state = reset_parts(old, create_state(params, optimizer), parts)
-    updates, _ = optimizer.update(params, state.opt_state, state.params)  # of equal gradients Adam's steps are the rate
-    assert jnp.allclose(updates["w"], -warm, rtol=1e-3)
+    updates: Any = optimizer.update(params, state.opt_state, state.params)[0]
+    assert jnp.allclose(updates["w"], -warm, rtol=1e-3), "of equal gradients Adam makes steps of the learning rate"
 
 
 def test_parts_of_a_state_are_reset():
