@@ -12,7 +12,6 @@ Every step is a plain call of main.py, logged as pasted. Interrupted and started
 import argparse
 import json
 import math
-import platform
 import shlex
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.provenance import commit, machine
 from evaluation import MeanEstimate, mean_estimate
 from files import write_atomic
 
@@ -170,16 +170,6 @@ def gain(reference: list[np.ndarray], model: list[np.ndarray]) -> str:
 def of_seeds(means: list[float]) -> str:
     estimate: MeanEstimate = mean_estimate(np.array(means))
     return f"{estimate.mean:.4f} ± {0.0 if math.isnan(estimate.se) else estimate.se:.4f}"
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-
-
-def machine() -> str:
-    import jax
-
-    return f"{jax.devices()[0].device_kind} ({platform.machine()}), jax {jax.__version__}"
 
 
 PAGE = """# Orders of score matching on handwritten digits

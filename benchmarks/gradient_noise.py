@@ -23,7 +23,8 @@ from tables import text_table
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run whose newest checkpoint is looked at.")
-_BATCHES = flags.DEFINE_integer("batches", 200, "Batches to draw.")
+_BATCHES = flags.DEFINE_integer("batches", 200, "Batches to draw.", lower_bound=2)
+flags.mark_flags_as_required(["config", "workdir"])
 
 TERMS = ("first", "second_frob", "second_trace", "third")
 

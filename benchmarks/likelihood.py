@@ -35,7 +35,7 @@ from tests.golden_common import golden_config, golden_params
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "The run whose newest checkpoint is looked at.")
 _GOLDEN = flags.DEFINE_string("golden", None, "A golden likelihood_*.npz instead of a run.")
-_IMAGES = flags.DEFINE_integer("images", 32, "Test images of a run to use.")
+_IMAGES = flags.DEFINE_integer("images", 32, "Test images of a run to use.", lower_bound=2)
 
 ADAPTIVE = [("scipy", 1e-3), ("scipy", 1e-4), ("scipy", 1e-5), ("dopri5", 1e-5), ("dopri5_log", 1e-5)]
 FIXED = [("rk4_log", n) for n in (12, 25, 50)] + [("adams_log", n) for n in (32, 48, 64, 82, 98, 106, 126, 198)]
@@ -51,6 +51,8 @@ class Problem(NamedTuple):
 
 def main(argv: list[str]) -> None:
     del argv
+    if not _GOLDEN.value and not (_CONFIG.value and _WORKDIR.value):
+        raise app.UsageError("--config and --workdir are needed, or --golden")
     problem = golden_problem(Path(_GOLDEN.value)) if _GOLDEN.value else problem_of_run(Path(str(_WORKDIR.value)))
     truth = converged(problem)
     cases = [(method, f"{tol:.0e}", {"rtol": tol, "atol": tol}) for method, tol in ADAPTIVE]

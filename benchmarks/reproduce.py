@@ -14,7 +14,6 @@ import argparse
 import importlib
 import json
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import run_lib
+from benchmarks.provenance import commit
 from benchmarks.reproduce_page import write_page
 from benchmarks.synthetic import (
     BRANCHES,
@@ -105,10 +105,6 @@ def study_starts(problem: Problem, folder: Path) -> None:
         require_success(info)
         excess = np.asarray(density.log_density_of_data(x), np.float64) - np.asarray(logp, np.float64)
         write_npz(path, start=STARTS, excess=excess)
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
 
 
 def done(folder: Path) -> bool:

@@ -1,16 +1,15 @@
 """docs/results/synthetic.md and its figures, from what benchmarks/reproduce.py has left."""
 
 import json
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.provenance import machine
 from benchmarks.synthetic import (
     BRANCHES,
     ENTROPY_POINTS,
@@ -80,7 +79,6 @@ def header(problems: Sequence[Problem], took: list[dict[str, Any]]) -> str:
     )
     commits = ", ".join(sorted({t["commit"] for t in took}))
     minutes, cpu = (sum(t[kind] for t in took) / 60 for kind in ("wall", "cpu"))
-    device = f"{jax.devices()[0].device_kind} ({platform.machine()}), jax {jax.__version__}"
     return HEADER.format(
         sizes=sizes,
         test=f"{TEST_POINTS:,}",
@@ -88,7 +86,7 @@ def header(problems: Sequence[Problem], took: list[dict[str, Any]]) -> str:
         points=POINTS_AT_TIME,
         entropy_points=f"{ENTROPY_POINTS:,}",
         commits=commits,
-        device=device,
+        device=machine(),
         minutes=f"{minutes:.0f}",
         cpu=f"{cpu:.0f}",
     )

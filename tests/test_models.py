@@ -12,7 +12,7 @@ import pytest
 
 from configs.ve.cifar10_ncsnpp_continuous import get_config
 from models import resample
-from models.layers import GroupNorm, num_groups, positional_embedding
+from models.layers import NIN, GroupNorm, kernel_init, num_groups, positional_embedding
 from models.ncsnpp import CHOICES, NCSNpp
 from models.score import NetworkScore, build_network, init_params, sde_from_config
 from sde_lib import VESDE, VPSDE
@@ -74,6 +74,23 @@ def test_a_new_network_is_finite_and_nearly_zero() -> None:
         {"params": params}, images(2, 4, 4, 1), jnp.array([0.01, 999.0]), False
     )
     assert 0 < jnp.max(jnp.abs(jnp.asarray(output))) < 1e-3
+
+
+@pytest.mark.parametrize(("shape", "scale"), [((3, 3, 40, 72), 1.0), ((60, 100), 0.1)])
+def test_first_weights_are_spread_as_published(shape: tuple[int, ...], scale: float) -> None:
+    """Uniform, of variance scale over the mean of fan-in and fan-out: as flax draws it, but of other numbers."""
+    drawn = np.asarray(kernel_init(scale)(KEY, shape), np.float64)
+    published = nn.initializers.variance_scaling(scale, "fan_avg", "uniform")(KEY, shape)
+    variance = scale / (np.prod(shape[:-2]) * (shape[-2] + shape[-1]) / 2)
+    for weights in (drawn, np.asarray(published, np.float64)):
+        assert np.abs(weights).max() == pytest.approx(np.sqrt(3 * variance), rel=1e-2)
+        # of x^2, x uniform on [-b, b], the standard deviation is b^2 sqrt(4 / 45)
+        assert abs(np.mean(weights**2) - variance) < 5 * 3 * variance * np.sqrt(4 / 45 / weights.size)
+
+
+def test_maps_at_every_pixel_begin_small() -> None:
+    params: Any = NIN(50).init(KEY, jnp.zeros((1, 4, 30)))["params"]
+    assert float(jnp.abs(params["W"]).max()) == pytest.approx(np.sqrt(3 * 0.1 / 40), rel=1e-2)
 
 
 def test_recomputing_blocks_changes_nothing() -> None:

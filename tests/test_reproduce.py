@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 
+from benchmarks.provenance import commit
 from benchmarks.reproduce import config_of
 from benchmarks.reproduce_page import ACCOUNT, write_page
 from benchmarks.synthetic import BRANCHES, PROBLEMS, STARTS, Problem
@@ -49,6 +50,12 @@ def test_page(tmp_path):
     write_atomic(path, text + "\nBy hand.\n")
     write_page(PROBLEMS, tmp_path / "runs", tmp_path / "docs")
     assert path.read_text().endswith(f"{ACCOUNT}\nBy hand.\n")
+
+
+def test_without_git_a_page_can_be_written(tmp_path, monkeypatch):
+    """Hours of work end in it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert commit() == "unknown"
 
 
 def test_settings_are_a_configuration():

@@ -49,7 +49,7 @@ def convert(path: Path, out: Path, sha256: str = PUBLISHED_SHA256) -> None:
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if digest != sha256:
+    if digest != sha256.lower():
         raise ValueError(
             f"{path} is not the published file, perhaps a part of it: its SHA-256 is {digest}, not {sha256}; to use it "
             "all the same, add --sha256 with its hash"
