@@ -15,8 +15,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +27,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 import run_lib
 import stored_states
+from benchmarks.provenance import commit, machine
 from build import build
 from configs.default import Config
 from configs.digits.ncsnpp import get_config
@@ -235,14 +234,6 @@ def _style(panel: Axes, n: int) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.grid(color="#e3e6ea", linewidth=0.7)
     panel.spines[["top", "right"]].set_visible(False)
-
-
-def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-
-
-def machine() -> str:
-    return f"{jax.devices()[0].device_kind} ({platform.machine()}), jax {jax.__version__}"
 
 
 PAGE = """# Sample quality against network evaluations
