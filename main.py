@@ -11,7 +11,7 @@ Data sets that are not the user's own are converted once, from the files in whic
 
 --mode=train_deq trains learned dequantization noise for a trained score model, whose bits/dim are evaluated with it by
 --config.eval.dequantizer=True. --mode=stats measures the real images that samples are compared with, and says what FIDs
-against them are worth.
+against them are worth. Where an error of one line comes from, --verbosity=1 shows.
 """
 
 import os
@@ -55,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
         return _complain(f"--{missing[0]} is missing; see python main.py --help")
     if not _COORDINATOR.value and (_NUM_PROCESSES.present or _PROCESS_ID.present):
         return _complain("--num_processes and --process_id need --coordinator; without it each process is a run alone")
-    logging.set_verbosity(logging.INFO)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     try:
         if _COORDINATOR.value:

@@ -30,3 +30,11 @@ def test_what_cannot_be_read_is_one_line(name, tmp_path):
     (line,) = result.stderr.splitlines()
     assert message in line
     assert not (tmp_path / "run").exists()
+
+
+def test_where_an_error_comes_from_is_shown_on_demand(tmp_path):
+    command = [sys.executable, "main.py", "--config=configs/toy/smoke.py", "--mode=train", f"--workdir={tmp_path}"]
+    result = subprocess.run([*command, "--config.seed=-1", "--verbosity=1"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: seed is -1")
