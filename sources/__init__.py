@@ -110,8 +110,14 @@ def source_from_config(config: Config, split: str) -> Source:
         ValueError: for an unknown data set, for damaged files, or when its images are not as `data` says.
     """
     data = config.data
+    if data.path and data.dataset in ("digits", *DENSITIES):
+        raise ValueError(
+            f"data.path is {data.path!r}, but data.dataset={data.dataset} reads no files; set data.dataset to npz or "
+            "folder, or leave data.path empty"
+        )
     if data.dataset in DENSITIES:
         return draw_points(data, split)
+    _check_fields(data)
     if data.dataset in SOURCES:
         source = SOURCES[data.dataset](data, split)
     elif data.dataset in CATALOGUE:
@@ -126,6 +132,12 @@ def source_from_config(config: Config, split: str) -> Source:
         )
     check_levels(source, data.levels)
     return source
+
+
+def _check_fields(data: Config) -> None:
+    for field, least, most in (("image_size", 1, 2**16), ("num_channels", 1, 2**16), ("levels", 2, 256)):
+        if not least <= data[field] <= most:
+            raise ValueError(f"data.{field} is {data[field]}; it must lie between {least} and {most}")
 
 
 def prepare_from_config(config: Config) -> str:

@@ -112,7 +112,10 @@ def load_entry(data: Config, split: str) -> Source:
     entry = CATALOGUE[data.dataset](data)
     if data.path:
         if entry.originals is None:
-            raise ValueError(f"data.path is {data.path!r}, but {data.dataset} is read from data.dir; leave it empty")
+            raise ValueError(
+                f"data.path is {data.path!r}, but {data.dataset} is read from data.dir; leave it empty, or set "
+                "data.dataset to npz or folder for images of your own"
+            )
         return entry.originals.load(data, split)
     if entry.files is not None:
         stored = read_split(Path(data.dir) / entry.files.name, split)

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ def load_folder(
 
     Raises:
         FileNotFoundError: if there is no such folder.
+        OSError: if there is too little space for the decoded images.
         ValueError: naming the file that is no image with 8 bits per channel, or if a split has no images.
     """
     if num_channels not in CHANNELS:
@@ -49,17 +51,23 @@ def load_folder(
     stored = read_split(cache, split)
     if stored is None:
         decode = functools.partial(decode_images, framing=framing, size=image_size, num_channels=num_channels)
-        _decode_into(cache, f"folder {folder.resolve().name}", paths, decode)
+        needed = 2 * len(files) * image_size**2 * num_channels  # as they are decoded, and as they are stored
+        _decode_into(cache, f"folder {folder.resolve().name}", paths, decode, needed)
         stored = read_split(cache, split)
         assert stored is not None, "it was just written"
     return stored
 
 
 def _decode_into(
-    cache: Path, name: str, paths: Mapping[str, list[Path]], decode: Callable[[list[Path], Path], Levels]
+    cache: Path, name: str, paths: Mapping[str, list[Path]], decode: Callable[[list[Path], Path], Levels], needed: int
 ) -> None:
-    """Stores the decoded images as a whole, or not at all: other hosts may be doing the same."""
+    """Stores the decoded images as a whole, or not at all: other hosts may be doing the same.
+
+    Raises:
+        OSError: if fewer than `needed` bytes are free there: a file mapped into memory would end the process later.
+    """
     cache.parent.mkdir(parents=True, exist_ok=True)
+    _check_space(cache.parent, needed)
     with tempfile.TemporaryDirectory(dir=cache.parent, prefix="decoding_") as scratch:
         decoded = {split: Split(decode(paths[split], Path(scratch) / f"{split}.npy")) for split in SPLITS}
         write_splits(Path(scratch) / "whole", name, decoded)
@@ -68,6 +76,15 @@ def _decode_into(
         except OSError:
             if not cache.exists():  # else another host was first
                 raise
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"{folder} has {free / 1e9:.1f} GB free, but decoding the images takes {needed / 1e9:.1f} GB, half of it "
+            "for a while; set data.dir to a larger disk"
+        )
 
 
 def split_paths(folder: Path) -> dict[str, list[Path]]:

@@ -136,6 +136,11 @@ def test_mirroring_is_fair_and_left_to_right(digits):
         ("image_size", 16, "data.image_size"),
         ("levels", 256, "data.levels is 256, but the brightest pixel .* has level 16"),
         ("levels", 16, "data.levels is 16"),
+        ("levels", 1, "data.levels is 1; it must lie between 2 and 256"),
+        ("levels", 257, "data.levels is 257; it must lie between 2 and 256"),
+        ("image_size", 0, "data.image_size is 0"),
+        ("num_channels", 0, "data.num_channels is 0"),
+        ("path", "mine.npz", "data.path is 'mine.npz', but data.dataset=digits reads no files; set .* npz or folder"),
     ],
 )
 def test_data_that_do_not_fit_are_refused(field, value, message):

@@ -1,6 +1,7 @@
 """Data of each kind, made on the spot: what is read is what was written, and what is wrong is named."""
 
 import os
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -197,6 +198,15 @@ def test_decoded_folder_is_kept_until_it_changes(folder, tmp_path, monkeypatch):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
     changed = {source.description for source in both_splits(config)}
     assert changed != {source.description for source in (first, both_splits(config)[1])}
+
+
+def test_too_little_space_is_said_before_decoding(folder, tmp_path, monkeypatch):
+    config = config_for("folder", tmp_path, path=str(folder), image_size=16, num_channels=3)
+    monkeypatch.setattr("sources.folder.decode_image", lambda *_: pytest.fail("decoded"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2 * 60 * 16 * 16 * 3 - 1))
+    with pytest.raises(OSError, match=r"data has 0.0 GB free, .* set data.dir to a larger disk"):
+        source_from_config(config, "train")
+    assert not list((tmp_path / "data").iterdir())
 
 
 def test_corrupt_image_is_named(folder, tmp_path):
