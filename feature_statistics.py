@@ -114,7 +114,8 @@ def measured_statistics(extractor: FeatureExtractor, data: str, batches: Iterabl
 def dataset_statistics(path: Path, extractor: FeatureExtractor, data: str, batches: Iterable[Images]) -> Statistics:
     """The statistics of a data set: read from `path` if they are of this extractor and `data`, else measured and saved.
 
-    `data` must identify the images; `batches` is only read when they have to be measured.
+    `data` must identify the images; `batches` is only read when they have to be measured. Where they cannot be saved
+    that is warned of: what was measured is right all the same.
 
     Raises:
         OSError: if the hosts do not share the folder.
@@ -125,7 +126,10 @@ def dataset_statistics(path: Path, extractor: FeatureExtractor, data: str, batch
             raise OSError(f"{path} is there on the first host but not on this one; all need the same folder")
         return stored
     statistics = measured_statistics(extractor, data, batches)
-    save_statistics(path, statistics)
+    try:
+        save_statistics(path, statistics)
+    except OSError as error:
+        logging.warning("the statistics of %s are not kept, but measured again every time: %s", data, error)
     return statistics
 
 

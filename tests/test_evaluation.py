@@ -10,6 +10,7 @@ import scipy.linalg
 import scipy.stats
 
 import evaluation
+import feature_statistics
 from evaluation import (
     evaluate_samples,
     frechet_distance,
@@ -324,6 +325,15 @@ def test_dataset_statistics_are_computed_once_for_each_extractor_and_data(tmp_pa
     assert (changed.n, load_statistics(path).features_hash) == (8, "4567")
     path.write_bytes(path.read_bytes()[:100])
     assert_equal_statistics(dataset_statistics(path, MeanColour(), "noise", batches), first)
+
+
+def test_statistics_that_cannot_be_kept_are_of_use(tmp_path, monkeypatch):
+    said, batches = [], [random_images(8)]
+    monkeypatch.setattr(feature_statistics.logging, "warning", lambda *message: said.append(message))
+    (tmp_path / "file").touch()
+    statistics = dataset_statistics(tmp_path / "file" / "s.npz", MeanColour(), "noise", batches)
+    assert_equal_statistics(statistics, measured_statistics(MeanColour(), "noise", batches))
+    assert "are not kept" in said[0][0]
 
 
 def test_evaluation_holds_the_metrics_and_what_they_rest_on():
