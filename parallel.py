@@ -4,6 +4,7 @@ The maths sees whole batches and no axis names: `jax.jit` over arrays with these
 random numbers do not depend on the number of devices.
 """
 
+import hashlib
 import math
 from typing import TypeVar
 
@@ -76,6 +77,19 @@ def any_host(value: bool) -> bool:
 def agree(value: bool) -> bool:
     """The first host's value, on every host: for decisions that all must take alike."""
     return bool(multihost_utils.broadcast_one_to_all(np.asarray(value))) if jax.process_count() > 1 else value
+
+
+def require_same(text: str, what: str) -> None:
+    """Checks that all hosts have the same text; they call it together.
+
+    Raises:
+        ValueError: on every host, if they have not.
+    """
+    if jax.process_count() == 1:
+        return
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
+    if np.any(digests != digests[0]):
+        raise ValueError(f"{what} are not the same on all hosts; on host {jax.process_index()} they are {text}")
 
 
 def local_rows(batch_size: int) -> slice:

@@ -19,11 +19,16 @@ Values = dict[str, np.ndarray]
 
 
 class Keep:
-    """The batches of a pass on disk: worked out once for the same settings and parameters, read back after that."""
+    """The batches of a pass on disk: worked out once for the same settings and parameters, read back after that.
+
+    Raises:
+        ValueError: if the hosts differ in the settings, which name the data, or in the parameters.
+    """
 
     def __init__(self, folder: Path, what: str, settings: Mapping[str, Any], params: Params):
         self.settings = {**settings, "parameters": params_digest(params)}
         text = json.dumps(self.settings, sort_keys=True, indent=1)
+        parallel.require_same(text, "data, settings and parameters")
         self.folder = folder / f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if jax.process_index() == 0:
             write_atomic(self.folder / "settings.json", text)

@@ -1,3 +1,5 @@
+import hashlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -83,6 +85,20 @@ def test_each_hosts_devices_are_together_and_in_order(monkeypatch):
     devices = jax.devices()
     monkeypatch.setattr(jax, "devices", lambda: devices[::-1])
     assert list(parallel.device_mesh().devices) == devices
+
+
+def test_hosts_with_other_data_are_told(monkeypatch):
+    """Else they would train on a mixture of both, say of two versions of a data set."""
+    parallel.require_same("MNIST, train, images 1", "training data")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    other = np.frombuffer(hashlib.sha256(b"MNIST, train, images 2").digest(), np.uint8)
+    gather = "jax.experimental.multihost_utils.process_allgather"
+    monkeypatch.setattr(gather, lambda mine: np.stack([mine, mine]))
+    parallel.require_same("MNIST, train, images 1", "training data")
+    monkeypatch.setattr(gather, lambda mine: np.stack([other, mine]))
+    message = "training data are not the same on all hosts; on host 0 they are MNIST, train, images 1"
+    with pytest.raises(ValueError, match=message):
+        parallel.require_same("MNIST, train, images 1", "training data")
 
 
 def test_an_evaluation_pass_counts_every_image_once(digits):
