@@ -150,15 +150,19 @@ def image_grid(
 ) -> Image.Image:
     """Images side by side, row after row; level 0 is black, level `levels` - 1 white.
 
+    Those of three channels are in colour, others in grey, the mean of their channels.
+
     Args:
         columns: images in a row; None: as nearly square as goes.
 
     Raises:
-        ValueError: if there are no images, or they have neither 1 nor 3 channels.
+        ValueError: if there are no images.
     """
+    if images.shape[-1] not in (1, 3):
+        images = np.rint(images.mean(axis=-1, keepdims=True)).astype(np.uint8)
     n, height, width, channels = images.shape
-    if n == 0 or channels not in (1, 3):
-        raise ValueError(f"need images of 1 or 3 channels, got an array of shape {images.shape}")
+    if n == 0:
+        raise ValueError(f"there are no images in an array of shape {images.shape}")
     scale = math.ceil(_TILE_PIXELS / height)
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)

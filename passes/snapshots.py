@@ -33,6 +33,8 @@ class Snapshots:
         self.shown = min(SHOWN, run.config.sampling.batch_size)
         if run.config.training.snapshot_sampling:
             sampler_from_config(run.config, run.sde)
+            if self.shown < 1:
+                raise ValueError(f"sampling.batch_size is {self.shown}; it must be at least 1")
             if len(run.data_shape) != 3:
                 raise ValueError(f"training.snapshot_sampling draws images; {run.config.data.dataset} has none")
 

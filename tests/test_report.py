@@ -362,8 +362,14 @@ def test_grid_enlarges_pixels_to_squares(tmp_path):
 def test_grid_keeps_large_colour_images():
     images = np.random.default_rng(0).integers(0, 256, (1, 64, 64, 3)).astype(np.uint8)
     np.testing.assert_array_equal(np.asarray(image_grid(images, 256)), images[0])
-    with pytest.raises(ValueError, match="1 or 3 channels"):
-        image_grid(images[..., :2], 256)
+
+
+def test_images_of_other_numbers_of_channels_are_shown_in_grey():
+    images = np.random.default_rng(0).integers(0, 17, (1, 64, 64, 4)).astype(np.uint8)
+    expected = np.rint(np.rint(images[0].mean(axis=-1)) / 16 * 255)
+    np.testing.assert_array_equal(np.asarray(image_grid(images, 17)), expected)
+    with pytest.raises(ValueError, match="no images"):
+        image_grid(images[:0], 17)
 
 
 def test_captioned_images_do_not_overlap():

@@ -294,4 +294,6 @@ def test_when_snapshots_are_due(run, tmp_path, step, due):
 def test_a_bad_sampler_is_found_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"sampling\.order must be one of"):
         run_lib.train(config_with(sampling__order=4), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"sampling\.batch_size is 0; it must be at least 1"):
+        run_lib.train(config_with(sampling__batch_size=0), tmp_path / "run")
     assert not (tmp_path / "run").exists()
