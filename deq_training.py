@@ -26,7 +26,7 @@ from records import MetricsWriter, StopRequest, progress, stop_on_signal
 from stored_states import open_existing_checkpoints, stored_state
 from train_state import TrainState
 from variational import DequantizerTrainer, VariationalDequantizer, dequantizer_trainer_from_config
-from workdir import check_writable, describe_run
+from workdir import check_writable, describe_run, held
 
 
 def train_deq(config: Config, workdir: Path, deq_folder: str) -> None:
@@ -53,7 +53,8 @@ def train_deq(config: Config, workdir: Path, deq_folder: str) -> None:
         "parameters of the score model (eval.ckpt_id, else another --deq_folder)": params_digest(score_fn.params)
     }
     check_writable(folder)
-    with Checkpoints(folder / "checkpoints", description, config.training.snapshot_freq) as checkpoints:
+    keep_every = config.training.snapshot_freq
+    with held(folder), Checkpoints(folder / "checkpoints", description, keep_every) as checkpoints:
         training = DeqTraining(run, trainer, score_fn, train_source, test_source)
         state = training.starting_state(checkpoints)
         describe_run(run, folder, num_parameters=sum(p.size for p in jax.tree.leaves(state.params)))

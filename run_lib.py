@@ -44,7 +44,7 @@ from sampling import sampler_from_config
 from sources import prepare_from_config
 from stored_states import initial_state, open_checkpoints, open_existing_checkpoints, starting_state, stored_state
 from train_state import TrainState
-from workdir import check_writable, describe_run
+from workdir import check_writable, describe_run, held
 
 
 def train(config: Config, workdir: Path) -> None:
@@ -61,7 +61,7 @@ def train(config: Config, workdir: Path) -> None:
     init_state = initial_state(run) if config.training.init_from and new else None
     snapshots = Snapshots(run, workdir)
     check_writable(workdir)
-    with open_checkpoints(run, workdir) as checkpoints:
+    with held(workdir), open_checkpoints(run, workdir) as checkpoints:
         state = starting_state(run, checkpoints, init_state)
         if checkpoints.newest() is None and init_state is not None:
             checkpoints.save(state)  # what was started from may be gone when this goes on
@@ -188,6 +188,8 @@ class Parts(NamedTuple):
 def parts_from_config(run: Run, deq_folder: Path) -> Parts:
     """Raises ValueError, OSError: for bad input."""
     settings = run.config.eval
+    if not (settings.enable_loss or settings.enable_bpd or settings.enable_sampling):
+        raise ValueError("eval.enable_loss, eval.enable_bpd and eval.enable_sampling are False: nothing to evaluate")
     loss = LossPass(run, datasets.source_from_config(run.config, "test")) if settings.enable_loss else None
     if run.density is not None:
         density = DensityPass(run) if settings.enable_bpd else None
@@ -297,11 +299,12 @@ def report(workdir: Path, others: Sequence[Path] = ()) -> None:
     """Writes the report again, from what is in the folder, beside other runs; prints their results as a table.
 
     Raises:
-        FileNotFoundError: if a folder is not there.
+        FileNotFoundError: if a folder is not there, or holds no run.
     """
     for folder in (workdir, *others):
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}")
+        if not (folder / "config.json").is_file():
+            why = "it holds no config.json" if folder.is_dir() else "there is no such folder"
+            raise FileNotFoundError(f"no run in {folder}: {why}")
     write_report(workdir, others=others)
     print(comparison_table([result for folder in (*others, workdir) for result in read_run(folder).results]))
     print(f"\nreport: {workdir / 'report.html'}")

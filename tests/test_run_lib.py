@@ -20,6 +20,7 @@ from configs.digits.smoke import get_config
 from parallel import replicated
 from passes.likelihood import LikelihoodPass
 from run_files import read_run
+from workdir import held
 
 ROOT = Path(__file__).parent.parent
 
@@ -247,6 +248,27 @@ main.app.run(main.main, flags_parser=main._parse_flags)
     result = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
     assert "training.accumulation_steps" in result.stderr.splitlines()[-1]
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path):
+    with held(tmp_path), pytest.raises(OSError, match=f"another process is training in {tmp_path}"):
+        run_lib.train(config_with(), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    with held(tmp_path):
+        pass  # the one refused has left no lock
+
+
+def test_an_evaluation_of_nothing_is_refused(trained):
+    with pytest.raises(ValueError, match="nothing to evaluate"):
+        run_lib.evaluate(config_with(eval__enable_bpd=False, eval__enable_sampling=False), trained, "eval")
+
+
+def test_a_folder_without_a_run_gets_no_report(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no run in {tmp_path}: it holds no config.json"):
+        run_lib.report(trained, [tmp_path])
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        run_lib.report(tmp_path / "nowhere")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_checkpoint_of_another_network_is_refused(trained):
