@@ -59,6 +59,7 @@ def test_two_hosts_do_what_one_does(tmp_path: Path) -> None:
     run_here(one)
     run_two(two, "train")
     run_two(two, "eval")
+    assert {path.name for path in two.glob("log*")} == {"log.txt", "log_1.txt"}, "each host has a log of its own"
     losses = []
     for workdir in (one, two):
         records = [json.loads(line) for line in (workdir / "train" / "metrics.jsonl").read_text().splitlines()]
