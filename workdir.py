@@ -76,7 +76,6 @@ def describe_run(run: Run, workdir: Path, num_parameters: int) -> None:
         "devices": jax.device_count(),
         "hosts": jax.process_count(),
         "matmul_precision": jax.config.values["jax_default_matmul_precision"] or "default",
-        "matmul_precision": jax.config.values["jax_default_matmul_precision"] or "default",
         "num_parameters": num_parameters,
     }
     write_atomic(workdir / "environment.json", json.dumps(environment, indent=1))
