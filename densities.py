@@ -21,7 +21,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ScoreFn, per_example
+from arrays import Batch, PerExample, ScoreFn
 from sde_lib import SDE
 
 
@@ -97,12 +97,6 @@ class GaussianMixture:
         roots = jnp.asarray(np.linalg.cholesky(self.covariances), normal.dtype)[component]
         means = jnp.asarray(self.means, normal.dtype)[component]
         return (means + jnp.einsum("bij,bj->bi", roots, normal, precision="highest")).reshape(shape)
-
-    def sample_at(self, sde: SDE, key: Array, t: PerExample, dims: tuple[int, ...]) -> Batch:
-        """Exact samples of x_t, one for each time, shaped [batch, *dims]."""
-        key_data, key_noise = jax.random.split(key)
-        mean, sigma = sde.marginal(self.sample(key_data, (t.shape[0], *dims)).astype(t.dtype), t)
-        return mean + per_example(sigma, mean) * jax.random.normal(key_noise, mean.shape, t.dtype)
 
     def log_density(self, sde: SDE, x: Batch, t: PerExample) -> PerExample:
         """ln q_t(x), in nats."""

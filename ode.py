@@ -78,7 +78,8 @@ def integrate(
         pass the second result to `require_success` on the host.
 
     Raises:
-        ValueError: unknown method, a tolerance or number of steps that is not positive, an odd number for "adams".
+        ValueError: unknown method, a tolerance or number of steps that is not positive, an odd number for "adams";
+            that of `check_processes`.
     """
     if method not in METHODS:
         raise ValueError(f"unknown ODE method {method!r}; known: {', '.join(METHODS)}")
@@ -88,6 +89,7 @@ def integrate(
         )
     if method == "adams" and num_steps % 2:
         raise ValueError(f'num_steps of "adams" must be even, got {num_steps}')
+    check_processes(method, "method")
     field = as_pytree(field)
     dtype = jnp.result_type(*jax.tree.leaves(y0), jnp.float32)
     start, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
@@ -96,6 +98,15 @@ def integrate(
     if method == "dopri5":
         return _dopri5(field, y0, start, end, rtol, atol, max_steps)
     return _scipy_rk45(field, y0, float(t0), float(t1), rtol, atol, max_steps)
+
+
+def check_processes(method: str, field: str) -> None:
+    """Raises ValueError, naming the field that asks for it, if several processes would call SciPy's solver."""
+    if method == "scipy" and jax.process_count() > 1:
+        raise ValueError(
+            f"{field} asks for SciPy's solver, which steps on the host of a single process, but there are "
+            f"{jax.process_count()}: use dopri5, the same on the devices"
+        )
 
 
 def require_success(info: Info) -> None:

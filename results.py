@@ -17,29 +17,28 @@ IDENTITY = ("values", "n", "features_hash", "statistics_hash")
 
 
 class Results:
-    """What the files of one checkpoint hold, to be added to and written.
+    """The files of one checkpoint, read anew for each addition: another evaluation may have added to them meanwhile.
 
     Raises:
         ValueError: if there is a file that cannot be read.
     """
 
     def __init__(self, path: Path, stamp: dict[str, Any]):
-        self.path = path
-        self.content = _read(path) | stamp
-        self.seconds = _read(seconds_file(path))
+        self.path, self.stamp = path, stamp
+        for each in (path, seconds_file(path)):
+            _read(each)  # what is damaged is said before any work
 
     def add(self, name: str, part: Mapping[str, Any]) -> None:
         """Takes in a part: in place of one of the same settings, while one of other settings goes to `earlier`."""
         part = dict(part)
+        content, seconds = _read(self.path) | self.stamp, _read(seconds_file(self.path))
         if "seconds" in part:
-            self.seconds[_seconds_key(name, part)] = part.pop("seconds")
-        before = [*self.content.pop("earlier", []), *([{name: self.content[name]}] if name in self.content else [])]
+            seconds[_seconds_key(name, part)] = part.pop("seconds")
+        before = [*content.pop("earlier", []), *([{name: content[name]}] if name in content else [])]
         earlier = [each for each in before if not (name in each and _identity(each[name]) == _identity(part))]
-        self.content |= {name: part} | ({"earlier": earlier} if earlier else {})
-
-    def write(self) -> None:
-        write_atomic(seconds_file(self.path), json.dumps(self.seconds, indent=1))
-        write_atomic(self.path, json.dumps(self.content, indent=1))
+        content |= {name: part} | ({"earlier": earlier} if earlier else {})
+        write_atomic(seconds_file(self.path), json.dumps(seconds, indent=1))
+        write_atomic(self.path, json.dumps(content, indent=1))
 
 
 def seconds_file(path: Path) -> Path:

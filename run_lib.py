@@ -57,6 +57,7 @@ def train(config: Config, workdir: Path) -> None:
     """
     run = build(config)
     train_source, test_source = (datasets.source_from_config(config, split) for split in datasets.SPLITS)
+    parallel.require_same(f"{train_source.description}; {test_source.description}", "data")
     new = not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
     init_state = initial_state(run) if config.training.init_from and new else None
     snapshots = Snapshots(run, workdir)
@@ -253,9 +254,8 @@ def evaluate_checkpoint(
     results = Results(folder / f"{label}.json", {"checkpoint_step": step, "ema": True} | stamp)
 
     def keep(name: str, part: dict[str, Any]) -> None:
-        results.add(name, part)
         if jax.process_index() == 0:
-            results.write()
+            results.add(name, part)
             write_report(workdir)
 
     if parts.loss is not None:

@@ -198,6 +198,7 @@ class ODESampler(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         _check_choice("sampling.ode_solver", self.method, ("dopri5", "scipy"))
+        ode.check_processes(self.method, "sampling.ode_solver")
         _check_positive("sampling.rtol", self.rtol)
         _check_positive("sampling.atol", self.atol)
 

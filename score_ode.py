@@ -229,7 +229,8 @@ def likelihood_by_start(
         state = (jnp.tile(x, (n, *(1,) * (x.ndim - 1))), jnp.zeros_like(t))
         (latent, divergence), info = integrate(field, state, 0.0, 1.0, rtol=rtol, atol=atol)
     begun = t[jnp.maximum(info.suspect, 0)]
-    info = info._replace(t=begun + info.t * (sde.t_max - begun), suspect=jnp.where(info.success, -1, info.suspect))
+    suspect = jnp.where(info.success, -1, info.suspect % len(x))  # of the examples, not of their repetitions
+    info = info._replace(t=begun + info.t * (sde.t_max - begun), suspect=suspect)
     return (sde.prior_logp(latent) + divergence).reshape(n, -1), info
 
 

@@ -15,11 +15,11 @@ import datasets
 import parallel
 from build import EVAL_KEY, SAMPLE_KEY, Run
 from coordinates import Reference
-from datasets import SPLITS, EvaluationBatch, evaluation_batch, evaluation_batch_sizes
+from datasets import EvaluationBatch, evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
 from files import write_npz
 from models.score import Params
-from passes.estimators import Estimate, checked, estimator_from_config
+from passes.estimators import Estimate, checked, estimator_from_config, examined_source
 from passes.keep import Keep, Values
 from passes.rounds import draw_in_rounds
 from records import progress
@@ -27,6 +27,9 @@ from sampling import Progress, image_keys, sampler_from_config
 
 REFERENCE_POINTS = 10_000
 """Training points, at most, that the mean and standard deviation of the data are taken from."""
+
+FOR_LEVELS = {"dequantizer": False, "dequantization": "uniform", "num_importance_samples": 1}
+"""Fields of `eval` that say how levels become a density, and what they are where there are none."""
 
 
 class DensityPass:
@@ -40,14 +43,12 @@ class DensityPass:
         settings = run.config.eval
         if settings.probe != "exact":
             raise ValueError(f"eval.probe is {settings.probe!r}; the divergence at points is exact: set it to 'exact'")
-        if settings.bpd_dataset not in SPLITS:
-            raise ValueError(f"eval.bpd_dataset is {settings.bpd_dataset!r}; known are {', '.join(SPLITS)}")
-        if settings.max_examples < 0:
-            raise ValueError(f"eval.max_examples is {settings.max_examples}; it must be 0, for all, or more")
-        parallel.divisible(settings.batch_size, "eval.batch_size")
+        for field, only in FOR_LEVELS.items():
+            if settings[field] != only:
+                raise ValueError(f"eval.{field} is {settings[field]!r}, but points have no levels: set it to {only!r}")
         self.run, self.settings = run, settings
         self.estimator = estimator_from_config(run.config)
-        self.source = datasets.source_from_config(run.config, settings.bpd_dataset)
+        self.source = examined_source(run.config)
         self.sizes = evaluation_batch_sizes(self.source, settings.batch_size, settings.max_examples)
 
     @property

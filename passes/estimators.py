@@ -9,13 +9,15 @@ import numpy as np
 from jaxtyping import Array
 
 import bounds
+import datasets
 import parallel
 from arrays import Batch, PerExample, ScoreFn
 from configs.default import Config
 from coordinates import TAIL_DENSITY, Reference
+from datasets import SPLITS, Source
 from derivatives import PROBES
 from likelihood import METHODS, Probes, draw_probes, ode_log_likelihood
-from ode import FIXED_STEP, Info
+from ode import FIXED_STEP, Info, check_processes
 from sde_lib import SDE
 
 
@@ -155,6 +157,22 @@ class BoundEstimator:
         return Estimate(terms, {"sampling_error": bound.error}, bound.nfe, None)
 
 
+def examined_source(config: Config) -> Source:
+    """The images, or points, of `eval.bpd_dataset`, with the fields checked that say how they are counted.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+        OSError: if the data are not there.
+    """
+    settings = config.eval
+    if settings.max_examples < 0:
+        raise ValueError(f"eval.max_examples is {settings.max_examples}; it must be 0, for all, or more")
+    if settings.bpd_dataset not in SPLITS:
+        raise ValueError(f"eval.bpd_dataset is {settings.bpd_dataset!r}; known are {', '.join(SPLITS)}")
+    parallel.divisible(settings.batch_size, "eval.batch_size")
+    return datasets.source_from_config(config, settings.bpd_dataset)
+
+
 def estimator_from_config(config: Config) -> OdeEstimator | BoundEstimator:
     """What `eval` asks to be estimated.
 
@@ -168,6 +186,7 @@ def estimator_from_config(config: Config) -> OdeEstimator | BoundEstimator:
         raise ValueError(f"eval.ode_solver is {settings.ode_solver!r}; known are {', '.join(METHODS)}")
     if settings.probe not in (*PROBES, "exact"):
         raise ValueError(f"eval.probe is {settings.probe!r}; known are {', '.join((*PROBES, 'exact'))}")
+    check_processes(METHODS[settings.ode_solver][1], "eval.ode_solver")
     for field in ("rtol", "atol", "ode_steps", "num_probes"):
         if not settings[field] > 0:
             raise ValueError(f"eval.{field} is {settings[field]}; it must be positive")

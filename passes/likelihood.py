@@ -16,12 +16,12 @@ import parallel
 from arrays import Batch
 from build import EVAL_KEY, Run
 from coordinates import Reference
-from datasets import SPLITS, EvaluationBatch, evaluation_batch, evaluation_batch_sizes
+from datasets import EvaluationBatch, evaluation_batch, evaluation_batch_sizes
 from dequantization import Dequantized, Dequantizer, Images, check_levels, importance_weights, log_mean_exp
 from evaluation import mean_estimate
 from likelihood import discrete_bits
 from models.score import Params
-from passes.estimators import Estimate, checked, estimator_from_config
+from passes.estimators import Estimate, checked, estimator_from_config, examined_source
 from passes.keep import Keep, Values
 from records import progress
 from sampling import image_keys
@@ -45,14 +45,9 @@ class LikelihoodPass:
         for field in ("num_repeats", "num_importance_samples"):
             if settings[field] < 1:
                 raise ValueError(f"eval.{field} is {settings[field]}; it must be at least 1")
-        if settings.max_examples < 0:
-            raise ValueError(f"eval.max_examples is {settings.max_examples}; it must be 0, for all, or more")
-        if settings.bpd_dataset not in SPLITS:
-            raise ValueError(f"eval.bpd_dataset is {settings.bpd_dataset!r}; known are {', '.join(SPLITS)}")
-        parallel.divisible(settings.batch_size, "eval.batch_size")
         self.run, self.dequantizer = run, dequantizer
         self.estimator = estimator_from_config(run.config)
-        self.source = datasets.source_from_config(run.config, settings.bpd_dataset)
+        self.source = examined_source(run.config)
         self._reference_source = (
             datasets.source_from_config(run.config, "train") if self.estimator.needs_reference else None
         )

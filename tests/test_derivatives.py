@@ -11,6 +11,7 @@ from derivatives import (
     probe_divergence,
     probe_trace_gradient,
 )
+from marginals import sample_at
 from sde_lib import VPSDE
 from tests.analytic import asymmetric_mixture
 
@@ -24,7 +25,7 @@ def field(x):
 
 @pytest.fixture
 def x():
-    return DENSITY.sample_at(VPSDE(), jax.random.key(0), T, (2, 2))
+    return sample_at(DENSITY, VPSDE(), jax.random.key(0), T).reshape(-1, 2, 2)
 
 
 def jacobians(x):

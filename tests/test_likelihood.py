@@ -8,6 +8,7 @@ import pytest
 
 from arrays import Batch, PerExample
 from likelihood import METHODS, LogLikelihood, Reference, bits_per_dim, draw_probes, ode_log_likelihood
+from marginals import sample_at
 from ode import require_success
 from parallel import along_batch, device_mesh
 from sde_lib import SDE, SDES, VPSDE
@@ -23,7 +24,7 @@ T_MIN = {"vesde": 1e-5, "linearvesde": 1e-3, "vpsde": 1e-5, "subvpsde": 1e-2}
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
 def data_at(density: GaussianMixture, sde: SDE, t: float, shape: tuple[int, ...]) -> Batch:
-    return density.sample_at(sde, jax.random.key(0), jnp.full(shape[:1], t), shape[1:])
+    return sample_at(density, sde, jax.random.key(0), jnp.full(shape[:1], t)).reshape(shape)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 4))

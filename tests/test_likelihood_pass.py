@@ -144,6 +144,13 @@ def test_bad_settings_are_refused_before_any_work(name):
         pass_with(**fields)
 
 
+def test_several_processes_are_refused_scipys_solver_before_any_work(monkeypatch):
+    run = run_with(eval__ode_solver="scipy_log")
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"eval.ode_solver asks for SciPy's solver, .* but there are 2"):
+        LikelihoodPass(run, dequantizer_from_config(run.config, run.sde))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -184,6 +184,13 @@ def test_inside_jit(method):
     np.testing.assert_allclose(y["x"], spiral_solution(1.5)["x"], atol=2e-4)
 
 
+def test_several_processes_cannot_share_scipys_solver(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"method asks for SciPy's solver, .* but there are 2: use dopri5"):
+        integrate(spiral, START, 0.0, 1.5, method="scipy")
+    integrate(spiral, START, 0.0, 1.5, method="dopri5")
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"unknown ODE method 'euler'; known: dopri5, scipy, rk4, adams"):
         integrate(spiral, START, 0.0, 1.0, method="euler")

@@ -172,6 +172,7 @@ def test_noise_levels_scale_what_the_network_sees():
 
 
 BAD = {
+    "data__path": ("mine.npz", "data.path is 'mine.npz', but data.dataset=checkerboard reads no files"),
     "data__random_flip": (True, "data.random_flip is True, but checkerboard has points"),
     "data__centered": (True, "data.centered is True"),
     "data__num_points": (0, "data.num_points is 0; it must be at least 1"),
@@ -181,6 +182,9 @@ BAD = {
     "model__nonlinearity": ("gelu", "model.nonlinearity is 'gelu'; known are swish"),
     "training__snapshot_sampling": (True, "training.snapshot_sampling is True"),
     "eval__probe": ("rademacher", "eval.probe is 'rademacher'.*set it to 'exact'"),
+    "eval__dequantizer": (True, "eval.dequantizer is True, but points have no levels: set it to False"),
+    "eval__dequantization": ("truncated_normal", "eval.dequantization is 'truncated_normal', but points"),
+    "eval__num_importance_samples": (4, "eval.num_importance_samples is 4, but points"),
     "eval__batch_size": (6, "eval.batch_size is 6"),
     "eval__max_examples": (-1, "eval.max_examples is -1"),
     "eval__bpd_dataset": ("all", "eval.bpd_dataset is 'all'; known are train, test"),

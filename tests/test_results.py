@@ -24,7 +24,6 @@ def add(workdir: Path, **parts: dict[str, Any]) -> dict[str, Any]:
     results = Results(workdir / "eval" / "step_4.json", {"checkpoint_step": 4})
     for name, part in parts.items():
         results.add(name, part)
-    results.write()
     return json.loads((workdir / "eval" / "step_4.json").read_text())
 
 
@@ -37,6 +36,16 @@ def test_a_part_with_other_settings_replaces_none(tmp_path):
     assert add(tmp_path, bpd=LEARNED) == content, "the same again changes nothing"
     back = add(tmp_path, bpd=UNIFORM)
     assert (back["bpd"]["mean"], [part["bpd"]["mean"] for part in back["earlier"]]) == (2.5, [2.25])
+
+
+def test_two_evaluations_at_a_time_lose_nothing(tmp_path):
+    one, other = (Results(tmp_path / "eval" / "step_4.json", {"checkpoint_step": 4}) for _ in range(2))
+    one.add("bpd", UNIFORM)
+    other.add("bpd", LEARNED)
+    one.add("loss", {"total": {"mean": 0.5}})
+    content = json.loads((tmp_path / "eval" / "step_4.json").read_text())
+    assert content.keys() == {"checkpoint_step", "bpd", "loss", "earlier"}
+    assert [content["bpd"]["values"], content["earlier"][0]["bpd"]["values"]] == ["bpd-b", "bpd-a"]
 
 
 def test_samples_compared_otherwise_are_other_results(tmp_path):
@@ -69,4 +78,4 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "step_4.json").write_text('{"checkpoint_step": ')
     with pytest.raises(ValueError, match=r"step_4.json is no readable JSON .*; delete it"):
-        add(tmp_path)
+        Results(tmp_path / "eval" / "step_4.json", {})

@@ -10,6 +10,7 @@ import pytest
 import fast_samplers
 from configs.default import Config, get_config
 from fast_samplers import denoise, multistep_coefficients, noise_levels
+from marginals import sample_at
 from predictor_corrector import CORRECTORS, PREDICTORS
 from sampling import (
     DPMSolverSampler,
@@ -221,7 +222,7 @@ def gaussian_flow(sde, x, t0, t1):
 @ALL_SDES
 def test_denoise_is_the_posterior_mean_of_a_gaussian(sde):
     t = jnp.array([0.05, 0.4, 0.9])
-    x = DATA.sample_at(sde, jax.random.key(0), t, (2,))
+    x = sample_at(DATA, sde, jax.random.key(0), t)
     for i in range(3):
         alpha, sigma = (float(a[i]) for a in sde.alpha_sigma(t))
         gain = alpha * DATA.covariance @ np.linalg.inv(alpha**2 * DATA.covariance + sigma**2 * np.eye(2))
@@ -493,6 +494,12 @@ def test_bad_configurations_are_refused(method, field, value, message):
     config.sampling[field] = value
     with pytest.raises(ValueError, match=message):
         sampler_from_config(config, SubVPSDE())
+
+
+def test_several_processes_are_refused_scipys_solver(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"sampling.ode_solver asks for SciPy's solver, .* but there are 2"):
+        ODESampler(sde=VPSDE(), method="scipy")
 
 
 def test_the_range_of_the_data():

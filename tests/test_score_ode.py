@@ -184,6 +184,15 @@ def test_bad_input_is_refused():
         distance_curves(score_fn, VP, lambda t: x, TimeNodes(np.array([0.1]), np.ones(1)), 1)
 
 
+def test_a_failed_start_names_the_example_not_its_repetition():
+    def breaks(x, t):
+        return jnp.where((t[:, None] > 0.5) & (x > 1), jnp.nan, -x)
+
+    _, info = likelihood_by_start(breaks, VP, jnp.array([[0.0], [0.0], [3.0]]), np.array([0.1, 0.6]))
+    assert int(info.suspect) == 2  # of three; in the second of two starts
+    assert float(info.t) == pytest.approx(0.6)
+
+
 def test_a_failed_solve_names_time_and_example():
     def info(success: list[bool], t: list[float], suspect: list[int]) -> Info:
         n = jnp.arange(1, len(t) + 1)

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from marginals import sample_at
 from sde_lib import SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE
 from tests.analytic import asymmetric_mixture
 
@@ -114,7 +115,7 @@ def test_probability_flow_keeps_the_marginals(sde):
     density = asymmetric_mixture(2)
     with jax.enable_x64():
         t = jnp.array([0.05, 0.3, 0.8])
-        x = density.sample_at(sde, jax.random.key(1), t, (2,)).astype(jnp.float64)
+        x = sample_at(density, sde, jax.random.key(1), t).astype(jnp.float64)
         score_fn = density.score_fn(sde)
         _, time_derivative = jax.jvp(lambda t: density.log_density(sde, x, t), (t,), (jnp.ones_like(t),))
         flow = sde.probability_flow(score_fn, x, t)
