@@ -253,7 +253,7 @@ def trained_classifier(
     test accuracy is logged.
 
     Raises:
-        ValueError: empty splits, labels that do not match the images, or images beyond `levels`.
+        ValueError: empty splits, labels that do not match the images or are no classes, or images beyond `levels`.
     """
     _check_split("train", train, levels)
     _check_split("test", test, levels)
@@ -274,6 +274,9 @@ def trained_classifier(
 def _check_split(split: str, data: LabelledImages, levels: int) -> None:
     if len(data.images) == 0 or data.labels.shape != data.images.shape[:1]:
         raise ValueError(f"{split} split: {len(data.images)} images and labels of shape {data.labels.shape}")
+    least = np.sort(data.labels)[0]
+    if not np.issubdtype(least.dtype, np.integer) or least < 0:
+        raise ValueError(f"{split} split: labels such as {least}; they must be integers from 0 on")
     if data.images.max() >= levels:
         raise ValueError(f"{split} split: image level {data.images.max()}, but levels is {levels}")
 

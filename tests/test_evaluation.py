@@ -474,4 +474,7 @@ def test_classifier_refuses_data_that_does_not_fit(tmp_path):
         bar_classifier(tmp_path, train=train, levels=16)
     with pytest.raises(ValueError, match="test split: 32 images and labels of shape"):
         bar_classifier(tmp_path, test=train._replace(labels=train.labels[:5]))
+    for labels, said in ((train.labels - 1, "-1"), (np.array(["cat"] * 32), "cat"), (train.labels / 2, r"0\.0")):
+        with pytest.raises(ValueError, match=rf"train split: labels such as {said}; they must be integers from 0 on"):
+            bar_classifier(tmp_path, train=train._replace(labels=labels))
     assert not any(tmp_path.iterdir())
