@@ -72,15 +72,16 @@ def frechet_distance(
         raise ValueError(f"dimensions differ: {mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
         raise ValueError("a mean or covariance is not finite")
+    mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
     overlap = np.linalg.svd(_factor(sigma1).T @ _factor(sigma2), compute_uv=False).sum()
-    difference = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
+    difference = mu1 - mu2
     distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
     return max(float(distance), 0.0)  # rounding may leave it below
 
 
 def _factor(sigma: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d rank"]:
     """f with f f^T = sigma, and orthogonal columns; eigenvalues within rounding of 0 count as 0."""
-    values, vectors = np.linalg.eigh(np.asarray(sigma, np.float64))
+    values, vectors = np.linalg.eigh(sigma)
     above = values > len(values) * np.finfo(np.float64).eps * values[-1]
     return vectors[:, above] * np.sqrt(values[above])
 

@@ -120,6 +120,15 @@ def test_frechet_distance_of_point_masses_on_subspaces():
     assert frechet_distance(mu, 0 * sigma1, mu + 1, 0 * sigma2) == pytest.approx(5)
 
 
+def test_frechet_distance_is_computed_in_float64():
+    """Also of statistics that others have stored in float32; a rounded trace alone would be off by more."""
+    single = [1000 * rng().normal(size=300).astype(np.float32), 1e4 * random_covariance(300, 2).astype(np.float32)]
+    double = [a.astype(np.float64) for a in single]
+    assert frechet_distance(*single, *single) == frechet_distance(*double, *double)
+    shifted = double[0] + 1, double[1]
+    assert frechet_distance(*single, *shifted) == frechet_distance(*double, *shifted)
+
+
 def test_frechet_distance_refuses_what_does_not_fit():
     mu, sigma = np.zeros(3), np.eye(3)
     with pytest.raises(ValueError, match="dimensions differ"):
