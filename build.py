@@ -89,8 +89,9 @@ def build(config: Config) -> Run:
     _check_start(training)
     parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps)
     _check_kind_of_data(config)
+    sde = sde_from_config(config)  # before the network, which must suit it
     trainer = Trainer(
-        score_fn=NetworkScore(None, build_network(config), sde_from_config(config)),
+        score_fn=NetworkScore(None, build_network(config), sde),
         objective=objective_from_config(training),
         optimizer=optimizer_from_config(config.optim),
         preprocess=training_preprocess(config),

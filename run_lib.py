@@ -46,6 +46,9 @@ from stored_states import initial_state, open_checkpoints, open_existing_checkpo
 from train_state import TrainState
 from workdir import check_writable, describe_run, held
 
+OTHER_FOLDERS = ((), ("checkpoints",), ("train",), ("samples",), ("density",), ("figures",))
+"""Where a run has other things than results; the empty one is its folder itself."""
+
 
 def train(config: Config, workdir: Path) -> None:
     """Trains to step `training.n_iters`, from the newest checkpoint if there is one.
@@ -161,6 +164,7 @@ def evaluate(config: Config, workdir: Path, eval_folder: str, deq_folder: str = 
         RuntimeError: if an ODE solve fails.
     """
     run = build(config)
+    _check_eval_folder(eval_folder)
     parts = parts_from_config(run, workdir / deq_folder)
     if config.eval.checkpoint:
         return evaluate_stored(run, parts, workdir, eval_folder)
@@ -172,6 +176,13 @@ def evaluate(config: Config, workdir: Path, eval_folder: str, deq_folder: str = 
             order = trained_order(workdir, step)  # it need not be that of this configuration
             stamp = {} if order is None else {"order": order}
             evaluate_checkpoint(run, parts, state, f"step_{step}", stamp, workdir, eval_folder)
+
+
+def _check_eval_folder(name: str) -> None:
+    """Raises ValueError unless it names a folder inside the workdir where nothing else of a run is."""
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts or path.parts[:1] in OTHER_FOLDERS:
+        raise ValueError(f"--eval_folder={name} must be a folder of its own inside the workdir, as eval_uniform")
 
 
 class Parts(NamedTuple):

@@ -64,7 +64,9 @@ def test_training_leaves_what_the_run_needs(trained):
     kept = sorted(int(p.name) for p in (trained / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [6, 12], "every snapshot_freq steps, and the newest"
     assert json.loads((trained / "config.json").read_text())["training"]["n_iters"] == 12
-    assert json.loads((trained / "environment.json").read_text())["num_parameters"] > 1000
+    environment = json.loads((trained / "environment.json").read_text())
+    assert environment["num_parameters"] > 1000
+    assert environment["matmul_precision"] == "default"
     assert "<html" in (trained / "report.html").read_text()
 
 
@@ -217,6 +219,7 @@ def test_missing_and_unwritable_workdirs(arguments):
         ("training__init_reset", "lr", "init_reset has 'lr'; it takes any of step,opt,ema"),
         ("training__init_reset", "opt", "init_reset is 'opt', but training.init_from names nothing"),
         ("model__ema_rate", 1.0, "model.ema_rate is 1.0"),
+        ("training__sde", "vp", "training.sde is 'vp'; known are vesde"),
     ],
 )
 def test_impossible_configurations_are_refused(field, value, message):
@@ -261,6 +264,12 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
 def test_an_evaluation_of_nothing_is_refused(trained):
     with pytest.raises(ValueError, match="nothing to evaluate"):
         run_lib.evaluate(config_with(eval__enable_bpd=False, eval__enable_sampling=False), trained, "eval")
+
+
+@pytest.mark.parametrize("name", ["", ".", "checkpoints", "samples/eval", "../eval", "/eval"])
+def test_results_have_a_folder_of_their_own(trained, name):
+    with pytest.raises(ValueError, match="must be a folder of its own inside the workdir"):
+        run_lib.evaluate(config_with(), trained, name)
 
 
 def test_a_folder_without_a_run_gets_no_report(trained, tmp_path):
