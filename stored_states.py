@@ -22,7 +22,8 @@ def starting_state(run: Run, checkpoints: Checkpoints, init_state: TrainState | 
     whole = parallel.replicated(run.mesh)
     newest = checkpoints.newest()
     if newest is not None:
-        logging.info("going on from step %d", newest)
+        instead = ", and so not from training.init_from" if run.config.training.init_from else ""
+        logging.info("going on from step %d of this workdir%s", newest, instead)
         return checkpoints.restore(newest, jax.eval_shape(run.fresh_state), whole)
     return jax.device_put(init_state if init_state is not None else run.fresh_state(), whole)
 
