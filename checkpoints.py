@@ -77,9 +77,12 @@ class Checkpoints:
             ValueError: if the checkpoint is of another network, naming the first difference, or damaged.
         """
         description = self._read(step, description=ocp.args.JsonRestore())
-        _same_network(description, self.description, f"the checkpoint of step {step}")
+        _same_network(description, self.description, self._name(step))
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), like)
         return self._read(step, state=ocp.args.StandardRestore(abstract))
+
+    def _name(self, step: int) -> str:
+        return f"the checkpoint {self._manager.directory / str(step)}"
 
     def _read(self, step: int, **item: Any) -> Any:
         """The one item of a checkpoint that is asked for, and how to read it."""
@@ -88,7 +91,7 @@ class Checkpoints:
             return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
         except Exception as error:  # damaged files make orbax, tensorstore and JAX raise a dozen kinds
             raise ValueError(
-                f"the checkpoint {self._manager.directory / str(step)} is damaged, or of another kind of training; "
+                f"{self._name(step)} is damaged, or of another kind of training; "
                 f"remove it to go on from an earlier one: {str(error)[:300]}"
             ) from error
 
@@ -99,7 +102,7 @@ def _same_network(found: dict[str, Any], wanted: dict[str, Any], what: str) -> N
         if found[field] != wanted[field]:
             raise ValueError(
                 f"{what} is of another network: {field} is {found[field]!r} there, {wanted[field]!r} in the "
-                "configuration; change the configuration or choose another workdir"
+                "configuration; change the configuration, or choose another workdir or checkpoint"
             )
 
 
