@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 import datasets
 import parallel
@@ -76,6 +77,7 @@ def train(config: Config, workdir: Path) -> None:
         raise KeyboardInterrupt
     if jax.process_index() == 0:
         write_report(workdir)
+        logging.info("report: %s", workdir / "report.html")
 
 
 def training_loop(
@@ -262,7 +264,8 @@ def evaluate_checkpoint(
     """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`."""
     folder, step = workdir / eval_folder, int(state.step)
     shown = label if eval_folder == "eval" else f"{label}_{eval_folder.replace('/', '_')}"
-    results = Results(folder / f"{label}.json", {"checkpoint_step": step, "ema": True} | stamp)
+    stamp = {"checkpoint_step": step, "ema": True, "parameters": params_digest(state.ema_params)} | stamp
+    results = Results(folder / f"{label}.json", stamp)
 
     def keep(name: str, part: dict[str, Any]) -> None:
         if jax.process_index() == 0:
@@ -286,6 +289,7 @@ def evaluate_checkpoint(
         points, drawn = parts.points(state.ema_params, folder)
         parts.points.write(drawn, shown, step, workdir)
         keep("points", points)
+    logging.info("results: %s", results.path)
 
 
 def prepare(config: Config) -> None:

@@ -46,6 +46,8 @@ class DensityPass:
         for field, only in FOR_LEVELS.items():
             if settings[field] != only:
                 raise ValueError(f"eval.{field} is {settings[field]!r}, but points have no levels: set it to {only!r}")
+        if settings.density_grid < 0:
+            raise ValueError(f"eval.density_grid is {settings.density_grid}; it must be 0, for none, or more")
         self.run, self.settings = run, settings
         self.estimator = estimator_from_config(run.config)
         self.source = examined_source(run.config)
