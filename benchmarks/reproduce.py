@@ -129,7 +129,7 @@ def run_seed(problem: Problem, seed: int, folder: Path) -> None:
 
 
 def config_of(problem: Problem, settings: dict[str, Any]) -> Config:
-    config = importlib.import_module(f"configs.toy.{problem.name}").get_config()
+    config = importlib.import_module(f"configs.toy.{problem.name}").get_config().lock()
     config.update_from_flattened_dict(settings)
     return config
 

@@ -14,7 +14,7 @@ import ast
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -46,9 +46,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config")
     parser.add_argument("--calls", type=int, default=10, help="of the compiled function, alone and in a run")
     arguments = parser.parse_args()
-    config = load_config(f"toy.{arguments.config}")
-    changes = dict(change.split("=", 1) for change in arguments.set)
-    config.update_from_flattened_dict({field: ast.literal_eval(value) for field, value in changes.items()})
+    try:
+        config = changed(load_config(f"toy.{arguments.config}"), arguments.set)
+    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        parser.error(f"{error.args[0]}")
     rows, first = [], None
     for order in ORDERS:
         config.training.score_matching_order = order
@@ -67,6 +68,19 @@ def main() -> None:
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, shared with whatever runs")
     headers = ("order", "ms a step", "of processor", "ms in a run", "of processor", "x order 1", "of processor")
     print(text_table((*headers, "share in step", "of processor"), rows))
+
+
+def changed(config: Config, changes: Sequence[str]) -> Config:
+    """The configuration with other values of some fields, each change a FIELD=VALUE.
+
+    Raises:
+        KeyError, TypeError, ValueError, SyntaxError: for one that is none.
+    """
+    config.lock()  # else a field that is not there would be made
+    for change in changes:
+        field, _, value = change.partition("=")
+        config.update_from_flattened_dict({field: ast.literal_eval(value)})
+    return config
 
 
 def measure(config: Config, calls: int) -> tuple[Seconds, Seconds]:

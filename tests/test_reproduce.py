@@ -4,12 +4,15 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from benchmarks.provenance import commit
 from benchmarks.reproduce import config_of
 from benchmarks.reproduce_page import ACCOUNT, write_page
 from benchmarks.synthetic import BRANCHES, PROBLEMS, STARTS, Problem
+from benchmarks.toy_step import changed
 from build import build
+from configs.toy.smoke import get_config
 from files import write_atomic, write_npz
 
 BOARD = next(problem for problem in PROBLEMS if problem.dataset == "checkerboard")
@@ -56,6 +59,14 @@ def test_without_git_a_page_can_be_written(tmp_path, monkeypatch):
     """Hours of work end in it."""
     monkeypatch.setenv("PATH", str(tmp_path))
     assert commit() == "unknown"
+
+
+def test_a_setting_that_is_no_field_is_refused():
+    with pytest.raises(KeyError, match="batchsize"):
+        config_of(BOARD, {"training.batchsize": 3})
+    with pytest.raises(KeyError, match="batchsize"):
+        changed(get_config(), ["training.batchsize=3"])
+    assert changed(get_config(), ["training.batch_size=3"]).training.batch_size == 3
 
 
 def test_settings_are_a_configuration():
