@@ -136,11 +136,19 @@ def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
 def log_to_file(path: Path) -> None:
     """Appends what is logged to a file, beside standard error."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
     handler.addFilter(_of_interest)
     absl_logging.get_absl_logger().addHandler(handler)
     quiet_libraries()
+
+
+class _LogFile(logging.FileHandler):
+    """Says nothing of lines that a full disk does not take: what stops the run is said elsewhere."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
 
 
 def quiet_libraries() -> None:

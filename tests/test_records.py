@@ -1,5 +1,6 @@
 """What a run writes down of its training."""
 
+import contextlib
 import io
 import json
 import logging
@@ -62,3 +63,16 @@ def test_of_libraries_only_what_is_wrong_is_logged(tmp_path):
         added.close()
     said = [line.split(maxsplit=3)[3] for line in (tmp_path / "log.txt").read_text().splitlines()]
     assert said == ["orbax ERROR", "jax WARNING", "jax ERROR", "project INFO", "project WARNING", "project ERROR"]
+
+
+def test_a_log_on_a_full_disk_is_no_traceback(capsys):
+    logger, handlers = absl_logging.get_absl_logger(), list(absl_logging.get_absl_logger().handlers)
+    log_to_file(Path("/dev/full"))
+    (added,) = set(logger.handlers) - set(handlers)
+    try:
+        added.handle(logging.LogRecord("absl", logging.INFO, "run_lib.py", 1, "going on", None, None))
+    finally:
+        logger.removeHandler(added)
+        with contextlib.suppress(OSError):  # what could not be written is tried once more
+            added.close()
+    assert capsys.readouterr().err == ""
