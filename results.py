@@ -1,7 +1,7 @@
 """The results of a checkpoint, as JSON: what each part of its evaluations found and, beside it, what that took.
 
-<label>.json            a stamp that tells the checkpoint; each part, `loss`, `bpd`, ..., as evaluated last; `earlier`:
-                        parts as evaluated before with other settings, oldest first, so that none is lost
+<label>.json            a stamp that tells checkpoint and parameters; each part, `loss`, `bpd`, ..., as evaluated last;
+                        `earlier`: parts as evaluated before with other settings, oldest first, so that none is lost
 <label>_seconds.json    the time that each part took: all else is the same however often it was interrupted
 """
 
@@ -9,6 +9,8 @@ import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from absl import logging
 
 from files import write_atomic
 
@@ -31,7 +33,7 @@ class Results:
     def add(self, name: str, part: Mapping[str, Any]) -> None:
         """Takes in a part: in place of one of the same settings, while one of other settings goes to `earlier`."""
         part = dict(part)
-        content, seconds = _read(self.path) | self.stamp, _read(seconds_file(self.path))
+        content, seconds = self._content(), _read(seconds_file(self.path))
         if "seconds" in part:
             seconds[_seconds_key(name, part)] = part.pop("seconds")
         before = [*content.pop("earlier", []), *([{name: content[name]}] if name in content else [])]
@@ -39,6 +41,14 @@ class Results:
         content |= {name: part} | ({"earlier": earlier} if earlier else {})
         write_atomic(seconds_file(self.path), json.dumps(seconds, indent=1))
         write_atomic(self.path, json.dumps(content, indent=1))
+
+    def _content(self) -> dict[str, Any]:
+        """What the file holds of these parameters: results of a model that was here before do not mix with theirs."""
+        content = _read(self.path)
+        if content.get("parameters", self.stamp.get("parameters")) != self.stamp.get("parameters"):
+            logging.warning("%s had results of other parameters at this step; they are replaced", self.path)
+            content = {}
+        return content | self.stamp
 
 
 def seconds_file(path: Path) -> Path:

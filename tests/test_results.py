@@ -48,6 +48,15 @@ def test_two_evaluations_at_a_time_lose_nothing(tmp_path):
     assert [content["bpd"]["values"], content["earlier"][0]["bpd"]["values"]] == ["bpd-b", "bpd-a"]
 
 
+def test_results_of_other_parameters_do_not_mix(tmp_path):
+    path = tmp_path / "eval" / "step_4.json"
+    Results(path, {"checkpoint_step": 4, "parameters": "a"}).add("loss", {"total": {"mean": 0.5}})
+    Results(path, {"checkpoint_step": 4, "parameters": "a"}).add("bpd", UNIFORM)
+    assert {"loss", "bpd"} <= json.loads(path.read_text()).keys()
+    Results(path, {"checkpoint_step": 4, "parameters": "b"}).add("bpd", LEARNED)
+    assert json.loads(path.read_text()).keys() == {"checkpoint_step", "parameters", "bpd"}
+
+
 def test_samples_compared_otherwise_are_other_results(tmp_path):
     samples = {"fid": 1.0, "n": 100, "features_hash": "f", "statistics_hash": "s", "values": "samples-a"}
     changes = {"n": 200, "features_hash": "g", "statistics_hash": "t", "values": "samples-b"}
