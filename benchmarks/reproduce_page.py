@@ -232,9 +232,10 @@ the paper) for the same number of steps, and with order 1 for as long as order 3
 
 Time starts at 1e-5, as in the paper. Evaluated on {test} test points, the same for all models; NLL and KL (of the data
 from the model) by the ODE's exact likelihood, in nats. The distances between scores ([L22] Fig. 3), integrated over
-time and in nats, too, are from {times} times with {points} points each: l_SM is what first-order training minimises, l_Fisher the
-distance of the ODE's own score from the data's. The integral of Theorem 3.1 is the KL again, found from scores alone,
-on other points. Entropies of the data are estimated from the model's score ([S21b] Theorem 4, {entropy_points} points).
+time and in nats, too, are from {times} times with {points} points each: l_SM is what first-order training minimises,
+l_Fisher the distance of the ODE's own score from the data's. The integral of Theorem 3.1 is the KL again, found from
+scores alone, on other points. Entropies of the data are estimated from the model's score ([S21b] Theorem 4,
+{entropy_points} points).
 ± is the standard error over seeds.
 
 Command `make reproduce`, commit {commits}, {device}, a machine with other work: {minutes} minutes, {cpu} of CPU time.
