@@ -151,6 +151,18 @@ def test_several_processes_are_refused_scipys_solver_before_any_work(monkeypatch
         LikelihoodPass(run, dequantizer_from_config(run.config, run.sde))
 
 
+def test_missing_data_of_the_reference_are_said_before_any_work(monkeypatch):
+    def without_training_images(config, split, original=datasets.source_from_config):
+        if split == "train":
+            raise FileNotFoundError("no training images")
+        return original(config, split)
+
+    monkeypatch.setattr(datasets, "source_from_config", without_training_images)
+    with pytest.raises(FileNotFoundError, match="no training images"):
+        pass_with()
+    pass_with(eval__ode_solver="dopri5")  # in time, without a reference
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

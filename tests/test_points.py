@@ -79,6 +79,10 @@ def test_evaluation_reports_nats_and_resumes(trained, monkeypatch, capsys):
     with np.load(trained / "samples" / "points" / "step_40.npz") as drawn:
         assert drawn["points"].shape == (100, 2)
         assert drawn["step"] == 40
+    run_lib.evaluate(config, trained, "other")
+    for shown in ("samples/points", "density"):
+        names = {path.name for path in (trained / shown).glob("step*")}
+        assert names == {"step_40.npz", "step_40_other.npz"}, "one evaluation does not replace what another shows"
     monkeypatch.setattr(DensityPass, "_batch", lambda *_: pytest.fail("a batch was worked out again"))
     run_lib.evaluate(config, trained, "eval")
     assert json.loads((trained / "eval" / "step_40.json").read_text())["nll"] == nll
