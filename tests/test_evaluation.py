@@ -125,7 +125,7 @@ def test_frechet_distance_is_computed_in_float64():
     single = [1000 * rng().normal(size=300).astype(np.float32), 1e4 * random_covariance(300, 2).astype(np.float32)]
     double = [a.astype(np.float64) for a in single]
     assert frechet_distance(*single, *single) == frechet_distance(*double, *double)
-    shifted = double[0] + 1, double[1]
+    shifted = [double[0] + 1, double[1]]
     assert frechet_distance(*single, *shifted) == frechet_distance(*double, *shifted)
 
 
