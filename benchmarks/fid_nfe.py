@@ -256,8 +256,8 @@ The ODE keeps the errors that the score makes at large noise, and solving it bet
 solver, or the fast one not clipped. The SDE forgets them, and within the data's range they are small. Neither alone is
 enough.
 
-Command `make fid-nfe`, commit {commit}, {machine}. It resumes; where a sampler has drawn less than 10,000, the run was
-ended early. The times are of a machine shared with other work and do not compare.
+Command `make fid-nfe`, commit {commit}, {machine}. It resumes. The times are of a machine shared with other work and
+do not compare.
 """
 
 
