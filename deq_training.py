@@ -109,6 +109,8 @@ class DeqTraining:
         with progress(last_step, "dequantizer", "step", initial=first) as bar:
             for step, images in enumerate(self._batches(first), start=first + 1):
                 state, values = self._step(state, self.score_fn, self.reference, images, key)
+                if step == first + 1:
+                    bar.unpause()  # the rate is that of steps, not of their compilation
                 metrics.collect(values, 1)
                 recording = step % training.log_freq == 0
                 last = step >= last_step or stop.now(may_wait=recording)

@@ -98,7 +98,7 @@ def training_loop(
     )
     test_loss = LossPass(run, test_source)
     key = run.key(TRAIN_KEY)
-    step = int(state.step)
+    step = first_step = int(state.step)
     snapshots.draw(state, stop)  # unless it was drawn before an interruption
     if stop.now():
         return state
@@ -106,6 +106,8 @@ def training_loop(
         for images in step_batches(run, train_source, step):
             before, step = step, step + len(images)
             state, values = train_steps(state, parallel.global_array(run.mesh, images, axis=1), key)
+            if before == first_step:
+                bar.unpause()  # the rate is that of steps, not of their compilation
             metrics.collect(values, len(images))
             recording = due(step, before, training.log_freq)
             last = step >= training.n_iters or stop.now(may_wait=recording)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import datasets
+import records
 import run_lib
 import stored_states
 from build import build
@@ -56,11 +57,11 @@ def trained(tmp_path_factory):
 
 
 def test_training_leaves_what_the_run_needs(trained):
-    records = [json.loads(line) for line in (trained / "train" / "metrics.jsonl").read_text().splitlines()]
-    steps = [r["step"] for r in records if r["split"] == "train"]
+    lines = [json.loads(line) for line in (trained / "train" / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["split"] == "train"]
     assert steps == sorted(steps)
     assert steps[-1] == 12
-    assert {"total", "first", "grad_norm", "seconds", "steps_per_second"} <= records[0].keys()
+    assert {"total", "first", "grad_norm", "seconds", "steps_per_second"} <= lines[0].keys()
     kept = sorted(int(p.name) for p in (trained / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [6, 12], "every snapshot_freq steps, and the newest"
     assert json.loads((trained / "config.json").read_text())["training"]["n_iters"] == 12
@@ -70,11 +71,20 @@ def test_training_leaves_what_the_run_needs(trained):
     assert "<html" in (trained / "report.html").read_text()
 
 
-def test_resumed_training_is_bit_for_bit_that_of_one_run(trained, tmp_path):
-    workdir = tmp_path / "run"
+def test_resumed_training_is_bit_for_bit_that_of_one_run(trained, tmp_path, monkeypatch):
+    workdir, bars = tmp_path / "run", []
+
+    def noted_progress(*arguments, **options):
+        bar = records.progress(*arguments, **options)
+        bars.append((bar, bar.start_t))
+        return bar
+
+    monkeypatch.setattr(run_lib, "progress", noted_progress)
     run_lib.train(config_with(training__n_iters=5), workdir)
     assert state_of(config_with(), workdir).step == 5
     run_lib.train(config_with(), workdir)
+    assert [(bar.initial, bar.n) for bar, _ in bars] == [(0, 5), (5, 12)]
+    assert all(bar.start_t > started for bar, started in bars), "the rate is not that of the compilation"
     assert same_bits(state_of(config_with(), workdir), state_of(config_with(), trained))
 
 
