@@ -15,6 +15,7 @@ against them are worth. Where an error of one line comes from, --verbosity=1 sho
 """
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -61,6 +62,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         if _COORDINATOR.value:
             parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is as good as Ctrl-C
         _run(str(_MODE.value), Path(_WORKDIR.value or "").absolute())
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from here\n")
