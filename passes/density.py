@@ -22,7 +22,6 @@ from models.score import Params
 from passes.estimators import Estimate, checked, estimator_from_config, examined_source
 from passes.keep import Keep, Values
 from passes.rounds import draw_in_rounds
-from records import progress
 from sampling import Progress, image_keys, sampler_from_config
 
 REFERENCE_POINTS = 10_000
@@ -75,12 +74,8 @@ class DensityPass:
         if self.estimator.needs_reference:
             described |= {"reference_points": REFERENCE_POINTS, "num_points": self.run.config.data.num_points}
         keep = Keep(folder, "nll", self.description | batching | described, params)
-        batches: list[Values] = []
         sizes = {f"batch{number}": size for number, size in enumerate(self.sizes)}
-        with progress(sum(self.sizes), "likelihood", "point", initial=keep.count(sizes)) as bar:
-            for number, name in enumerate(sizes):
-                batches.append(keep(name, functools.partial(self._batch, params, number)))
-                bar.update(max(0, sum(self.sizes[: number + 1]) - bar.n))
+        batches = keep.all(sizes, lambda number, _: self._batch(params, number), "likelihood", "point")
         assert self.run.density is not None
         return summary(batches, self.run.density.entropy) | self.description | {"values": keep.folder.name}
 

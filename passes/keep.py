@@ -1,5 +1,6 @@
 """The batches of a pass on disk, so that nothing is worked out twice."""
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -13,9 +14,14 @@ from absl import logging
 import parallel
 from files import read_npz, write_atomic, write_npz
 from models.score import Params
+from records import progress
+from sampling import Progress
 
 Values = dict[str, np.ndarray]
 """Named numbers for each image of a batch."""
+
+Compute = Callable[[int, Progress], Values]
+"""Works out a batch, of which it gets the position; it may report its steps."""
 
 
 class Keep:
@@ -33,13 +39,6 @@ class Keep:
         if jax.process_index() == 0:
             write_atomic(self.folder / "settings.json", text)
 
-    def count(self, sizes: Mapping[str, int]) -> int:
-        """How many images are in those of these batches, names with sizes, that are there.
-
-        A progress bar starts at it, so that its rate is that of the others.
-        """
-        return sum(size for name, size in sizes.items() if self._path(name).exists())
-
     def __call__(self, name: str, compute: Callable[[], Values]) -> Values:
         """What `compute` gives, or gave an earlier run.
 
@@ -56,6 +55,28 @@ class Keep:
         if jax.process_index() == 0:
             write_npz(path, **values)
         return values
+
+    def all(self, sizes: Mapping[str, int], compute: Compute, description: str, unit: str) -> list[Values]:
+        """These batches, names with sizes, in order, each as `compute` gives it or gave it to an earlier run.
+
+        A progress bar begins with what is there already, so that its rate is that of the others.
+
+        Raises:
+            OSError: if the hosts do not share the folder.
+        """
+        batches, done = [], 0
+        there = sum(size for name, size in sizes.items() if self._path(name).exists())
+        with progress(sum(sizes.values()), description, unit, initial=there) as bar:
+
+            def show(step: int, steps: int) -> None:
+                bar.set_postfix(step=f"{step}/{steps}", refresh=False)
+                bar.update(0)  # draws it, if it is time to
+
+            for number, (name, size) in enumerate(sizes.items()):
+                batches.append(self(name, functools.partial(compute, number, show)))
+                done += size
+                bar.update(max(0, done - bar.n))
+        return batches
 
     def _path(self, name: str) -> Path:
         return self.folder / f"{name}.npz"

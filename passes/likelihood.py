@@ -1,6 +1,7 @@
 """Bits/dim over a data set: of the ODE, or a bound on the SDE's, with any dequantization."""
 
 import functools
+import itertools
 import math
 import time
 from pathlib import Path
@@ -23,7 +24,6 @@ from likelihood import discrete_bits
 from models.score import Params
 from passes.estimators import Estimate, checked, estimator_from_config, examined_source
 from passes.keep import Keep, Values
-from records import progress
 from sampling import image_keys
 
 REFERENCE_IMAGES = 10_000
@@ -80,17 +80,11 @@ class LikelihoodPass:
             RuntimeError: if a solve fails, naming the time and the image.
         """
         keep = Keep(folder, "bpd", self.settings(), params)
-        repeats: list[list[Values]] = []
-        num_repeats, done = self.run.config.eval.num_repeats, 0
-        sizes = {f"repeat{r}_batch{n}": size for r in range(num_repeats) for n, size in enumerate(self.sizes)}
-        with progress(sum(sizes.values()), "bits/dim", "image", initial=keep.count(sizes)) as bar:
-            for repeat in range(num_repeats):
-                repeats.append([])
-                for number, size in enumerate(self.sizes):
-                    solve = functools.partial(self._batch, params, repeat, number)
-                    repeats[-1].append(keep(f"repeat{repeat}_batch{number}", solve))
-                    done += size
-                    bar.update(max(0, done - bar.n))
+        num_repeats, per_repeat = self.run.config.eval.num_repeats, len(self.sizes)
+        each = list(itertools.product(range(num_repeats), range(per_repeat)))
+        sizes = {f"repeat{repeat}_batch{number}": self.sizes[number] for repeat, number in each}
+        batches = keep.all(sizes, lambda position, _: self._batch(params, *each[position]), "bits/dim", "image")
+        repeats = [batches[r * per_repeat : (r + 1) * per_repeat] for r in range(num_repeats)]
         return summary(repeats) | self.description | {"values": keep.folder.name}
 
     def settings(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import passes.rounds
+import passes.keep
 import passes.samples
 import records
 import run_lib
@@ -133,7 +133,7 @@ def test_the_rate_is_that_of_samples_drawn_now(tmp_path, monkeypatch):
         bars.append(records.progress(*arguments, **options))
         return bars[-1]
 
-    monkeypatch.setattr(passes.rounds, "progress", progress)
+    monkeypatch.setattr(passes.keep, "progress", progress)
     for wanted in (6, 20):  # of 8: one round, then two more
         keep = Keep(tmp_path, "samples", {}, {})
         drawn = draw_in_rounds(keep, "sample", wanted, 8, lambda numbers, _: (numbers.copy(), 5))
