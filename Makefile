@@ -40,22 +40,22 @@ test: setup-dev
 
 # An experiment of about an hour on two cores, which resumes; writes docs/results/digits.md
 digits-orders: setup
-	$(BIN)/python -m benchmarks.digits_orders
+	$(BIN)/python -m experiments.digits_orders
 
 # The paper's synthetic experiments, about a quarter of an hour on an idle core; resumes; writes docs/results/synthetic.md
 reproduce: setup
-	$(BIN)/python -m benchmarks.reproduce
+	$(BIN)/python -m experiments.reproduce
 
 # FID against evaluations of each sampler, on the demo's first model: an hour or two on two idle cores, mostly
 # predictor-corrector sampling; resumes; writes docs/results/samples.md
 fid-nfe: setup
 	$(DIGITS) --workdir=runs/order1 --mode=train
-	$(BIN)/python -m benchmarks.fid_nfe
+	$(BIN)/python -m experiments.fid_nfe
 
 # 10,000 digits, interrupted twice, on 1 and on 4 devices: the same images
 sample-devices: setup
 	$(DIGITS) --workdir=runs/order1 --mode=train
-	$(BIN)/python -m benchmarks.sample_devices
+	$(BIN)/python -m experiments.sample_devices
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ ScoreFn: TypeAlias = Callable[[Batch, PerExample], Batch]
 """score(x, t): an estimate of grad_x ln q_t(x). All that losses, likelihoods and samplers see of a network."""
 
 
-def per_example(values: PerExample, like: Batch) -> Float[Array, "batch *ones"]:
+def append_dims(values: PerExample, like: Batch) -> Float[Array, "batch *ones"]:
     """Reshapes one number for each example so that it multiplies a batch shaped as `like`."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 

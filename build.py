@@ -1,23 +1,26 @@
-"""From a configuration to the objects of a run. Configurations are read here, and checked by being built."""
+"""From a configuration to the objects of a run. Configurations are checked by building these objects."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-import parallel
-from checkpoints import parts_to_reset
 from configs.default import Config
-from datasets import training_preprocess
-from densities import DENSITIES, Density
-from losses import Objective
-from models.score import NETWORKS, NetworkScore, Params, build_network, init_params, sde_from_config
+from datasets import PointPreprocess, Preprocess, training_preprocess
+from infra import parallel
+from infra.checkpoints import Checkpoints, abstract_state, load_state
+from infra.workdir import Workdir
+from losses import objective_from_config
+from models.score import NETWORKS, NetworkScore, Params, ScoreModel, score_model_from_config
+from sampling import Sampler, sampler_from_config
 from sde_lib import SDE
-from train_state import Trainer, TrainState, create_state, optimizer_from_config
+from sources.densities import DENSITIES, Density
+from train_state import Trainer, TrainState, create_state, optimizer_from_config, parts_to_reset
 
 INIT_KEY, TRAIN_KEY, EVAL_KEY, SAMPLE_KEY = range(4)
-"""What the seed is folded with for each purpose, so that no two share random numbers."""
+"""The seed is folded with one of these for each purpose, so that no two purposes share random numbers."""
 
 AT_LEAST_ONE = (
     "n_iters",
@@ -29,7 +32,7 @@ AT_LEAST_ONE = (
     "snapshot_freq",
     "snapshot_freq_for_preemption",
 )
-"""Fields of `training` that count something there must be one of."""
+"""Integer fields of `training` that must be at least 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,20 +41,23 @@ class Run:
 
     config: Config
     mesh: Mesh
+    model: ScoreModel
     trainer: Trainer
+    preprocess: Preprocess | PointPreprocess
+    """From training data, as sources hold them, to the data that the score network sees."""
 
     @property
     def sde(self) -> SDE:
-        return self.trainer.score_fn.sde
+        return self.model.sde
 
     @property
     def density(self) -> Density | None:
-        """What the data are points of; None for images."""
+        """The density that the data are points of; None for images."""
         return DENSITIES.get(self.config.data.dataset)
 
     @property
     def data_shape(self) -> tuple[int, ...]:
-        """(height, width, channels), or (d,) of points."""
+        """[height, width, channels] of images, [d] of points."""
         if self.density is not None:
             return (self.density.dims,)
         return self.config.data.image_size, self.config.data.image_size, self.config.data.num_channels
@@ -59,16 +65,50 @@ class Run:
     def key(self, purpose: int) -> jax.Array:
         return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
 
-    def fresh_state(self) -> TrainState:
-        params = init_params(self.trainer.score_fn.network, self.key(INIT_KEY), self.data_shape)
-        return create_state(params, self.trainer.optimizer)
-
     def score_fn(self, params: Params) -> NetworkScore:
-        """The score network with these parameters, without dropout."""
-        return dataclasses.replace(self.trainer.score_fn, params=params)
+        """The score function with these parameters, without dropout."""
+        return self.model.score_fn(params)
+
+    def sampler(self) -> Sampler:
+        """The sampler that the configuration describes.
+
+        Raises:
+            ValueError: for a field of `sampling` whose value is not allowed.
+        """
+        return sampler_from_config(self.config, self.sde, self.preprocess.data_range)
+
+    def fresh_state(self) -> TrainState:
+        """The state at step 0, with initial parameters."""
+        return create_state(self.model.init(self.key(INIT_KEY), self.data_shape), self.trainer.optimizer)
+
+    def abstract_state(self) -> TrainState:
+        """The shapes of the training state, replicated over all devices."""
+        return abstract_state(jax.eval_shape(self.fresh_state), parallel.replicated(self.mesh))
+
+    def load_state(self, path: Path) -> TrainState:
+        """The state in a published checkpoint file, in one step's folder among a run's checkpoints, or a run's newest.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: if it belongs to another network, or is damaged.
+        """
+        return load_state(path, self.network_description(), self.abstract_state())
+
+    def open_checkpoints(self, workdir: Workdir) -> Checkpoints:
+        """The checkpoints of a run, to save and restore."""
+        keep_every = self.config.training.snapshot_freq
+        return Checkpoints(workdir.checkpoints, self.network_description(), self.abstract_state(), keep_every)
+
+    def existing_checkpoints(self, workdir: Workdir) -> Checkpoints:
+        """The checkpoints of a run, to restore only.
+
+        Raises:
+            FileNotFoundError: if there are none.
+        """
+        return Checkpoints.existing(workdir.checkpoints, self.network_description(), self.abstract_state())
 
     def network_description(self) -> dict[str, Any]:
-        """What a checkpoint must agree with to be of this network: its fields, the SDE, and the kind of data."""
+        """The fields that a checkpoint must agree with: of the network, the SDE, and the kind of data."""
         free = ("ema_rate", "dropout", "num_scales", "remat")
         model = {f"model.{k}": v for k, v in self.config.model.to_dict().items() if k not in free}
         if self.density is not None:
@@ -79,26 +119,26 @@ class Run:
 
 
 def build(config: Config) -> Run:
-    """Builds what the configuration says.
+    """Builds the objects that the configuration describes.
 
     Raises:
         ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
     """
     training = config.training
     _check_numbers(config)
-    _check_start(training)
+    _check_init(training)
     parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps)
     _check_kind_of_data(config)
-    sde = sde_from_config(config)  # before the network, which must suit it
+    model, preprocess = score_model_from_config(config), training_preprocess(config)
     trainer = Trainer(
-        score_fn=NetworkScore(None, build_network(config), sde),
+        model=model,
         objective=objective_from_config(training),
         optimizer=optimizer_from_config(config.optim),
-        preprocess=training_preprocess(config),
+        preprocess=preprocess,
         ema_rate=config.model.ema_rate,
         accumulation_steps=training.accumulation_steps,
     )
-    return Run(config, parallel.device_mesh(), trainer)
+    return Run(config, parallel.device_mesh(), model, trainer, preprocess)
 
 
 def _check_numbers(config: Config) -> None:
@@ -111,20 +151,20 @@ def _check_numbers(config: Config) -> None:
     if not 0 <= config.seed < 2**32:
         raise ValueError(f"seed is {config.seed}; it must lie in [0, 2^32)")
     if not training.continuous:
-        raise ValueError("training.continuous is False; there is no training in discrete time: set it to True")
+        raise ValueError("training.continuous is False, but training in discrete time is not supported: set it to True")
 
 
-def _check_start(training: Config) -> None:
-    """Raises ValueError for parts to reset that nobody knows, or of nothing."""
+def _check_init(training: Config) -> None:
+    """Raises ValueError for unknown parts to reset, or if there is no checkpoint whose parts could be reset."""
     if parts_to_reset(training.init_reset) and not training.init_from:
         raise ValueError(
-            f"training.init_reset is {training.init_reset!r}, but training.init_from names nothing to start from; "
-            "parts are reset when a new run starts from another's checkpoint"
+            f"training.init_reset is {training.init_reset!r}, but training.init_from is empty; parts are reset only "
+            "when a new run starts from the checkpoint of another"
         )
 
 
 def _check_kind_of_data(config: Config) -> None:
-    """Raises ValueError for points with what is for images, or the other way round."""
+    """Raises ValueError for points with settings that are for images, or the reverse."""
     points, training, name = config.data.dataset in DENSITIES, config.training, config.model.name
     kind, fitting = ("points", "mlp") if points else ("images", "ncsnpp")
     if name in NETWORKS and points != (name == "mlp"):
@@ -132,17 +172,4 @@ def _check_kind_of_data(config: Config) -> None:
     if training.exact_derivatives and not points:
         raise ValueError("training.exact_derivatives is True, but images have too many dimensions: set it to False")
     if training.snapshot_sampling and points:
-        raise ValueError("training.snapshot_sampling is True, but points make no grid of images: set it to False")
-
-
-def objective_from_config(training: Config) -> Objective:
-    return Objective(
-        order=training.score_matching_order,
-        t_min=training.smallest_time,
-        likelihood_weighting=training.likelihood_weighting,
-        importance_weighting=training.importance_weighting,
-        reduce_mean=training.reduce_mean,
-        second_weight=training.second_order_weight,
-        third_weight=training.third_order_weight,
-        exact=training.exact_derivatives,
-    )
+        raise ValueError("training.snapshot_sampling is True, but it draws images, not points: set it to False")

@@ -38,7 +38,7 @@ TAIL_DENSITY = 0.25
 """d tau / d lambda where noise hides the data."""
 
 
-class Reference(NamedTuple):
+class GaussianReference(NamedTuple):
     """The Gaussian whose flow is taken out of a solve: mean and standard deviation of the data.
 
     Numbers, or arrays that broadcast against one example. Any values give a correct result, good ones a cheap one.
@@ -66,15 +66,15 @@ class TimePath:
     def time(self, tau: Scalar) -> Scalar:
         return tau
 
-    def standardize(self, x: Batch, t: Scalar) -> Batch:
+    def normalize(self, x: Batch, t: Scalar) -> Batch:
         del t
         return x
 
-    def restore(self, y: Batch, t: Scalar) -> Batch:
+    def unnormalize(self, y: Batch, t: Scalar) -> Batch:
         del t
         return y
 
-    def log_stretch(self, like: Batch, t: Scalar) -> Scalar:
+    def log_det_jacobian(self, like: Batch, t: Scalar) -> Scalar:
         del t
         return jnp.zeros((), like.dtype)
 
@@ -84,7 +84,7 @@ class TimePath:
 class ReferencePath:
     """The change from (t, x) to (tau, y) of the module's docstring, for t in [t_min, T]."""
 
-    reference: Reference
+    reference: GaussianReference
     sde: SDE
     t_min: float
 
@@ -127,16 +127,16 @@ class ReferencePath:
         mean, std = self.reference.of_batch(like)
         return alpha * mean, jnp.hypot(alpha * std, sigma)
 
-    def standardize(self, x: Batch, t: Scalar) -> Batch:
+    def normalize(self, x: Batch, t: Scalar) -> Batch:
         """y of x."""
         mean, scale = self.moments(x, t)
         return (x - mean) / scale
 
-    def restore(self, y: Batch, t: Scalar) -> Batch:
+    def unnormalize(self, y: Batch, t: Scalar) -> Batch:
         """x of y."""
         mean, scale = self.moments(y, t)
         return mean + scale * y
 
-    def log_stretch(self, like: Batch, t: Scalar) -> Scalar:
+    def log_det_jacobian(self, like: Batch, t: Scalar) -> Scalar:
         """ln |dx/dy| of an example, in nats."""
         return jnp.sum(jnp.log(self.moments(like, t)[1]))

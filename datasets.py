@@ -7,22 +7,23 @@ of a density are 32-bit floats and stay as they are.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
-from arrays import Batch, per_example
+from arrays import Batch, append_dims
 from configs.default import Config
-from densities import DENSITIES
-from parallel import local_rows, pad_rows
+from coordinates import GaussianReference
+from infra.parallel import local_rows, pad_rows
 from sources import MemorySource as MemorySource  # sources are found here, too
 from sources import Source as Source
 from sources import source_from_config as source_from_config
+from sources.densities import DENSITIES
 from sources.splits import SPLITS as SPLITS
 from sources.splits import Levels
 
@@ -76,6 +77,23 @@ def training_batches(source: Source, batch_size: int, seed: int, first_step: int
     iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(read))
     iterator.set_state({"next_index": first_step})
     return iterator
+
+
+def training_calls(
+    source: Source, batch_size: int, seed: int, first_step: int, last_step: int, every: Sequence[int]
+) -> Iterator[tuple[int, Float[np.ndarray, "steps batch *dims"] | UInt8[np.ndarray, "steps batch *dims"]]]:
+    """For each compiled call from `first_step` on: the step that it leads to, and this host's rows of its batches.
+
+    Args:
+        every: calls end at multiples of any of these numbers of steps, wherever training starts. So a resumed run makes
+            the same calls, and those steps can be saved.
+    """
+    batches = training_batches(source, batch_size, seed, first_step, last_step)
+    step = first_step
+    while step < last_step:
+        end = min(last_step, *((step // steps + 1) * steps for steps in every))
+        yield end, np.stack([next(batches) for _ in range(step, end)])
+        step = end
 
 
 class EvaluationBatch(NamedTuple):
@@ -136,6 +154,11 @@ class Preprocess:
         """The derivative of `unscale`."""
         return 0.5 if self.centered else 1.0
 
+    @property
+    def data_range(self) -> tuple[float, float]:
+        """The least and the greatest value that the score network sees."""
+        return (-1.0, 1.0) if self.centered else (0.0, 1.0)
+
     def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
         """Samples as integer levels: those of dequantized data are its bins; else the nearest level is taken."""
         unit = self.unscale(x)
@@ -154,11 +177,16 @@ class PointPreprocess:
     def without_flip(self) -> "PointPreprocess":
         return self
 
+    @property
+    def data_range(self) -> None:
+        """Points may lie anywhere."""
+        return None
+
 
 def random_mirror(key: Array, images: Array) -> Array:
     """Each image mirrored left-right with probability 1/2."""
     mirror = jax.random.bernoulli(key, shape=images.shape[:1])
-    return jnp.where(per_example(mirror, images), images[:, :, ::-1], images)
+    return jnp.where(append_dims(mirror, images), images[:, :, ::-1], images)
 
 
 def uniform_dequantize(key: Array, images: Array, levels: int) -> Batch:
@@ -179,3 +207,30 @@ def preprocess_from_config(config: Config, *, train: bool) -> Preprocess:
         random_flip=config.data.random_flip and train,
         dequantize=config.data.uniform_dequantization or not train,
     )
+
+
+REFERENCE_EXAMPLES = 10_000
+"""Training examples, at most, from which the mean and standard deviation of the data are computed."""
+
+_BLOCK = 256  # of these in memory at a time: images may be large
+
+
+def data_reference(source: Source, levels: int, bins_per_unit: int, centered: bool) -> GaussianReference:
+    """Mean and standard deviation of each entry of the network's data, from the first images of a source.
+
+    They are in the middle of their bins: bare, if there is one bin less than levels, or with uniform noise.
+    """
+    count = min(len(source), REFERENCE_EXAMPLES)
+    total, squares = np.zeros((2, *source.image_shape), np.int64)
+    for first in range(0, count, _BLOCK):
+        images = source.images(np.arange(first, min(first + _BLOCK, count)))
+        total += images.sum(axis=0, dtype=np.int64)
+        # of unsigned bytes, whose squares need twice as many bits
+        squares += np.square(images, dtype=np.uint16).sum(axis=0, dtype=np.int64)
+    mean = total / count
+    variance = squares / count - mean**2
+    bare, scale = bins_per_unit < levels, (2.0 if centered else 1.0) / bins_per_unit
+    middle, noise = (0.0, 0.0) if bare else (0.5, 1 / 12)
+    std = scale * np.sqrt(np.maximum(variance, 0) + noise)
+    lowest = -1.0 if centered else 0.0
+    return GaussianReference((lowest + scale * (mean + middle)).astype(np.float32), std.astype(np.float32))

@@ -38,7 +38,7 @@ def exact_divergence(field: Field, x: Batch) -> tuple[Batch, PerExample]:
     return value, jnp.trace(jacobian, axis1=1, axis2=2)
 
 
-def divergence_of_probes(
+def divergence_estimates(
     field: Field, x: Batch, probes: Float[Array, "k batch *dims"] | None
 ) -> tuple[Batch, Float[Array, "batch k"]]:
     """The field and its divergence along each of k probes; with None the exact one, as of a single probe."""

@@ -1,7 +1,8 @@
 """Numbers that say how good a model is: means with standard errors, and the distances between samples and data.
 
-Everything here is NumPy in float64, on arrays of features or of per-example values; features.py has the networks, and
-feature_statistics.py the statistics of real images.
+Everything here is NumPy in float64, on arrays of features or of per-example values. The networks that compute features
+are in evaluators/features.py, the statistics of real images in evaluators/statistics.py.
+
 Sources: FID, Heusel et al. 2017; Inception Score, Salimans et al. 2016; KID, Binkowski et al. 2018.
 """
 
@@ -10,14 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.special
-from absl import logging
 from jaxtyping import Bool, Float
-
-from feature_statistics import Moments, Statistics, check_statistics
-from features import FeatureExtractor, Features
-
-PUBLISHED_SAMPLES = 50_000
-"""Samples behind published FIDs. FID falls with n, so numbers of fewer samples compare only with each other."""
 
 
 class MeanEstimate(NamedTuple):
@@ -180,59 +174,3 @@ def _kernel(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> Float[n
 
 def _off_diagonal(kernel: Float[np.ndarray, "n n"]) -> Float[np.ndarray, "n n"]:
     return kernel - np.diag(kernel.diagonal())
-
-
-def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics: Statistics) -> dict[str, Any]:
-    """FID, IS and KID of samples whose features `extractor` measured, with all that is needed to compare them.
-
-    KID is left out where the statistics keep no features. Under 50,000 samples the result has a `warning`.
-
-    Raises:
-        ValueError: if the statistics are of another extractor, or there are fewer than two samples.
-    """
-    check_statistics(statistics, extractor)
-    n = len(features.pool)
-    if n < 2:
-        raise ValueError(f"{n} samples, but FID needs at least 2")
-    moments = Moments()
-    moments.add(features.pool)
-    splits = min(10, n)
-    score = inception_score(features.logits, splits)
-    result: dict[str, Any] = {
-        "fid": frechet_distance(*moments.mean_and_covariance(), statistics.mu, statistics.sigma),
-        "fid_features": extractor.name,
-        "features_hash": extractor.hash,
-        "is_mean": score.mean,
-        "is_std": score.std,
-        "is_splits": splits,
-        "n": n,
-        "statistics_data": statistics.data,
-        "statistics_n": statistics.n,
-        "statistics_hash": statistics.hash,
-    }
-    if statistics.pool is not None:
-        kid = kernel_distance(features.pool, statistics.pool)
-        result |= {"kid_mean": kid.mean, "kid_se": kid.se, "kid_subsets": kid.subsets}
-    if n < PUBLISHED_SAMPLES:
-        result["warning"] = f"FID and IS of {n} samples do not compare with those of {PUBLISHED_SAMPLES}, as published"
-        logging.warning("%s", result["warning"])
-    return result
-
-
-def self_test(
-    extractor: FeatureExtractor, statistics: Statistics, same: Statistics, other: Features
-) -> dict[str, dict[str, Any]]:
-    """Real images against the statistics of real images, to see what FIDs are worth.
-
-    Args:
-        same: measured now, of the images that `statistics` are of. Its FID must be near 0; is it not, then the
-            statistics are of other images or another network, or were measured otherwise.
-        other: features of images not among them. Its FID is the floor for samples: what as many images from the data's
-            own distribution give. It falls with their number.
-
-    Raises:
-        ValueError: if the statistics are of another extractor.
-    """
-    check_statistics(statistics, extractor)
-    fid = frechet_distance(same.mu, same.sigma, statistics.mu, statistics.sigma)
-    return {"same": {"fid": fid, "n": same.n}, "other": evaluate_samples(other, extractor, statistics)}

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, num_dims
-from coordinates import Reference, ReferencePath, TimePath
-from derivatives import PROBES, divergence_of_probes
+from coordinates import GaussianReference, ReferencePath, TimePath
+from derivatives import PROBES, divergence_estimates
 from ode import Info, as_pytree, integrate
 from sde_lib import SDE
 
@@ -42,7 +42,7 @@ METHODS = {
 }
 """By name, the coordinates of the solve and its method in `ode.integrate`."""
 
-DEFAULT_REFERENCE = Reference()
+DEFAULT_REFERENCE = GaussianReference()
 
 
 class LogLikelihood(NamedTuple):
@@ -50,20 +50,21 @@ class LogLikelihood(NamedTuple):
 
     prior_logp: PerExample
     """ln prior(x_T)."""
-    divergence_of_probe: Float[Array, "batch k"]
+    divergence_estimates: Float[Array, "batch k"]
     """The integral of div h along the path, estimated by each of k probes, or exact (k = 1)."""
     latent: Batch
     """x_T."""
     solver_error: PerExample
-    """An estimate of the solve's error of `logp`, with its sign, in nats (see `ode.Info.defect`); NaN for adaptive
-    methods. Its mean over many examples tells the size of a bias."""
+    """Estimate of the solver's error of `logp`, with its sign, in nats (see `ode.Info.error_estimate`).
+
+    NaN for adaptive methods. The mean over many examples estimates the bias."""
     info: Info
     """How the solve went. See `ode.require_success`."""
 
     @property
     def divergence(self) -> PerExample:
         """The integral of div h along the path, in nats."""
-        return jnp.mean(self.divergence_of_probe, axis=1)
+        return jnp.mean(self.divergence_estimates, axis=1)
 
     @property
     def logp(self) -> PerExample:
@@ -73,10 +74,10 @@ class LogLikelihood(NamedTuple):
     @property
     def probe_error(self) -> PerExample:
         """Standard error of `logp` from its probes, in nats; NaN for a single probe, of which nothing can be told."""
-        k = self.divergence_of_probe.shape[1]
+        k = self.divergence_estimates.shape[1]
         if k == 1:
             return jnp.full_like(self.prior_logp, jnp.nan)
-        return jnp.std(self.divergence_of_probe, axis=1) / math.sqrt(k - 1)
+        return jnp.std(self.divergence_estimates, axis=1) / math.sqrt(k - 1)
 
 
 def draw_probes(key: Array, kind: str, shape: tuple[int, ...], num_probes: int = 1) -> Probes | None:
@@ -100,7 +101,7 @@ def ode_log_likelihood(
     *,
     t_min: float,
     method: str = "dopri5",
-    reference: Reference = DEFAULT_REFERENCE,
+    reference: GaussianReference = DEFAULT_REFERENCE,
     rtol: float = 1e-5,
     atol: float = 1e-5,
     num_steps: int = 100,
@@ -140,20 +141,20 @@ def ode_log_likelihood(
     nothing = jnp.zeros((x.shape[0], 1 if probes is None else probes.shape[0]), x.dtype)
     path, (first, last) = field.path, (jnp.asarray(t, x.dtype) for t in (t_min, sde.t_max))
     with jax.default_matmul_precision("highest"):
-        (y, divergence), info = solve(field, (path.standardize(x, first), nothing), *path.ends(x.dtype))
-    divergence += path.log_stretch(x, last) - path.log_stretch(x, first)
-    prior_logp, error = _prior_and_error(lambda y: sde.prior_logp(path.restore(y, last)), y, info.defect)
-    info = info._replace(t=path.time(info.t), defect=None)
-    return LogLikelihood(prior_logp, divergence, path.restore(y, last), error, info)
+        (y, divergence), info = solve(field, (path.normalize(x, first), nothing), *path.ends(x.dtype))
+    divergence += path.log_det_jacobian(x, last) - path.log_det_jacobian(x, first)
+    prior_logp, error = _prior_and_error(lambda y: sde.prior_logp(path.unnormalize(y, last)), y, info.error_estimate)
+    info = info._replace(t=path.time(info.t), error_estimate=None)
+    return LogLikelihood(prior_logp, divergence, path.unnormalize(y, last), error, info)
 
 
 def _prior_and_error(
-    prior_logp: Callable[[Batch], PerExample], y: Batch, defect: State | None
+    prior_logp: Callable[[Batch], PerExample], y: Batch, error_estimate: State | None
 ) -> tuple[PerExample, PerExample]:
     """The prior's log-density at the end of a solve, and the estimated error of the likelihood."""
-    if defect is None:
+    if error_estimate is None:
         return prior_logp(y), jnp.full(y.shape[:1], jnp.nan, y.dtype)
-    of_state, of_divergence = defect
+    of_state, of_divergence = error_estimate
     value, change = jax.jvp(prior_logp, (y,), (of_state,))
     return value, change + jnp.mean(of_divergence, axis=1)
 
@@ -170,7 +171,7 @@ class TimeField:
     def __call__(self, t: Float[Array, ""], state: State) -> State:
         x, _ = state
         times = jnp.full(x.shape[:1], t)
-        return divergence_of_probes(lambda x: self.path.sde.probability_flow(self.score_fn, x, times), x, self.probes)
+        return divergence_estimates(lambda x: self.path.sde.probability_flow(self.score_fn, x, times), x, self.probes)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes", "path"], meta_fields=[])
@@ -187,8 +188,8 @@ class ReferenceField:
         t, rate = self.path.time(tau), 1 / self.path.density(self.path.log_noise_level(tau))
         sigma, (_, scale) = self.path.sde.alpha_sigma(t)[1], self.path.moments(y, t)
         weight = rate * jnp.square(sigma / scale)
-        x, times = self.path.restore(y, t), jnp.full(y.shape[:1], t)
-        score, divergence = divergence_of_probes(lambda x: self.score_fn(x, times), x, self.probes)
+        x, times = self.path.unnormalize(y, t), jnp.full(y.shape[:1], t)
+        score, divergence = divergence_estimates(lambda x: self.score_fn(x, times), x, self.probes)
         # Probed in x, whatever the reference: J is symmetric there for a true score, so that nothing varies less.
         known = jnp.sum(weight[None] * self._probe_squares(y), axis=range(2, y.ndim + 1)).T
         return -weight * (scale * score + y), -(rate * sigma**2 * divergence + known)

@@ -1,17 +1,19 @@
 """Denoising score matching of first, second and third order.
 
-Noise: x_t = alpha x_0 + sigma z, z ~ N(0, I). At the optimum of the first order, sigma s(x_t, t) = -E[z | x_t]; the
-higher orders match the Jacobian J of the score and the gradient of its trace in the same way, from u = z + sigma s,
-the noise that the score leaves unexplained ([L22] Theorems 4.1 and 4.3). There, a bar marks what is held constant:
-lower orders serve the higher ones as given, without receiving their gradients.
+Notation: x_t = alpha x_0 + sigma z with z ~ N(0, I). The minimiser of the first order is the score: sigma s(x_t, t) =
+-E[z | x_t]. Orders two and three match the Jacobian J of the score and the gradient of its trace in the same way. Their
+targets are built from u = z + sigma s, the part of the noise that the score does not explain ([L22] Theorems 4.1 and
+4.3). A bar, as in s-bar, marks a value that is held constant: the higher orders use the lower ones, but send them no
+gradient.
 
-All losses are per example, pure, and take their noise as an argument. One function, `score_matching_losses`, weights
-and adds them.
+Every term is a pure function that returns one number for each example and takes its noise as an argument.
+`score_matching_losses` computes the terms, and `weighted_total` adds them up.
 
 Sources: [L22] Lu et al., ICML 2022; [S21b] Song et al., NeurIPS 2021.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -19,23 +21,43 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ScoreFn, inner, mean_square, num_dims, per_example
+from arrays import Batch, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
+from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
 from sde_lib import SDE
 
 ORDERS = (1, 2, 3)
 
 
+class Term(NamedTuple):
+    """A term of the objective."""
+
+    order: int
+    """The order of score matching that the term belongs to, and whose weight it has."""
+    title: str
+    """The title in plots and tables."""
+
+
+TERMS = {
+    "first": Term(1, "first order: score"),
+    "second_frob": Term(2, "second order: Jacobian"),
+    "second_trace": Term(2, "second order: trace"),
+    "third": Term(3, "third order: gradient of the trace"),
+}
+"""The terms by name. Metrics, the report and its tables show the terms that an objective has, in this order."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised over t in [t_min, 1].
+    """The loss that training minimises, over times t in [t_min, 1].
 
-    With `exact`, the higher orders are exact, for few dimensions, else estimated by probes. The exact second order is
-    that of the Jacobian alone, which in one dimension is that of the trace.
+    With `exact`, orders 2 and 3 are computed from the whole Jacobian, for data of few dimensions; otherwise they are
+    estimated with Hutchinson probes. The exact second order has the term of the Jacobian only: in one dimension the
+    trace is the Jacobian.
 
     Raises:
-        ValueError: for an order other than 1, 2, 3; for orders 2 and 3 without `reduce_mean`; for importance
-            weighting without likelihood weighting, which it is an estimator of.
+        ValueError: for an order other than 1, 2, 3; for orders 2 and 3 without `reduce_mean`; for importance weighting
+            without likelihood weighting, because it is another estimator of the likelihood-weighted loss.
     """
 
     order: int = 1
@@ -51,7 +73,9 @@ class Objective:
         if self.order not in ORDERS:
             raise ValueError(f"training.score_matching_order is {self.order}; it must be 1, 2 or 3")
         if self.order > 1 and not self.reduce_mean:
-            raise ValueError("training.reduce_mean is False; orders 2 and 3 are means over dimensions: set it to True")
+            raise ValueError(
+                "training.reduce_mean is False, but orders 2 and 3 average over dimensions: set it to True"
+            )
         if self.importance_weighting and not self.likelihood_weighting:
             raise ValueError("training.importance_weighting needs training.likelihood_weighting=True")
         if not 0 < self.t_min < SDE.t_max:
@@ -64,24 +88,6 @@ class Noise(NamedTuple):
     t: PerExample
     z: Batch
     probe: Batch
-
-
-class Losses(NamedTuple):
-    """The total and its parts, unweighted, each [batch]; None stands for a term that the objective does not have.
-
-    An exact `second_frob` is what that of a probe estimates; an exact `third` is a mean over dimensions, see
-    `exact_terms`.
-    """
-
-    total: PerExample
-    first: PerExample
-    second_frob: PerExample | None = None
-    second_trace: PerExample | None = None
-    third: PerExample | None = None
-
-    def named(self) -> dict[str, PerExample]:
-        """The terms that are there, by name."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def draw_noise(key: Array, sde: SDE, objective: Objective, shape: tuple[int, ...]) -> Noise:
@@ -103,30 +109,43 @@ def draw_times(key: Array, sde: SDE, objective: Objective, batch: int) -> PerExa
     return objective.t_min + uniform * (sde.t_max - objective.t_min)
 
 
-def score_matching_losses(score_fn: ScoreFn, sde: SDE, objective: Objective, x0: Batch, noise: Noise) -> Losses:
-    """The objective and its terms; order k costs one network pass with k derivatives, if estimated by a probe.
+def score_matching_losses(
+    score_fn: ScoreFn, sde: SDE, objective: Objective, x0: Batch, noise: Noise
+) -> dict[str, PerExample]:
+    """The objective of each example as `total`, and its terms, unweighted, by their names in `TERMS`.
 
-    Estimated: total = first + second_weight (second_frob + second_trace) + third_weight third
-    Exact:     total = first + second_weight second_frob + third_weight third
+    Estimated by a probe, order k costs one network evaluation with k derivatives.
     """
     mean, sigma = sde.marginal(x0, noise.t)
-    sigma = per_example(sigma, x0)
+    sigma = append_dims(sigma, x0)
     xt = mean + sigma * noise.z
 
     def scaled_score(x: Batch) -> Batch:
         return sigma * score_fn(x, noise.t)
 
+    higher_orders = _exact_terms if objective.exact else _probe_terms
     if objective.order == 1:
-        first = first_order(scaled_score(xt), sde, objective, noise)
-        return Losses(total=first, first=first)
-    if objective.exact:
-        return _exact_losses(scaled_score, xt, sigma, sde, objective, noise)
-    return _probe_losses(scaled_score, xt, sigma, sde, objective, noise)
+        score, terms = scaled_score(xt), {}
+    else:
+        score, terms = higher_orders(scaled_score, xt, sigma, objective.order, noise)
+    terms = {"first": first_order(score, sde, objective, noise)} | terms
+    return {"total": weighted_total(terms, objective)} | terms
 
 
-def _probe_losses(scaled_score: Field, xt: Batch, sigma: Batch, sde: SDE, objective: Objective, noise: Noise) -> Losses:
-    """Orders 2 and 3 with Hutchinson estimates ([L22] App. G)."""
-    if objective.order == 2:
+def weighted_total(terms: Mapping[str, PerExample], objective: Objective) -> PerExample:
+    """The sum over orders of the order's weight times the sum of its terms."""
+    weights = (1.0, objective.second_weight, objective.third_weight)
+    total = jnp.zeros(())
+    for order, weight in zip(ORDERS, weights, strict=True):
+        total += weight * sum(value for name, value in terms.items() if TERMS[name].order == order)
+    return total
+
+
+def _probe_terms(
+    scaled_score: Field, xt: Batch, sigma: Batch, order: int, noise: Noise
+) -> tuple[Batch, dict[str, PerExample]]:
+    """sigma times the score, and the terms of orders 2 and 3 as Hutchinson estimates ([L22] App. G)."""
+    if order == 2:
         score, jacobian_probe = jax.jvp(scaled_score, (xt,), (noise.probe,))
         trace_gradient = None
     else:
@@ -134,35 +153,33 @@ def _probe_losses(scaled_score: Field, xt: Batch, sigma: Batch, sde: SDE, object
     # scaled_score already holds one factor of sigma
     jacobian_probe = sigma * jacobian_probe
     u = noise.z + stop_gradient(score)
-
-    first = first_order(score, sde, objective, noise)
-    frob = second_order_frob(jacobian_probe, u, noise.probe)
-    trace = second_order_trace(jacobian_probe, u, noise.probe)
-    total = first + objective.second_weight * (frob + trace)
-    if trace_gradient is None:
-        return Losses(total, first, frob, trace)
-    third = third_order(sigma**2 * trace_gradient, stop_gradient(jacobian_probe), u, noise.probe)
-    return Losses(total + objective.third_weight * third, first, frob, trace, third)
+    terms = {
+        "second_frob": second_order_frob(jacobian_probe, u, noise.probe),
+        "second_trace": second_order_trace(jacobian_probe, u, noise.probe),
+    }
+    if trace_gradient is not None:
+        terms["third"] = third_order(sigma**2 * trace_gradient, stop_gradient(jacobian_probe), u, noise.probe)
+    return score, terms
 
 
-def _exact_losses(scaled_score: Field, xt: Batch, sigma: Batch, sde: SDE, objective: Objective, noise: Noise) -> Losses:
-    """Orders 2 and 3 from the whole Jacobian ([L22] Theorems 4.1 and 4.3)."""
-    if objective.order == 2:
+def _exact_terms(
+    scaled_score: Field, xt: Batch, sigma: Batch, order: int, noise: Noise
+) -> tuple[Batch, dict[str, PerExample]]:
+    """sigma times the score, and the terms of orders 2 and 3 from the whole Jacobian ([L22] Theorems 4.1 and 4.3)."""
+    if order == 2:
         score, jacobian = exact_jacobian(scaled_score, xt)
         trace_gradient = None
     else:
         score, jacobian, trace_gradient = exact_trace_gradient(scaled_score, xt)
     batch, d = len(xt), num_dims(xt)
     flat_sigma = sigma.reshape(batch, 1)
+    u = (noise.z + stop_gradient(score)).reshape(batch, d)
+    jacobian = flat_sigma[..., None] * jacobian
+    terms = {"second_frob": exact_second_order(jacobian, u)}
     if trace_gradient is not None:
         trace_gradient = flat_sigma**2 * trace_gradient.reshape(batch, d)
-    u = (noise.z + stop_gradient(score)).reshape(batch, d)
-    terms = exact_terms(flat_sigma[..., None] * jacobian, trace_gradient, u)
-    first = first_order(score, sde, objective, noise)
-    total = first + objective.second_weight * terms.second_jacobian
-    if terms.third is None:
-        return Losses(total, first, terms.second_jacobian)
-    return Losses(total + objective.third_weight * terms.third, first, terms.second_jacobian, None, terms.third)
+        terms["third"] = exact_third_order(trace_gradient, stop_gradient(jacobian), u)
+    return score, terms
 
 
 def first_order(scaled_score: Batch, sde: SDE, objective: Objective, noise: Noise) -> PerExample:
@@ -183,7 +200,7 @@ def second_order_frob(jacobian_probe: Batch, u: Batch, probe: Batch) -> PerExamp
         u: z + sigma s-bar.
         probe: v.
     """
-    target = per_example(inner(u, probe), u) * u - probe
+    target = append_dims(inner(u, probe), u) * u - probe
     return mean_square(jacobian_probe - target) / num_dims(u)
 
 
@@ -209,40 +226,60 @@ def third_order(trace_gradient: Batch, jacobian_probe_bar: Batch, u: Batch, prob
     spread = inner(probe, jacobian_probe_bar) + inner(probe, probe)
     error = (
         trace_gradient
-        + per_example(along**2 - spread, u) * u
-        - 2 * per_example(along, u) * (jacobian_probe_bar + probe)
+        + append_dims(along**2 - spread, u) * u
+        - 2 * append_dims(along, u) * (jacobian_probe_bar + probe)
     )
     return mean_square(error / num_dims(u))
 
 
-class ExactTerms(NamedTuple):
-    """The higher orders without probes, each [batch] ([L22] Theorems 4.1 and 4.3, Corollary 4.2)."""
+def exact_second_order(jacobian: Float[Array, "batch d d"], u: Float[Array, "batch d"]) -> PerExample:
+    """|sigma^2 J + I - u u^T|_F^2 / d^2: the Jacobian of the score ([L22] Theorem 4.1).
 
-    second_jacobian: PerExample
-    second_trace: PerExample
-    third: PerExample | None
-
-
-def exact_terms(
-    jacobian: Float[Array, "batch d d"], trace_gradient: Float[Array, "batch d"] | None, u: Float[Array, "batch d"]
-) -> ExactTerms:
-    """The exact higher-order terms from sigma^2 J, sigma^3 grad tr J and u = z + sigma s-bar.
-
-    second_jacobian is |sigma^2 J + I - u u^T|_F^2 / d^2, second_trace (sigma^2 tr J + d - |u|^2)^2 / d, and third
-    |sigma^3 grad tr J + |u|^2 u - (sigma^2 tr J-bar + d) u - 2 (sigma^2 J-bar + I) u|^2 / d; it is None without a
-    trace's gradient.
+    Args:
+        jacobian: sigma^2 J.
+        u: z + sigma s-bar.
     """
+    identity = jnp.eye(u.shape[1], dtype=u.dtype)[None]
+    return mean_square(jacobian + identity - u[:, :, None] * u[:, None, :])
+
+
+def exact_second_order_trace(jacobian: Float[Array, "batch d d"], u: Float[Array, "batch d"]) -> PerExample:
+    """(sigma^2 tr J + d - |u|^2)^2 / d: the Jacobian's trace ([L22] Corollary 4.2). Arguments as above."""
     d = u.shape[1]
-    spread = jacobian + jnp.eye(d, dtype=u.dtype)[None]
+    return (jnp.trace(jacobian, axis1=1, axis2=2) + d - inner(u, u)) ** 2 / d
+
+
+def exact_third_order(
+    trace_gradient: Float[Array, "batch d"], jacobian_bar: Float[Array, "batch d d"], u: Float[Array, "batch d"]
+) -> PerExample:
+    """The gradient of the Jacobian's trace ([L22] Theorem 4.3).
+
+    |sigma^3 grad tr J + |u|^2 u - (sigma^2 tr J-bar + d) u - 2 (sigma^2 J-bar + I) u|^2 / d
+
+    Args:
+        trace_gradient: sigma^3 grad_x tr J.
+        jacobian_bar: sigma^2 J-bar.
+        u: z + sigma s-bar.
+    """
+    spread = jacobian_bar + jnp.eye(u.shape[1], dtype=u.dtype)[None]
     trace = jnp.trace(spread, axis1=1, axis2=2)
-    norm = inner(u, u)
-    third = None
-    if trace_gradient is not None:
-        spread_bar, trace_bar = stop_gradient(spread), stop_gradient(trace)
-        error = trace_gradient + (norm - trace_bar)[:, None] * u - 2 * jnp.einsum("bij,bj->bi", spread_bar, u)
-        third = mean_square(error)
-    return ExactTerms(
-        second_jacobian=mean_square(spread - u[:, :, None] * u[:, None, :]),
-        second_trace=(trace - norm) ** 2 / d,
-        third=third,
+    error = trace_gradient + (inner(u, u) - trace)[:, None] * u - 2 * jnp.einsum("bij,bj->bi", spread, u)
+    return mean_square(error)
+
+
+def objective_from_config(training: Config) -> Objective:
+    """The objective that config.training describes.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+    """
+    return Objective(
+        order=training.score_matching_order,
+        t_min=training.smallest_time,
+        likelihood_weighting=training.likelihood_weighting,
+        importance_weighting=training.importance_weighting,
+        reduce_mean=training.reduce_mean,
+        second_weight=training.second_order_weight,
+        third_weight=training.third_order_weight,
+        exact=training.exact_derivatives,
     )

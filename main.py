@@ -24,7 +24,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-import parallel
+from infra import parallel
 
 MODES = ("train", "train_deq", "eval", "report", "prepare", "stats")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
@@ -78,17 +78,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(mode: str, workdir: Path) -> None:
-    import deq_training  # here, so that --help and mistyped flags are answered at once
-    import records
-    import run_lib
+    import run_lib  # here, so that --help and mistyped flags are answered at once
+    from infra import console
 
-    records.quiet_libraries()
+    console.quiet_libraries()
     if mode == "train":
         run_lib.train(_CONFIG.value, workdir)
     elif mode == "eval":
         run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value, _DEQ_FOLDER.value)
     elif mode == "train_deq":
-        deq_training.train_deq(_CONFIG.value, workdir, _DEQ_FOLDER.value)
+        run_lib.train_deq(_CONFIG.value, workdir, _DEQ_FOLDER.value)
     elif mode == "prepare":
         run_lib.prepare(_CONFIG.value)
     elif mode == "stats":

@@ -36,10 +36,10 @@ class Info(NamedTuple):
     """The end was reached and the state there is finite."""
     t: Float[Array, ""]
     """Where the solve stopped."""
-    suspect: Int[Array, ""]
+    worst_example: Int[Array, ""]
     """After a failure, the first example whose state or derivative just after t is not finite or, if there is none,
     the one whose derivative is the largest; -1 after a success."""
-    defect: PyTree = None
+    error_estimate: PyTree = None
     """Of fixed steps, an estimate of the error of y1, of the same structure: its difference to the integral of dy/dt by
     a rule that uses every second of the times only. Where dy/dt is too rough for the steps, as networks are that
     resolve time finely, it is of the size of the error; where dy/dt is smooth, so it is for "adams", and for "rk4"
@@ -114,7 +114,7 @@ def require_success(info: Info) -> None:
     if not bool(info.success):
         raise RuntimeError(
             f"the ODE solve broke down at t = {float(info.t):.6g} after {int(info.steps)} steps; example "
-            f"{int(info.suspect)} has the largest derivative there, or one that is not finite"
+            f"{int(info.worst_example)} has the largest derivative there, or one that is not finite"
         )
 
 
@@ -203,7 +203,7 @@ def _fixed_steps(
     steps, node, sampled = jax.lax.while_loop(healthy, advance, start)
     solved = (steps == num_steps) & _is_finite(node.y)
     info = _info(field, node.t, node.y, t1 - t0, solved, evaluations * steps + 1, steps)
-    return node.y, info._replace(defect=jax.tree.map(jnp.subtract, node.y, sampled))
+    return node.y, info._replace(error_estimate=jax.tree.map(jnp.subtract, node.y, sampled))
 
 
 def _gregory_weight(node: Int[Array, ""] | int, last: Int[Array, ""] | int) -> Float[Array, ""]:
@@ -319,12 +319,12 @@ def _info(
     nfe: Int[Array, ""],
     steps: Int[Array, ""],
 ) -> Info:
-    def suspect() -> Int[Array, ""]:
+    def worst_example() -> Int[Array, ""]:
         # Just after t: a solver stops short of where a field ends.
         derivative = field(t + 1e-6 * span, y)
         return jnp.argmax(sum(jax.tree.leaves(jax.tree.map(_size, derivative, y)))).astype(jnp.int32)
 
-    return Info(nfe, steps, success, t, jax.lax.cond(success, lambda: jnp.int32(-1), suspect))
+    return Info(nfe, steps, success, t, jax.lax.cond(success, lambda: jnp.int32(-1), worst_example))
 
 
 def _size(derivative: Array, y: Array) -> Float[Array, " batch"]:

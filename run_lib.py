@@ -1,248 +1,237 @@
-"""Training and evaluation: what `main.py --mode=train` and `--mode=eval` do, from a configuration and a folder.
+"""Training and evaluation: what the modes of main.py do, given a configuration and the folder of a run.
 
-A run's folder (workdir) holds
-    config.json, environment.json   what ran, and on what
-    checkpoints/                    the training state
-    train/                          metrics.jsonl, and TensorBoard files
-    eval/                           results (.json), and the per-example values behind them (.npz)
-    samples/                        images drawn, and real ones to hold them against
-    report.html, figures/           for people
-    log.txt                         log_1.txt, ... of further hosts
+infra/workdir.py describes the folder.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
 import datasets
-import parallel
 from build import TRAIN_KEY, Run, build
-from checkpoints import Checkpoints
-from comparison import comparison_table
 from configs.default import Config
 from datasets import Source
-from deq_training import evaluation_dequantizer
-from passes.density import DensityPass, PointSamples
-from passes.density_grid import draw_density
-from passes.extractors import Comparison, comparison_from_config
-from passes.keep import params_digest
-from passes.likelihood import LikelihoodPass
-from passes.loss import LossPass
-from passes.samples import sampling_pass, write_samples
-from passes.snapshots import Snapshots
-from passes.statistics import statistics_pass
-from records import MetricsWriter, StopRequest, progress, stop_on_signal
-from report import write_report
-from results import Results
-from run_files import read_run, trained_order
-from sampling import sampler_from_config
+from dequantization.training import DequantizerTraining, evaluation_dequantizer, score_params
+from evaluators import Evaluator, evaluators_from_config
+from evaluators.loss import LossEvaluator
+from evaluators.snapshots import Snapshots
+from evaluators.statistics_pass import statistics_pass
+from infra import parallel
+from infra.checkpoints import Checkpoints, params_digest
+from infra.console import StopRequest, stop_on_signal
+from infra.metrics import MetricsWriter, trained_order
+from infra.results import Results
+from infra.training_loop import (
+    Call,
+    Callback,
+    Metrics,
+    Training,
+    record_metrics,
+    record_test_loss,
+    save_checkpoints,
+    training_loop,
+)
+from infra.workdir import EvaluationFolder, Workdir
+from report.comparison import comparison_table
+from report.page import write_report
+from report.run_files import read_run
 from sources import prepare_from_config
-from stored_states import initial_state, open_checkpoints, open_existing_checkpoints, starting_state, stored_state
-from train_state import TrainState
-from workdir import check_writable, describe_run, held
-
-OTHER_FOLDERS = ((), ("checkpoints",), ("train",), ("samples",), ("density",), ("figures",))
-"""Where a run has other things than results; the empty one is its folder itself."""
+from train_state import TrainState, reset_parts
 
 
-def train(config: Config, workdir: Path) -> None:
+def train(config: Config, path: Path) -> None:
     """Trains to step `training.n_iters`, from the newest checkpoint if there is one.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the state is saved; the same call goes on from there.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the state is saved. The same call resumes.
         ValueError, OSError: for bad input, before anything is written.
         FloatingPointError: if the loss is not finite.
     """
-    run = build(config)
+    run, workdir = build(config), Workdir(path)
     train_source, test_source = (datasets.source_from_config(config, split) for split in datasets.SPLITS)
     parallel.require_same(f"{train_source.description}; {test_source.description}", "data")
-    new = not any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+    new = not workdir.has_checkpoints()
     init_state = initial_state(run) if config.training.init_from and new else None
-    snapshots = Snapshots(run, workdir)
-    check_writable(workdir)
-    with held(workdir), open_checkpoints(run, workdir) as checkpoints:
-        state = starting_state(run, checkpoints, init_state)
+    snapshots, order = Snapshots(run, workdir), config.training.score_matching_order
+    workdir.prepare()
+    with workdir.lock(), run.open_checkpoints(workdir) as checkpoints:
+        state = resume_or_init(run, checkpoints, init_state)
         if checkpoints.newest() is None and init_state is not None:
-            checkpoints.save(state)  # what was started from may be gone when this goes on
-        describe_run(run, workdir, num_parameters=sum(p.size for p in jax.tree.leaves(state.params)))
-        with MetricsWriter(workdir / "train") as metrics, stop_on_signal() as stop:
-            training_loop(run, state, train_source, test_source, checkpoints, snapshots, metrics, stop)
+            checkpoints.save(state)  # the checkpoint that the run starts from may be gone when the run is resumed
+        workdir.write_description(config, num_parameters(state))
+        with MetricsWriter(workdir.train) as metrics, stop_on_signal() as stop:
+            snapshots.draw(state, stop)  # unless it was drawn before an interruption
+            callbacks = [
+                record_metrics(metrics, order),
+                record_test_loss(LossEvaluator(run, test_source).first_batches, metrics, order),
+                save_checkpoints(checkpoints),
+                draw_snapshots(snapshots, metrics, stop),
+            ]
+            if not stop.now():
+                training_loop(score_training(run, train_source), state, config.training, callbacks, stop)
     if stop.requested:
         raise KeyboardInterrupt
     if jax.process_index() == 0:
-        write_report(workdir)
-        logging.info("report: %s", workdir / "report.html")
+        write_report(path)
+        logging.info("Report: %s", workdir.report)
 
 
-def training_loop(
-    run: Run,
-    state: TrainState,
-    train_source: Source,
-    test_source: Source,
-    checkpoints: Checkpoints,
-    snapshots: Snapshots,
-    metrics: MetricsWriter,
-    stop: StopRequest,
-) -> TrainState:
-    """Steps until `training.n_iters` or until asked to stop, recording and saving when due; saves at the end."""
-    training = run.config.training
-    whole, along = parallel.replicated(run.mesh), parallel.along_batch(run.mesh, axis=1)
-    train_steps = jax.jit(
-        run.trainer.train_steps, in_shardings=(whole, along, whole), out_shardings=whole, donate_argnums=0
-    )
-    test_loss = LossPass(run, test_source)
-    key = run.key(TRAIN_KEY)
-    step = first_step = int(state.step)
-    snapshots.draw(state, stop)  # unless it was drawn before an interruption
-    if stop.now():
-        return state
-    with progress(training.n_iters, f"order {training.score_matching_order}", "step", initial=step) as bar:
-        for images in step_batches(run, train_source, step):
-            before, step = step, step + len(images)
-            state, values = train_steps(state, parallel.global_array(run.mesh, images, axis=1), key)
-            if before == first_step:
-                bar.unpause()  # the rate is that of steps, not of their compilation
-            metrics.collect(values, len(images))
-            recording = due(step, before, training.log_freq)
-            last = step >= training.n_iters or stop.now(may_wait=recording)
-            saving = last or any(due(step, before, f) for f in _saving_steps(training))
-            if saving or recording:
-                means = metrics.record_train(step, training.score_matching_order)
-                bar.set_postfix(loss=f"{means['total']:.4g}", refresh=False)
-            if due(step, before, training.eval_freq):
-                with metrics.aside():
-                    means = test_loss.some(state.ema_params)
-                metrics.write(step, "test", order=training.score_matching_order, **means)
-            if saving:
-                checkpoints.save(state)
-                with metrics.aside():
-                    snapshots.draw(state, stop)
-            bar.update(step - before)
-            if last or (saving and stop.now()):
-                break
+def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | None) -> TrainState:
+    """The newest checkpoint's state; for a new run, `init_state` or a fresh one."""
+    state = checkpoints.resume()
+    if state is None:
+        return jax.device_put(init_state or run.fresh_state(), parallel.replicated(run.mesh))
+    if run.config.training.init_from:
+        logging.info("training.init_from is ignored, because this run has checkpoints of its own")
     return state
 
 
-def due(step: int, before: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (before, step]."""
-    return step // every > before // every
+def initial_state(run: Run) -> TrainState:
+    """The state at `training.init_from`, with the parts that `training.init_reset` names as in a new run.
 
-
-def _saving_steps(training: Config) -> tuple[int, int]:
-    return training.snapshot_freq, training.snapshot_freq_for_preemption
-
-
-def step_batches(run: Run, source: Source, first_step: int) -> Iterator[np.ndarray]:
-    """This host's rows of the batches for each compiled call, [steps, rows, height, width, channels], to the last step.
-
-    Calls begin at multiples of `training.n_jitted_steps`, so that a resumed run makes the same calls; and also at those
-    of `training.snapshot_freq`, since checkpoints are kept for good of these very steps.
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError: if it belongs to another network, is damaged, or has reached `training.n_iters` already.
     """
     training = run.config.training
-    batches = datasets.training_batches(source, training.batch_size, run.config.seed, first_step, training.n_iters)
-    step = first_step
-    while step < training.n_iters:
-        ends = [(step // every + 1) * every for every in (training.n_jitted_steps, training.snapshot_freq)]
-        last = min(*ends, training.n_iters)
-        yield np.stack([next(batches) for _ in range(step, last)])
-        step = last
+    state = reset_parts(run.load_state(Path(training.init_from)), run.fresh_state(), training.init_reset)
+    if (step := int(state.step)) >= training.n_iters:
+        raise ValueError(
+            f"training.n_iters is {training.n_iters}, but the checkpoint {training.init_from}, named by "
+            f"training.init_from, is at step {step}: nothing would be trained; raise n_iters, or reset the step with "
+            "training.init_reset=step"
+        )
+    return state
 
 
-def evaluate(config: Config, workdir: Path, eval_folder: str, deq_folder: str = "deq") -> None:
-    """Evaluates checkpoints as `eval` asks: loss, bits/dim, samples; writes results and the report.
+def score_training(run: Run, source: Source) -> Training:
+    """The training of the score model on this source."""
+    training = run.config.training
+    replicated, along = parallel.replicated(run.mesh), parallel.along_batch(run.mesh, axis=1)
+    train_steps = jax.jit(
+        run.trainer.train_steps,
+        in_shardings=(replicated, along, replicated),
+        out_shardings=replicated,
+        donate_argnums=0,
+    )
+    key = run.key(TRAIN_KEY)
 
-    They are those of the run in `workdir`, or else the one at `eval.checkpoint`. With `eval.dequantizer` the bits/dim
-    are those with the dequantizer in the workdir's `deq_folder`.
+    def calls(first_step: int) -> Iterator[tuple[int, jax.Array]]:
+        # Checkpoints are kept permanently at multiples of snapshot_freq, so calls end there, too.
+        every = (training.n_jitted_steps, training.snapshot_freq)
+        for step, batches in datasets.training_calls(
+            source, training.batch_size, run.config.seed, first_step, training.n_iters, every
+        ):
+            yield step, parallel.global_array(run.mesh, batches, axis=1)
 
-    Interrupted and run again, it goes on with the batch it was at. Parts not asked for keep earlier results.
+    def update(state: TrainState, batches: jax.Array) -> tuple[TrainState, Metrics]:
+        return train_steps(state, batches, key)
+
+    return Training(f"order {training.score_matching_order}", training.n_iters, calls, update)
+
+
+def draw_snapshots(snapshots: Snapshots, metrics: MetricsWriter, stop: StopRequest) -> Callback:
+    def draw(call: Call) -> None:
+        if call.saving:
+            with metrics.aside():
+                snapshots.draw(call.state, stop)
+
+    return draw
+
+
+def train_deq(config: Config, path: Path, deq_folder: str) -> None:
+    """Trains a dequantizer for a score model to step `deq.n_iters`, from its newest checkpoint if there is one.
+
+    Batch size, optimizer, records and checkpoints are configured as for the score model, see `score_params`.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the state is saved. The same call resumes.
+        ValueError, OSError: for bad input, before anything is written.
+        FloatingPointError: if the loss is not finite.
+    """
+    run, folder = build(config), Workdir(path / deq_folder)
+    if folder.path == path:
+        raise ValueError(f"--deq_folder={deq_folder} is the workdir of the score model; name a folder inside it")
+    training, order = DequantizerTraining(run), config.training.score_matching_order
+    params = score_params(run, Workdir(path))
+    score_fn = run.score_fn(params)
+    folder.prepare()
+    with folder.lock(), training.open_checkpoints(folder, params) as checkpoints:
+        state = checkpoints.resume() or training.first_state()
+        folder.write_description(config, num_parameters(state))
+        with MetricsWriter(folder.train) as metrics, stop_on_signal() as stop:
+            callbacks = [
+                record_metrics(metrics, order, shown="bpd"),
+                record_test_loss(lambda params: training.test_bound(score_fn, params), metrics, order),
+                save_checkpoints(checkpoints),
+            ]
+            training_loop(training.training(score_fn), state, config.training, callbacks, stop)
+    if stop.requested:
+        raise KeyboardInterrupt
+
+
+def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "deq") -> None:
+    """Evaluates checkpoints as `eval` asks, and writes the results and the report.
+
+    The checkpoints are those of the run at `path`, or the one at `eval.checkpoint`. With `eval.dequantizer`, bits/dim
+    are computed with the dequantizer in the run's `deq_folder`. An interrupted evaluation resumes with the batch that
+    it was computing. Earlier results of evaluators that are not asked for are kept.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
         ValueError, OSError: for bad input, before anything is written.
         RuntimeError: if an ODE solve fails.
     """
-    run = build(config)
+    run, workdir = build(config), Workdir(path)
     _check_eval_folder(eval_folder)
-    parts = parts_from_config(run, workdir / deq_folder)
+    evaluators = evaluators_from_config(run, lambda: evaluation_dequantizer(run, Workdir(path / deq_folder)))
     if config.eval.checkpoint:
-        return evaluate_stored(run, parts, workdir, eval_folder)
-    with open_existing_checkpoints(run, workdir) as checkpoints:
-        check_writable(workdir)
-        shapes = jax.eval_shape(run.fresh_state)
+        return evaluate_other_checkpoint(run, evaluators, workdir, eval_folder)
+    with run.existing_checkpoints(workdir) as checkpoints:
+        workdir.prepare()
         for step in chosen_steps(config, checkpoints.steps()):
-            state = checkpoints.restore(step, shapes, parallel.replicated(run.mesh))
-            order = trained_order(workdir, step)  # it need not be that of this configuration
-            stamp = {} if order is None else {"order": order}
-            evaluate_checkpoint(run, parts, state, f"step_{step}", stamp, workdir, eval_folder)
+            state = checkpoints.restore(step)
+            order = trained_order(workdir.train, step)  # the configuration may name another
+            metadata = {} if order is None else {"order": order}
+            folder = EvaluationFolder(workdir, eval_folder, f"step_{step}", step)
+            evaluate_checkpoint(evaluators, state, folder, metadata)
 
 
 def _check_eval_folder(name: str) -> None:
-    """Raises ValueError unless it names a folder inside the workdir where nothing else of a run is."""
+    """Raises ValueError unless this is a subfolder of the workdir where a run has nothing else."""
     path = Path(name)
-    if path.is_absolute() or ".." in path.parts or path.parts[:1] in OTHER_FOLDERS:
-        raise ValueError(f"--eval_folder={name} must be a folder of its own inside the workdir, as eval_uniform")
+    if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), *((f,) for f in Workdir.OTHER_FOLDERS)):
+        raise ValueError(f"--eval_folder={name} must name a subfolder of the workdir for results only, as eval_uniform")
 
 
-class Parts(NamedTuple):
-    """The parts of an evaluation, checked and ready; None for those not asked for."""
+def evaluate_other_checkpoint(run: Run, evaluators: Sequence[Evaluator], workdir: Workdir, eval_folder: str) -> None:
+    """Evaluates the state at `eval.checkpoint`, which may belong to another run or be a published file.
 
-    likelihood: LikelihoodPass | None
-    comparison: Comparison | None
-    """What samples are compared with."""
-    density: DensityPass | None = None
-    """The likelihood of points."""
-    points: PointSamples | None = None
-    loss: LossPass | None = None
-
-
-def parts_from_config(run: Run, deq_folder: Path) -> Parts:
-    """Raises ValueError, OSError: for bad input."""
-    settings = run.config.eval
-    if not (settings.enable_loss or settings.enable_bpd or settings.enable_sampling):
-        raise ValueError("eval.enable_loss, eval.enable_bpd and eval.enable_sampling are False: nothing to evaluate")
-    loss = LossPass(run, datasets.source_from_config(run.config, "test")) if settings.enable_loss else None
-    if run.density is not None:
-        density = DensityPass(run) if settings.enable_bpd else None
-        return Parts(None, None, density, PointSamples(run) if settings.enable_sampling else None, loss)
-    if settings.enable_sampling:
-        parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
-        sampler_from_config(run.config, run.sde)  # for its checks
-    return Parts(
-        LikelihoodPass(run, evaluation_dequantizer(run, deq_folder)) if settings.enable_bpd else None,
-        comparison_from_config(run.config) if settings.enable_sampling else None,
-        loss=loss,
-    )
-
-
-def evaluate_stored(run: Run, parts: Parts, workdir: Path, eval_folder: str) -> None:
-    """Evaluates the state at `eval.checkpoint`, which may be of another run or a released file.
-
-    Results go to a file named after the checkpoint and its parameters, so that those of two never mix.
+    The results are labelled with the checkpoint and its parameters, so that those of two checkpoints never mix.
     """
     path = Path(run.config.eval.checkpoint)
-    state = stored_state(run, path)
-    stamp = {"checkpoint": str(path)}
+    state = run.load_state(path)
+    metadata = {"checkpoint": str(path)}
     if path.is_file():
         with path.open("rb") as file:
-            stamp["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-    check_writable(workdir)
-    if not (workdir / "config.json").exists():
-        describe_run(run, workdir, num_parameters=sum(p.size for p in jax.tree.leaves(state.params)))
+            metadata["checkpoint_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+    workdir.prepare()
+    if not workdir.config.exists():
+        workdir.write_description(run.config, num_parameters(state))
     label = f"{path.absolute().name}_{params_digest(state.ema_params)}"
-    evaluate_checkpoint(run, parts, state, label, stamp, workdir, eval_folder)
+    evaluate_checkpoint(evaluators, state, EvaluationFolder(workdir, eval_folder, label, int(state.step)), metadata)
 
 
 def chosen_steps(config: Config, steps: Sequence[int]) -> Sequence[int]:
-    """The checkpoints from `eval.begin_ckpt` to `eval.end_ckpt`, or else the newest.
+    """The steps of the checkpoints from `eval.begin_ckpt` to `eval.end_ckpt`, or the newest step.
 
     Raises:
-        FileNotFoundError: if one is missing, naming those there are.
+        FileNotFoundError: if a checkpoint is missing.
     """
     begin, end, every = config.eval.begin_ckpt, config.eval.end_ckpt, config.training.snapshot_freq
     if end < begin:
@@ -250,78 +239,57 @@ def chosen_steps(config: Config, steps: Sequence[int]) -> Sequence[int]:
     wanted = [number * every for number in range(begin, end + 1)]
     missing = sorted(set(wanted) - set(steps))
     if missing:
-        raise FileNotFoundError(f"no checkpoint of step {missing[0]}; there are those of {', '.join(map(str, steps))}")
+        raise FileNotFoundError(f"no checkpoint for step {missing[0]}; available steps: {', '.join(map(str, steps))}")
     return wanted
 
 
 def evaluate_checkpoint(
-    run: Run,
-    parts: Parts,
-    state: TrainState,
-    label: str,
-    stamp: dict[str, Any],
-    workdir: Path,
-    eval_folder: str,
+    evaluators: Sequence[Evaluator], state: TrainState, folder: EvaluationFolder, metadata: dict[str, Any]
 ) -> None:
-    """Adds to eval/<label>.json what `eval` asks for, each part as soon as it is there, beside `stamp`."""
-    folder, step = workdir / eval_folder, int(state.step)
-    shown = label if eval_folder == "eval" else f"{label}_{eval_folder.replace('/', '_')}"
-    stamp = {"checkpoint_step": step, "ema": True, "parameters": params_digest(state.ema_params)} | stamp
-    results = Results(folder / f"{label}.json", stamp)
+    """Runs the evaluators on the averaged parameters. Each result is written as soon as it is there."""
+    params, first_host = state.ema_params, jax.process_index() == 0
+    metadata = {"checkpoint_step": folder.step, "ema": True, "parameters": params_digest(params)} | metadata
+    results = Results(folder.results, metadata)
+    for evaluator in evaluators:
+        result = evaluator(params, folder)
+        if first_host:
+            results.add(evaluator.name, result)
+            write_report(folder.workdir.path)
+    logging.info("Results: %s", results.path)
 
-    def keep(name: str, part: dict[str, Any]) -> None:
-        if jax.process_index() == 0:
-            results.add(name, part)
-            write_report(workdir)
 
-    if parts.loss is not None:
-        keep("loss", parts.loss.whole(state.ema_params))
-    if parts.likelihood is not None:
-        keep("bpd", parts.likelihood(state.ema_params, folder))
-    if parts.comparison is not None:
-        samples, images = sampling_pass(run, parts.comparison, state.ema_params, folder)
-        write_samples(run, images, shown, step, workdir)
-        keep("samples", samples)
-    if parts.density is not None:
-        nll = parts.density(state.ema_params, folder)
-        cells = run.config.eval.density_grid
-        draw_density(run, parts.density, state.ema_params, cells, shown, step, workdir)
-        keep("nll", nll)
-    if parts.points is not None:
-        points, drawn = parts.points(state.ema_params, folder)
-        parts.points.write(drawn, shown, step, workdir)
-        keep("points", points)
-    logging.info("results: %s", results.path)
+def num_parameters(state: TrainState) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
 def prepare(config: Config) -> None:
     """Converts a published data set from the files at `data.archive`, once; see sources/published.py.
 
     Raises:
-        FileNotFoundError, ValueError: if a file is missing, not the published one, or damaged.
+        FileNotFoundError, ValueError: if a file is missing, is not the published one, or is damaged.
     """
     print(prepare_from_config(config))
 
 
 def stats(config: Config) -> None:
-    """Measures the images that samples are compared with, and prints what FIDs against them are worth.
+    """Measures the real images that samples are compared with, and prints the FIDs of real images for reference.
 
     Raises:
-        FileNotFoundError, ValueError: if the data, the network or the statistics are not there, before any work.
+        FileNotFoundError, ValueError: if the data, the network or the statistics are missing, before any work.
     """
     print(json.dumps(statistics_pass(config), indent=1))
 
 
-def report(workdir: Path, others: Sequence[Path] = ()) -> None:
-    """Writes the report again, from what is in the folder, beside other runs; prints their results as a table.
+def report(path: Path, others: Sequence[Path] = ()) -> None:
+    """Writes the report of a run again, next to those of other runs, and prints their results as a table.
 
     Raises:
-        FileNotFoundError: if a folder is not there, or holds no run.
+        FileNotFoundError: if a folder does not exist, or holds no run.
     """
-    for folder in (workdir, *others):
-        if not (folder / "config.json").is_file():
-            why = "it holds no config.json" if folder.is_dir() else "there is no such folder"
-            raise FileNotFoundError(f"no run in {folder}: {why}")
-    write_report(workdir, others=others)
-    print(comparison_table([result for folder in (*others, workdir) for result in read_run(folder).results]))
-    print(f"\nreport: {workdir / 'report.html'}")
+    for folder in (path, *others):
+        if not Workdir(folder).config.is_file():
+            reason = "it holds no config.json" if folder.is_dir() else "there is no such folder"
+            raise FileNotFoundError(f"no run in {folder}: {reason}")
+    write_report(path, others=others)
+    print(comparison_table([result for folder in (*others, path) for result in read_run(folder).results]))
+    print(f"\nreport: {Workdir(path).report}")

@@ -21,9 +21,8 @@ from jaxtyping import Array, Float, Int, Key
 import ode
 from arrays import Batch, ScoreFn
 from configs.default import Config
-from densities import DENSITIES
-from fast_samplers import SCHEDULES, DataRange, Levels, denoise, dpm_solver, heun, noise_levels
-from predictor_corrector import CORRECTORS, PREDICTORS, Update, check_ancestral
+from samplers.few_step import SCHEDULES, DataRange, LogNoiseLevels, denoise, dpm_solver, heun, noise_levels
+from samplers.predictor_corrector import CORRECTORS, PREDICTORS, Update, check_ancestral
 from sde_lib import SDE
 
 ImageKeys = Key[Array, " batch"]
@@ -250,7 +249,7 @@ class FastSampler(Sampler):
         _check_choice("sampling.schedule", self.schedule, ("auto", *SCHEDULES))
         _check_positive("sampling.schedule_exponent", self.schedule_exponent)
 
-    def levels(self, num_levels: int) -> Levels:
+    def levels(self, num_levels: int) -> LogNoiseLevels:
         schedule = self.best_schedule if self.schedule == "auto" else self.schedule
         return noise_levels(self.sde, self.smallest_time, num_levels, schedule, self.schedule_exponent)
 
@@ -295,8 +294,11 @@ class DPMSolverSampler(FastSampler):
         return Samples(x, self.max_nfe)
 
 
-def sampler_from_config(config: Config, sde: SDE) -> Sampler:
+def sampler_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
     """The sampler that `config.sampling` describes.
+
+    Args:
+        data_range: of the data that the score network sees.
 
     Raises:
         ValueError: for a field whose value is not allowed.
@@ -307,7 +309,7 @@ def sampler_from_config(config: Config, sde: SDE) -> Sampler:
         "max_nfe": sampling.max_nfe,
         "schedule": sampling.schedule,
         "schedule_exponent": sampling.schedule_exponent,
-        "data_range": _data_range(config) if sampling.clip_denoised else None,
+        "data_range": data_range if sampling.clip_denoised else None,
     }
     builders = {
         "pc": lambda: PredictorCorrector(
@@ -325,12 +327,6 @@ def sampler_from_config(config: Config, sde: SDE) -> Sampler:
     }
     _check_choice("sampling.method", sampling.method, builders)
     return builders[sampling.method]()
-
-
-def _data_range(config: Config) -> DataRange:
-    if config.data.dataset in DENSITIES:
-        return None
-    return (-1.0, 1.0) if config.data.centered else (0.0, 1.0)
 
 
 def _check_choice(field: str, value: object, allowed: Iterable) -> None:

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ScoreFn, inner, num_dims, per_example
+from arrays import Batch, PerExample, ScoreFn, append_dims, inner, num_dims
+from configs.default import Config
 
 Times = Float[Array, "*times"]
 
@@ -27,6 +28,9 @@ class SDE(abc.ABC):
     """A linear forward SDE. Subclasses give the closed forms; all else is written in terms of these."""
 
     t_max: ClassVar[float] = 1.0
+
+    variance_exploding: ClassVar[bool] = False
+    """Whether alpha = 1 at all times, so that the variance of x_t grows without bound."""
 
     @abc.abstractmethod
     def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
@@ -56,14 +60,14 @@ class SDE(abc.ABC):
     def marginal(self, x0: Batch, t: PerExample) -> tuple[Batch, PerExample]:
         """Mean and standard deviation of x_t given x_0."""
         alpha, sigma = self.alpha_sigma(t)
-        return per_example(alpha, x0) * x0, sigma
+        return append_dims(alpha, x0) * x0, sigma
 
     def drift(self, x: Batch, t: PerExample) -> Batch:
-        return per_example(self.drift_coeff(t), x) * x
+        return append_dims(self.drift_coeff(t), x) * x
 
     def probability_flow(self, score_fn: ScoreFn, x: Batch, t: PerExample) -> Batch:
         """dx/dt of the ODE with the SDE's marginals: f - g^2 score / 2 ([S21a] Eqn. 13)."""
-        return self.drift(x, t) - per_example(0.5 * self.diffusion(t) ** 2, x) * score_fn(x, t)
+        return self.drift(x, t) - append_dims(0.5 * self.diffusion(t) ** 2, x) * score_fn(x, t)
 
     def drift_divergence(self, x: Batch, t: PerExample) -> PerExample:
         """div f, in closed form: d f(t)."""
@@ -113,6 +117,8 @@ def _chain_index(t: PerExample, num_steps: int) -> Array:
 class VESDE(SDE):
     """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t ([S21a] Eqn. 9 and 30)."""
 
+    variance_exploding = True
+
     sigma_min: float = 0.01
     sigma_max: float = 50.0
 
@@ -160,6 +166,8 @@ class VESDE(SDE):
 @dataclasses.dataclass(frozen=True)
 class LinearVESDE(SDE):
     """Variance exploding with sigma linear in time: alpha = 1, sigma = sigma_max t."""
+
+    variance_exploding = True
 
     sigma_max: float = 50.0
 
@@ -240,7 +248,7 @@ class VPSDE(_LinearBetaSDE):
         """The DDPM chain: x_{i+1} = sqrt(1 - beta_i) x_i + sqrt(beta_i) z ([S21a] Eqn. 10)."""
         beta = self.chain_beta(t, num_steps)
         # sqrt(1 - beta) - 1 without cancellation
-        return per_example(-beta / (1 + jnp.sqrt(1 - beta)), x) * x, jnp.sqrt(beta)
+        return append_dims(-beta / (1 + jnp.sqrt(1 - beta)), x) * x, jnp.sqrt(beta)
 
     def chain_beta(self, t: PerExample, num_steps: int) -> PerExample:
         """beta_i of the DDPM chain with `num_steps` steps.
@@ -274,3 +282,15 @@ class SubVPSDE(_LinearBetaSDE):
 
 
 SDES: dict[str, type[SDE]] = {"vesde": VESDE, "linearvesde": LinearVESDE, "vpsde": VPSDE, "subvpsde": SubVPSDE}
+
+
+def sde_from_config(config: Config) -> SDE:
+    """The SDE named by training.sde, with its constants from config.model.
+
+    Raises:
+        ValueError: if training.sde is unknown, or a constant is not allowed.
+    """
+    if config.training.sde not in SDES:
+        raise ValueError(f"training.sde is {config.training.sde!r}; known SDEs: {', '.join(SDES)}")
+    sde = SDES[config.training.sde]
+    return sde(**{field.name: config.model[field.name] for field in dataclasses.fields(sde)})

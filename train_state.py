@@ -1,6 +1,7 @@
 """The training state, and one step of training as a pure function of (state, images, key)."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -11,9 +12,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from arrays import Batch
 from configs.default import Config
-from datasets import PointPreprocess, Preprocess
 from losses import Noise, Objective, draw_noise, score_matching_losses
-from models.score import NetworkScore, Params
+from models.score import Params, ScoreModel
 
 Metrics = dict[str, Array]
 ImageLevels = UInt8[Array, "batch height width channel"] | Float[Array, "batch d"]
@@ -93,12 +93,12 @@ def schedules_at(opt_state: optax.OptState, step: Array) -> optax.OptState:
 
 @dataclasses.dataclass(frozen=True)
 class Trainer:
-    """What a training step needs besides the state, fixed for the run; the parameters in `score_fn` are not used."""
+    """Everything that a training step needs besides the state and the batch; fixed for the run."""
 
-    score_fn: NetworkScore
+    model: ScoreModel
     objective: Objective
     optimizer: optax.GradientTransformation
-    preprocess: Preprocess | PointPreprocess
+    preprocess: Callable[[Array, ImageLevels], Batch]
     ema_rate: float
     accumulation_steps: int = 1
 
@@ -131,7 +131,7 @@ class Trainer:
         """
         data_key, noise_key, dropout_key = jax.random.split(key, 3)
         x0 = self.preprocess(data_key, images)
-        noise = draw_noise(noise_key, self.score_fn.sde, self.objective, x0.shape)
+        noise = draw_noise(noise_key, self.model.sde, self.objective, x0.shape)
         if self.accumulation_steps == 1:
             return self.loss_gradient(params, x0, noise, dropout_key)
 
@@ -148,9 +148,9 @@ class Trainer:
         """Gradient of the mean total loss over x0, and the mean of each term."""
 
         def mean_loss(params: Params) -> tuple[Array, Metrics]:
-            score_fn = dataclasses.replace(self.score_fn, params=params, dropout_key=dropout_key)
-            losses = score_matching_losses(score_fn, score_fn.sde, self.objective, x0, noise)
-            metrics = {name: jnp.mean(value) for name, value in losses.named().items()}
+            score_fn = self.model.score_fn(params, dropout_key)
+            losses = score_matching_losses(score_fn, self.model.sde, self.objective, x0, noise)
+            metrics = {name: jnp.mean(value) for name, value in losses.items()}
             return metrics["total"], metrics
 
         return jax.grad(mean_loss, has_aux=True)(params)
@@ -158,3 +158,39 @@ class Trainer:
     def _split(self, a: Array) -> Array:
         """[batch, ...] to [parts, batch / parts, ...], each part taking its rows from every device."""
         return a.reshape(-1, self.accumulation_steps, *a.shape[1:]).swapaxes(0, 1)
+
+
+RESETTABLE = ("step", "opt", "ema")
+"""The parts of a state that `training.init_reset` may name."""
+
+
+def reset_parts(state: TrainState, fresh: TrainState, parts: str) -> TrainState:
+    """The state with some of its parts replaced by those of `fresh`, to start a new run from an old one.
+
+    The warm-up of the learning rate follows the step: it starts again when the step is reset, and only then. A reset
+    EMA starts from the parameters.
+
+    Args:
+        parts: as in `parts_to_reset`.
+    """
+    names = parts_to_reset(parts)
+    if "step" in names:
+        state = state.replace(step=fresh.step)
+    if "opt" in names:
+        state = state.replace(opt_state=fresh.opt_state)
+    if "ema" in names:
+        state = state.replace(ema_params=jax.tree.map(lambda a: a.copy(), state.params))
+    return state.replace(opt_state=schedules_at(state.opt_state, state.step))
+
+
+def parts_to_reset(parts: str) -> list[str]:
+    """The parts that `training.init_reset` names: any of step, opt, ema, separated by commas.
+
+    Raises:
+        ValueError: for any other part.
+    """
+    names = [name for name in parts.split(",") if name]
+    for name in names:
+        if name not in RESETTABLE:
+            raise ValueError(f"training.init_reset names {name!r}; it takes any of {','.join(RESETTABLE)}")
+    return names

@@ -23,9 +23,9 @@ from jaxtyping import Array, Float
 
 from arrays import PerExample, inner
 from configs.default import Config
-from models.resample import Images
+from models.resample import FeatureMap
 
-Halves: TypeAlias = tuple[Images, Images]
+Halves: TypeAlias = tuple[FeatureMap, FeatureMap]
 """The even and the odd columns of images, each [batch, height, width / 2, channel]."""
 
 CONTEXT_CHANNELS = 32
@@ -43,7 +43,7 @@ def concat_elu(x: Array) -> Array:
     return nn.elu(jnp.concatenate([x, -x], axis=-1))
 
 
-def conv3x3(x: Images, kernel: Float[Array, "3 3 in out"], kernel_axes: str = "HWIO") -> Images:
+def conv3x3(x: FeatureMap, kernel: Float[Array, "3 3 in out"], kernel_axes: str = "HWIO") -> FeatureMap:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", kernel_axes, "NHWC"))
 
 
@@ -62,13 +62,13 @@ def normal_init(std: float) -> nn.initializers.Initializer:
 def linear(
     scope: nn.Module,
     name: str,
-    x: Images,
+    x: FeatureMap,
     features: int,
     *,
     apply: Callable[[Array, Array], Array],
     size: tuple[int, ...] = (),
     init_scale: float = 1.0,
-) -> Images:
+) -> FeatureMap:
     """A linear map of the channels, with parameters NAME_W and NAME_b."""
     shape = (*size, x.shape[-1], features)
 
@@ -80,16 +80,16 @@ def linear(
     return _add_bias(scope, name, h)
 
 
-def nin(scope: nn.Module, name: str, x: Images, features: int, init_scale: float = 1.0) -> Images:
+def nin(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> FeatureMap:
     """The same linear map at every pixel."""
     return linear(scope, name, x, features, apply=jnp.matmul, init_scale=init_scale)
 
 
-def conv(scope: nn.Module, name: str, x: Images, features: int, init_scale: float = 1.0) -> Images:
+def conv(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> FeatureMap:
     return linear(scope, name, x, features, apply=swapped_conv3x3, size=(3, 3), init_scale=init_scale)
 
 
-def normed_conv(scope: nn.Module, name: str, x: Images, features: int, init_scale: float = 1.0) -> Images:
+def normed_conv(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> FeatureMap:
     """A convolution with weight normalisation: g V / |V|, parameters NAME_V, NAME_g and NAME_b."""
     direction = scope.param(f"{name}_V", normal_init(0.05), (3, 3, x.shape[-1], features), x.dtype)
     h = conv3x3(x, direction * jax.lax.rsqrt(jnp.sum(jnp.square(direction), axis=(0, 1, 2), keepdims=True)))
@@ -97,15 +97,15 @@ def normed_conv(scope: nn.Module, name: str, x: Images, features: int, init_scal
     return _add_bias(scope, name, h)
 
 
-Conv: TypeAlias = Callable[..., Images]
+Conv: TypeAlias = Callable[..., FeatureMap]
 """`conv` or `normed_conv`."""
 
 
-def _add_bias(scope: nn.Module, name: str, h: Images) -> Images:
+def _add_bias(scope: nn.Module, name: str, h: FeatureMap) -> FeatureMap:
     return h + _broadcast(scope.param(f"{name}_b", lambda key: -jnp.mean(h, axis=(0, 1, 2))), h)
 
 
-def _inverse_std(h: Images) -> Float[Array, " channels"]:
+def _inverse_std(h: FeatureMap) -> Float[Array, " channels"]:
     return jax.lax.rsqrt(jnp.var(h, axis=(0, 1, 2)) + 1e-10)
 
 
@@ -113,7 +113,7 @@ def _broadcast(values: Array, like: Array) -> Array:
     return values.reshape((1,) * (like.ndim - values.ndim) + values.shape)
 
 
-def layer_norm(scope: nn.Module, name: str, x: Images) -> Images:
+def layer_norm(scope: nn.Module, name: str, x: FeatureMap) -> FeatureMap:
     """Normalisation over the channels of each pixel, with parameters NAME_g and NAME_b."""
     shape = (1, 1, 1, x.shape[-1])
     centered = x - jnp.mean(x, axis=-1, keepdims=True)
@@ -122,15 +122,21 @@ def layer_norm(scope: nn.Module, name: str, x: Images) -> Images:
     return h * g + scope.param(f"{name}_b", nn.initializers.zeros, shape, x.dtype)
 
 
-def gated(h: Images) -> Images:
+def gated(h: FeatureMap) -> FeatureMap:
     """The first half of the channels, each times the sigmoid of one of the other half."""
     values, gates = jnp.split(h, 2, axis=-1)
     return values * jax.nn.sigmoid(gates)
 
 
 def gated_conv(
-    scope: nn.Module, name: str, x: Images, context: Images | None, first: Conv, second: Conv, dropout: nn.Dropout
-) -> Images:
+    scope: nn.Module,
+    name: str,
+    x: FeatureMap,
+    context: FeatureMap | None,
+    first: Conv,
+    second: Conv,
+    dropout: nn.Dropout,
+) -> FeatureMap:
     """Two maps with a gate, the context added between them."""
     channels = x.shape[-1]
     h = first(scope, f"{name}c1", concat_elu(x), channels)
@@ -141,8 +147,8 @@ def gated_conv(
 
 
 def gated_attention(
-    scope: nn.Module, name: str, x: Images, positions: Array, heads: int, dropout: nn.Dropout
-) -> Images:
+    scope: nn.Module, name: str, x: FeatureMap, positions: Array, heads: int, dropout: nn.Dropout
+) -> FeatureMap:
     """Self-attention between all pixels, with a gate."""
     channels = x.shape[-1]
     h = nin(scope, f"{name}proj1", x + _broadcast(positions, x), 3 * channels)
@@ -152,7 +158,7 @@ def gated_attention(
     return gated(nin(scope, f"{name}proj2", dropout(h.reshape(x.shape)), 2 * channels, init_scale=SMALL_OUTPUT))
 
 
-def position_embedding(scope: nn.Module, name: str, x: Images, channels: int) -> Array:
+def position_embedding(scope: nn.Module, name: str, x: FeatureMap, channels: int) -> Array:
     return scope.param(name, normal_init(0.01), (*x.shape[1:3], channels), x.dtype)
 
 
@@ -162,7 +168,7 @@ class ShallowProcessor(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, image: Images, train: bool) -> Images:
+    def __call__(self, image: FeatureMap, train: bool) -> FeatureMap:
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         h = conv(self, "proj", image, CONTEXT_CHANNELS)
         for number in range(3):
@@ -176,7 +182,7 @@ class DeepProcessor(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, image: Images, train: bool) -> Images:
+    def __call__(self, image: FeatureMap, train: bool) -> FeatureMap:
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         h = normed_conv(self, "proj", image, CONTEXT_CHANNELS)
         positions = position_embedding(self, "pos_emb_dq", h, CONTEXT_CHANNELS)
@@ -198,7 +204,7 @@ class Norm(nn.Module):
         log_det = sum(log_det for _, log_det in results)
         return (even, odd), jnp.full(len(even), log_det)
 
-    def _normalize(self, number: int, x: Images) -> tuple[Images, Array]:
+    def _normalize(self, number: int, x: FeatureMap) -> tuple[FeatureMap, Array]:
         g = self.param(f"norm{number}_g", lambda key: jax.lax.rsqrt(jnp.var(x, axis=0) + 1e-8))
         g = jnp.maximum(g, 1e-10)
         h = x * _broadcast(g, x)
@@ -219,7 +225,7 @@ class Pointwise(nn.Module):
         return (even @ weights[0], odd @ weights[1]), jnp.full(len(even), log_det)
 
 
-def mixture_of_logistics(x: Images, raw: Float[Array, "*x parameters"]) -> tuple[Images, PerExample]:
+def mixture_of_logistics(x: FeatureMap, raw: Float[Array, "*x parameters"]) -> tuple[FeatureMap, PerExample]:
     """exp(s) logit(F(x)) + t, F the distribution function of a mixture of logistics; and ln |det| of its Jacobian.
 
     Args:
@@ -248,11 +254,13 @@ class MixLogisticAttnCoupling(nn.Module):
     weight_norm: bool
 
     @nn.compact
-    def __call__(self, given: Images, x: Images, context: Images, train: bool) -> tuple[Images, PerExample]:
+    def __call__(
+        self, given: FeatureMap, x: FeatureMap, context: FeatureMap, train: bool
+    ) -> tuple[FeatureMap, PerExample]:
         raw = self._network(given, context, train)
         return mixture_of_logistics(x, raw.reshape(*x.shape, -1))
 
-    def _network(self, given: Images, context: Images, train: bool) -> Images:
+    def _network(self, given: FeatureMap, context: FeatureMap, train: bool) -> FeatureMap:
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         spatial = normed_conv if self.weight_norm else conv
         positions = position_embedding(self, "pos_emb", given, self.filters)
@@ -288,7 +296,7 @@ class Flowpp(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, gaussian: Images, unit: Images, train: bool) -> tuple[Images, PerExample]:
+    def __call__(self, gaussian: FeatureMap, unit: FeatureMap, train: bool) -> tuple[FeatureMap, PerExample]:
         """Noise u and ln q(u | image) in nats.
 
         Args:
@@ -306,7 +314,7 @@ class Flowpp(nn.Module):
         log_normal = -0.5 * (inner(gaussian, gaussian) + dims * math.log(2 * math.pi))
         return jax.nn.sigmoid(logits), log_normal - log_det - jnp.sum(slopes, axis=(1, 2, 3))
 
-    def _flow(self, halves: Halves, context: Images, train: bool) -> tuple[Halves, PerExample]:
+    def _flow(self, halves: Halves, context: FeatureMap, train: bool) -> tuple[Halves, PerExample]:
         log_det = jnp.zeros(len(context), context.dtype)
         for _ in range(self.couplings):
             for layer in [Norm()] if self.deep else [Norm(), Pointwise()]:
@@ -321,11 +329,11 @@ class Flowpp(nn.Module):
         return halves, log_det
 
 
-def split_columns(images: Images) -> Halves:
+def split_columns(images: FeatureMap) -> Halves:
     return images[:, :, 0::2], images[:, :, 1::2]
 
 
-def join_columns(halves: Halves) -> Images:
+def join_columns(halves: Halves) -> FeatureMap:
     """The inverse of `split_columns`."""
     even, odd = halves
     batch, height, width, channels = even.shape

@@ -1,7 +1,7 @@
 """The layers of NCSN++ and DDPM++ ([S21a] App. H).
 
 Classes keep the published names: parameters are stored under the class name and a count, so released checkpoints load.
-Images are [batch, height, width, channels], embeddings of the time [batch, embedding].
+FeatureMap are [batch, height, width, channels], embeddings of the time [batch, embedding].
 """
 
 import math
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arrays import PerExample
-from models.resample import Images, Taps, conv_downsample, downsample, upsample, upsample_conv
+from models.resample import FeatureMap, Taps, conv_downsample, downsample, upsample, upsample_conv
 
 Embedding: TypeAlias = Float[Array, "batch embedding"]
 Nonlinearity: TypeAlias = Callable[[Array], Array]
@@ -53,7 +53,7 @@ class GroupNorm(nn.Module):
     epsilon: float = 1e-6
 
     @nn.compact
-    def __call__(self, x: Images) -> Images:
+    def __call__(self, x: FeatureMap) -> FeatureMap:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -74,14 +74,14 @@ def _per_channel(values: Float[Array, " channels"], like: Array) -> Array:
     return values.reshape((1,) * (like.ndim - 1) + values.shape)
 
 
-def _group_mean(x: Images, groups: int) -> Float[Array, "batch 1 1 channels"]:
+def _group_mean(x: FeatureMap, groups: int) -> Float[Array, "batch 1 1 channels"]:
     """The mean over pixels and the channels of a group, for each channel."""
     batch, _, _, channels = x.shape
     means = x.mean((1, 2)).reshape(batch, groups, -1).mean(2)
     return jnp.repeat(means, channels // groups, axis=1)[:, None, None, :]
 
 
-def residual_sum(x: Images, h: Images, rescale: bool) -> Images:
+def residual_sum(x: FeatureMap, h: FeatureMap, rescale: bool) -> FeatureMap:
     """x + h, divided by sqrt(2) if `rescale`, which keeps the variance."""
     return (x + h) * math.sqrt(0.5) if rescale else x + h
 
@@ -125,10 +125,10 @@ class Conv2d(nn.Module):
 
     features: int
     taps: Taps
-    resample: Callable[[Images, Array, Taps], Images]
+    resample: Callable[[FeatureMap, Array, Taps], FeatureMap]
 
     @nn.compact
-    def __call__(self, x: Images) -> Images:
+    def __call__(self, x: FeatureMap) -> FeatureMap:
         weight = self.param("weight", kernel_init(), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return self.resample(x, weight, self.taps) + _per_channel(bias, x)
@@ -141,7 +141,7 @@ class Downsample(nn.Module):
     taps: Taps | None
 
     @nn.compact
-    def __call__(self, x: Images) -> Images:
+    def __call__(self, x: FeatureMap) -> FeatureMap:
         if self.features is None:
             return downsample(x, self.taps)
         if self.taps is None:
@@ -156,7 +156,7 @@ class Upsample(nn.Module):
     taps: Taps | None
 
     @nn.compact
-    def __call__(self, x: Images) -> Images:
+    def __call__(self, x: FeatureMap) -> FeatureMap:
         if self.features is None:
             return upsample(x, self.taps)
         if self.taps is None:
@@ -170,7 +170,7 @@ class Combine(nn.Module):
     method: str  # sum or cat
 
     @nn.compact
-    def __call__(self, pyramid: Images, h: Images) -> Images:
+    def __call__(self, pyramid: FeatureMap, h: FeatureMap) -> FeatureMap:
         pyramid = conv(h.shape[-1], size=1)(pyramid)
         return pyramid + h if self.method == "sum" else jnp.concatenate([pyramid, h], axis=-1)
 
@@ -182,7 +182,7 @@ class AttnBlockpp(nn.Module):
     skip_rescale: bool
 
     @nn.compact
-    def __call__(self, x: Images) -> Images:
+    def __call__(self, x: FeatureMap) -> FeatureMap:
         channels = x.shape[-1]
         h = GroupNorm()(x).reshape(len(x), -1, channels)
         query, key, value = NIN(channels)(h), NIN(channels)(h), NIN(channels)(h)
@@ -202,8 +202,8 @@ class _ResnetBlock(nn.Module):
     features: int | None = None  # channels of the result; None: those of the input
 
     def branch(
-        self, x: Images, embedding: Embedding | None, train: bool, resample: Callable[[Images], Images]
-    ) -> Images:
+        self, x: FeatureMap, embedding: Embedding | None, train: bool, resample: Callable[[FeatureMap], FeatureMap]
+    ) -> FeatureMap:
         """Two convolutions; the time embedding shifts the channels between them."""
         features = self.features or x.shape[-1]
         h = resample(self.nonlinearity(GroupNorm()(x)))
@@ -219,7 +219,7 @@ class ResnetBlockDDPMpp(_ResnetBlock):
     """The residual block of DDPM (Ho et al., 2020)."""
 
     @nn.compact
-    def __call__(self, x: Images, embedding: Embedding | None, train: bool) -> Images:
+    def __call__(self, x: FeatureMap, embedding: Embedding | None, train: bool) -> FeatureMap:
         h = self.branch(x, embedding, train, resample=lambda x: x)
         if x.shape[-1] != h.shape[-1]:
             x = NIN(h.shape[-1])(x)
@@ -229,16 +229,18 @@ class ResnetBlockDDPMpp(_ResnetBlock):
 class ResnetBlockBigGANpp(_ResnetBlock):
     """The residual block of BigGAN (Brock et al., 2019), which can resample inside."""
 
-    resample: Callable[[Images, Taps | None], Images] | None = None  # of models.resample; None keeps the resolution
+    resample: Callable[[FeatureMap, Taps | None], FeatureMap] | None = (
+        None  # of models.resample; None keeps the resolution
+    )
     taps: Taps | None = None
 
     @nn.compact
-    def __call__(self, x: Images, embedding: Embedding | None, train: bool) -> Images:
+    def __call__(self, x: FeatureMap, embedding: Embedding | None, train: bool) -> FeatureMap:
         h = self.branch(x, embedding, train, self._resample)
         x = self._resample(x)
         if x.shape[-1] != h.shape[-1] or self.resample is not None:
             x = conv(h.shape[-1], size=1)(x)
         return residual_sum(x, h, self.skip_rescale)
 
-    def _resample(self, x: Images) -> Images:
+    def _resample(self, x: FeatureMap) -> FeatureMap:
         return x if self.resample is None else self.resample(x, self.taps)

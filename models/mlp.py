@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from arrays import PerExample, per_example
+from arrays import PerExample, append_dims
 from configs.default import Config
 from models.layers import NONLINEARITIES, positional_embedding
 
@@ -40,12 +40,12 @@ class MLP(nn.Module):
         times, seen = labels, x
         if self.scale_by_sigma:
             # a resolution like that of 999 t over the noise levels of VE
-            times, seen = 100 * jnp.log(labels), x * per_example(jax.lax.rsqrt(1 + labels**2), x)
+            times, seen = 100 * jnp.log(labels), x * append_dims(jax.lax.rsqrt(1 + labels**2), x)
         time = self._layers("time", positional_embedding(times, self.embedding_size), self.time_widths)
         data = self._layers("data", seen, self.data_widths)
         joined = NONLINEARITIES[self.nonlinearity](jnp.concatenate([time, data], axis=1))
         output = self._layers("trunk", joined, (*self.widths, x.shape[1]))
-        return output / per_example(labels, output) if self.scale_by_sigma else output
+        return output / append_dims(labels, output) if self.scale_by_sigma else output
 
     def _layers(self, name: str, h: Array, widths: Sequence[int]) -> Array:
         """Affine maps with the nonlinearity between them."""

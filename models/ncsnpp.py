@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from arrays import PerExample, per_example
+from arrays import PerExample, append_dims
 from configs.default import Config
 from models.layers import (
     NONLINEARITIES,
@@ -26,9 +26,9 @@ from models.layers import (
     positional_embedding,
     residual_sum,
 )
-from models.resample import Images, Taps, downsample, upsample
+from models.resample import FeatureMap, Taps, downsample, upsample
 
-Block: TypeAlias = Callable[..., Images]
+Block: TypeAlias = Callable[..., FeatureMap]
 """A residual block: of feature maps and, by name, the `features` or `resample` that change their shape."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -78,14 +78,14 @@ class NCSNpp(nn.Module):
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: Images, labels: PerExample, train: bool) -> Images:
+    def __call__(self, x: FeatureMap, labels: PerExample, train: bool) -> FeatureMap:
         self._check_size(x)
         images = x if self.centered else 2 * x - 1
         block = functools.partial(self._block, embedding=self._embed(labels), train=train)
         skips = self._down_path(images, block)
         h = self._middle(skips[-1], block)
         h = self._up_path(h, skips, block, channels=x.shape[-1])
-        return h / per_example(labels, h) if self.scale_by_sigma else h
+        return h / append_dims(labels, h) if self.scale_by_sigma else h
 
     def _embed(self, labels: PerExample) -> Embedding | None:
         if self.embedding_type == "fourier":
@@ -97,7 +97,7 @@ class NCSNpp(nn.Module):
         embedding = nn.Dense(4 * self.nf, kernel_init=kernel_init())(embedding)
         return nn.Dense(4 * self.nf, kernel_init=kernel_init())(self._act(embedding))
 
-    def _down_path(self, images: Images, block: Block) -> list[Images]:
+    def _down_path(self, images: FeatureMap, block: Block) -> list[FeatureMap]:
         """All feature maps on the way down, those of the highest resolution first."""
         pyramid = images
         skips = [conv(self.nf)(images)]
@@ -110,10 +110,10 @@ class NCSNpp(nn.Module):
                 skips.append(h)
         return skips
 
-    def _middle(self, h: Images, block: Block) -> Images:
+    def _middle(self, h: FeatureMap, block: Block) -> FeatureMap:
         return block(self._attention(block(h)))
 
-    def _up_path(self, h: Images, skips: list[Images], block: Block, channels: int) -> Images:
+    def _up_path(self, h: FeatureMap, skips: list[FeatureMap], block: Block, channels: int) -> FeatureMap:
         """From the lowest resolution, joined by every map of the way down, to an image of so many channels."""
         skips = list(skips)
         pyramid = None
@@ -128,7 +128,7 @@ class NCSNpp(nn.Module):
             return pyramid
         return self._head(h, channels, self.init_scale)
 
-    def _join_input_pyramid(self, pyramid: Images, h: Images) -> tuple[Images, Images]:
+    def _join_input_pyramid(self, pyramid: FeatureMap, h: FeatureMap) -> tuple[FeatureMap, FeatureMap]:
         """The pyramid, one resolution lower, and the feature maps joined with it."""
         if self.progressive_input == "none":
             return pyramid, h
@@ -139,7 +139,9 @@ class NCSNpp(nn.Module):
         h = residual_sum(pyramid, h, self.skip_rescale)
         return h, h
 
-    def _join_output_pyramid(self, pyramid: Images | None, h: Images, channels: int) -> tuple[Images | None, Images]:
+    def _join_output_pyramid(
+        self, pyramid: FeatureMap | None, h: FeatureMap, channels: int
+    ) -> tuple[FeatureMap | None, FeatureMap]:
         """The pyramid, one resolution higher and joined with the feature maps, and the maps to go on with."""
         if self.progressive == "none":
             return None, h
@@ -152,24 +154,24 @@ class NCSNpp(nn.Module):
         h = residual_sum(pyramid, h, self.skip_rescale)
         return h, h
 
-    def _halve(self, h: Images, block: Block) -> Images:
+    def _halve(self, h: FeatureMap, block: Block) -> FeatureMap:
         if self.resblock_type == "ddpm":
             return Downsample(h.shape[-1] if self.resamp_with_conv else None, self.fir_kernel)(h)
         return block(h, resample=downsample)
 
-    def _double(self, h: Images, block: Block) -> Images:
+    def _double(self, h: FeatureMap, block: Block) -> FeatureMap:
         if self.resblock_type == "ddpm":
             return Upsample(h.shape[-1] if self.resamp_with_conv else None, self.fir_kernel)(h)
         return block(h, resample=upsample)
 
     def _block(
         self,
-        h: Images,
+        h: FeatureMap,
         embedding: Embedding | None,
         train: bool,
         features: int | None = None,
-        resample: Callable[[Images, Taps | None], Images] | None = None,
-    ) -> Images:
+        resample: Callable[[FeatureMap, Taps | None], FeatureMap] | None = None,
+    ) -> FeatureMap:
         """A residual block; `resample` is for those that resample inside."""
         options: dict[str, Any] = {
             "nonlinearity": NONLINEARITIES[self.nonlinearity],
@@ -184,26 +186,26 @@ class NCSNpp(nn.Module):
             block = ResnetBlockBigGANpp(**options, resample=resample, taps=self.fir_kernel)
         return self._apply(block, h, embedding, train)
 
-    def _attention(self, h: Images) -> Images:
+    def _attention(self, h: FeatureMap) -> FeatureMap:
         return self._apply(AttnBlockpp(self.init_scale, self.skip_rescale), h)
 
-    def _attention_if_due(self, h: Images) -> Images:
+    def _attention_if_due(self, h: FeatureMap) -> FeatureMap:
         return self._attention(h) if h.shape[1] in self.attn_resolutions else h
 
-    def _head(self, h: Images, features: int, init_scale: float) -> Images:
+    def _head(self, h: FeatureMap, features: int, init_scale: float) -> FeatureMap:
         """From feature maps to an image, or to the start of the output pyramid."""
         return conv(features, init_scale=init_scale)(self._act(GroupNorm()(h)))
 
     def _act(self, x: Array) -> Array:
         return NONLINEARITIES[self.nonlinearity](x)
 
-    def _apply(self, layer: Callable[..., Images], h: Images, *args: Any) -> Images:
-        def call(layer: Callable[..., Images], h: Images) -> Images:
+    def _apply(self, layer: Callable[..., FeatureMap], h: FeatureMap, *args: Any) -> FeatureMap:
+        def call(layer: Callable[..., FeatureMap], h: FeatureMap) -> FeatureMap:
             return layer(h, *args)
 
         return nn.remat(call)(layer, h) if self.remat else call(layer, h)
 
-    def _check_size(self, x: Images) -> None:
+    def _check_size(self, x: FeatureMap) -> None:
         height, width, multiple = x.shape[1], x.shape[2], 2 ** (len(self.ch_mult) - 1)
         if height % multiple or width % multiple:
             raise ValueError(

@@ -12,14 +12,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-Images: TypeAlias = Float[Array, "batch height width channels"]
+FeatureMap: TypeAlias = Float[Array, "batch height width channels"]
 Weight: TypeAlias = Float[Array, "size size channels features"]
 
 Taps: TypeAlias = tuple[float, ...]
 """A one-dimensional FIR filter, up to its scale."""
 
 
-def upsample(x: Images, taps: Taps | None) -> Images:
+def upsample(x: FeatureMap, taps: Taps | None) -> FeatureMap:
     """Twice the height and width; `taps` None repeats every pixel."""
     if taps is None:
         return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
@@ -28,7 +28,7 @@ def upsample(x: Images, taps: Taps | None) -> Images:
     return _filter(x, taps, up=2, pad=((excess + 1) // 2 + 1, excess // 2 + 1))
 
 
-def downsample(x: Images, taps: Taps | None) -> Images:
+def downsample(x: FeatureMap, taps: Taps | None) -> FeatureMap:
     """Half the height and width, which are even; `taps` None averages squares of four pixels."""
     if taps is None:
         batch, height, width, channels = x.shape
@@ -37,7 +37,7 @@ def downsample(x: Images, taps: Taps | None) -> Images:
     return _filter(x, taps, down=2, pad=((excess + 1) // 2, excess // 2))
 
 
-def upsample_conv(x: Images, weight: Weight, taps: Taps) -> Images:
+def upsample_conv(x: FeatureMap, weight: Weight, taps: Taps) -> FeatureMap:
     """Filtered upsampling joined with a convolution, so that the image's border is padded once.
 
     Published: transposed convolution, then filter. Here the filter goes first, padded so far that the convolution needs
@@ -49,17 +49,17 @@ def upsample_conv(x: Images, weight: Weight, taps: Taps) -> Images:
     return _valid_conv(_filter(x, taps, up=2, pad=pad), weight, stride=1)
 
 
-def conv_downsample(x: Images, weight: Weight, taps: Taps) -> Images:
+def conv_downsample(x: FeatureMap, weight: Weight, taps: Taps) -> FeatureMap:
     """A convolution joined with filtered downsampling, so that the image's border is padded once."""
     excess = len(taps) + weight.shape[0] - 3
     return _valid_conv(_filter(x, taps, pad=((excess + 1) // 2, excess // 2)), weight, stride=2)
 
 
-def _valid_conv(x: Images, weight: Weight, stride: int) -> Images:
+def _valid_conv(x: FeatureMap, weight: Weight, stride: int) -> FeatureMap:
     return lax.conv_general_dilated(x, weight, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _filter(x: Images, taps: Taps, pad: tuple[int, int], up: int = 1, down: int = 1) -> Images:
+def _filter(x: FeatureMap, taps: Taps, pad: tuple[int, int], up: int = 1, down: int = 1) -> FeatureMap:
     """Inserts up - 1 zeros between pixels, pads with zeros, convolves with the filter, keeps every down-th pixel."""
     rows = _filter_matrix(x.shape[1], taps, pad, up, down)
     columns = _filter_matrix(x.shape[2], taps, pad, up, down)

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from configs.default import Config
-from densities import DENSITIES
 from sources.catalogue import CATALOGUE, load_entry, prepare_entry
+from sources.densities import DENSITIES
 from sources.folder import load_folder
 from sources.points import draw_points
 from sources.source import MemorySource as MemorySource  # sources are found here, too

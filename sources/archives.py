@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from records import progress
+from infra.console import progress
 from sources.splits import Levels, Split
 
 Files = Mapping[str, Path]

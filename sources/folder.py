@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from records import progress
+from infra.console import progress
 from sources.resizing import CHANNELS, Framing, decode_image, shorter_side
 from sources.source import ImageLevels
 from sources.splits import SPLITS, Levels, Split, StoredSplit, is_test, read_split, write_splits

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from configs.default import Config
-from densities import DENSITIES
+from sources.densities import DENSITIES
 from sources.splits import SPLITS
 
 SEED = 0

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from files import write_atomic
+from infra.files import write_atomic
 
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from records import progress
-from sources.examples import TFRecords, decode_encoded, decode_label, decode_raw
+from infra.console import progress
 from sources.resizing import Framing, exact
 from sources.source import ImageLevels, MemorySource, Records, RecordSource, records_digest
 from sources.splits import describe, is_test
+from sources.tfrecord import TFRecords, decode_encoded, decode_label, decode_raw
 
 IN_MEMORY = 2**30
 """Bytes up to which the images of a split are kept decoded, which is faster than decoding each time they are needed."""

@@ -7,7 +7,7 @@ sign and scale in third derivatives do not show there, and a symmetric mixture h
 import numpy as np
 from jaxtyping import Float
 
-from densities import GaussianMixture
+from sources.densities import GaussianMixture
 
 
 def gaussian(mean: Float[np.ndarray, " d"], covariance: Float[np.ndarray, "d d"]) -> GaussianMixture:

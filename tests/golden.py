@@ -18,10 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from configs.default import Config
+from infra.published_checkpoints import read_published_checkpoint
 from models import resample
 from models.ncsnpp import ncsnpp_from_fields
-from models.score import build_network, init_params
-from released import read_released
+from models.score import ScoreModel, build_network
+from sde_lib import VESDE
 from tests.golden_common import (
     Result,
     UnknownKind,
@@ -99,7 +100,7 @@ def check_released(path: Path) -> Iterator[Result]:
     network: Any = ncsnpp_from_fields(config.model, config.data.centered)
     optimizer = optimizer_from_config(config.optim)
     like = jax.eval_shape(lambda params: create_state(params, optimizer), _abstract(network, data["x"].shape[1:]))
-    state = read_released(checkpoint, like)
+    state = read_published_checkpoint(checkpoint, like)
     output = _network_output(network, state.ema_params, data["x"], data["labels"])
     yield Result("output", relative_error(output, data["output_ema"], floor=0.1), 1e-4)
 
@@ -151,7 +152,7 @@ def abstract_params(config: Config) -> Any:
 
 @functools.cache
 def _abstract(network: Any, image_shape: tuple[int, ...]) -> Any:
-    return jax.eval_shape(lambda: init_params(network, jax.random.key(0), image_shape))
+    return jax.eval_shape(lambda: ScoreModel(network, VESDE()).init(jax.random.key(0), image_shape))
 
 
 def main(paths: Sequence[str]) -> int:

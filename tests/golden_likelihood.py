@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from arrays import num_dims
-from bounds import start_correction
+from bound_likelihood import start_correction
 from configs.default import Config
 from datasets import preprocess_from_config
 from likelihood import bits_per_dim, ode_log_likelihood
-from models.score import NetworkScore, build_network, sde_from_config
+from models.score import NetworkScore, score_model_from_config
 from ode import require_success
-from predictor_corrector import CORRECTORS, PREDICTORS
+from samplers.predictor_corrector import CORRECTORS, PREDICTORS
 from tests.golden_common import Result, golden_config, golden_params, relative_error
 
 NUM_SCALES = 1000
@@ -25,12 +25,12 @@ NUM_SCALES = 1000
 def check_likelihood(path: Path) -> Iterator[Result]:
     data = np.load(path)
     config = golden_config(data)
-    score_fn = NetworkScore(golden_params(data), build_network(config), sde_from_config(config))
+    score_fn = score_model_from_config(config).score_fn(golden_params(data))
     scale = preprocess_from_config(config, train=False).unit_scale
     x, t_min = jnp.asarray(data["x"]), float(data["smallest_time"])
     for method, tolerance in (("scipy", 1e-5), ("dopri5", 3e-6)):
         solve = {"t_min": t_min, "method": method, "rtol": tolerance, "atol": tolerance}
-        result = ode_log_likelihood(score_fn, score_fn.sde, x, jnp.asarray(data["hutchinson"])[None], **solve)
+        result = ode_log_likelihood(score_fn, score_fn.model.sde, x, jnp.asarray(data["hutchinson"])[None], **solve)
         require_success(result.info)
         bits = bits_per_dim(result, levels=256, unit_scale=scale).total
         yield Result(f"bpd, {method}", float(np.abs(bits - data["bpd_tol1e-7"]).max()), 5e-3)
@@ -56,7 +56,7 @@ def _latent_tolerance(config: Config) -> float:
 
 def _published_offset(score_fn: NetworkScore, x: jax.Array, noise: np.ndarray, t_min: float) -> np.ndarray:
     """The correction with E ln p(x_{t_min} | x) in closed form in place of its draw."""
-    draw = np.asarray(start_correction(score_fn, score_fn.sde, x, jnp.asarray(noise), t_min))
+    draw = np.asarray(start_correction(score_fn, score_fn.model.sde, x, jnp.asarray(noise), t_min))
     return draw + 0.5 * (np.sum(noise**2, axis=(1, 2, 3)) - num_dims(x))
 
 
@@ -70,14 +70,14 @@ def _sampler_updates(score_fn: NetworkScore, data: Any) -> Iterator[Result]:
 
     for name, predictor in PREDICTORS.items():
         if f"{name}_x" in data:
-            settings = (lambda x, t: score, score_fn.sde, x, t, jnp.asarray(data["predictor_noise"]), NUM_SCALES)
+            settings = (lambda x, t: score, score_fn.model.sde, x, t, jnp.asarray(data["predictor_noise"]), NUM_SCALES)
             keep(name, predictor(*settings))
             if f"{name}_pflow_x" in data:
                 got[f"{name}_pflow_x"] = predictor(*settings, probability_flow=True)[0]
     for name, corrector in CORRECTORS.items():
         if f"{name}_x" in data:
             noise, snr = jnp.asarray(data["corrector_noise"]), float(data["snr"])
-            keep(name, corrector(lambda x, t: score, score_fn.sde, x, t, noise, NUM_SCALES, snr))
+            keep(name, corrector(lambda x, t: score, score_fn.model.sde, x, t, noise, NUM_SCALES, snr))
     for name, value in got.items():
         yield Result(name, relative_error(value, data[name], scale=_size(data[name])), 1e-3)
 

@@ -11,7 +11,7 @@ import optax
 from flax.traverse_util import flatten_dict
 
 from losses import ORDERS, Noise, Objective, score_matching_losses
-from models.score import NetworkScore, build_network, sde_from_config
+from models.score import score_model_from_config
 from tests.golden_common import Result, golden_config, golden_params, relative_error
 
 TERMS = ("first", "second_frob", "second_trace", "third")
@@ -48,7 +48,7 @@ def _compare(data: Any, order: int, means: dict[str, float], gradient: Any) -> I
 def _losses_and_gradient(data: Any, order: int) -> Callable[[Any, dict[str, float]], tuple[dict[str, Any], Any]]:
     """(parameters, weights) -> batch means of the terms, gradient of their weighted sum; one program for all orders."""
     config = golden_config(data)
-    network, sde = build_network(config), sde_from_config(config)
+    model = score_model_from_config(config)
     likelihood_weighting = bool(data["likelihood_weighting"])
     objective = Objective(
         order=order,
@@ -61,9 +61,8 @@ def _losses_and_gradient(data: Any, order: int) -> Callable[[Any, dict[str, floa
     noise = Noise(*(jnp.asarray(data[name]) for name in ("t", "z", "v")))
 
     def means(params: Any) -> dict[str, Any]:
-        score_fn = NetworkScore(params, network, sde)
-        losses = score_matching_losses(score_fn, sde, objective, jnp.asarray(data["x"]), noise)
-        return {term: jnp.mean(value) for term, value in losses.named().items() if term != "total"}
+        losses = score_matching_losses(model.score_fn(params), model.sde, objective, jnp.asarray(data["x"]), noise)
+        return {term: jnp.mean(value) for term, value in losses.items() if term != "total"}
 
     @jax.jit
     def losses_and_gradient(params: Any, weights: dict[str, float]) -> tuple[dict[str, Any], Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from files import write_npz
+from infra.files import write_npz
 from models.inception import published_shapes
 
 STORED = Path(__file__).with_name("inception_torch_fidelity.npz")

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from arrays import Batch, PerExample
-from bounds import FORMS, bound_bits_per_dim, expected_prior_logp, likelihood_bound
-from likelihood import Reference
+from bound_likelihood import FORMS, bound_bits_per_dim, expected_prior_logp, likelihood_bound
+from likelihood import GaussianReference
 from sde_lib import SDE, SDES, VPSDE
 from tests.analytic import asymmetric_mixture, gaussian
 
 MIXTURE = asymmetric_mixture(3)
-NEAR = Reference(MIXTURE.mean, 0.45)
+NEAR = GaussianReference(MIXTURE.mean, 0.45)
 VP = VPSDE()
 VP_SCORE = MIXTURE.score_fn(VP)
 X = MIXTURE.sample(jax.random.key(0), (32, 3))
@@ -63,7 +63,7 @@ def test_the_bound_is_the_likelihood_at_the_true_score(name, form, importance_sa
 def test_nothing_is_sampled_of_the_reference_gaussian(name):
     mean, std = np.array([0.3, -0.2, 0.5]), np.array([0.2, 0.4, 0.3])
     density, sde, t_min = gaussian(mean, np.diag(std**2)), SDES[name](), 1e-2
-    solve = {"t_min": t_min, "num_times": 4, "num_starts": 1, "reference": Reference(mean, std)}
+    solve = {"t_min": t_min, "num_times": 4, "num_starts": 1, "reference": GaussianReference(mean, std)}
 
     def expected(t: float) -> Batch:
         alpha, sigma = (np.asarray(a, np.float64) for a in sde.alpha_sigma(jnp.float32(t)))

@@ -6,10 +6,10 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-import parallel
-from checkpoints import Checkpoints, reset_parts
 from configs.digits.smoke import get_config
-from train_state import create_state, optimizer_from_config
+from infra import parallel
+from infra.checkpoints import Checkpoints, abstract_state
+from train_state import TrainState, create_state, optimizer_from_config, reset_parts
 
 OPTIMIZER = optax.adam(1e-3)
 
@@ -23,65 +23,76 @@ def whole(devices=None):
     return parallel.replicated(Mesh(devices or jax.devices(), ("data",)))
 
 
+def like(devices=None, state: TrainState | None = None) -> TrainState:
+    """The shapes of these tests' states, on all devices or some."""
+    shapes = jax.eval_shape(lambda: state_at(0)) if state is None else state
+    return abstract_state(shapes, whole(devices))
+
+
 def test_restored_on_another_number_of_devices(tmp_path):
-    with Checkpoints(tmp_path, {"nf": 8}) as checkpoints:
+    with Checkpoints(tmp_path, {"nf": 8}, like()) as checkpoints:
         checkpoints.save(jax.device_put(state_at(3, 0.25), whole()))
-    with Checkpoints(tmp_path, {"nf": 8}, read_only=True) as checkpoints:
-        restored = checkpoints.restore(3, jax.eval_shape(lambda: state_at(0)), whole(jax.devices()[:1]))
+    with Checkpoints(tmp_path, {"nf": 8}, like(jax.devices()[:1]), read_only=True) as checkpoints:
+        restored = checkpoints.restore(3)
     assert restored.step == 3
     assert jnp.array_equal(restored.params["w"], jnp.full((4, 2), 0.25))
     assert jax.tree.all(jax.tree.map(lambda a: len(a.devices()) == 1, restored))
 
 
 def test_the_newest_and_every_nth_are_kept(tmp_path):
-    with Checkpoints(tmp_path, {}, keep_every=4) as checkpoints:
+    with Checkpoints(tmp_path, {}, like(), keep_every=4) as checkpoints:
         for step in (2, 4, 6, 8, 10):
             checkpoints.save(state_at(step))
         checkpoints.save(state_at(10))  # there already
-    with Checkpoints(tmp_path, {}, read_only=True) as checkpoints:
+    with Checkpoints(tmp_path, {}, like(), read_only=True) as checkpoints:
         assert list(checkpoints.steps()) == [4, 8, 10]
         assert checkpoints.newest() == 10
 
 
 def test_what_was_kept_stays_when_others_are_to_be_kept(tmp_path):
-    with Checkpoints(tmp_path, {}, keep_every=4) as checkpoints:
+    with Checkpoints(tmp_path, {}, like(), keep_every=4) as checkpoints:
         for step in (4, 8, 10):
             checkpoints.save(state_at(step))
-    with Checkpoints(tmp_path, {}, keep_every=6) as checkpoints:
+    with Checkpoints(tmp_path, {}, like(), keep_every=6) as checkpoints:
         for step in (11, 12, 13):
             checkpoints.save(state_at(step))
         assert list(checkpoints.steps()) == [4, 8, 12, 13]
 
 
 def test_another_network_is_refused_and_a_newer_field_is_not(tmp_path):
-    with Checkpoints(tmp_path, {"nf": 8, "ch_mult": (1, 2)}) as checkpoints:
+    with Checkpoints(tmp_path, {"nf": 8, "ch_mult": (1, 2)}, like()) as checkpoints:
         checkpoints.save(state_at(1))
-    shapes = jax.eval_shape(lambda: state_at(0))
-    refused = pytest.raises(ValueError, match=f"{tmp_path}/1 is of another network: nf is 8 there, 16 in the")
-    with Checkpoints(tmp_path, {"nf": 16, "ch_mult": (1, 2)}, read_only=True) as checkpoints, refused:
-        checkpoints.restore(1, shapes, whole())
-    with Checkpoints(tmp_path, {"nf": 8, "ch_mult": (1, 2), "new": 0}, read_only=True) as checkpoints:
-        assert checkpoints.restore(1, shapes, whole()).step == 1
+    refused = pytest.raises(ValueError, match=f"{tmp_path}/1 belongs to another network: nf is 8 there, but 16 in the")
+    with Checkpoints(tmp_path, {"nf": 16, "ch_mult": (1, 2)}, like(), read_only=True) as checkpoints, refused:
+        checkpoints.restore(1)
+    with Checkpoints(tmp_path, {"nf": 8, "ch_mult": (1, 2), "new": 0}, like(), read_only=True) as checkpoints:
+        assert checkpoints.restore(1).step == 1
 
 
 def test_an_unfinished_save_is_no_checkpoint(tmp_path):
-    with Checkpoints(tmp_path, {}) as checkpoints:
+    with Checkpoints(tmp_path, {}, like()) as checkpoints:
         checkpoints.save(state_at(1))
     (tmp_path / "2.orbax-checkpoint-tmp").mkdir()
-    with Checkpoints(tmp_path, {}) as checkpoints:
+    with Checkpoints(tmp_path, {}, like()) as checkpoints:
         assert list(checkpoints.steps()) == [1]
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
-    with Checkpoints(tmp_path, {}) as checkpoints:
+    with Checkpoints(tmp_path, {}, like()) as checkpoints:
         checkpoints.save(state_at(1))
     of_another_optimizer = jax.eval_shape(lambda: create_state({"w": jnp.ones((4, 2))}, optax.sgd(1e-3)))
-    with Checkpoints(tmp_path, {}, read_only=True) as checkpoints:
-        with pytest.raises(ValueError, match=rf"the checkpoint {tmp_path}/1 is damaged, or of another kind"):
-            checkpoints.restore(1, of_another_optimizer, whole())
+    damaged_or_other = pytest.raises(
+        ValueError, match=rf"the checkpoint {tmp_path}/1 is damaged, or comes from another"
+    )
+    with (
+        Checkpoints(tmp_path, {}, like(state=of_another_optimizer), read_only=True) as checkpoints,
+        damaged_or_other,
+    ):
+        checkpoints.restore(1)
+    with Checkpoints(tmp_path, {}, like(), read_only=True) as checkpoints:
         (tmp_path / "1" / "description" / "metadata").write_bytes(b"{")
         with pytest.raises(ValueError, match=rf"the checkpoint {tmp_path}/1 is damaged"):
-            checkpoints.restore(1, jax.eval_shape(lambda: state_at(0)), whole())
+            checkpoints.restore(1)
 
 
 @pytest.mark.parametrize(("parts", "warm"), [("", 0.7), ("opt", 0.7), ("ema", 0.7), ("step", 0.0), ("step,opt", 0.0)])
@@ -110,5 +121,5 @@ def test_parts_of_a_state_are_reset():
     assert reset.params["w"][0, 0] == 2
     assert reset.ema_params["w"][0, 0] == 2, "the average starts from the parameters"
     assert jax.tree.all(jax.tree.map(lambda a, b: jnp.array_equal(a, b), reset.opt_state, fresh.opt_state))
-    with pytest.raises(ValueError, match="init_reset has 'lr'; it takes any of step,opt,ema"):
+    with pytest.raises(ValueError, match="init_reset names 'lr'; it takes any of step,opt,ema"):
         reset_parts(old, fresh, "lr")

@@ -13,7 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs.default import Config
-from models.score import sde_from_config
+from sde_lib import sde_from_config
 from tests.golden import abstract_params
 from tests.golden_common import load_config
 

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import parallel
 from configs.digits.smoke import get_config
 from datasets import (
     BatchOrder,
@@ -17,6 +16,7 @@ from datasets import (
     training_batches,
     uniform_dequantize,
 )
+from infra import parallel
 
 
 @pytest.fixture(scope="module")

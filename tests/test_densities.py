@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from densities import DENSITIES, Checkerboard, GaussianMixture, noisy_curve, paper_mixture, swiss_roll
+from sources.densities import DENSITIES, Checkerboard, GaussianMixture, noisy_curve, paper_mixture, swiss_roll
 
 N = 10_000
 

@@ -5,37 +5,46 @@ import pytest
 
 from build import build
 from configs.toy.smoke import get_config
-from files import read_npz, write_npz
-from passes.density import DensityPass
-from passes.density_grid import draw_density, grid_points, model_density
-from report import write_report
-from run_files import read_run
+from evaluators.points import PointLikelihoodEvaluator, grid_points
+from infra.files import read_npz, write_npz
+from infra.workdir import EvaluationFolder, Workdir
+from report.page import write_report
+from report.run_files import read_run
 
 
 @pytest.fixture(scope="module")
-def untrained():
-    """A run of a model of points, its likelihood pass and its parameters."""
-    run = build(get_config())
-    return run, DensityPass(run), run.fresh_state().ema_params
+def params():
+    return build(get_config()).fresh_state().ema_params
 
 
-def test_is_the_likelihood_of_the_pass(untrained, tmp_path):
-    run, density_pass, params = untrained
-    nll = density_pass(params, tmp_path)
-    points = density_pass.source.images(np.arange(len(density_pass.source)))
-    density = model_density(run, density_pass, params, points)
+def evaluator_with(cells: int) -> PointLikelihoodEvaluator:
+    config = get_config()
+    config.eval.density_grid = cells
+    return PointLikelihoodEvaluator(build(config))
+
+
+def folder_in(path) -> EvaluationFolder:
+    return EvaluationFolder(Workdir(path), "eval", "step_7", 7)
+
+
+def test_is_the_likelihood_of_the_evaluator(params, tmp_path):
+    evaluator = evaluator_with(0)
+    nll = evaluator(params, folder_in(tmp_path))
+    points = evaluator.source.images(np.arange(len(evaluator.source)))
+    density = evaluator.model_density(params, points)
     assert -np.log(density).mean() == pytest.approx(nll["mean"], abs=1e-5)
+    assert not (tmp_path / "density").exists(), "with no cells, no density is drawn"
 
 
-def test_grid_of_the_report(untrained, tmp_path):
-    run, density_pass, params = untrained
-    draw_density(run, density_pass, params, 4, "step_7", 7, tmp_path)
+def test_grid_of_the_report(params, tmp_path):
+    evaluator = evaluator_with(4)
+    evaluator(params, folder_in(tmp_path))
     arrays = read_npz(tmp_path / "density" / "step_7.npz")
     x = grid_points(float(arrays["limit"]), 4, 2)
     np.testing.assert_allclose(
         x[1] - x[0], np.array([float(arrays["limit"]) / 2, 0.0])
     )  # the first axis of space runs along rows
-    expected = model_density(run, density_pass, params, x)
+    expected = evaluator.model_density(params, x)
     np.testing.assert_allclose(arrays["density"], expected.reshape(4, 4), rtol=1e-6)
     assert arrays["data"].shape == (4, 4)
     assert arrays["data"].mean() == pytest.approx(1 / 64)  # every second cell
@@ -56,9 +65,3 @@ def check_report(workdir, limit: float) -> None:
     write_report(workdir)
     assert "<h2>Density</h2>" in (workdir / "report.html").read_text()
     assert (workdir / "figures" / "density.png").stat().st_size > 1000
-
-
-def test_nothing_is_drawn_with_no_cells(untrained, tmp_path):
-    run, density_pass, params = untrained
-    draw_density(run, density_pass, params, 0, "step_7", 7, tmp_path)
-    assert list(tmp_path.iterdir()) == []

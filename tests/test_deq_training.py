@@ -12,25 +12,25 @@ import pytest
 from scipy.stats import norm
 
 import run_lib
-from bounds import bound_draw, likelihood_bound
+from bound_likelihood import bound_draw, likelihood_bound
 from build import build
 from configs.digits.smoke import get_config
-from coordinates import Reference
-from deq_training import evaluation_dequantizer, train_deq
-from dequantization import Bins
+from coordinates import GaussianReference
+from dequantization.noise import Bins
+from dequantization.training import evaluation_dequantizer
+from dequantization.variational import DequantizerTrainer, VariationalDequantizer
+from infra.workdir import Workdir
 from models.flowpp import ARCHITECTURES, Flowpp
 from ode import as_pytree
 from sde_lib import SDES, VPSDE
-from stored_states import open_checkpoints
 from tests.analytic import asymmetric_mixture, gaussian
-from variational import DequantizerTrainer, VariationalDequantizer
 
 
 @pytest.mark.parametrize(("name", "started"), [("vesde", True), ("vpsde", False)])
 def test_a_draw_of_the_bound_has_its_expectation(name, started):
     """Over times that are equidistant, with a random shift, as in training: within 5 standard errors."""
     density, sde, num = asymmetric_mixture(3), SDES[name](), 4000
-    score_fn, t_min, reference = as_pytree(density.score_fn(sde)), 1e-3, Reference(density.mean, 0.45)
+    score_fn, t_min, reference = as_pytree(density.score_fn(sde)), 1e-3, GaussianReference(density.mean, 0.45)
     x = density.sample(jax.random.key(0), (2, 3))
     keys = jax.random.split(jax.random.key(1), 2)
     starts = 300 if started else 0
@@ -54,7 +54,7 @@ def test_training_finds_the_noise_that_the_model_wants():
     mean, std, sde, t_min = np.array([0.6, 0.4]), np.array([0.15, 0.2]), VPSDE(), 1e-5
     density = gaussian(mean, np.diag(std**2)).score_fn(sde)
     score_fn = jax.tree_util.Partial(lambda x, t: density(x.reshape(-1, 2), t).reshape(x.shape))
-    reference = Reference(jnp.asarray(mean.reshape(1, 2, 1)), jnp.asarray(std.reshape(1, 2, 1)))
+    reference = GaussianReference(jnp.asarray(mean.reshape(1, 2, 1)), jnp.asarray(std.reshape(1, 2, 1)))
     network = Flowpp(filters=4, components=2, blocks=1, heads=1, couplings=2)
     trainer = DequantizerTrainer(network, sde, optax.adam(5e-3), Bins(2, False), t_min, True, 0.98, False)
     every = jnp.asarray([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.uint8).reshape(4, 1, 2, 1)
@@ -102,7 +102,7 @@ def config_with(**fields):
 def save_score_model(workdir, config, step):
     """A score model as it is before any training, under the given step."""
     run = build(config)
-    with open_checkpoints(run, workdir) as checkpoints:
+    with run.open_checkpoints(Workdir(workdir)) as checkpoints:
         state = run.fresh_state()
         checkpoints.save(
             state.replace(step=jnp.asarray(step), ema_params=jax.tree.map(lambda a: a + 1e-3 * step, state.params))
@@ -110,7 +110,7 @@ def save_score_model(workdir, config, step):
 
 
 def newest_parameters(workdir):
-    dequantizer = evaluation_dequantizer(build(config_with(eval__dequantizer=True)), workdir / "deq")
+    dequantizer = evaluation_dequantizer(build(config_with(eval__dequantizer=True)), Workdir(workdir / "deq"))
     assert isinstance(dequantizer, VariationalDequantizer)
     return jax.device_get(dequantizer.params)
 
@@ -128,7 +128,7 @@ def trained(tmp_path_factory):
     """A score model, and a dequantizer trained for 6 steps without interruption."""
     workdir = tmp_path_factory.mktemp("trained") / "run"
     save_score_model(workdir, config_with(), 4)
-    train_deq(config_with(), workdir, "deq")
+    run_lib.train_deq(config_with(), workdir, "deq")
     return workdir
 
 
@@ -146,8 +146,8 @@ def test_training_leaves_what_the_run_needs(trained):
 
 def test_resumed_training_is_bit_for_bit_that_of_one_run(trained, tmp_path):
     shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
-    train_deq(config_with(deq__n_iters=5), tmp_path, "deq")
-    train_deq(config_with(), tmp_path, "deq")
+    run_lib.train_deq(config_with(deq__n_iters=5), tmp_path, "deq")
+    run_lib.train_deq(config_with(), tmp_path, "deq")
     for a, b in zip(
         jax.tree.leaves(newest_parameters(tmp_path)), jax.tree.leaves(newest_parameters(trained)), strict=True
     ):
@@ -191,11 +191,11 @@ def test_what_is_missing_is_said_before_any_work(trained, tmp_path):
     with pytest.raises(ValueError, match=r"eval.dequantization is 'truncated_normal' and eval.dequantizer is True"):
         run_lib.evaluate(config, trained, "none")
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
-        train_deq(config_with(), tmp_path / "empty", "deq")
+        run_lib.train_deq(config_with(), tmp_path / "empty", "deq")
     with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 8, which eval.ckpt_id asks for; there are 4"):
-        train_deq(config_with(eval__ckpt_id=2), trained, "deq")
+        run_lib.train_deq(config_with(eval__ckpt_id=2), trained, "deq")
     with pytest.raises(ValueError, match=r"--deq_folder=\. is the workdir"):
-        train_deq(config_with(), trained, ".")
+        run_lib.train_deq(config_with(), trained, ".")
     assert not (tmp_path / "empty").exists()
 
 
@@ -203,9 +203,9 @@ def test_a_dequantizer_goes_on_with_its_own_score_model_only(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     save_score_model(tmp_path / "run", config_with(), 8)
     with pytest.raises(ValueError, match=r"parameters of the score model \(eval.ckpt_id"):
-        train_deq(config_with(), tmp_path / "run", "deq")
+        run_lib.train_deq(config_with(), tmp_path / "run", "deq")
     for last_step in (6, 5):  # nothing left to do for its own
-        train_deq(config_with(eval__ckpt_id=1, deq__n_iters=last_step), tmp_path / "run", "deq")
+        run_lib.train_deq(config_with(eval__ckpt_id=1, deq__n_iters=last_step), tmp_path / "run", "deq")
 
 
 @pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_a_dequantizer_goes_on_with_its_own_score_model_only(trained, tmp_path):
 def test_bad_fields_are_named(trained, field, value, message):
     before = (trained / "deq" / "config.json").read_bytes()
     with pytest.raises(ValueError, match=message):
-        train_deq(config_with(**{field: value}), trained, "deq")
+        run_lib.train_deq(config_with(**{field: value}), trained, "deq")
     assert (trained / "deq" / "config.json").read_bytes() == before
 
 

@@ -11,8 +11,7 @@ import scipy.special
 from jaxtyping import Float
 
 from configs.default import get_config
-from densities import GaussianMixture
-from dequantization import (
+from dequantization.noise import (
     Dequantizer,
     TruncatedNormalDequantizer,
     UniformDequantizer,
@@ -23,6 +22,7 @@ from dequantization import (
 )
 from likelihood import bits_per_dim, ode_log_likelihood
 from sde_lib import SDE, SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE
+from sources.densities import GaussianMixture
 
 LEVELS, DIMS = 4, 2
 IMAGES = np.stack(np.meshgrid(*[np.arange(LEVELS)] * DIMS, indexing="ij"), axis=-1).reshape(-1, 1, 1, DIMS)

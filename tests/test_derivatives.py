@@ -11,8 +11,8 @@ from derivatives import (
     probe_divergence,
     probe_trace_gradient,
 )
-from marginals import sample_at
 from sde_lib import VPSDE
+from sources.marginals import sample_at
 from tests.analytic import asymmetric_mixture
 
 DENSITY = asymmetric_mixture(4)

@@ -7,9 +7,9 @@ import pytest
 from scipy import special
 from scipy.stats import qmc
 
-from densities import paper_mixture
-from entropy import FORMS, EntropyNoise, draw_entropy_noise, entropy, stratified_times
+from analysis.entropy import FORMS, EntropyNoise, draw_entropy_noise, entropy, stratified_times
 from sde_lib import SDE, SDES, VESDE, VPSDE
+from sources.densities import paper_mixture
 from tests.analytic import correlated_gaussian
 
 VP = VPSDE()

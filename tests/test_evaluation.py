@@ -9,17 +9,23 @@ import pytest
 import scipy.linalg
 import scipy.stats
 
-import evaluation
-import feature_statistics
 from evaluation import (
-    evaluate_samples,
     frechet_distance,
     inception_score,
     kernel_distance,
     mean_estimate,
-    self_test,
 )
-from feature_statistics import (
+from evaluators import fid
+from evaluators.features import (
+    ClassifierRecipe,
+    Features,
+    LabelledImages,
+    array_hash,
+    extract_features,
+    trained_classifier,
+)
+from evaluators.fid import evaluate_samples, self_test
+from evaluators.statistics import (
     Moments,
     Statistics,
     dataset_statistics,
@@ -27,14 +33,6 @@ from feature_statistics import (
     measured_statistics,
     save_statistics,
     statistics_of,
-)
-from features import (
-    ClassifierRecipe,
-    Features,
-    LabelledImages,
-    array_hash,
-    extract_features,
-    trained_classifier,
 )
 
 
@@ -338,7 +336,7 @@ def test_dataset_statistics_are_computed_once_for_each_extractor_and_data(tmp_pa
 
 def test_statistics_that_cannot_be_kept_are_of_use(tmp_path, monkeypatch):
     said, batches = [], [random_images(8)]
-    monkeypatch.setattr(feature_statistics.logging, "warning", lambda *message: said.append(message))
+    monkeypatch.setattr("evaluators.statistics.logging.warning", lambda *message: said.append(message))
     (tmp_path / "file").touch()
     statistics = dataset_statistics(tmp_path / "file" / "s.npz", MeanColour(), "noise", batches)
     assert_equal_statistics(statistics, measured_statistics(MeanColour(), "noise", batches))
@@ -362,7 +360,7 @@ def test_evaluation_holds_the_metrics_and_what_they_rest_on():
 
 
 def test_no_warning_at_the_published_number_of_samples(monkeypatch):
-    monkeypatch.setattr(evaluation, "PUBLISHED_SAMPLES", 25)
+    monkeypatch.setattr(fid, "PUBLISHED_SAMPLES", 25)
     extractor = MeanColour()
     samples = extractor(random_images(25))
     statistics = statistics_of([samples.pool], features=extractor.name, features_hash=extractor.hash, data="noise")
@@ -441,14 +439,14 @@ def test_classifier_learns_and_its_features_do_not_depend_on_the_batch(tmp_path)
 
 def test_classifier_comes_from_the_cache(tmp_path, monkeypatch):
     trained = bar_classifier(tmp_path)
-    monkeypatch.setattr("features._train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("evaluators.features._train", lambda *_: pytest.fail("trained again"))
     cached = bar_classifier(tmp_path)
     assert cached.hash == trained.hash
     assert cached.test_accuracy == trained.test_accuracy
 
 
 def test_one_host_of_several_writes_the_classifier(tmp_path, monkeypatch):
-    monkeypatch.setattr("parallel.local_rows", slice)  # the other host is not there
+    monkeypatch.setattr("infra.parallel.local_rows", slice)  # the other host is not there
     monkeypatch.setattr("jax.process_index", lambda: 1)
     assert bar_classifier(tmp_path).test_accuracy > 0.95
     assert not any(tmp_path.iterdir())

@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from figures import figure_png
-from figures_density import DISTANCES, density_curves, density_maps, distance_figure, trajectories
-from score_distances import Curve, TimeNodes
+from analysis.score_distances import DistanceCurve, TimeNodes
+from report.density_figures import DISTANCES, density_curves, density_maps, distance_figure, trajectories
+from report.figures import figure_png
 
 X = np.linspace(-2, 2, 50)
 BELL = np.exp(-0.5 * X**2) / np.sqrt(2 * np.pi)
@@ -34,7 +34,7 @@ def test_there_is_a_panel_and_a_colour_for_any_number_of_models():
     models = {f"order {k}": [BELL] for k in range(7)}
     assert [len(panel.lines) for panel in checked(density_curves(X, BELL, models)).axes] == [1] * 7
     nodes = TimeNodes(np.linspace(0.01, 0.99, 8), np.full(8, 0.125))
-    curve = Curve(nodes, np.linspace(1, 2, 8), np.full(8, 0.1), 10)
+    curve = DistanceCurve(nodes, np.linspace(1, 2, 8), np.full(8, 0.1), 10)
     (panel,) = checked(distance_figure({label: {"fisher": curve} for label in models})).axes
     assert len(panel.lines) == 7
 
@@ -57,7 +57,7 @@ def test_trajectories():
 
 def test_distances_are_drawn_where_they_are_known():
     nodes = TimeNodes(np.linspace(0.01, 0.99, 8), np.full(8, 0.125))
-    curve = Curve(nodes, np.linspace(1, 2, 8), np.full(8, 0.1), 10)
+    curve = DistanceCurve(nodes, np.linspace(1, 2, 8), np.full(8, 0.1), 10)
     figure = checked(distance_figure({"order 1": dict.fromkeys(DISTANCES, curve), "order 2": {"difference": curve}}))
     assert [len(panel.lines) for panel in figure.axes] == [1, 1, 2]
     assert [panel.get_title(loc="left") for panel in figure.axes] == list(DISTANCES.values())

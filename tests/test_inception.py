@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import build
 import run_lib
 from configs.digits.smoke import get_config
-from features import InceptionFeatures, inception_features, inception_input, save_inception
-from files import write_npz
+from evaluators.features import InceptionFeatures, inception_features, inception_input, save_inception
+from evaluators.fid import comparison_from_config, extractor_from_config
+from infra.files import write_npz
 from models.inception import average, params_from_published, published_shapes, resize
-from passes.extractors import comparison_from_config, extractor_from_config
 from tests import inception_reference
 from tools.convert_inception import convert
 from tools.convert_inception import main as convert_main
@@ -241,7 +242,7 @@ def test_without_weights_evaluation_says_so_before_any_work(tmp_path, monkeypatc
     config = config_with(tmp_path, features="inception", inception=str(tmp_path / "none.npz"))
     message = r"none\.npz.*python -m tools\.convert_inception PATH"
     with monkeypatch.context() as patch:
-        patch.setattr(run_lib, "open_existing_checkpoints", lambda *_: pytest.fail("work before the check"))
+        patch.setattr(build.Run, "existing_checkpoints", lambda *_: pytest.fail("work before the check"))
         with pytest.raises(FileNotFoundError, match=message) as raised:
             run_lib.evaluate(config, tmp_path / "run", "eval")
     assert "\n" not in str(raised.value)
@@ -270,7 +271,7 @@ BAD_FIELDS = {
 def test_bad_fields_are_named(name, tmp_path, monkeypatch):
     fields, message = BAD_FIELDS[name]
     save_inception(tmp_path / "inception.npz", small_params(), source_sha256="")
-    monkeypatch.setattr("features._train", lambda *_: pytest.fail("work before the check"))
+    monkeypatch.setattr("evaluators.features._train", lambda *_: pytest.fail("work before the check"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         comparison_from_config(config_with(tmp_path, inception=str(tmp_path / "inception.npz"), **fields))
 

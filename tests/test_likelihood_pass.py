@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import datasets
-import passes.likelihood
 from build import Run, build
 from configs.digits.smoke import get_config
-from dequantization import dequantizer_from_config, log_mean_exp
-from passes.likelihood import LikelihoodPass, data_reference, importance_weighted, summary
+from dequantization.noise import dequantizer_from_config, log_mean_exp
+from evaluators import bits_per_dim
+from evaluators.bits_per_dim import BitsPerDimEvaluator, data_reference, importance_weighted, summary
 
 EXACT = {"eval__max_examples": 8, "eval__batch_size": 8, "eval__ode_steps": 4}
 
@@ -26,9 +26,9 @@ def run_with(**fields: Any) -> Run:
     return build(config)
 
 
-def pass_with(**fields: Any) -> LikelihoodPass:
+def pass_with(**fields: Any) -> BitsPerDimEvaluator:
     run = run_with(**fields)
-    return LikelihoodPass(run, dequantizer_from_config(run.config, run.sde))
+    return BitsPerDimEvaluator(run, dequantizer_from_config(run.config, run.sde))
 
 
 PARAMS = jax.tree.map(lambda p: p, run_with().fresh_state().ema_params)
@@ -53,7 +53,7 @@ def test_importance_samples_of_truncated_normal_noise(tmp_path, monkeypatch):
     values = stored(result, tmp_path)
     assert {"bpd", "prior", "divergence", "levels", "scaler", "solver_error", "probe_error"} <= values.keys()
     assert values["bpd"].shape == (8,)
-    monkeypatch.setattr(LikelihoodPass, "_batch", lambda *arguments: pytest.fail("worked out again"))
+    monkeypatch.setattr(BitsPerDimEvaluator, "_batch", lambda *arguments: pytest.fail("worked out again"))
     assert likelihood(PARAMS, tmp_path) == result
 
 
@@ -148,7 +148,7 @@ def test_several_processes_are_refused_scipys_solver_before_any_work(monkeypatch
     run = run_with(eval__ode_solver="scipy_log")
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"eval.ode_solver asks for SciPy's solver, .* but there are 2"):
-        LikelihoodPass(run, dequantizer_from_config(run.config, run.sde))
+        BitsPerDimEvaluator(run, dequantizer_from_config(run.config, run.sde))
 
 
 def test_missing_data_of_the_reference_are_said_before_any_work(monkeypatch):
@@ -191,7 +191,7 @@ def test_the_reference_has_the_moments_of_the_data(bins, centered, monkeypatch):
     images = np.random.default_rng(0).integers(0, 17, (50, 2, 2, 1)).astype(np.uint8)
     unit = images / 16 if bins == 16 else (images[..., None] + np.linspace(0, 1, 2001)[:-1] + 0.5 / 2000) / 17
     x = (2 * unit - 1 if centered else unit).reshape(50, 4, -1)
-    monkeypatch.setattr(passes.likelihood, "_BLOCK", 16)  # the last is smaller
+    monkeypatch.setattr(bits_per_dim, "_BLOCK", 16)  # the last is smaller
     reference = data_reference(datasets.MemorySource(images, "some"), 17, bins, centered)
     np.testing.assert_allclose(np.ravel(reference.mean), x.mean(axis=(0, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.ravel(reference.std), x.std(axis=(0, 2)), rtol=1e-4)

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import special
 
-from densities import DENSITIES
-from marginals import log_normal_mass, marginals_of, sample_at
 from sde_lib import SDES, VESDE, VPSDE
+from sources.densities import DENSITIES
+from sources.marginals import log_normal_mass, marginals_of, sample_at
 
 BOARD = DENSITIES["checkerboard"]
 MARGINALS = marginals_of(BOARD)

@@ -14,8 +14,8 @@ from configs.ve.cifar10_ncsnpp_continuous import get_config
 from models import resample
 from models.layers import NIN, GroupNorm, kernel_init, num_groups, positional_embedding
 from models.ncsnpp import CHOICES, NCSNpp
-from models.score import NetworkScore, build_network, init_params, sde_from_config
-from sde_lib import VESDE, VPSDE
+from models.score import ScoreModel, build_network
+from sde_lib import VESDE, VPSDE, sde_from_config
 
 KEY = jax.random.key(0)
 TAPS = (1.0, 3.0, 3.0, 1.0)
@@ -60,7 +60,7 @@ def test_every_pair_of_options_builds(mix: dict[str, Any]) -> None:
     network = NCSNpp(**SMALL, **fields, dropout=0.1)
     x = jax.ShapeDtypeStruct((2, 4, 8, mix["channels"]), jnp.float32)
     labels = jax.ShapeDtypeStruct((2,), jnp.float32)
-    params = jax.eval_shape(lambda: init_params(network, KEY, x.shape[1:]))
+    params = jax.eval_shape(lambda: ScoreModel(network, VESDE()).init(KEY, x.shape[1:]))
     output = jax.eval_shape(
         lambda p, x, labels: network.apply({"params": p}, x, labels, True, rngs={"dropout": KEY}), params, x, labels
     )
@@ -69,7 +69,7 @@ def test_every_pair_of_options_builds(mix: dict[str, Any]) -> None:
 
 def test_a_new_network_is_finite_and_nearly_zero() -> None:
     network = NCSNpp(**SMALL)
-    params = init_params(network, KEY, (4, 4, 1))
+    params = ScoreModel(network, VESDE()).init(KEY, (4, 4, 1))
     output = jax.jit(network.apply, static_argnums=3)(
         {"params": params}, images(2, 4, 4, 1), jnp.array([0.01, 999.0]), False
     )
@@ -98,7 +98,7 @@ def test_recomputing_blocks_changes_nothing() -> None:
 
     def gradient(remat: bool) -> Any:
         network = NCSNpp(nf=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(4,), init_scale=1.0, remat=remat)
-        params = init_params(network, KEY, x.shape[1:])
+        params = ScoreModel(network, VESDE()).init(KEY, x.shape[1:])
         return jax.jit(jax.grad(lambda p: jnp.mean(jnp.asarray(network.apply({"params": p}, x, labels, False)) ** 2)))(
             params
         )
@@ -111,7 +111,7 @@ def test_recomputing_blocks_changes_nothing() -> None:
 
 def test_dropout_is_active_in_training_only() -> None:
     network = NCSNpp(nf=4, ch_mult=(1,), num_res_blocks=1, init_scale=1.0, dropout=0.5)
-    score = NetworkScore(init_params(network, KEY, (4, 4, 1)), network, VPSDE())
+    score = ScoreModel(network, VPSDE()).score_fn(ScoreModel(network, VESDE()).init(KEY, (4, 4, 1)))
     x, t = images(2, 4, 4, 1), jnp.array([0.1, 0.9])
     evaluate = jax.jit(lambda score: score(x, t))
     first, second = (evaluate(dataclasses.replace(score, dropout_key=jax.random.key(seed))) for seed in (1, 2))
@@ -208,7 +208,7 @@ T = jnp.array([0.1, 0.7])
 def test_score_conventions(sde: VESDE | VPSDE) -> None:
     x, sigma = jnp.zeros((2, 5)), sde.alpha_sigma(T)[1]
     divides, predicts_noise = (
-        NetworkScore({"factor": jnp.ones(())}, Echo(by_sigma, Traces()), sde)(x, T) for by_sigma in (True, False)
+        ScoreModel(Echo(by_sigma, Traces()), sde).score_fn({"factor": jnp.ones(())})(x, T) for by_sigma in (True, False)
     )
     np.testing.assert_allclose(divides, jnp.broadcast_to(sigma[:, None], x.shape), rtol=1e-6)
     np.testing.assert_allclose(predicts_noise, jnp.broadcast_to((-999 * T / sigma)[:, None], x.shape), rtol=1e-6)
@@ -216,7 +216,7 @@ def test_score_conventions(sde: VESDE | VPSDE) -> None:
 
 def test_two_parameter_sets_share_one_trace() -> None:
     traces = Traces()
-    score = NetworkScore({"factor": jnp.ones(())}, Echo(True, traces), VESDE())
+    score = ScoreModel(Echo(True, traces), VESDE()).score_fn({"factor": jnp.ones(())})
     evaluate = jax.jit(lambda score: score(jnp.zeros((2, 5)), T))
     one, two = evaluate(score), evaluate(dataclasses.replace(score, params={"factor": 2 * jnp.ones(())}))
     np.testing.assert_allclose(two, 2 * one)
@@ -271,4 +271,4 @@ def test_bad_fields_end_in_one_line(field: str, value: Any, allowed: str) -> Non
 def test_images_that_cannot_be_halved() -> None:
     network = NCSNpp(**{**SMALL, "ch_mult": (1, 2, 2)})
     with pytest.raises(ValueError, match="6x8 pixels cannot be halved 2 times"):
-        init_params(network, KEY, (6, 8, 3))
+        ScoreModel(network, VESDE()).init(KEY, (6, 8, 3))

@@ -66,7 +66,7 @@ def test_fixed_steps_are_of_fourth_order(method):
 
 
 @pytest.mark.parametrize("method", ["rk4", "adams"])
-def test_the_defect_is_the_size_of_the_error_of_a_rough_field(method):
+def test_the_error_estimate_is_the_size_of_the_error_of_a_rough_field(method):
     # What a network that resolves time finely adds: too fast for the steps, so that its phases there are random.
     frequencies = np.random.default_rng(0).uniform(600, 3000, (64, 20))
 
@@ -78,16 +78,16 @@ def test_the_defect_is_the_size_of_the_error_of_a_rough_field(method):
         y, info = integrate(rough, y0, 0.0, 1.0, method=method, num_steps=60)
         w = frequencies
         truth = (jnp.cos(w) + w * jnp.sin(w) - jnp.exp(-1.0)) / (1 + w**2)
-        error, defect = (float(jnp.sqrt(jnp.mean(a**2))) for a in (y - truth, info.defect))
-    assert 0.5 < defect / error < 3
+        error, error_estimate = (float(jnp.sqrt(jnp.mean(a**2))) for a in (y - truth, info.error_estimate))
+    assert 0.5 < error_estimate / error < 3
 
 
 @pytest.mark.parametrize("num_steps", [4, 8, 20])
-def test_the_defect_bounds_the_error_of_a_smooth_field(num_steps):
+def test_the_error_estimate_bounds_the_error_of_a_smooth_field(num_steps):
     y, info = integrate(spiral, START, 0.0, 0.7, method="rk4", num_steps=num_steps)
     error = jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), y, spiral_solution(0.7))
     for name in ("x", "integral"):
-        assert error[name] < float(jnp.max(jnp.abs(info.defect[name]))) + 1e-6
+        assert error[name] < float(jnp.max(jnp.abs(info.error_estimate[name]))) + 1e-6
 
 
 @pytest.mark.parametrize(("method", "evaluations_of_a_step"), [("dopri5", 6), ("scipy", 6), ("rk4", 4), ("adams", 1)])
@@ -151,13 +151,13 @@ def blows_up(t, y):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize(("field", "suspect"), [(not_a_number_after_half, 1), (blows_up, 2)])
-def test_failure_is_data_and_named_on_request(method, field, suspect):
+@pytest.mark.parametrize(("field", "worst_example"), [(not_a_number_after_half, 1), (blows_up, 2)])
+def test_failure_is_data_and_named_on_request(method, field, worst_example):
     _, info = integrate(field, jnp.ones((3, 2)), 0.0, 1.0, method=method)
     assert not info.success
     assert float(info.t) == pytest.approx(0.5, abs=0.06)
-    assert int(info.suspect) == suspect
-    with pytest.raises(RuntimeError, match=rf"at t = 0\.\d+ after \d+ steps; example {suspect} "):
+    assert int(info.worst_example) == worst_example
+    with pytest.raises(RuntimeError, match=rf"at t = 0\.\d+ after \d+ steps; example {worst_example} "):
         require_success(info)
 
 
@@ -174,7 +174,7 @@ def test_too_many_steps_are_a_failure(method):
 def test_not_finite_from_the_start(method):
     _, info = integrate(lambda t, y: y, jnp.array([[1.0], [jnp.nan]]), 0.0, 1.0, method=method)
     assert not info.success
-    assert int(info.suspect) == 1
+    assert int(info.worst_example) == 1
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "adams"])

@@ -3,10 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import special
 
-from densities import paper_mixture
-from marginals import sample_at
-from paths import ode_path, sde_path
+from analysis.trajectories import ode_path, sde_path
 from sde_lib import VPSDE
+from sources.densities import paper_mixture
+from sources.marginals import sample_at
 
 MIXTURE, VP = paper_mixture(), VPSDE()
 SCORE = MIXTURE.score_fn(VP)

@@ -13,20 +13,19 @@ import numpy as np
 import pytest
 
 import datasets
-import parallel
-import passes.density
 import run_lib
-import stored_states
 from build import build
 from configs.default import get_config as default
 from configs.toy.checkerboard_ve_published import get_config as published
 from configs.toy.mixture_vp import get_config as mixture_vp
 from configs.toy.smoke import get_config as smoke
-from densities import paper_mixture
+from evaluators import points
+from evaluators.points import PointLikelihoodEvaluator, summary
+from infra import parallel
 from models.mlp import MLP
-from models.score import init_params
-from passes.density import DensityPass, summary
-from sde_lib import SDE
+from models.score import ScoreModel
+from sde_lib import SDE, VESDE
+from sources.densities import paper_mixture
 from tests.golden_common import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +46,7 @@ def trained(tmp_path_factory):
 
 
 def parameters(config, workdir):
-    state = stored_states.stored_state(build(config), workdir)
+    state = build(config).load_state(workdir)
     return [np.asarray(leaf) for leaf in jax.tree.leaves((state.params, state.opt_state))]
 
 
@@ -83,7 +82,7 @@ def test_evaluation_reports_nats_and_resumes(trained, monkeypatch, capsys):
     for shown in ("samples/points", "density"):
         names = {path.name for path in (trained / shown).glob("step*")}
         assert names == {"step_40.npz", "step_40_other.npz"}, "one evaluation does not replace what another shows"
-    monkeypatch.setattr(DensityPass, "_batch", lambda *_: pytest.fail("a batch was worked out again"))
+    monkeypatch.setattr(PointLikelihoodEvaluator, "_batch", lambda *_: pytest.fail("a batch was worked out again"))
     run_lib.evaluate(config, trained, "eval")
     assert json.loads((trained / "eval" / "step_40.json").read_text())["nll"] == nll
     run_lib.report(trained)
@@ -108,7 +107,7 @@ def test_the_divergence_is_that_of_the_models_density(tmp_path):
     run = build(config)
     score = ShiftedScore(jnp.zeros(()), run.sde)
     run = dataclasses.replace(run, trainer=dataclasses.replace(run.trainer, score_fn=score))
-    density = DensityPass(run)
+    density = PointLikelihoodEvaluator(run)
     exact = density(jnp.zeros(()), tmp_path)
     assert abs(exact["kl"]["mean"]) < 1e-3, "the solve's error"
     assert abs(exact["mean"] - exact["entropy"]) < 5 * exact["se"]
@@ -135,7 +134,7 @@ def test_points_are_those_of_every_run_and_split():
     np.testing.assert_array_equal(train.images(np.arange(1000)), again.images(np.arange(1000)))
     assert again.description == train.description
     batch = next(datasets.training_batches(train, 8, seed=0, first_step=0, num_steps=1))
-    x = build(config_with()).trainer.preprocess(jax.random.key(0), jnp.asarray(batch))
+    x = build(config_with()).preprocess(jax.random.key(0), jnp.asarray(batch))
     np.testing.assert_array_equal(x, batch)
 
 
@@ -149,14 +148,14 @@ def test_configurations_can_be_built_and_say_how_to_run(path):
     run = build(config)
     assert run.density is not None
     assert run.data_shape == (run.density.dims,)
-    DensityPass(run)
-    passes.density.PointSamples(run)
+    PointLikelihoodEvaluator(run)
+    points.PointSamplesEvaluator(run)
 
 
 def test_the_published_network():
     """Section by section: 64 to 128-128-128 for the time, 2 to 128-128-128, and 256 to 512-512-2."""
     run = build(published())
-    shapes = jax.eval_shape(lambda: init_params(run.trainer.score_fn.network, jax.random.key(0), (2,)))
+    shapes = jax.eval_shape(lambda: run.model.init(jax.random.key(0), (2,)))
     branch = 2 * (128 * 128 + 128)
     expected = (64 * 128 + 128) + (2 * 128 + 128) + 2 * branch + (256 * 512 + 512) + (512 * 512 + 512) + (512 * 2 + 2)
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == expected
@@ -166,7 +165,7 @@ def test_noise_levels_scale_what_the_network_sees():
     """Far beyond the data's scale, x / sigma is all that matters, and the score falls off like 1 / sigma."""
     network = MLP(8, (8,), (8,), (16,), scale_by_sigma=True)
     x, sigma = jax.random.normal(jax.random.key(0), (5, 2)), jnp.full(5, 1e4)
-    params = init_params(network, jax.random.key(1), (2,))
+    params = ScoreModel(network, VESDE()).init(jax.random.key(1), (2,))
     # the time's part without its weights: only the points tell noise levels apart
     params["time_0"] = jax.tree.map(jnp.zeros_like, params["time_0"])
     output = jax.jit(lambda x, sigma: jnp.asarray(network.apply({"params": params}, x, sigma)))
@@ -203,7 +202,7 @@ def test_settings_that_do_not_fit_are_refused(field):
 
     def open_all():
         datasets.source_from_config(config, "train")
-        DensityPass(build(config))
+        PointLikelihoodEvaluator(build(config))
 
     with pytest.raises(ValueError, match=message):
         open_all()

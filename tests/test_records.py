@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import pytest
 from absl import logging as absl_logging
 
-from records import MetricsWriter, log_to_file, progress
+from infra.console import log_to_file, progress
+from infra.metrics import MetricsWriter
 
 
 def test_means_and_rates_count_steps_not_calls(tmp_path, monkeypatch):
     clock = iter([0.0, 4.0, 5.0])  # begun; record due; written
-    monkeypatch.setattr("records.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    monkeypatch.setattr("infra.metrics.time", SimpleNamespace(monotonic=lambda: next(clock)))
     with MetricsWriter(tmp_path) as metrics:
         metrics.collect({"total": jnp.asarray(1.0)}, steps=6)
         metrics.collect({"total": jnp.asarray(5.0)}, steps=2)  # a call cut short by a checkpoint
@@ -36,7 +37,7 @@ def test_what_is_not_finite_is_named_with_its_steps(tmp_path):
 def test_a_log_shows_a_bar_now_and_then_whatever_it_is_told(monkeypatch):
     """Without a terminal: what is new is shown when the interval has passed, even where no image is done."""
     drawn = io.StringIO()
-    monkeypatch.setattr("records.sys.stderr", drawn)
+    monkeypatch.setattr("infra.console.sys.stderr", drawn)
     with progress(100, "sampling", "image") as bar:
         bar.update(32)
         before = drawn.getvalue()

@@ -19,12 +19,13 @@ from flax.serialization import msgpack_restore, msgpack_serialize
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import run_lib
-import stored_states
 from build import Run, build
 from configs.default import Config
 from configs.digits.smoke import get_config
-from models.score import build_network, init_params
-from released import read_released, write_released
+from infra.published_checkpoints import read_published_checkpoint, write_published_checkpoint
+from infra.workdir import Workdir
+from models.score import ScoreModel, build_network
+from sde_lib import VESDE
 from tests.golden_common import golden_config
 from train_state import TrainState, create_state, optimizer_from_config
 
@@ -41,7 +42,7 @@ def state_like(config: Config) -> TrainState:
     size = config.data.image_size
     network, shape = build_network(config), (size, size, config.data.num_channels)
     optimizer = optimizer_from_config(config.optim)
-    return jax.eval_shape(lambda: create_state(init_params(network, jax.random.key(0), shape), optimizer))
+    return jax.eval_shape(lambda: create_state(ScoreModel(network, VESDE()).init(jax.random.key(0), shape), optimizer))
 
 
 def raw_leaves(path: Path) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def test_every_leaf_is_where_it_belongs(sde: str) -> None:
     """Values as in the file; GroupNorm's, of shape (1, 1, 1, C) in the older one, as the network has them."""
     raw, config = raw_leaves(GOLDEN[sde]), config_of(sde)
     like = state_like(config)
-    state = read_released(GOLDEN[sde], like)
+    state = read_published_checkpoint(GOLDEN[sde], like)
     assert jax.tree.structure(state) == jax.tree.structure(like)
     for leaf, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
         assert (leaf.shape, leaf.dtype) == (wanted.shape, wanted.dtype)
@@ -81,7 +82,7 @@ def test_the_next_step_is_that_of_the_raw_moments() -> None:
     """Adam by hand in float64, from the file's moments and step: warm-up, clipping and weight decay included."""
     config = config_of("vp")
     config.optim.weight_decay = 0.01
-    state = read_released(GOLDEN["vp"], state_like(config))
+    state = read_published_checkpoint(GOLDEN["vp"], state_like(config))
     leaves, tree = jax.tree.flatten(state.params)
     rng = np.random.default_rng(0)
     gradient = tree.unflatten([jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
@@ -104,7 +105,9 @@ def test_the_next_step_is_that_of_the_raw_moments() -> None:
 def test_written_as_it_was_read(tmp_path: Path) -> None:
     """A released file read and written again holds the same leaves, the random key aside."""
     path = tmp_path / "checkpoint_1"
-    write_released(path, read_released(GOLDEN["ve"], state_like(config_of("ve"))), lr=2e-4, ema_rate=0.999)
+    write_published_checkpoint(
+        path, read_published_checkpoint(GOLDEN["ve"], state_like(config_of("ve"))), lr=2e-4, ema_rate=0.999
+    )
     before, after = raw_leaves(GOLDEN["ve"]), raw_leaves(path)
     assert before.keys() == after.keys()
     for name in before.keys() - {"rng", "model_state"}:
@@ -146,14 +149,14 @@ def test_what_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
     change, message = CHANGES[name]
     path = changed(tmp_path, change)
     with pytest.raises(ValueError, match=message) as error:
-        read_released(path, state_like(config_of("ve")))
+        read_published_checkpoint(path, state_like(config_of("ve")))
     assert str(error.value).startswith(str(path))
 
 
 def test_steps_may_be_plain_numbers(tmp_path: Path) -> None:
     """As in files written from the host's copy of the state."""
     path = changed(tmp_path, lambda t: t.update({"step": STEP, "optimizer/state/step": np.int64(STEP)}))
-    assert int(read_released(path, state_like(config_of("ve"))).step) == STEP
+    assert int(read_published_checkpoint(path, state_like(config_of("ve"))).step) == STEP
 
 
 def test_another_network_is_refused_in_one_readable_line() -> None:
@@ -161,7 +164,7 @@ def test_another_network_is_refused_in_one_readable_line() -> None:
     config.model.nf = 16
     config.model.num_res_blocks = 2
     with pytest.raises(ValueError, match="does not fit the network of the configuration") as error:
-        read_released(GOLDEN["ve"], state_like(config))
+        read_published_checkpoint(GOLDEN["ve"], state_like(config))
     message = str(error.value)
     assert re.search(r"leaves missing \(\d+\): optimizer/target/\w+", message)
     assert re.search(r"of another shape \(\d+\): .* is float32\[\d.*; and \d+ more$", message)
@@ -188,7 +191,7 @@ def test_damaged_files(name: str, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"checkpoint_26 is no released checkpoint \(a training state in msgpack\), or"
     ):
-        read_released(path, state_like(config_of("ve")))
+        read_published_checkpoint(path, state_like(config_of("ve")))
 
 
 # --- through the entry points, on the smallest network ---
@@ -225,7 +228,7 @@ def trained_state(run: Run) -> TrainState:
 @pytest.fixture(scope="module")
 def released_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("released") / "checkpoint_26"
-    write_released(path, trained_state(build(config_with())), lr=2e-4, ema_rate=0.999)
+    write_published_checkpoint(path, trained_state(build(config_with())), lr=2e-4, ema_rate=0.999)
     return path
 
 
@@ -233,7 +236,7 @@ def released_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose own checkpoint is the same state."""
     workdir, run = tmp_path_factory.mktemp("own") / "run", build(config_with())
-    with stored_states.open_checkpoints(run, workdir) as checkpoints:
+    with run.open_checkpoints(Workdir(workdir)) as checkpoints:
         checkpoints.save(trained_state(run))
     return workdir
 
@@ -266,10 +269,10 @@ def test_a_released_checkpoint_goes_on_at_order_3(continued: Path, own: Path, tm
 def test_starting_from_a_step_of_a_run(continued: Path, released_file: Path) -> None:
     run = build(config_with())
     first, last = FIRST_STEP + 1, FIRST_STEP + 2
-    assert int(stored_states.stored_state(run, continued).step) == last
-    assert int(stored_states.stored_state(run, continued / "checkpoints" / str(first)).step) == first
+    assert int(run.load_state(continued).step) == last
+    assert int(run.load_state(continued / "checkpoints" / str(first)).step) == first
     config = config_with(training__init_from=str(released_file), training__init_reset="step,opt,ema")
-    state = stored_states.initial_state(build(config))
+    state = run_lib.initial_state(build(config))
     assert int(state.step) == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
     for params in (state.params, state.ema_params):

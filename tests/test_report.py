@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from comparison import comparison_table
-from figures import captioned, image_grid, loss_figure, save_grid, seconds_figure
-from files import write_npz
-from report import write_report
-from run_files import Curve, read_metrics, read_run
-from tables import duration, html_table, number, text_table, with_error
+from infra.files import write_npz
+from infra.image_grid import image_grid, save_grid
+from infra.metrics import MetricCurve, read_metrics
+from report.comparison import comparison_table
+from report.figures import captioned, loss_figure, seconds_figure
+from report.formatting import duration, html_table, number, text_table, with_error
+from report.page import write_report
+from report.run_files import read_run
 
 SECTIONS = ["Loss", "Likelihood", "Sample quality", "Samples", "Time", "Configuration", "Environment"]
 
@@ -298,15 +300,15 @@ def test_results_know_the_time_of_training(tmp_path):
 def test_smoothing_keeps_constants_and_leaves_out_gaps():
     values = np.full(200, 3.0)
     values[50] = np.nan
-    smooth = Curve(np.arange(200), values).smoothed()
+    smooth = MetricCurve(np.arange(200), values).smoothed()
     assert np.isnan(smooth[50])
     np.testing.assert_allclose(np.delete(smooth, 50), 3.0)
-    noisy = Curve(np.arange(200), np.random.default_rng(0).normal(size=200))
+    noisy = MetricCurve(np.arange(200), np.random.default_rng(0).normal(size=200))
     assert noisy.smoothed().std() < 0.5
 
 
-def curves(**values: np.ndarray) -> dict[str, dict[str, Curve]]:
-    return {"train": {name: Curve(np.arange(1, len(v) + 1), v) for name, v in values.items()}}
+def curves(**values: np.ndarray) -> dict[str, dict[str, MetricCurve]]:
+    return {"train": {name: MetricCurve(np.arange(1, len(v) + 1), v) for name, v in values.items()}}
 
 
 def test_loss_figure_has_a_panel_for_each_term():

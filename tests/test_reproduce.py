@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks.provenance import commit
-from benchmarks.reproduce import config_of
-from benchmarks.reproduce_page import ACCOUNT, write_page
-from benchmarks.synthetic import BRANCHES, PROBLEMS, STARTS, Problem
-from benchmarks.toy_step import changed
 from build import build
 from configs.toy.smoke import get_config
-from files import write_atomic, write_npz
+from experiments.provenance import commit
+from experiments.reproduce import config_of
+from experiments.reproduce_page import ACCOUNT, write_page
+from experiments.synthetic import BRANCHES, PROBLEMS, STARTS, Problem
+from experiments.toy_step import changed
+from infra.files import write_atomic, write_npz
 
 BOARD = next(problem for problem in PROBLEMS if problem.dataset == "checkerboard")
 KL = {"order1": (0.5, 0.52, 0.48), "order2": (0.3, 0.31, 0.3), "order3": (0.3, 0.32, 0.28), "order1_long": (0.4,) * 3}

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from comparison import comparison_table
-from report import write_report
-from results import Results
-from run_files import read_run
+from infra.results import Results
+from report.comparison import comparison_table
+from report.page import write_report
+from report.run_files import read_run
 
 
 def bpd(mean: float, values: str, dequantization: str) -> dict[str, Any]:

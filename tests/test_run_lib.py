@@ -13,15 +13,13 @@ import numpy as np
 import pytest
 
 import datasets
-import records
 import run_lib
-import stored_states
 from build import build
 from configs.digits.smoke import get_config
-from parallel import replicated
-from passes.likelihood import LikelihoodPass
-from run_files import read_run
-from workdir import held
+from evaluators.bits_per_dim import BitsPerDimEvaluator
+from infra import console, training_loop
+from infra.workdir import Workdir
+from report.run_files import read_run
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,9 +36,8 @@ def config_with(**fields):
 
 def state_of(config, workdir):
     run = build(config)
-    with stored_states.open_existing_checkpoints(run, workdir) as checkpoints:
-        shapes = jax.eval_shape(run.fresh_state)
-        return jax.device_get(checkpoints.restore(checkpoints.steps()[-1], shapes, replicated(run.mesh)))
+    with run.existing_checkpoints(Workdir(workdir)) as checkpoints:
+        return jax.device_get(checkpoints.restore(checkpoints.steps()[-1]))
 
 
 def same_bits(a, b):
@@ -75,11 +72,11 @@ def test_resumed_training_is_bit_for_bit_that_of_one_run(trained, tmp_path, monk
     workdir, bars = tmp_path / "run", []
 
     def noted_progress(*arguments, **options):
-        bar = records.progress(*arguments, **options)
+        bar = console.progress(*arguments, **options)
         bars.append((bar, bar.start_t))
         return bar
 
-    monkeypatch.setattr(run_lib, "progress", noted_progress)
+    monkeypatch.setattr(training_loop, "progress", noted_progress)
     run_lib.train(config_with(training__n_iters=5), workdir)
     assert state_of(config_with(), workdir).step == 5
     run_lib.train(config_with(), workdir)
@@ -94,7 +91,7 @@ def test_continuing_with_a_higher_order(trained, tmp_path):
         training__score_matching_order=3, training__init_from=str(trained), training__n_iters=13, optim__lr=1e-4
     )
     run_lib.train(config, tmp_path / "kept")
-    started = stored_states.stored_state(build(config), tmp_path / "kept" / "checkpoints" / "12")
+    started = build(config).load_state(tmp_path / "kept" / "checkpoints" / "12")
     assert same_bits(started, state_of(config, trained)), "it starts from another state"
     config.training.init_from = str(tmp_path / "gone")  # a run that is under way does not need it
     run_lib.train(config, tmp_path / "kept")
@@ -132,7 +129,7 @@ def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypat
     assert whole["loss"]["total"]["n"] == 359
 
     solved, stops = [], [1, 3]
-    solve = LikelihoodPass._batch
+    solve = BitsPerDimEvaluator._batch
 
     def interrupted(*arguments):
         if stops and len(solved) == stops[0]:
@@ -141,7 +138,7 @@ def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypat
         solved.append(arguments)
         return solve(*arguments)
 
-    monkeypatch.setattr(LikelihoodPass, "_batch", interrupted)
+    monkeypatch.setattr(BitsPerDimEvaluator, "_batch", interrupted)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run_lib.evaluate(config, trained, "parts")
@@ -243,7 +240,11 @@ def test_calls_of_several_steps_end_at_the_checkpoints_to_keep():
     source = datasets.source_from_config(run.config, "train")
 
     def ends(first):
-        return [first + n for n in np.cumsum([len(b) for b in run_lib.step_batches(run, source, first)])]
+        steps, lengths = zip(
+            *((step, len(b)) for step, b in run_lib.score_training(run, source).calls(first)), strict=True
+        )
+        assert [first + n for n in np.cumsum(lengths)] == list(steps)
+        return list(steps)
 
     assert ends(0) == [4, 6, 8, 12, 16, 18, 20, 21]
     assert ends(6) == ends(0)[2:]
@@ -264,10 +265,10 @@ main.app.run(main.main, flags_parser=main._parse_flags)
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
-    with held(tmp_path), pytest.raises(OSError, match=f"another process is training in {tmp_path}"):
+    with Workdir(tmp_path).lock(), pytest.raises(OSError, match=f"another process is training in {tmp_path}"):
         run_lib.train(config_with(), tmp_path)
     assert not (tmp_path / "checkpoints").exists()
-    with held(tmp_path):
+    with Workdir(tmp_path).lock():
         pass  # the one refused has left no lock
 
 

@@ -8,23 +8,24 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import passes.keep
-import passes.samples
-import records
 import run_lib
 from build import build
 from configs.digits.smoke import get_config
-from feature_statistics import statistics_of
-from features import Features
-from figures import image_grid, snapshot_grid
-from files import read_npz
-from passes.extractors import Comparison
-from passes.keep import Keep
-from passes.rounds import draw_in_rounds
-from passes.samples import draw_images, sampling_pass, write_samples
-from passes.snapshots import Snapshots
-from records import StopRequest
-from run_files import read_run
+from evaluators import cache, evaluators_from_config, samples
+from evaluators.cache import BatchCache
+from evaluators.features import Features
+from evaluators.fid import Comparison
+from evaluators.rounds import draw_in_rounds
+from evaluators.samples import SamplesEvaluator, draw_images
+from evaluators.snapshots import Snapshots
+from evaluators.statistics import statistics_of
+from infra import console, workdir
+from infra.console import StopRequest
+from infra.files import read_npz
+from infra.image_grid import image_grid
+from infra.workdir import EvaluationFolder, Workdir
+from report.figures import snapshot_grid
+from report.run_files import read_run
 
 
 def config_with(**fields):
@@ -68,6 +69,13 @@ def comparison():
     return Comparison(Pixels(), lambda: statistics_of([pool], features="pixels", features_hash="none", data="noise"))
 
 
+def evaluate(run, comparison, params, path):
+    """The result, and the images that were written."""
+    result = SamplesEvaluator(run, comparison)(params, EvaluationFolder(Workdir(path), "eval", "step_7", 7))
+    (file,) = (path / "samples" / "step_7").glob("*.npz")
+    return result, read_npz(file)["samples"]
+
+
 def on_devices(run, count):
     return dataclasses.replace(run, mesh=jax.sharding.Mesh(np.array(jax.devices()[:count]), ("data",)))
 
@@ -82,15 +90,15 @@ def test_images_do_not_depend_on_devices_and_interruptions(run, params, comparis
         drawn.append(numbers[0])
         return draw_images(run, params, numbers, show)
 
-    monkeypatch.setattr(passes.samples, "draw_images", draw)
+    monkeypatch.setattr(samples, "draw_images", draw)
     for devices in (4, 1):
         with pytest.raises(KeyboardInterrupt):
-            sampling_pass(on_devices(run, devices), comparison, params, tmp_path / "parts")
-    result, parts = sampling_pass(on_devices(run, 4), comparison, params, tmp_path / "parts")
+            evaluate(on_devices(run, devices), comparison, params, tmp_path / "parts")
+    result, parts = evaluate(on_devices(run, 4), comparison, params, tmp_path / "parts")
     assert drawn == [0, 16, 32], "a round was drawn twice, or not at all"
     assert (result["n"], result["nfe"], result["rounding"]) == (48, 6, "down")
 
-    whole = {n: sampling_pass(on_devices(run, n), comparison, params, tmp_path / f"on{n}")[1] for n in (1, 4)}
+    whole = {n: evaluate(on_devices(run, n), comparison, params, tmp_path / f"on{n}")[1] for n in (1, 4)}
     assert len(np.unique(parts.reshape(48, -1), axis=0)) == 48
     assert np.mean((parts > 0) & (parts < 16)) > 0.2, "saturated pixels would hide differences"
     for images in whole.values():
@@ -118,10 +126,10 @@ def test_other_settings_draw_anew(comparison, tmp_path, monkeypatch, field):
         drawn.append(numbers)
         return np.zeros((len(numbers), 8, 8, 1), np.uint8), 6
 
-    monkeypatch.setattr(passes.samples, "draw_images", draw)
+    monkeypatch.setattr(samples, "draw_images", draw)
     for fields, rounds in (({}, 3), ({}, 0), ({field: OTHERS[field]}, 2 if field == "sampling__batch_size" else 3)):
         drawn.clear()
-        _, images = sampling_pass(build(config_with(**fields)), comparison, {}, tmp_path)
+        _, images = evaluate(build(config_with(**fields)), comparison, {}, tmp_path)
         assert len(drawn) == rounds
         assert len(images) == 48
 
@@ -130,12 +138,12 @@ def test_the_rate_is_that_of_samples_drawn_now(tmp_path, monkeypatch):
     bars = []
 
     def progress(*arguments, **options):
-        bars.append(records.progress(*arguments, **options))
+        bars.append(console.progress(*arguments, **options))
         return bars[-1]
 
-    monkeypatch.setattr(passes.keep, "progress", progress)
+    monkeypatch.setattr(cache, "progress", progress)
     for wanted in (6, 20):  # of 8: one round, then two more
-        keep = Keep(tmp_path, "samples", {}, {})
+        keep = BatchCache(tmp_path, "samples", {}, {})
         drawn = draw_in_rounds(keep, "sample", wanted, 8, lambda numbers, _: (numbers.copy(), 5))
         np.testing.assert_array_equal(drawn.samples, np.arange(wanted))
     assert [(bar.initial, bar.n) for bar in bars] == [(0, 6), (8, 20)]
@@ -153,11 +161,11 @@ def test_the_rate_is_that_of_samples_drawn_now(tmp_path, monkeypatch):
 )
 def test_odes_of_ve_models_are_warned_of(comparison, tmp_path, monkeypatch, sde, fields, warns):
     said = []
-    monkeypatch.setattr(passes.samples.logging, "warning", lambda *message: said.append(message))
-    monkeypatch.setattr(passes.samples, "draw_images", lambda *_: (np.zeros((16, 8, 8, 1), np.uint8), 6))
+    monkeypatch.setattr(samples.logging, "warning", lambda *message: said.append(message))
+    monkeypatch.setattr(samples, "draw_images", lambda *_: (np.zeros((16, 8, 8, 1), np.uint8), 6))
     config = config_with(training__sde=sde, model__scale_by_sigma=sde == "vesde")
     config.sampling.update(fields)
-    sampling_pass(build(config), comparison, {}, tmp_path)
+    evaluate(build(config), comparison, {}, tmp_path)
     assert any("follows the SDE" in text for text, *_ in said) == warns
 
 
@@ -167,28 +175,34 @@ def test_samples_that_are_not_finite_are_an_error(run, params):
         draw_images(run, broken, np.arange(16, 32))
 
 
-def test_samples_on_disk(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes.samples, "SHARD", 20)
-    images = np.random.default_rng(0).integers(0, 17, (48, 8, 8, 1)).astype(np.uint8)
-    write_samples(run, images, "step_7", 7, tmp_path)
+def test_samples_on_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(workdir, "PER_FILE", 20)
+    images, real = np.random.default_rng(0).integers(0, 17, (2, 70, 8, 8, 1)).astype(np.uint8)
+    images = images[:48]
+    Workdir(tmp_path).write_samples(images, real, "step_7", 17, 7)
     folder = tmp_path / "samples" / "step_7"
     shards = [read_npz(path) for path in sorted(folder.glob("*.npz"))]
     assert [path.stem for path in sorted(folder.glob("*.png"))] == ["images_000000", "images_000020", "images_000040"]
     np.testing.assert_array_equal(np.concatenate([shard["samples"] for shard in shards]), images)
     assert {(int(shard["levels"]), int(shard["step"])) for shard in shards} == {(17, 7)}
     assert len(read_npz(tmp_path / "samples" / "data.npz")["samples"]) == 64
-    write_samples(run, images[:25], "step_7", 7, tmp_path)
+    Workdir(tmp_path).write_samples(images[:25], real, "step_7", 17, 7)
     assert sorted(path.name for path in folder.iterdir()) == [
         f"images_{first:06d}.{kind}" for first in (0, 20) for kind in ("npz", "png")
     ], "of an earlier evaluation nothing is left"
 
 
-def test_the_size_of_rounds_matters_where_samples_are_drawn(tmp_path):
-    config = config_with(sampling__batch_size=30, eval__enable_sampling=False)
-    assert run_lib.parts_from_config(build(config), tmp_path).comparison is None
+def test_the_size_of_rounds_matters_where_samples_are_drawn():
+    config = config_with(sampling__batch_size=30, eval__enable_sampling=False, eval__enable_loss=True)
+    config.eval.enable_bpd = False
+    assert [evaluator.name for evaluator in evaluators_from_config(build(config), no_dequantizer)] == ["loss"]
     config.eval.enable_sampling = True
     with pytest.raises(ValueError, match=r"sampling\.batch_size is 30; 4 devices do not divide it: use 28 or 32"):
-        run_lib.parts_from_config(build(config), tmp_path)
+        evaluators_from_config(build(config), no_dequantizer)
+
+
+def no_dequantizer():
+    pytest.fail("bits/dim are not asked for")
 
 
 # Snapshots
@@ -238,7 +252,7 @@ def test_a_snapshot_shows_its_weights_by_the_same_noise(params, tmp_path):
     """The images are those that evaluation numbers 0 to 7, of each set of weights."""
     run = build(pc_config())
     state = run.fresh_state().replace(step=np.int32(6), ema_params=params)
-    Snapshots(run, tmp_path).draw(state, StopRequest())
+    Snapshots(run, Workdir(tmp_path)).draw(state, StopRequest())
     snapshot = read_npz(tmp_path / "samples" / "snapshots" / "step_6.npz")
     for weights, of in (("ema", state.ema_params), ("raw", state.params)):
         np.testing.assert_array_equal(snapshot[weights], draw_images(run, of, np.arange(8))[0])
@@ -265,7 +279,7 @@ def test_snapshots_of_other_weights_are_replaced(trained, params):
     state = run.fresh_state().replace(step=np.int32(6), params=params)
     path = trained / "samples" / "snapshots" / "step_6.npz"
     before = read_npz(path)
-    Snapshots(run, trained).draw(state, StopRequest())
+    Snapshots(run, Workdir(trained)).draw(state, StopRequest())
     assert np.any(read_npz(path)["raw"] != before["raw"])
 
 
@@ -273,7 +287,7 @@ def test_asked_to_stop_it_gives_up(tmp_path):
     run = build(pc_config())
     stop = StopRequest()
     stop.requested = True
-    Snapshots(run, tmp_path).draw(run.fresh_state().replace(step=np.int32(6)), stop)
+    Snapshots(run, Workdir(tmp_path)).draw(run.fresh_state().replace(step=np.int32(6)), stop)
     assert not (tmp_path / "samples").exists()
 
 
@@ -281,14 +295,14 @@ def test_failing_to_sample_does_not_end_training(tmp_path):
     run = build(pc_config())
     state = run.fresh_state()
     broken = jax.tree.map(lambda p: p * np.nan, state.params)
-    Snapshots(run, tmp_path).draw(state.replace(step=np.int32(6), params=broken), StopRequest())
+    Snapshots(run, Workdir(tmp_path)).draw(state.replace(step=np.int32(6), params=broken), StopRequest())
     assert not (tmp_path / "samples").exists()
 
 
 @pytest.mark.parametrize(("step", "due"), [(0, False), (4, False), (6, True), (11, False), (12, True), (13, True)])
 def test_when_snapshots_are_due(run, tmp_path, step, due):
-    assert Snapshots(run, tmp_path).due(step) == due
-    assert not Snapshots(build(config_with(training__snapshot_sampling=False)), tmp_path).due(step)
+    assert Snapshots(run, Workdir(tmp_path)).due(step) == due
+    assert not Snapshots(build(config_with(training__snapshot_sampling=False)), Workdir(tmp_path)).due(step)
 
 
 def test_a_bad_sampler_is_found_before_training(tmp_path):

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import fast_samplers
 from configs.default import Config, get_config
-from fast_samplers import denoise, multistep_coefficients, noise_levels
-from marginals import sample_at
-from predictor_corrector import CORRECTORS, PREDICTORS
+from datasets import training_preprocess
+from samplers import few_step
+from samplers.few_step import denoise, multistep_coefficients, noise_levels
+from samplers.predictor_corrector import CORRECTORS, PREDICTORS
 from sampling import (
     DPMSolverSampler,
     FastSampler,
@@ -24,6 +24,7 @@ from sampling import (
     sampler_from_config,
 )
 from sde_lib import SDE, SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE
+from sources.marginals import sample_at
 from tests.analytic import GaussianMixture, asymmetric_mixture, correlated_gaussian
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -257,7 +258,7 @@ def test_failure_of_the_ode_solver_is_an_error():
 
 
 @ALL_SDES
-@pytest.mark.parametrize("schedule", fast_samplers.SCHEDULES)
+@pytest.mark.parametrize("schedule", few_step.SCHEDULES)
 def test_noise_levels(sde, schedule):
     levels = noise_levels(sde, SMALLEST_TIMES[sde], 11, schedule, 7.0)
     times = np.asarray(sde.time_of_log_noise_level(jnp.asarray(levels)))
@@ -453,14 +454,14 @@ def default_config() -> Config:
 
 def test_samplers_from_the_configuration():
     config, sde = default_config(), VESDE()
-    sampler = sampler_from_config(config, sde)
+    sampler = sampler_from_config(config, sde, None)
     assert sampler == PredictorCorrector(sde=sde, num_steps=config.model.num_scales)
     config.sampling.num_steps, config.sampling.smallest_time = 50, 1e-3
-    sampler = sampler_from_config(config, sde)
+    sampler = sampler_from_config(config, sde, None)
     assert sampler == PredictorCorrector(sde=sde, num_steps=50, smallest_time=1e-3)
     for method, kind in (("ode", ODESampler), ("dpm_solver", DPMSolverSampler), ("heun", HeunSampler)):
         config.sampling.method = method
-        sampler = sampler_from_config(config, sde)
+        sampler = sampler_from_config(config, sde, None)
         assert type(sampler) is kind
         assert sampler.smallest_time == 1e-3
         if isinstance(sampler, FastSampler):
@@ -493,7 +494,7 @@ def test_bad_configurations_are_refused(method, field, value, message):
     config.sampling.method = method
     config.sampling[field] = value
     with pytest.raises(ValueError, match=message):
-        sampler_from_config(config, SubVPSDE())
+        sampler_from_config(config, SubVPSDE(), None)
 
 
 def test_several_processes_are_refused_scipys_solver(monkeypatch):
@@ -507,11 +508,11 @@ def test_the_range_of_the_data():
     config.sampling.method = "heun"
     for dataset, centered, expected in (("CIFAR10", True, (-1.0, 1.0)), ("checkerboard", False, None)):
         config.data.update(dataset=dataset, centered=centered)
-        sampler = sampler_from_config(config, VESDE())
+        sampler = sampler_from_config(config, VESDE(), training_preprocess(config).data_range)
         assert isinstance(sampler, FastSampler)
         assert sampler.data_range == expected
     config.data.dataset, config.sampling.clip_denoised = "CIFAR10", False
-    sampler = sampler_from_config(config, VESDE())
+    sampler = sampler_from_config(config, VESDE(), (0.0, 1.0))
     assert isinstance(sampler, FastSampler)
     assert sampler.data_range is None
 

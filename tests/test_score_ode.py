@@ -10,13 +10,13 @@ import pytest
 from jaxtyping import Array, Float
 from scipy import special
 
-from arrays import Batch, PerExample, per_example
-from densities import GaussianMixture, paper_mixture
+from analysis.ode_score import _total, likelihood_by_start, ode_score, ode_score_path
+from analysis.score_distances import DistanceCurve, TimeNodes, distance_curves, distances, kl_identity, time_nodes
+from arrays import Batch, PerExample, append_dims
 from likelihood import Probes, draw_probes, ode_log_likelihood
 from ode import Info, require_success
-from score_distances import Curve, TimeNodes, distance_curves, distances, kl_identity, time_nodes
-from score_ode import _total, likelihood_by_start, ode_score, ode_score_path
 from sde_lib import SDE, SDES, VESDE, VPSDE
+from sources.densities import GaussianMixture, paper_mixture
 from tests.analytic import asymmetric_mixture
 
 
@@ -31,7 +31,7 @@ T_MIN = 1e-3
 
 def imperfect(density: GaussianMixture, sde: SDE, strength: Float[Array, ""], x: Batch, t: PerExample) -> Batch:
     """A score off the density's by a smooth field that is no gradient, of the scores' own size at each time."""
-    scale = per_example(1 / jnp.sqrt(1 + sde.alpha_sigma(t)[1] ** 2), x)
+    scale = append_dims(1 / jnp.sqrt(1 + sde.alpha_sigma(t)[1] ** 2), x)
     return density.score(sde, x, t) + strength * scale * jnp.sin(2 * scale * x[:, ::-1] + 1)
 
 
@@ -157,7 +157,7 @@ def test_kl_identity_gradient_and_distances():
 
 def test_integral_of_a_curve():
     nodes = TimeNodes(np.array([0.2, 0.6]), np.array([0.5, 0.25]))
-    integral = Curve(nodes, mean=np.array([2.0, 4.0]), se=np.array([0.6, 1.6]), num_points=10).integral
+    integral = DistanceCurve(nodes, mean=np.array([2.0, 4.0]), se=np.array([0.6, 1.6]), num_points=10).integral
     np.testing.assert_allclose(integral, (2.0, 0.5, 20))
 
 
@@ -189,23 +189,23 @@ def test_a_failed_start_names_the_example_not_its_repetition():
         return jnp.where((t[:, None] > 0.5) & (x > 1), jnp.nan, -x)
 
     _, info = likelihood_by_start(breaks, VP, jnp.array([[0.0], [0.0], [3.0]]), np.array([0.1, 0.6]))
-    assert int(info.suspect) == 2  # of three; in the second of two starts
+    assert int(info.worst_example) == 2  # of three; in the second of two starts
     assert float(info.t) == pytest.approx(0.6)
 
 
 def test_a_failed_solve_names_time_and_example():
-    def info(success: list[bool], t: list[float], suspect: list[int]) -> Info:
+    def info(success: list[bool], t: list[float], worst_example: list[int]) -> Info:
         n = jnp.arange(1, len(t) + 1)
-        return Info(n, n, jnp.array(success), jnp.array(t), jnp.array(suspect, jnp.int32))
+        return Info(n, n, jnp.array(success), jnp.array(t), jnp.array(worst_example, jnp.int32))
 
     forward = jax.tree.map(lambda a: a[0], info([True], [1.0], [-1]))
     start = jnp.array([0.1, 0.5])
     # segments are solved from the last to the first: the second here fails before the first one
     back = info([False, False, True], [0.1, 0.4, 0.8], [0, 1, -1])
     total = _total(forward, back, start, VE)
-    assert (int(total.suspect), int(total.nfe)) == (1, 1 + 6)
+    assert (int(total.worst_example), int(total.nfe)) == (1, 1 + 6)
     with pytest.raises(RuntimeError, match=r"broke down at t = 0\.7 .* example 1"):
         require_success(total)
     total = _total(forward, info([True] * 2, [0.5, 0.0], [-1, -1]), start, VE)
     assert bool(total.success)
-    assert int(total.suspect) == -1
+    assert int(total.worst_example) == -1

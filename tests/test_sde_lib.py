@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from marginals import sample_at
 from sde_lib import SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE
+from sources.marginals import sample_at
 from tests.analytic import asymmetric_mixture
 
 TIMES = jnp.array([1e-5, 1e-3, 0.05, 0.3, 0.7, 1.0])

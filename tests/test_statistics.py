@@ -9,11 +9,11 @@ import pytest
 
 import run_lib
 from configs.digits.smoke import get_config
-from evaluation import evaluate_samples, frechet_distance
-from feature_statistics import load_statistics
-from features import Features
-from passes.extractors import EXTRACTORS, comparison_from_config
-from passes.statistics import statistics_pass
+from evaluation import frechet_distance
+from evaluators.features import Features
+from evaluators.fid import EXTRACTORS, comparison_from_config, evaluate_samples
+from evaluators.statistics import load_statistics
+from evaluators.statistics_pass import statistics_pass
 from sources import source_from_config
 
 

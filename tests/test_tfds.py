@@ -15,9 +15,9 @@ from configs.default import get_config
 from datasets import training_batches
 from sources import MemorySource, catalogue, source_from_config
 from sources.archives import read_cifar10
-from sources.examples import TFRecords, decode_raw
 from sources.source import RecordSource
 from sources.tfds_folders import TfdsSet, load_tfds
+from sources.tfrecord import TFRecords, decode_raw
 from tests.test_published import cifar10_archive, sha256
 from tests.tfds_folder import encoded, raw_example, write_tfds, write_tfrecords
 

@@ -8,10 +8,10 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
-import parallel
 from build import TRAIN_KEY, build
 from configs.digits.smoke import get_config
 from datasets import source_from_config, training_batches
+from infra import parallel
 from train_state import create_state, optimizer_from_config
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from configs.default import get_config
-from features import save_inception
+from evaluators.features import save_inception
 from models.inception import params_from_published
 
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

@@ -1,0 +1,313 @@
+"""Upper bounds on -ln p(x) of the SDE model: the reverse SDE from the prior, with the score network in it.
+
+-ln p(x) <= -E ln prior(x_T) + integral over [t_min, T] of E[r_t] dt, with the expectation over x_t given x
+and r_t in one of two forms of equal expectation ([S21b] Theorems 3 and 6):
+
+- "dsm": g^2 / 2 (|score + z / sigma|^2 - |z / sigma|^2) - div f, with the noise z of x_t = alpha x + sigma z;
+- "sm": g^2 (div score + |score|^2 / 2) - div f, div score by one Rademacher probe.
+
+It bounds E[-ln p of x_{t_min}], given x. The start-time correction E[ln p(x_{t_min} | x) - ln p(x | x_{t_min})], where
+one denoising step stands for p(x | x_{t_min}), makes it a bound for x itself.
+
+Both forms are integrals over ln rho, rho = sigma / alpha, since g^2 dt = 2 sigma^2 d ln rho; importance sampling draws
+ln rho uniformly. What is known in closed form is never sampled: div f, the prior's expectation and, as a control
+variate, all that a Gaussian N(m, c^2 I) of the data would contribute. Its score has u = z + sigma score with
+E|u|^2 = d w^2 + |x - m|^2 rho^2 / (c^2 + rho^2)^2, w = c^2 / (c^2 + rho^2); the integral of E|u|^2 - d over ln rho is
+
+    sum_i [ w_i - ln(c_i^2 + rho^2) - (x_i - m_i)^2 / (c_i^2 + rho^2) ] / 2   from one end to the other.
+
+Without a reference, c is infinite, the score of the "Gaussian" 0, and the estimator the published one.
+
+Sources: [S21b] Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", NeurIPS 2021.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+from arrays import Batch, PerExample, ScoreFn, append_dims, inner, num_dims
+from coordinates import GaussianReference
+from derivatives import probe_divergence
+from likelihood import discrete_bits
+from ode import as_pytree
+from sde_lib import SDE
+
+FORMS = ("dsm", "sm")
+
+Keys = Key[Array, " batch"]
+
+
+class Bound(NamedTuple):
+    """An upper bound on -ln p(x) of each example in nats, in its parts."""
+
+    prior: PerExample
+    """-E ln prior(x_T), in closed form."""
+    integral: PerExample
+    """The integral of E[r_t] over [t_min, T]."""
+    start: PerExample
+    """The start-time correction; 0 without it."""
+    error: PerExample
+    """Standard error of `total` from its sampled times, noise and probes."""
+    nfe: int
+    """Evaluations of the score, one with its derivative along a probe counting as one."""
+
+    @property
+    def total(self) -> PerExample:
+        return self.prior + self.integral + self.start
+
+
+class BoundBitsPerDim(NamedTuple):
+    """Terms in bits/dim of each example, which add up to `total`, a bound on the NLL of a discrete image."""
+
+    prior: PerExample
+    integral: PerExample
+    start: PerExample
+    levels: PerExample
+    scaler: PerExample
+
+    @property
+    def total(self) -> PerExample:
+        return self.prior + self.integral + self.start + self.levels + self.scaler
+
+
+def likelihood_bound(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    keys: Keys,
+    *,
+    t_min: float,
+    form: str = "dsm",
+    importance_sampling: bool = True,
+    num_times: int = 1000,
+    num_starts: int = 0,
+    reference: GaussianReference | None = None,
+) -> Bound:
+    """An upper bound on -ln p(x) of each example, in nats, for every SDE ([S21b] Theorems 3 and 6).
+
+    Args:
+        keys: one for each example, so that its random numbers do not depend on its batch.
+        form: "dsm" or "sm".
+        importance_sampling: draw t in proportion to g^2 / sigma^2, else uniformly.
+        num_times: values of t for each example (published: 1000), one in each of as many equal strata. The standard
+            error is that of independent times, so an upper one.
+        num_starts: draws of x_{t_min} for the start-time correction; 0: without the correction, as for data that stand
+            for x_{t_min}.
+        reference: of the control variate; None: no control variate, as published.
+
+    Raises:
+        ValueError: unknown form, or fewer than 2 times.
+    """
+    if form not in FORMS:
+        raise ValueError(f"unknown form of the bound {form!r}; known: {', '.join(FORMS)}")
+    if num_times < 2 or num_starts < 0:
+        raise ValueError(f"need num_times >= 2 and num_starts >= 0, got {num_times} and {num_starts}")
+    score_fn = as_pytree(score_fn)
+    time_keys, start_keys = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n) for n in range(2))
+    with jax.default_matmul_precision("highest"):
+        times = _Times(t_min, num_times, importance_sampling)
+        integral, error = _integral(score_fn, x, time_keys, reference, sde=sde, times=times, form=form)
+        start = jnp.zeros_like(integral)
+        if num_starts:
+            draws = {"sde": sde, "t_min": t_min, "num": num_starts}
+            start, start_error = _mean_start_correction(score_fn, x, start_keys, reference, **draws)
+            error = jnp.hypot(error, start_error)
+    return Bound(-expected_prior_logp(sde, x), integral, start, error, num_times + num_starts)
+
+
+def bound_draw(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    quantile: PerExample,
+    z: Batch,
+    start_z: Batch | None,
+    t_min: float,
+    reference: GaussianReference | None = None,
+) -> PerExample:
+    """One draw of the bound in its "dsm" form, in nats: for training, as `likelihood_bound` is its mean.
+
+    Args:
+        quantile: uniform in [0, 1), of the importance-sampled time of each example.
+        z, start_z: standard normal noise, of the integral and of the start-time correction; None: without it.
+    """
+    t, weight = _Times(t_min, 1, importance_sampling=True).draw(sde, jnp.asarray(0), quantile)
+    integral = weight * dsm_integrand(score_fn, sde, x, t, z, reference) + _reference_integral(sde, x, t_min, reference)
+    total = integral - _drift_integral(sde, x, t_min) - expected_prior_logp(sde, x)
+    return total if start_z is None else total + start_correction(score_fn, sde, x, start_z, t_min, reference)
+
+
+def bound_bits_per_dim(bound: Bound, x: Batch, *, levels: int, unit_scale: float) -> BoundBitsPerDim:
+    """The bound in bits/dim for images x of `levels` grey levels; arguments as of `likelihood.bits_per_dim`."""
+    constants = discrete_bits(levels, unit_scale)
+    per_dim = 1 / (num_dims(x) * math.log(2))
+    terms = (bound.prior * per_dim, bound.integral * per_dim, bound.start * per_dim)
+    return BoundBitsPerDim(*terms, *(jnp.full_like(bound.prior, bits) for bits in constants))
+
+
+def expected_prior_logp(sde: SDE, x: Batch) -> PerExample:
+    """E ln prior(x_T) over x_T given x, in nats."""
+    alpha, sigma = sde.alpha_sigma(jnp.asarray(sde.t_max, x.dtype))
+    return sde.prior_logp(alpha * x) - 0.5 * num_dims(x) * (sigma / sde.prior_sigma) ** 2
+
+
+def dsm_integrand(
+    score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample, z: Batch, reference: GaussianReference | None = None
+) -> PerExample:
+    """|u|^2 - |z|^2, u = z + sigma score, at x_t = alpha x + sigma z: E[r_t] dt for each d ln rho, without div f.
+
+    With a reference, |u|^2 less the |u|^2 of its score.
+    """
+    xt, sigma = _perturb(sde, x, t, z)
+    scaled, known = sigma * score_fn(xt, t), _reference_score(sde, xt, t, reference)
+    return inner(scaled - known, scaled + known + 2 * z)
+
+
+def sm_integrand(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    t: PerExample,
+    z: Batch,
+    probe: Batch,
+    reference: GaussianReference | None = None,
+) -> PerExample:
+    """2 sigma^2 div score + |sigma score|^2: of the same expectation as `dsm_integrand`, less the same reference."""
+    xt, sigma = _perturb(sde, x, t, z)
+
+    def excess(xt: Batch) -> Batch:
+        return sigma * score_fn(xt, t) - _reference_score(sde, xt, t, reference)
+
+    value, divergence = probe_divergence(excess, xt, probe)
+    known = _reference_score(sde, xt, t, reference)
+    return 2 * jnp.ravel(sigma) * divergence + inner(value, value + 2 * known)
+
+
+def start_correction(
+    score_fn: ScoreFn, sde: SDE, x: Batch, z: Batch, t_min: float, reference: GaussianReference | None = None
+) -> PerExample:
+    """One draw of ln p(x_{t_min} | x) - ln p(x | x_{t_min}), in nats ([S21b] Sec. 4, App. on the start time).
+
+    The second is N(x; (x_{t_min} + sigma^2 score) / alpha, (sigma / alpha)^2 I), one step of denoising. With a
+    reference, its part of the difference is replaced by its expectation.
+    """
+    t = jnp.full(x.shape[:1], t_min, x.dtype)
+    alpha, sigma = sde.alpha_sigma(t)
+    sampled = dsm_integrand(score_fn, sde, x, t, z, reference)
+    return -num_dims(x) * jnp.log(alpha) + 0.5 * (sampled + _reference_gap(sigma / alpha, x, reference))
+
+
+def _perturb(sde: SDE, x: Batch, t: PerExample, z: Batch) -> tuple[Batch, Batch]:
+    """x_t, and sigma as it multiplies a batch."""
+    mean, sigma = sde.marginal(x, t)
+    sigma = append_dims(sigma, x)
+    return mean + sigma * z, sigma
+
+
+def _reference_score(sde: SDE, xt: Batch, t: PerExample, reference: GaussianReference | None) -> Batch:
+    """sigma times the score of the reference."""
+    if reference is None:
+        return jnp.zeros_like(xt)
+    mean, std = reference.of_batch(xt)
+    alpha, sigma = (append_dims(a, xt) for a in sde.alpha_sigma(t))
+    return -sigma * (xt - alpha * mean) / (jnp.square(alpha * std) + sigma**2)
+
+
+def _reference_gap(rho: PerExample, x: Batch, reference: GaussianReference | None) -> PerExample:
+    """E|u|^2 - d of the reference's score at noise level rho."""
+    if reference is None:
+        return jnp.zeros(x.shape[0], x.dtype)
+    mean, std = reference.of_batch(x)
+    noise, spread = append_dims(rho, x) ** 2, std**2
+    gap = noise * (jnp.square(x - mean) - 2 * spread - noise) / (spread + noise) ** 2
+    return jnp.sum(gap, axis=range(1, x.ndim))
+
+
+def _reference_integral(sde: SDE, x: Batch, t_min: float, reference: GaussianReference | None) -> PerExample:
+    """The integral of `_reference_gap` over ln rho: see the module's docstring."""
+    if reference is None:
+        return jnp.zeros(x.shape[0], x.dtype)
+    mean, std = reference.of_batch(x)
+
+    def antiderivative(t: float) -> Batch:
+        total = std**2 + jnp.exp(2 * sde.log_noise_level(jnp.asarray(t, x.dtype)))
+        return 0.5 * ((std**2 - jnp.square(x - mean)) / total - jnp.log(total))
+
+    return jnp.sum(antiderivative(sde.t_max) - antiderivative(t_min), axis=range(1, x.ndim))
+
+
+def _drift_integral(sde: SDE, x: Batch, t_min: float) -> Float[Array, ""]:
+    """The integral of div f over [t_min, T]."""
+    first, last = (sde.alpha_sigma(jnp.asarray(t, x.dtype))[0] for t in (t_min, sde.t_max))
+    return num_dims(x) * jnp.log(last / first)
+
+
+def _mean_and_error(draw: Callable[[Int[Array, ""]], PerExample], num: int) -> tuple[PerExample, PerExample]:
+    """Mean and standard error of draws number 0 to num - 1."""
+    draws = jax.lax.map(draw, jnp.arange(num))
+    return jnp.mean(draws, axis=0), jnp.std(draws, axis=0) / math.sqrt(max(num - 1, 1))
+
+
+def _draw(keys: Keys, number: Int[Array, ""], like: Batch) -> tuple[PerExample, Batch, Batch]:
+    """Of each example: a uniform number, normal noise and a Rademacher probe."""
+
+    def of_example(key: Array) -> tuple[Array, Array, Array]:
+        uniform, normal, sign = jax.random.split(jax.random.fold_in(key, number), 3)
+        dims, dtype = like.shape[1:], like.dtype
+        return (
+            jax.random.uniform(uniform, dtype=dtype),
+            jax.random.normal(normal, dims, dtype),
+            jax.random.rademacher(sign, dims, dtype),
+        )
+
+    return jax.vmap(of_example)(keys)
+
+
+class _Times(NamedTuple):
+    """How times are drawn."""
+
+    t_min: float
+    num: int
+    importance_sampling: bool
+
+    def draw(self, sde: SDE, number: Int[Array, ""], uniform: PerExample) -> tuple[PerExample, PerExample]:
+        """The t at a uniform place of stratum `number`, and d ln rho / d quantile there."""
+        quantile = (number + uniform) / self.num
+        if self.importance_sampling:
+            total = sde.importance_weight(jnp.asarray(sde.t_max, quantile.dtype), self.t_min)
+            return sde.time_of_quantile(quantile * total, self.t_min), jnp.full_like(quantile, 0.5 * total)
+        t = self.t_min + (sde.t_max - self.t_min) * quantile
+        rate = jnp.square(sde.diffusion(t) / sde.alpha_sigma(t)[1])
+        return t, 0.5 * (sde.t_max - self.t_min) * rate
+
+
+@partial(jax.jit, static_argnames=("sde", "times", "form"))
+def _integral(
+    score_fn: ScoreFn, x: Batch, keys: Keys, reference: GaussianReference | None, *, sde: SDE, times: _Times, form: str
+) -> tuple[PerExample, PerExample]:
+    """The bound's integral, with its standard error."""
+
+    def draw(number: Int[Array, ""]) -> PerExample:
+        uniform, z, probe = _draw(keys, number, x)
+        t, weight = times.draw(sde, number, uniform)
+        if form == "dsm":
+            return weight * dsm_integrand(score_fn, sde, x, t, z, reference)
+        return weight * sm_integrand(score_fn, sde, x, t, z, probe, reference)
+
+    mean, error = _mean_and_error(draw, times.num)
+    return mean + _reference_integral(sde, x, times.t_min, reference) - _drift_integral(sde, x, times.t_min), error
+
+
+@partial(jax.jit, static_argnames=("sde", "t_min", "num"))
+def _mean_start_correction(
+    score_fn: ScoreFn, x: Batch, keys: Keys, reference: GaussianReference | None, *, sde: SDE, t_min: float, num: int
+) -> tuple[PerExample, PerExample]:
+    def draw(number: Int[Array, ""]) -> PerExample:
+        return start_correction(score_fn, sde, x, _draw(keys, number, x)[1], t_min, reference)
+
+    return _mean_and_error(draw, num)

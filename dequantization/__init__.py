@@ -1,0 +1,1 @@
+"""Dequantization: noise that turns integer grey levels into a density, fixed or learned."""

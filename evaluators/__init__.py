@@ -1,0 +1,41 @@
+"""Evaluation steps: test loss, bits/dim, likelihoods of points, and samples; each an entry in `evaluators_from_config`.
+
+An evaluation counts every example once. Its values are stored batch by batch in a folder named after everything that
+they depend on, parameters included. So an interrupted evaluation resumes, and never mixes two settings. The random
+numbers of an example follow from the seed, the repeat and the example's index, not from its batch.
+"""
+
+from collections.abc import Callable
+
+import datasets
+from build import Run
+from dequantization.noise import Dequantizer
+from evaluators.bits_per_dim import BitsPerDimEvaluator
+from evaluators.evaluator import Evaluator as Evaluator
+from evaluators.fid import comparison_from_config
+from evaluators.loss import LossEvaluator
+from evaluators.points import PointLikelihoodEvaluator, PointSamplesEvaluator
+from evaluators.samples import SamplesEvaluator
+
+
+def evaluators_from_config(run: Run, dequantizer: Callable[[], Dequantizer]) -> list[Evaluator]:
+    """The evaluators that `eval` asks for, in the order in which they run. Everything is checked here, before any work.
+
+    Args:
+        dequantizer: loads the noise for the bits/dim of images.
+
+    Raises:
+        ValueError, OSError: for bad input.
+    """
+    settings, images = run.config.eval, run.density is None
+    builders: list[tuple[bool, Callable[[], Evaluator]]] = [
+        (settings.enable_loss, lambda: LossEvaluator(run, datasets.source_from_config(run.config, "test"))),
+        (settings.enable_bpd and images, lambda: BitsPerDimEvaluator(run, dequantizer())),
+        (settings.enable_bpd and not images, lambda: PointLikelihoodEvaluator(run)),
+        (settings.enable_sampling and images, lambda: SamplesEvaluator(run, comparison_from_config(run.config))),
+        (settings.enable_sampling and not images, lambda: PointSamplesEvaluator(run)),
+    ]
+    evaluators = [build() for wanted, build in builders if wanted]
+    if not evaluators:
+        raise ValueError("eval.enable_loss, eval.enable_bpd and eval.enable_sampling are False: nothing to evaluate")
+    return evaluators

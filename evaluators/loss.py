@@ -1,0 +1,56 @@
+"""The training objective on test data."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from build import EVAL_KEY, Run
+from datasets import Source, evaluation_batch, evaluation_batch_sizes
+from evaluation import mean_estimate
+from evaluators.cache import Values
+from infra import parallel
+from infra.workdir import EvaluationFolder
+from losses import draw_noise, score_matching_losses
+from models.score import Params
+
+
+class LossEvaluator:
+    """The mean training objective and its terms, without dropout, on a source of test data."""
+
+    name = "loss"
+
+    def __init__(self, run: Run, source: Source):
+        self.run, self.source = run, source
+        self.batch_size = run.config.training.batch_size
+        self.num_batches = len(evaluation_batch_sizes(source, self.batch_size))
+        self.preprocess = run.preprocess.without_flip()
+        self._losses = jax.jit(self._per_example)
+
+    def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
+        """Means over all examples, with standard errors."""
+        del folder  # nothing is stored: the whole takes as long as one record of training
+        return self._means(params, self.num_batches)
+
+    def first_batches(self, params: Params) -> dict[str, float]:
+        """Means over the first `training.eval_batches` batches, always with the same noise, so that they compare."""
+        means = self._means(params, min(self.run.config.training.eval_batches, self.num_batches))
+        return {name: mean["mean"] for name, mean in means.items()}
+
+    def _means(self, params: Params, num_batches: int) -> dict[str, dict[str, float]]:
+        key = self.run.key(EVAL_KEY)
+        parts = [self._values(params, number, jax.random.fold_in(key, number)) for number in range(num_batches)]
+        names = parts[0][0]
+        return {name: mean_estimate(np.concatenate([v[name][c] for v, c in parts]))._asdict() for name in names}
+
+    def _values(self, params: Params, number: int, key: Array) -> tuple[Values, np.ndarray]:
+        batch = evaluation_batch(self.source, self.batch_size, number)
+        images = parallel.global_array(self.run.mesh, batch.images[parallel.local_rows(self.batch_size)])
+        return parallel.fetch(self._losses(params, images, key)), batch.counts
+
+    def _per_example(self, params: Params, images: Array, key: Array) -> dict[str, Array]:
+        data_key, noise_key = jax.random.split(key)
+        x0 = self.preprocess(data_key, images)
+        noise = draw_noise(noise_key, self.run.sde, self.run.trainer.objective, x0.shape)
+        return score_matching_losses(self.run.score_fn(params), self.run.sde, self.run.trainer.objective, x0, noise)

@@ -1,0 +1,89 @@
+"""A few samples of every checkpoint that is kept, drawn while training goes on."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+
+from build import Run
+from evaluators.samples import draw_images
+from infra import parallel
+from infra.checkpoints import params_digest
+from infra.console import StopRequest
+from infra.workdir import PER_GRID, ImageGrid, Snapshot, Workdir
+from train_state import TrainState
+
+
+class Snapshots:
+    """Draws the same images of each kept checkpoint by the configured sampler, of the averaged and of the raw weights.
+
+    The noise of image k is the same in every snapshot, so that they compare. A snapshot is drawn once. In
+    samples/snapshots, step_<step>.npz holds `ema` and `raw`, integers from 0 to `levels` - 1, and PNG files show them.
+    One that an interruption prevented is drawn when training goes on from its checkpoint.
+
+    Raises:
+        ValueError: from the constructor, if snapshots are wanted but `config.sampling` is not valid, or of points.
+    """
+
+    def __init__(self, run: Run, workdir: Workdir):
+        self.run, self.folder = run, workdir.snapshots
+        self.shown = min(PER_GRID, run.config.sampling.batch_size)
+        if run.config.training.snapshot_sampling:
+            run.sampler()
+            if self.shown < 1:
+                raise ValueError(f"sampling.batch_size is {self.shown}; it must be at least 1")
+            if len(run.data_shape) != 3:
+                raise ValueError(f"training.snapshot_sampling draws images; {run.config.data.dataset} has none")
+
+    def due(self, step: int) -> bool:
+        """Whether the checkpoint of this step is one to keep: every `training.snapshot_freq` steps, and the last."""
+        training = self.run.config.training
+        kept = step % training.snapshot_freq == 0 or step >= training.n_iters
+        return training.snapshot_sampling and step > 0 and kept
+
+    def draw(self, state: TrainState, stop: StopRequest) -> None:
+        """Draws the snapshot of this state if it is due and not there.
+
+        Asked to stop, it gives up. Where sampling fails it warns: training can do without.
+        """
+        step = int(state.step)
+        if not self.due(step):
+            return
+        path, digest = self.folder / f"step_{step}.npz", params_digest(state.params)
+        if parallel.agree(_stored_digest(path) == digest):
+            return
+        try:
+            grids = {"ema": self._grid(state.ema_params, stop), "raw": self._grid(state.params, stop)}
+        except _StoppedError:
+            return
+        except RuntimeError as error:
+            logging.warning("no snapshot of step %d: %s", step, error)
+            return
+        if jax.process_index() != 0:
+            return
+        levels = self.run.config.data.levels
+        ema, raw = (ImageGrid(grids[weights], levels, step) for weights in ("ema", "raw"))
+        Snapshot(ema, raw, digest).write(self.folder)
+
+    def _grid(self, params: object, stop: StopRequest) -> np.ndarray:
+        def look_up(step: int, steps: int) -> None:
+            del step, steps
+            if stop.now():
+                raise _StoppedError
+
+        devices = self.run.mesh.size
+        numbers = np.arange(-(-self.shown // devices) * devices)
+        return draw_images(self.run, params, numbers, look_up)[0][: self.shown]
+
+
+class _StoppedError(Exception):
+    """Somebody asked to stop while a snapshot was being drawn."""
+
+
+def _stored_digest(path: Path) -> str | None:
+    """Of the parameters that a snapshot there was drawn with; None if there is none, or none that can be read."""
+    try:
+        return Snapshot.read(path).parameters
+    except (FileNotFoundError, ValueError):
+        return None

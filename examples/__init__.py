@@ -1,0 +1,1 @@
+"""Short scripts that use the modules as a library, without a configuration."""

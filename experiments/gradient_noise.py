@@ -1,0 +1,80 @@
+"""Signal and noise of the gradient of each loss term, at a trained model, and which way each points.
+
+For a term with gradient g of one batch, |E g|^2 is estimated without bias from pairs of batches, and the noise is the
+root of E|g - E g|^2. The cosine is that of two terms' mean gradients.
+
+    python -m experiments.gradient_noise --config=configs/digits/ncsnpp.py --workdir=runs/order1
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from jax.flatten_util import ravel_pytree
+from ml_collections import config_flags
+
+from build import TRAIN_KEY, Run, build
+from datasets import BatchOrder, source_from_config
+from losses import draw_noise, score_matching_losses
+from report.formatting import text_table
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The run whose newest checkpoint is looked at.")
+_BATCHES = flags.DEFINE_integer("batches", 200, "Batches to draw.", lower_bound=2)
+flags.mark_flags_as_required(["config", "workdir"])
+
+TERMS = ("first", "second_frob", "second_trace", "third")
+
+
+def main(argv: list[str]) -> None:
+    del argv
+    config = _CONFIG.value
+    config.training.score_matching_order = 3
+    run = build(config)
+    params = run.load_state(Path(str(_WORKDIR.value))).ema_params
+    gradients = term_gradients(run, params, _BATCHES.value)
+    signal = mean_products(gradients)
+    noise = np.sqrt(np.mean(np.sum((gradients - gradients.mean(0)) ** 2, axis=2), axis=0))
+    rows = []
+    for i, term in enumerate(TERMS):
+        size = np.sqrt(max(signal[i, i], 0))
+        cosine = signal[0, i] / (np.sqrt(max(signal[0, 0], 0)) * size) if size else float("nan")
+        rows.append((term, f"{size:.4f}", f"{noise[i]:.4f}", f"{size / noise[i]:.4f}", f"{cosine:+.2f}"))
+    print(f"batch {config.training.batch_size}, {_BATCHES.value} batches, {_WORKDIR.value}")
+    print(text_table(("term", "|mean gradient|", "noise of one batch", "ratio", "cosine with first"), rows))
+
+
+def term_gradients(run: Run, params: object, batches: int) -> np.ndarray:
+    """[batches, terms, parameters]: the gradient of each term's mean over a batch, each batch with noise of its own."""
+    source = source_from_config(run.config, "train")
+    order = BatchOrder(len(source), run.config.training.batch_size, run.config.seed)
+
+    @jax.jit
+    def gradients(params: object, images: jax.Array, key: jax.Array) -> jax.Array:
+        data_key, noise_key = jax.random.split(key)
+        x0 = run.preprocess(data_key, images)
+        noise = draw_noise(noise_key, run.sde, run.trainer.objective, x0.shape)
+
+        def means(params: object) -> jax.Array:
+            losses = score_matching_losses(run.score_fn(params), run.sde, run.trainer.objective, x0, noise)
+            return jnp.stack([jnp.mean(losses[term]) for term in TERMS])
+
+        _, pull_back = jax.vjp(means, params)
+        return jnp.stack([ravel_pytree(pull_back(one)[0])[0] for one in jnp.eye(len(TERMS))])
+
+    keys = jax.random.split(run.key(TRAIN_KEY), batches)
+    return np.stack([gradients(params, source.images(order[n]), keys[n]) for n in range(batches)])
+
+
+def mean_products(gradients: np.ndarray) -> np.ndarray:
+    """[terms, terms]: inner products of mean gradients, from different batches only, so without bias."""
+    n = len(gradients)
+    total = gradients.sum(0, dtype=np.float64)
+    same = np.einsum("nip,njp->ij", gradients, gradients, dtype=np.float64, optimize=True)
+    return (total @ total.T - same) / (n * (n - 1))
+
+
+if __name__ == "__main__":
+    app.run(main)

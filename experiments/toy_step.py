@@ -1,0 +1,152 @@
+"""Cost of a training step on points for each order, and the share of a training run that is spent inside it.
+
+    python -m experiments.toy_step
+    python -m experiments.toy_step --config=mixture_vp --set training.batch_size=1000
+
+For each order, compiled calls of `training.n_jitted_steps` steps are timed alone, right before and right after a run of
+as many calls by `run_lib.train`, which also reads and copies the batches and records the losses. The share is the time
+of the calls alone by that of the run, both on the clock and, which other programs on the machine disturb less, of the
+processor, where that is where the steps run.
+"""
+
+import argparse
+import ast
+import os
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+import jax
+import numpy as np
+
+import datasets
+import run_lib
+from build import TRAIN_KEY, Run, build
+from configs.default import Config
+from infra import parallel
+from infra.metrics import MetricsWriter
+from losses import ORDERS
+from report.formatting import text_table
+from tests.golden_common import load_config
+
+
+class Seconds(NamedTuple):
+    """On the clock, and of the processor."""
+
+    wall: float
+    processor: float
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="checkerboard_ve", help="a file of configs/toy")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config")
+    parser.add_argument("--calls", type=int, default=10, help="of the compiled function, alone and in a run")
+    arguments = parser.parse_args()
+    try:
+        config = changed(load_config(f"toy.{arguments.config}"), arguments.set)
+    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+        parser.error(f"{error.args[0]}")
+    rows, first = [], None
+    for order in ORDERS:
+        config.training.score_matching_order = order
+        alone, run = measure(config, arguments.calls)
+        first = first or alone
+        steps = arguments.calls * config.training.n_jitted_steps
+        rows.append(
+            (
+                f"{order}",
+                *(f"{1e3 * seconds / steps:.2f}" for seconds in (*alone, *run)),
+                *(f"{a / b:.2f}" for a, b in zip(alone, first, strict=True)),
+                *(f"{a / b:.0%}" for a, b in zip(alone, run, strict=True)),
+            )
+        )
+    print(f"{arguments.config}, batch {config.training.batch_size}, {config.training.n_jitted_steps} steps a call,")
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, shared with whatever runs")
+    headers = ("order", "ms a step", "of processor", "ms in a run", "of processor", "x order 1", "of processor")
+    print(text_table((*headers, "share in step", "of processor"), rows))
+
+
+def changed(config: Config, changes: Sequence[str]) -> Config:
+    """The configuration with other values of some fields, each change a FIELD=VALUE.
+
+    Raises:
+        KeyError, TypeError, ValueError, SyntaxError: for one that is none.
+    """
+    config.lock()  # else a field that is not there would be made
+    for change in changes:
+        field, _, value = change.partition("=")
+        config.update_from_flattened_dict({field: ast.literal_eval(value)})
+    return config
+
+
+def measure(config: Config, calls: int) -> tuple[Seconds, Seconds]:
+    """What `calls` compiled calls take alone, and in a run."""
+    steps = config.training.n_jitted_steps
+    config.training.n_iters = (calls + 1) * steps  # the first call compiles
+    config.training.log_freq = steps
+    config.training.eval_freq = 2 * config.training.n_iters  # no test losses: they are timed aside
+    config.training.snapshot_freq = config.training.snapshot_freq_for_preemption = config.training.n_iters
+    run = build(config)
+    repeat = repeated_call(run)
+    before = timed(lambda: repeat(calls))
+    with tempfile.TemporaryDirectory() as folder:
+        in_run = run_seconds(config, Path(folder))
+    after = timed(lambda: repeat(calls))
+    return Seconds(*np.mean([before, after], axis=0)), in_run
+
+
+def repeated_call(run: Run) -> Callable[[int], None]:
+    """A function of n that calls the compiled training steps n times on one chunk of batches; it is compiled."""
+    whole, along = parallel.replicated(run.mesh), parallel.along_batch(run.mesh, axis=1)
+    train_steps = jax.jit(run.trainer.train_steps, in_shardings=(whole, along, whole), out_shardings=whole)
+    state = jax.device_put(run.fresh_state(), whole)
+    training = run_lib.score_training(run, datasets.source_from_config(run.config, "train"))
+    (_, points), key = next(training.calls(0)), run.key(TRAIN_KEY)
+
+    def repeat(n: int) -> None:
+        after = state
+        for _ in range(n):
+            after, _ = train_steps(after, points, key)
+        jax.block_until_ready(after)
+
+    repeat(1)
+    return repeat
+
+
+class ClockedWriter(MetricsWriter):
+    """Notes when it records."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.moments: list[Seconds] = []
+
+    def record_train(self, step: int, order: int) -> dict[str, float]:
+        means = super().record_train(step, order)
+        self.moments.append(now())
+        return means
+
+
+def run_seconds(config: Config, workdir: Path) -> Seconds:
+    """What training takes from its first record to its last: reading, copying, stepping, recording."""
+    writer = ClockedWriter(workdir / "train")
+    with mock.patch.object(run_lib, "MetricsWriter", return_value=writer):
+        run_lib.train(config, workdir)
+    return Seconds(*np.subtract(writer.moments[-1], writer.moments[0]))
+
+
+def timed(call: Callable[[], None]) -> Seconds:
+    start = now()
+    call()
+    return Seconds(*np.subtract(now(), start))
+
+
+def now() -> Seconds:
+    return Seconds(time.monotonic(), time.process_time())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Pictures of image grids, whose pixels stay sharp."""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from infra.files import write_atomic
+
+_TILE_PIXELS = 40  # images below this height are enlarged by a whole factor, each pixel to a square
+_GAP, _GAP_GREY = 2, 176  # pixels between images; neither black nor white, which images may be
+
+
+def image_grid(
+    images: UInt8[np.ndarray, "n height width channels"], levels: int, columns: int | None = None
+) -> Image.Image:
+    """Images side by side, row after row; level 0 is black, level `levels` - 1 white.
+
+    Those of three channels are in colour, others in grey, the mean of their channels.
+
+    Args:
+        columns: images in a row; None: as nearly square as goes.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    if images.shape[-1] not in (1, 3):
+        images = np.rint(images.mean(axis=-1, keepdims=True)).astype(np.uint8)
+    n, height, width, channels = images.shape
+    if n == 0:
+        raise ValueError(f"there are no images in an array of shape {images.shape}")
+    scale = math.ceil(_TILE_PIXELS / height)
+    columns = columns or math.ceil(math.sqrt(n))
+    rows = math.ceil(n / columns)
+    step_y, step_x = scale * height + _GAP, scale * width + _GAP
+    canvas = np.full((rows * step_y - _GAP, columns * step_x - _GAP, channels), _GAP_GREY, np.uint8)
+    bytes_ = np.rint(np.minimum(images.astype(np.float64) / (levels - 1), 1) * 255).astype(np.uint8)
+    for k, image in enumerate(bytes_.repeat(scale, axis=1).repeat(scale, axis=2)):
+        top, left = k // columns * step_y, k % columns * step_x
+        canvas[top : top + scale * height, left : left + scale * width] = image
+    return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
+
+
+def save_grid(path: Path, images: UInt8[np.ndarray, "n height width channels"], levels: int) -> None:
+    """Writes `image_grid` as a PNG file."""
+    write_atomic(path, image_png(image_grid(images, levels)))
+
+
+def image_png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,170 @@
+"""Training metrics of a run, written and read: JSON lines, which are the record, and TensorBoard files to look at."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tensorboardX import SummaryWriter
+
+FILE = "metrics.jsonl"
+
+
+class MetricsWriter:
+    """Appends metrics to JSON lines (the record) and TensorBoard files (for looking); silent on hosts but the first.
+
+    Metrics of single steps are collected as they come from the devices and written as means when a record is due. To
+    collect waits for the step before: the devices always have one step in hand, and time is not counted ahead of them.
+    """
+
+    def __init__(self, folder: Path):
+        self.active = jax.process_index() == 0
+        self.pending: list[Mapping[str, Array]] = []
+        self.pending_steps: list[int] = []
+        self.started = self.recorded = time.monotonic()
+        self.elapsed_before = 0.0
+        if self.active:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / FILE
+            self.elapsed_before = _last_seconds(path)
+            self.lines = _open_for_lines(path)
+            self.board = SummaryWriter(str(folder / "tensorboard"))
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.active:
+            self.lines.close()
+            self.board.close()
+
+    def collect(self, metrics: Mapping[str, Array], steps: int) -> None:
+        """Takes the means over as many steps."""
+        if self.pending:
+            jax.block_until_ready(self.pending[-1])
+        self.pending.append(metrics)
+        self.pending_steps.append(steps)
+
+    def record_train(self, step: int, order: int) -> dict[str, float]:
+        """Writes the means over the steps collected since the last record, and returns them.
+
+        Raises:
+            FloatingPointError: if one is not finite.
+        """
+        collected, steps = jax.device_get(self.pending), self.pending_steps
+        now = time.monotonic()
+        rate = sum(steps) / max(now - self.recorded, 1e-9)
+        self.pending, self.pending_steps, self.recorded = [], [], now
+        means = {name: float(np.average([c[name] for c in collected], weights=steps)) for name in collected[0]}
+        self.write(step, "train", order=order, **means, steps_per_second=rate)
+        bad = [name for name, value in means.items() if not math.isfinite(value)]
+        if bad:
+            raise FloatingPointError(
+                f"{', '.join(bad)} not finite between steps {step - sum(steps)} and {step}; the last checkpoint is "
+                "from before: lower optim.lr or optim.grad_clip, or raise training.smallest_time, and start again"
+            )
+        return means
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """For work between steps whose time does not count as theirs."""
+        if self.pending:
+            jax.block_until_ready(self.pending[-1])
+        started = time.monotonic()
+        yield
+        self.recorded += time.monotonic() - started
+
+    def write(self, step: int, split: str, **values: float | int) -> None:
+        """Writes one record; `seconds` counts the time of training, interruptions left out."""
+        if not self.active:
+            return
+        seconds = round(self.elapsed_before + time.monotonic() - self.started, 3)
+        self.lines.write(json.dumps({"step": step, "split": split, **values, "seconds": seconds}) + "\n")
+        for name, value in values.items():
+            self.board.add_scalar(f"{split}/{name}", value, step)
+
+
+def _open_for_lines(path: Path) -> TextIO:
+    """Opens for appending lines; a line that a kill cut short is ended first, so it spoils no other."""
+    cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
+    lines = path.open("a", buffering=1)
+    if cut_short:
+        lines.write("\n")
+    return lines
+
+
+def _last_seconds(path: Path) -> float:
+    """The run's time as of its last complete record."""
+    if not path.exists():
+        return 0.0
+    for line in reversed(path.read_text().splitlines()):
+        with contextlib.suppress(json.JSONDecodeError, KeyError):
+            return float(json.loads(line)["seconds"])
+    return 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricCurve:
+    """The values of one metric, and the steps that they were recorded at."""
+
+    steps: Int[np.ndarray, " n"]
+    values: Float[np.ndarray, " n"]
+
+    def smoothed(self) -> Float[np.ndarray, " n"]:
+        """Means over a window of a twentieth of the curve, narrower at its ends, of the values that are finite."""
+        window = np.ones(2 * (len(self.values) // 40) + 1)
+        known = np.isfinite(self.values)
+        total = np.convolve(np.where(known, self.values, 0), window, mode="same")
+        count = np.convolve(known, window, mode="same")
+        return np.where(known, total / np.maximum(count, 1), np.nan)
+
+
+RunCurves = Mapping[str, Mapping[str, MetricCurve]]
+"""The curves of a run by split, "train" or "test", and then by the name of the metric."""
+
+
+def read_metrics(folder: Path) -> RunCurves:
+    """The curves that a `MetricsWriter` wrote into the folder; none if it holds no metrics.
+
+    If a resumed run wrote a step again, the later line counts. Lines that a kill cut short are left out.
+    """
+    path = folder / FILE
+    by_step: dict[str, dict[int, dict[str, Any]]] = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            record = json.loads(line)
+            by_step.setdefault(record["split"], {})[int(record["step"])] = record
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            continue
+    return {split: _curves(records) for split, records in by_step.items()}
+
+
+def _curves(records: dict[int, dict[str, Any]]) -> dict[str, MetricCurve]:
+    steps = sorted(records)
+    names = {name for record in records.values() for name, value in record.items() if isinstance(value, int | float)}
+    curves = {}
+    for name in names - {"step"}:
+        having = [step for step in steps if isinstance(records[step].get(name), int | float)]
+        curves[name] = MetricCurve(np.array(having), np.array([records[step][name] for step in having], np.float64))
+    return curves
+
+
+def trained_order(folder: Path, step: int) -> int | None:
+    """The order of the loss that the run was trained with at `step`; None before its first record."""
+    order = value_at(read_metrics(folder), "order", step)
+    return None if order is None else int(order)
+
+
+def value_at(metrics: RunCurves, name: str, step: int) -> float | None:
+    """The value of a training metric at `step`, or in the last record before it; None before the first record."""
+    curve = metrics.get("train", {}).get(name)
+    if curve is None or not (curve.steps <= step).any():
+        return None
+    return float(curve.values[curve.steps <= step][-1])

@@ -1,0 +1,345 @@
+"""The folder of a run: where each artefact is, with the functions that write and read it.
+
+    config.json, environment.json     the configuration; the software and devices of the last start
+    checkpoints/STEP/                 training states: checkpoints.py
+    train/metrics.jsonl               training metrics, with TensorBoard files in train/tensorboard/: metrics.py
+    eval/LABEL.json                   results of one checkpoint, with times in LABEL_seconds.json: results.py
+    eval/NAME-DIGEST/                 per-example values behind the results: evaluators/cache.py
+    samples/LABEL.npz, .png           the first 64 samples of a checkpoint; data.npz: real images
+    samples/LABEL/images_K.npz, .png  all samples, at most 10,000 in a file; K is the number of the first
+    samples/points/LABEL.npz          points drawn from a model; data.npz: test points
+    samples/snapshots/step_STEP.npz   samples drawn during training, with pictures in .png files
+    density/LABEL.npz                 the density of a model of points on a grid
+    report.html, figures/             the report
+    log.txt                           the log; further hosts write log_1.txt, ...
+
+LABEL is `step_STEP`, or the name of a checkpoint elsewhere with a digest of its parameters. A dequantizer's folder,
+inside the workdir, has config.json, environment.json, checkpoints/, train/ and log.txt of its own.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.metadata
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, ClassVar, TypeVar
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import Float, UInt8
+
+from configs.default import Config
+from infra import parallel
+from infra.console import log_to_file
+from infra.files import read_npz, write_atomic, write_npz
+from infra.image_grid import save_grid
+
+NumpyImages = UInt8[np.ndarray, "n height width channels"]
+
+PER_GRID = 64
+"""Images in a picture, at most."""
+
+PER_FILE = 10_000
+"""Images in a file, at most."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """The paths in a run's folder."""
+
+    path: Path
+
+    CHECKPOINTS: ClassVar[str] = "checkpoints"
+    OTHER_FOLDERS: ClassVar[tuple[str, ...]] = (CHECKPOINTS, "train", "samples", "density", "figures")
+    """Subfolders that are not for results."""
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / self.CHECKPOINTS
+
+    @property
+    def train(self) -> Path:
+        return self.path / "train"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def snapshots(self) -> Path:
+        return self.samples / "snapshots"
+
+    @property
+    def points(self) -> Path:
+        return self.samples / "points"
+
+    @property
+    def density(self) -> Path:
+        return self.path / "density"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def figures(self) -> Path:
+        return self.path / "figures"
+
+    @property
+    def log(self) -> Path:
+        """The log of this host."""
+        host = jax.process_index()
+        return self.path / (f"log_{host}.txt" if host else "log.txt")
+
+    def has_checkpoints(self) -> bool:
+        """Whether training has saved a state here."""
+        return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+
+    def prepare(self) -> None:
+        """Creates the folder, and logs to a file in it from now on.
+
+        Raises:
+            OSError: if nothing can be written there.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise OSError(f"cannot write to --workdir={self.path}: {error.strerror}") from error
+        log_to_file(self.log)
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Takes an exclusive lock on the folder, so that two trainings cannot mix their metrics and checkpoints.
+
+        Raises:
+            OSError: if another process has the lock.
+        """
+        with (self.path / ".lock").open("a") as file:
+            if parallel.any_host(not _lock(file)):
+                raise OSError(f"another process is training in {self.path}; wait until it ends, or use another folder")
+            yield
+
+    def write_description(self, config: Config, num_parameters: int) -> None:
+        """Writes config.json and environment.json, and logs the fields that changed since the last start."""
+        if jax.process_index() != 0:
+            return
+        fields = json.loads(config.to_json_best_effort())
+        if self.config.exists():
+            _log_changes(json.loads(self.config.read_text()), fields)
+        write_atomic(self.config, json.dumps(fields, indent=1))
+        packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy", "scipy")
+        environment = {
+            "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+            "device": jax.devices()[0].device_kind,
+            "devices": jax.device_count(),
+            "hosts": jax.process_count(),
+            "matmul_precision": jax.config.values["jax_default_matmul_precision"] or "default",
+            "num_parameters": num_parameters,
+        }
+        write_atomic(self.environment, json.dumps(environment, indent=1))
+
+    def write_samples(self, images: NumpyImages, real: NumpyImages, label: str, levels: int, step: int) -> None:
+        """Writes all samples of a checkpoint as arrays and pictures, and real images to compare them with.
+
+        Args:
+            images, real: integers from 0 to `levels` - 1.
+            step: the training step of the checkpoint.
+        """
+        ImageGrid(real[:PER_GRID], levels, 0).write(self.samples / "data.npz")
+        ImageGrid(images[:PER_GRID], levels, step).write(self.samples / f"{label}.npz")
+        save_grid(self.samples / f"{label}.png", images[:PER_GRID], levels)
+        for path in (self.samples / label).glob("images_*"):  # an earlier evaluation may have drawn more
+            path.unlink()
+        for first in range(0, len(images), PER_FILE):
+            part, name = images[first : first + PER_FILE], f"images_{first:06d}"
+            ImageGrid(part, levels, step).write(self.samples / label / f"{name}.npz")
+            save_grid(self.samples / label / f"{name}.png", part[:PER_GRID], levels)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationFolder:
+    """Where the evaluations of one checkpoint write."""
+
+    workdir: Workdir
+    name: str
+    """The subfolder of the workdir, `--eval_folder`."""
+    label: str
+    """Names the checkpoint."""
+    step: int
+    """The training step of the checkpoint."""
+
+    @property
+    def path(self) -> Path:
+        return self.workdir.path / self.name
+
+    @property
+    def results(self) -> Path:
+        return self.path / f"{self.label}.json"
+
+    @property
+    def artefact_label(self) -> str:
+        """The label in samples/ and density/, where the artefacts of all evaluation folders are."""
+        return self.label if self.name == "eval" else f"{self.label}_{self.name.replace('/', '_')}"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageGrid:
+    """Images, and the training step of the model that drew them; 0 for real images."""
+
+    images: NumpyImages
+    levels: int
+    step: int
+    name: str = ""
+    """The name of the file, without its ending."""
+
+    def write(self, path: Path) -> None:
+        write_npz(path, samples=self.images, levels=self.levels, step=self.step)
+
+    @classmethod
+    def read(cls, path: Path) -> "ImageGrid":
+        """Raises ValueError if the file is damaged."""
+        arrays = _named_arrays(path, "samples", "levels")
+        return cls(arrays["samples"], int(arrays["levels"]), int(arrays.get("step", 0)), path.stem)
+
+
+@dataclasses.dataclass(frozen=True)
+class PointCloud:
+    """Points, and the training step of the model that drew them; 0 for points of the data."""
+
+    points: Float[np.ndarray, "n d"]
+    step: int
+
+    def write(self, path: Path) -> None:
+        write_npz(path, points=self.points, step=self.step)
+
+    @classmethod
+    def read(cls, path: Path) -> "PointCloud":
+        """Raises ValueError if the file is damaged."""
+        arrays = _named_arrays(path, "points", "step")
+        return cls(arrays["points"], int(arrays["step"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class DensityGrid:
+    """The densities of a model of points and of its data, on a grid over [-limit, limit]^d with d = 1 or 2."""
+
+    density: Float[np.ndarray, "*cells"]
+    data: Float[np.ndarray, "*cells"] | None
+    limit: float
+    step: int
+
+    def write(self, path: Path) -> None:
+        data = {} if self.data is None else {"data": self.data}
+        write_npz(path, limit=self.limit, step=self.step, density=self.density, **data)
+
+    @classmethod
+    def read(cls, path: Path) -> "DensityGrid":
+        """Raises ValueError if the file is damaged."""
+        arrays = _named_arrays(path, "density", "limit", "step")
+        return cls(arrays["density"], arrays.get("data"), float(arrays["limit"]), int(arrays["step"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """The same images of a checkpoint drawn with its averaged and with its raw parameters."""
+
+    ema: ImageGrid
+    raw: ImageGrid
+    parameters: str
+    """A digest of the raw parameters."""
+
+    @property
+    def step(self) -> int:
+        return self.ema.step
+
+    def write(self, folder: Path) -> None:
+        """Writes two pictures, then the arrays, whose file says that the snapshot is complete."""
+        grids = {"ema": self.ema, "raw": self.raw}
+        for weights, grid in grids.items():
+            save_grid(folder / f"step_{self.step}_{weights}.png", grid.images, grid.levels)
+        arrays = {weights: grid.images for weights, grid in grids.items()}
+        write_npz(
+            folder / f"step_{self.step}.npz",
+            **arrays,
+            levels=self.ema.levels,
+            step=self.step,
+            parameters=self.parameters,
+        )
+
+    @classmethod
+    def read(cls, path: Path) -> "Snapshot":
+        """Raises ValueError if the file is damaged."""
+        arrays = _named_arrays(path, "ema", "raw", "levels", "step")
+        levels, step = int(arrays["levels"]), int(arrays["step"])
+        ema, raw = (ImageGrid(arrays[weights], levels, step) for weights in ("ema", "raw"))
+        return cls(ema, raw, str(arrays.get("parameters")))
+
+
+Artefact = TypeVar("Artefact", ImageGrid, PointCloud, DensityGrid, Snapshot)
+
+
+def read_all(kind: type[Artefact], paths: Iterator[Path], problems: list[str]) -> dict[str, Artefact]:
+    """The artefacts in those of the files that can be read, by their names; the others are described in `problems`."""
+    artefacts = {}
+    for path in sorted(paths):
+        try:
+            artefacts[path.stem] = kind.read(path)
+        except ValueError as error:
+            problems.append(str(error))
+    return artefacts
+
+
+def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """The object in a JSON file; None if there is no file, or if it cannot be read, which `problems` then says."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        problems.append(f"cannot read {path} as JSON: {error}")
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _named_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
+    arrays = read_npz(path)
+    missing = [name for name in names if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} has no array {missing[0]!r}")
+    return arrays
+
+
+def _lock(file: IO[str]) -> bool:
+    """Whether the first host, on behalf of all, got the lock. The lock ends with the process at the latest."""
+    if jax.process_index() == 0:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:  # a file system without locks
+            logging.warning("Cannot lock %s: %s", file.name, error)
+    return True
+
+
+def _log_changes(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> None:
+    for name in sorted(before.keys() | now.keys()):
+        old, new = before.get(name), now.get(name)
+        if isinstance(old, dict) and isinstance(new, dict):
+            _log_changes(old, new, f"{prefix}{name}.")
+        elif old != new:
+            logging.info("Changed since the last start: %s%s was %r, is %r", prefix, name, old, new)

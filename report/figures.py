@@ -1,0 +1,162 @@
+"""Pictures for people: curves of a run, and grids of images whose pixels stay sharp."""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
+from PIL import Image, ImageDraw, ImageFont
+
+from infra.image_grid import image_grid
+from infra.metrics import MetricCurve, RunCurves
+from infra.workdir import ImageGrid
+from losses import TERMS
+
+COLOURS = ("#2563a8", "#d1600a", "#2f855a", "#8a4fb0", "#b83250", "#5a6472")
+"""One for each run."""
+
+TITLES = {
+    "total": "total",
+    "loss": "total",
+    **{name: term.title for name, term in TERMS.items()},
+    "grad_norm": "gradient norm, before clipping",
+}
+"""Titles of the panels, by the names of the metrics."""
+
+
+def loss_figure(runs: Mapping[str, RunCurves]) -> Figure:
+    """A panel for each term of the losses that any of the runs has, and the gradient's norm; runs over one another."""
+    present = {name for curves in runs.values() for of_split in curves.values() for name in of_split}
+    if "first" in present and "second_frob" not in present:
+        present -= {"total", "loss"}  # the same as the only term
+    names = [name for name in TITLES if name in present]
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(max(3.7 * columns, 5.5), 2.8 * rows + 0.5), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel, name in zip(panels, names, strict=False):
+        for colour, curves in zip(colours(len(runs)), runs.values(), strict=True):
+            _draw_curves(panel, colour, {split: c[name] for split, c in curves.items() if name in c})
+        _style(panel, TITLES[name], "norm" if name == "grad_norm" else "loss (dimensionless)")
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    _loss_legend(figure, runs)
+    return figure
+
+
+def seconds_figure(runs: Mapping[str, RunCurves]) -> Figure:
+    """Seconds per training step. The axis ends at three times the median: early records contain compilation."""
+    figure = Figure(figsize=(11.1, 2.4), layout="constrained")
+    panel = figure.subplots()
+    top = 0.0
+    for colour, curves in zip(colours(len(runs)), runs.values(), strict=True):
+        rate = curves.get("train", {}).get("steps_per_second")
+        if rate is not None:
+            panel.plot(rate.steps, 1 / rate.values, color=colour, linewidth=1.2)
+            top = max(top, 3 * float(np.median(1 / rate.values)))
+    _style(panel, "", "seconds per step")
+    panel.set_ylim(0, min(top, panel.get_ylim()[1]))
+    if len(runs) > 1:
+        _legend(figure, _run_entries(runs))
+    return figure
+
+
+def colours(count: int) -> list[str]:
+    """From the first on again where there are more runs than colours."""
+    return [COLOURS[k % len(COLOURS)] for k in range(count)]
+
+
+def _draw_curves(panel: Axes, colour: str, curves: Mapping[str, MetricCurve]) -> None:
+    """The training curve, smoothed over raw; test losses, each of a few batches, as dots with a smoothed line."""
+    for split, curve in curves.items():
+        if split == "train":
+            panel.plot(curve.steps, curve.values, color=colour, alpha=0.25, linewidth=0.7)
+            panel.plot(curve.steps, curve.smoothed(), color=colour, linewidth=1.6)
+        else:
+            panel.plot(curve.steps, curve.values, ".", color=colour, alpha=0.5, markersize=4, markeredgewidth=0)
+            panel.plot(curve.steps, curve.smoothed(), color=colour, linewidth=1.3, linestyle="--")
+        _choose_scale(panel, curve.values)
+
+
+def _choose_scale(panel: Axes, values: Float[np.ndarray, " n"]) -> None:
+    """A logarithmic axis where positive values span more than a factor of 5, its ticks labelled by plain numbers."""
+    finite = values[np.isfinite(values)]
+    if len(finite) == 0 or finite.min() <= 0 or finite.max() <= 5 * finite.min():
+        return
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if finite.max() < 300 * finite.min() else (1,)))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _style(panel: Axes, title: str, ylabel: str) -> None:
+    panel.set_title(title, fontsize=10, loc="left")
+    panel.set_xlabel("training step", fontsize=8.5)
+    panel.set_ylabel(ylabel, fontsize=8.5)
+    panel.tick_params(labelsize=8)
+    panel.grid(color="#e3e6ea", linewidth=0.7)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    panel.locator_params(axis="x", nbins=5)
+
+
+def _loss_legend(figure: Figure, runs: Mapping[str, RunCurves]) -> None:
+    """One for all panels: a colour for each run, a line style for each split."""
+    several = len(runs) > 1
+    entries = _run_entries(runs) if several else {}
+    colour = "#30363d" if several else COLOURS[0]
+    entries["train (raw behind smoothed)"] = Line2D([], [], color=colour)
+    if any("test" in curves for curves in runs.values()):
+        entries["test (dots behind smoothed)"] = Line2D([], [], color=colour, linestyle="--")
+    _legend(figure, entries)
+
+
+def _run_entries(runs: Mapping[str, RunCurves]) -> dict[str, Line2D]:
+    return {label: Line2D([], [], color=colour) for label, colour in zip(runs, colours(len(runs)), strict=True)}
+
+
+def _legend(figure: Figure, entries: Mapping[str, Line2D]) -> None:
+    legend = figure.legend(
+        handles=list(entries.values()),
+        labels=list(entries),
+        loc="outside lower center",
+        ncols=min(4, len(entries)),
+        frameon=False,
+        fontsize=9,
+    )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # names of folders are no formulas
+
+
+def figure_png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=144)
+    return buffer.getvalue()
+
+
+def snapshot_grid(grids: Sequence[ImageGrid], per_row: int = 8) -> Image.Image:
+    """A row for each snapshot, the first `per_row` images of each: one column is one image as training goes on."""
+    shown = [grid.images[:per_row] for grid in grids]
+    return image_grid(np.concatenate(shown), grids[0].levels, columns=len(shown[0]))
+
+
+def captioned(captions: Sequence[str], images: Sequence[Image.Image]) -> Image.Image:
+    """Images beside one another, each below its caption."""
+    margin, line = 16, 24
+    font = ImageFont.load_default(15)
+    widths = [max(image.width, math.ceil(font.getlength(text))) for text, image in zip(captions, images, strict=True)]
+    height = max(image.height for image in images)
+    canvas = Image.new("RGB", (sum(widths) + margin * (len(images) + 1), height + line + 2 * margin), "white")
+    draw = ImageDraw.Draw(canvas)
+    left = margin
+    for text, image, width in zip(captions, images, widths, strict=True):
+        draw.text((left, margin - 4), text, fill="#24292f", font=font)
+        canvas.paste(image, (left, margin + line))
+        left += width + margin
+    return canvas

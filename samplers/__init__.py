@@ -1,0 +1,1 @@
+"""The update rules behind sampling.py: predictor-corrector updates and few-step solvers."""

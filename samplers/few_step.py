@@ -1,0 +1,213 @@
+"""Samplers for 10 to 50 network evaluations.
+
+They work on y = x_t / alpha, whose noise level rho = sigma / alpha describes any SDE of sde_lib. With the denoiser
+D(y, rho) = E[x_0 | x_t] the probability-flow ODE is dy / d rho = (y - D) / rho, the same for every SDE. (VE is the case
+y = x.) They are given ln rho at the points of a grid, decreasing, and the last level is left either as it is or, by a
+step to rho = 0 that all first-order methods take to y = D, denoised.
+
+E[x_0 | x_t] lies in the range of the data, where that is an interval for each pixel. Given the range, they project D
+onto it, which brings any estimate nearer the truth, and much nearer at large rho, where an error of the score counts
+rho^2-fold in D ([LZ22] Sec. 4.1, there thresholding).
+
+Sources: [K22] Karras et al., NeurIPS 2022; [LZ22] Lu et al., "DPM-Solver++", 2022.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from arrays import Batch, PerExample, ScoreFn, append_dims
+from sde_lib import SDE
+
+SCHEDULES = ("log_snr", "power", "time")
+
+LogNoiseLevels = Float[np.ndarray, " levels"]
+"""ln rho on a grid, decreasing."""
+
+DataRange = tuple[float, float] | None
+"""The least and greatest value of a pixel; None where none is known."""
+
+StepNoise = Callable[[tuple[int, ...], Array], Batch]
+"""Standard normal noise for images of this shape at this step. A pytree."""
+
+
+def denoise(score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample) -> Batch:
+    """E[x_0 | x_t] = (x_t + sigma^2 score) / alpha (Tweedie's formula)."""
+    alpha, sigma = (append_dims(a, x) for a in sde.alpha_sigma(t))
+    return (x + sigma**2 * score_fn(x, t)) / alpha
+
+
+def noise_levels(sde: SDE, smallest_time: float, num_levels: int, schedule: str, exponent: float) -> LogNoiseLevels:
+    """`num_levels` values of ln rho from t_max down to `smallest_time`, in float64.
+
+    Args:
+        schedule: "log_snr", uniform in ln rho; "power", uniform in rho^(1 / exponent) ([K22] Eqn. 5, there 7);
+            "time", uniform in t.
+    """
+    first, last = np.asarray(sde.log_noise_level(jnp.asarray([sde.t_max, smallest_time])), np.float64)
+    if schedule == "log_snr":
+        return np.linspace(first, last, num_levels)
+    if schedule == "power":
+        return exponent * np.log(np.linspace(np.exp(first / exponent), np.exp(last / exponent), num_levels))
+    if schedule == "time":
+        times = np.linspace(sde.t_max, smallest_time, num_levels)
+        return np.asarray(sde.log_noise_level(jnp.asarray(times)), np.float64)
+    raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
+
+
+@functools.partial(jax.jit, static_argnames=("sde", "to_zero", "data_range"))
+def heun(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    log_rhos: Float[Array, " levels"],
+    to_zero: bool,
+    data_range: DataRange = None,
+) -> Batch:
+    """Heun's second-order method in rho ([K22] Alg. 1), from x at the first level to the last or to zero.
+
+    Evaluations: 2 (levels - 1), and one to zero.
+    """
+    rhos = jnp.exp(log_rhos)
+    denoiser = functools.partial(_denoise_scaled, score_fn, sde, data_range)
+
+    def slope(y: Batch, i: Array) -> Batch:
+        return (y - denoiser(y, log_rhos[i])) / rhos[i]
+
+    def step(i: Array, y: Batch) -> Batch:
+        d_rho = rhos[i + 1] - rhos[i]
+        here = slope(y, i)
+        there = slope(y + d_rho * here, i + 1)
+        return y + 0.5 * d_rho * (here + there)
+
+    y = jax.lax.fori_loop(0, log_rhos.shape[0] - 1, step, _scale_down(sde, x, log_rhos[0]))
+    if to_zero:
+        return denoiser(y, log_rhos[-1])
+    return _scale_up(sde, y, log_rhos[-1])
+
+
+def dpm_solver(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    log_rhos: LogNoiseLevels,
+    order: int,
+    to_zero: bool,
+    eta: float = 0.0,
+    noise: StepNoise | None = None,
+    data_range: DataRange = None,
+) -> Batch:
+    """DPM-Solver++ multistep of the given order ([LZ22]), from x at the first level to the last or to zero.
+
+    The SDEs that share the data's marginals at every noise level are, with lambda = -ln rho and c = 1 + eta^2,
+        dy = c (D - y) d lambda + sqrt(2) eta rho dw:
+    eta = 0 is the probability-flow ODE, eta = 1 the reverse-time SDE. All are linear but for D, so over one step h
+        y(lambda + h) = exp(-c h) y(lambda) + integral over s in [0, h] of c exp(c (s - h)) D(lambda + s) + n,
+    n normal with variance rho(lambda + h)^2 (1 - exp(-2 eta^2 h)). D is replaced by the polynomial through its last
+    `order` values, and the integral is then exact. For c = 1 and the nodes s_0 = 0 > s_1 > s_2 it is sum_j w_j D_j,
+    the weights following from the moments that a polynomial has to meet,
+        sum_j w_j s_j^k = m_k,   m_0 = 1 - exp(-h),   m_k = h^k - k m_{k-1}   (by parts),
+    and c only rescales lambda. [LZ22]'s 2M takes (1 - exp(-h)) h / 2 for m_1; the two agree to the order of the method.
+    The step to zero is the limit h = infinity of the first-order step: y' = D.
+
+    An error that the network makes at large rho stays in the ODE's y, while the noise of eta > 0 makes it forgotten.
+
+    Evaluations: levels - 1, and one to zero.
+
+    Raises:
+        ValueError: if eta is not 0 and there is no noise for it.
+    """
+    if eta and noise is None:
+        raise ValueError(f"eta is {eta}, but there is no noise for it")
+    coefficients = multistep_coefficients(log_rhos, order, to_zero, eta)
+    noise = noise if eta else None
+    return _multistep(score_fn, sde, x, jnp.asarray(log_rhos, x.dtype), coefficients, to_zero, noise, data_range)
+
+
+class Multistep(NamedTuple):
+    """y' = decay y + sum_j weights[j] D_j + noise z of each step; D_j are the last values of D, the newest first."""
+
+    decay: Float[np.ndarray, " steps"]
+    weights: Float[np.ndarray, "steps order"]
+    noise: Float[np.ndarray, " steps"]
+
+
+def multistep_coefficients(log_rhos: LogNoiseLevels, order: int, to_zero: bool, eta: float = 0.0) -> Multistep:
+    """See `dpm_solver`.
+
+    The first steps have fewer values to go by and are of lower order; D hardly changes there, so that this costs no
+    order of the whole. The step to zero is of order one: no polynomial in lambda can be trusted up to infinity.
+    """
+    lambdas, c = -log_rhos, 1 + eta**2
+    steps = len(lambdas) - 1
+    decay, weights, noise = np.zeros(steps + to_zero), np.zeros((steps + to_zero, order)), np.zeros(steps + to_zero)
+    for i in range(steps):
+        q = min(order, i + 1)
+        h = lambdas[i + 1] - lambdas[i]
+        decay[i] = np.exp(-c * h)
+        weights[i, :q] = _adams_weights(c * h, c * (lambdas[i - q + 1 : i + 1][::-1] - lambdas[i]))
+        noise[i] = np.exp(-lambdas[i + 1]) * np.sqrt(-np.expm1(-2 * eta**2 * h))
+    if to_zero:
+        weights[-1, 0] = 1.0
+    return Multistep(decay, weights, noise)
+
+
+def _adams_weights(h: float, nodes: Float[np.ndarray, " q"]) -> Float[np.ndarray, " q"]:
+    """w with sum_j w_j p(nodes_j) = the integral over s in [0, h] of exp(s - h) p(s), for polynomials of degree < q."""
+    moments = [-np.expm1(-h)]
+    for k in range(1, len(nodes)):
+        moments.append(h**k - k * moments[-1])
+    # in units of h, for the conditioning of the system
+    powers = np.arange(len(nodes))
+    return np.linalg.solve((nodes[None, :] / h) ** powers[:, None], np.array(moments) / h**powers)
+
+
+@functools.partial(jax.jit, static_argnames=("sde", "to_zero", "data_range"))
+def _multistep(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    log_rhos: Float[Array, " levels"],
+    coefficients: Multistep,
+    to_zero: bool,
+    noise: StepNoise | None,
+    data_range: DataRange,
+) -> Batch:
+    decay, weights, noise_scale = (jnp.asarray(c, x.dtype) for c in coefficients)
+    steps, order = weights.shape
+
+    def step(i: Array, state: tuple[Batch, tuple[Batch, ...]]) -> tuple[Batch, tuple[Batch, ...]]:
+        y, older = state
+        values = (_denoise_scaled(score_fn, sde, data_range, y, log_rhos[i]), *older)
+        y = decay[i] * y + sum(weights[i, j] * values[j] for j in range(order))
+        if noise is not None:
+            y = y + noise_scale[i] * noise(y.shape[1:], i)
+        return y, values[: order - 1]
+
+    y = _scale_down(sde, x, log_rhos[0])
+    y, _ = jax.lax.fori_loop(0, steps, step, (y, (jnp.zeros_like(y),) * (order - 1)))
+    return y if to_zero else _scale_up(sde, y, log_rhos[-1])
+
+
+def _alpha(sde: SDE, log_rho: Array) -> Array:
+    return sde.alpha_sigma(sde.time_of_log_noise_level(log_rho))[0]
+
+
+def _scale_down(sde: SDE, x: Batch, log_rho: Array) -> Batch:
+    return x / _alpha(sde, log_rho)
+
+
+def _scale_up(sde: SDE, y: Batch, log_rho: Array) -> Batch:
+    return y * _alpha(sde, log_rho)
+
+
+def _denoise_scaled(score_fn: ScoreFn, sde: SDE, data_range: DataRange, y: Batch, log_rho: Array) -> Batch:
+    """D(y, rho), within the range of the data."""
+    t = jnp.full(y.shape[0], sde.time_of_log_noise_level(log_rho))
+    denoised = denoise(score_fn, sde, _scale_up(sde, y, log_rho), t)
+    return denoised if data_range is None else jnp.clip(denoised, *data_range)
