@@ -1,8 +1,8 @@
-"""From a source's images to seeded batches.
+"""From a source to seeded batches.
 
-Batches are unsigned bytes, levels 0 .. levels-1, until they are on the devices, where `Preprocess` mirrors, dequantizes
-and scales them; so everything random about a batch follows from the seed and the step, on any number of hosts. Points
-of a density are 32-bit floats and stay as they are.
+Batches of images are unsigned bytes, the levels 0 .. levels-1, until they are on the devices. There `Preprocess`
+mirrors, dequantizes and scales them. So all randomness of a batch follows from the seed and the step, on any number of
+hosts. Points of a density are 32-bit floats, which are not changed.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ from sources.splits import Levels
 
 @dataclasses.dataclass(frozen=True)
 class BatchOrder:
-    """Which images make up training batch k: shuffled epochs, one after another, cut into batches.
+    """The images of training batch k: shuffled epochs, one after another, cut into batches.
 
-    A pure function of (seed, k): nothing but the step is needed to go on, and every host computes its own rows.
+    The order is a pure function of (seed, k), so resuming needs nothing but the step, and each host computes its rows.
     """
 
     num_images: int
@@ -51,12 +51,12 @@ class BatchOrder:
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Kept between batches, because that of a million images takes longer than reading a batch."""
+    """Cached, because permuting a million images takes longer than reading a batch."""
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
 class _TrainingBatches:
-    """Random access to this host's rows of every training batch; what grain reads ahead from."""
+    """Random access to this host's rows of every training batch, for grain to read ahead from."""
 
     def __init__(self, source: Source, order: BatchOrder, num_batches: int):
         self.source, self.order, self.num_batches = source, order, num_batches
@@ -69,7 +69,7 @@ class _TrainingBatches:
 
 
 def training_batches(source: Source, batch_size: int, seed: int, first_step: int, num_steps: int) -> Iterator[Levels]:
-    """This host's rows of batches first_step .. num_steps - 1, read ahead in threads; none if there are none."""
+    """This host's rows of batches first_step, ..., num_steps - 1, read ahead in threads."""
     if first_step >= num_steps:
         return iter(())
     batches = _TrainingBatches(source, BatchOrder(len(source), batch_size, seed), num_steps)
@@ -97,7 +97,7 @@ def training_calls(
 
 
 class EvaluationBatch(NamedTuple):
-    """A batch in the source's order; rows past the last image repeat one and do not count."""
+    """A batch in the order of the source. Rows past the last example are padding and do not count."""
 
     images: Levels
     indices: np.ndarray
@@ -105,7 +105,7 @@ class EvaluationBatch(NamedTuple):
 
 
 def evaluation_batch(source: Source, batch_size: int, number: int, max_examples: int = 0) -> EvaluationBatch:
-    """Batch `number` of a pass over the images, each counted exactly once."""
+    """Batch `number` of the source, in which every example counts exactly once."""
     end = min(len(source), max_examples or len(source))
     indices = np.arange(number * batch_size, min((number + 1) * batch_size, end))
     images = source.images(indices)
@@ -114,14 +114,14 @@ def evaluation_batch(source: Source, batch_size: int, number: int, max_examples:
 
 
 def evaluation_batch_sizes(source: Source, batch_size: int, max_examples: int = 0) -> list[int]:
-    """How many images count in each batch of a pass."""
+    """The number of examples that count in each batch of the source."""
     end = min(len(source), max_examples or len(source))
     return [min(batch_size, end - start) for start in range(0, end, batch_size)]
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """From integer levels to what the score network sees, and back."""
+    """From integer levels to the data that the score network sees, and back."""
 
     levels: int
     centered: bool
@@ -129,7 +129,7 @@ class Preprocess:
     dequantize: bool = False
 
     def __call__(self, key: Array, images: Array) -> Batch:
-        """Mirrors at random and dequantizes, each as asked, then scales."""
+        """Mirrors at random and dequantizes, if configured, then scales."""
         flip_key, noise_key = jax.random.split(key)
         if self.random_flip:
             images = random_mirror(flip_key, images)
@@ -138,7 +138,7 @@ class Preprocess:
         return self.scale(images.astype(jnp.float32) / (self.levels - 1))
 
     def without_flip(self) -> "Preprocess":
-        """The same for images that are not to be augmented."""
+        """The same without mirroring, for test images."""
         return dataclasses.replace(self, random_flip=False)
 
     def scale(self, unit: Batch) -> Batch:
@@ -160,7 +160,7 @@ class Preprocess:
         return (-1.0, 1.0) if self.centered else (0.0, 1.0)
 
     def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
-        """Samples as integer levels: those of dequantized data are its bins; else the nearest level is taken."""
+        """Samples as integer levels: the bins of dequantized data, otherwise the nearest levels."""
         unit = self.unscale(x)
         level = jnp.floor(unit * self.levels) if self.dequantize else jnp.round(unit * (self.levels - 1))
         return jnp.clip(level, 0, self.levels - 1).astype(jnp.uint8)
@@ -168,7 +168,7 @@ class Preprocess:
 
 @dataclasses.dataclass(frozen=True)
 class PointPreprocess:
-    """The score network sees points as they are."""
+    """Leaves points unchanged."""
 
     def __call__(self, key: Array, points: Float[Array, "batch d"]) -> Batch:
         del key
@@ -184,7 +184,7 @@ class PointPreprocess:
 
 
 def random_mirror(key: Array, images: Array) -> Array:
-    """Each image mirrored left-right with probability 1/2."""
+    """Mirrors each image left-right with probability 1/2."""
     mirror = jax.random.bernoulli(key, shape=images.shape[:1])
     return jnp.where(append_dims(mirror, images), images[:, :, ::-1], images)
 
@@ -195,12 +195,12 @@ def uniform_dequantize(key: Array, images: Array, levels: int) -> Batch:
 
 
 def training_preprocess(config: Config) -> Preprocess | PointPreprocess:
-    """What is done with training data before the score network sees them."""
+    """The preprocessing of training data."""
     return PointPreprocess() if config.data.dataset in DENSITIES else preprocess_from_config(config, train=True)
 
 
 def preprocess_from_config(config: Config, *, train: bool) -> Preprocess:
-    """For training as configured; for evaluation never mirrored, always dequantized: bits/dim come from a density."""
+    """For training as configured. For evaluation without mirroring and with dequantization, as bits/dim need."""
     return Preprocess(
         levels=config.data.levels,
         centered=config.data.centered,
@@ -218,14 +218,15 @@ _BLOCK = 256  # of these in memory at a time: images may be large
 def data_reference(source: Source, levels: int, bins_per_unit: int, centered: bool) -> GaussianReference:
     """Mean and standard deviation of each entry of the network's data, from the first images of a source.
 
-    They are in the middle of their bins: bare, if there is one bin less than levels, or with uniform noise.
+    With one bin less than levels, the data are bare levels, in the middle of their bins. Otherwise they have uniform
+    noise.
     """
     count = min(len(source), REFERENCE_EXAMPLES)
     total, squares = np.zeros((2, *source.image_shape), np.int64)
     for first in range(0, count, _BLOCK):
         images = source.images(np.arange(first, min(first + _BLOCK, count)))
         total += images.sum(axis=0, dtype=np.int64)
-        # of unsigned bytes, whose squares need twice as many bits
+        # The squares of unsigned bytes need twice as many bits.
         squares += np.square(images, dtype=np.uint16).sum(axis=0, dtype=np.int64)
     mean = total / count
     variance = squares / count - mean**2

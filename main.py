@@ -1,17 +1,19 @@
-"""Trains and evaluates diffusion ODEs.
+r"""Trains and evaluates diffusion ODEs.
 
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=train
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=eval
 
-Any field of the configuration can be changed: --config.training.score_matching_order=3. Both modes can be interrupted
-and started again; they go on from where they were. --mode=report draws the report again and prints the results.
-Data sets that are not the user's own are converted once, from the files in which they are published:
+Any field of the configuration can be changed, e.g. --config.training.score_matching_order=3. An interrupted command
+resumes when it is run again. The other modes:
 
-    python main.py --config=configs/vp/cifar10_ddpmpp_continuous.py --config.data.archive=PATH --mode=prepare
+    report      writes the report of a run again and prints its results; --compare adds other runs
+    prepare     converts a published data set, once:
+                python main.py --config=configs/vp/cifar10_ddpmpp_continuous.py --mode=prepare \
+                    --config.data.archive=PATH
+    stats       measures the real images that samples are compared with, and prints the FIDs of real images
+    train_deq   trains a dequantizer for a trained score model; --mode=eval uses it with --config.eval.dequantizer=True
 
---mode=train_deq trains learned dequantization noise for a trained score model, whose bits/dim are evaluated with it by
---config.eval.dequantizer=True. --mode=stats measures the real images that samples are compared with, and says what FIDs
-against them are worth. Where an error of one line comes from, --verbosity=1 shows.
+Errors are one line. Use --verbosity=1 to print the full traceback. docs/ describes everything else.
 """
 
 import os
@@ -28,21 +30,19 @@ from infra import parallel
 
 MODES = ("train", "train_deq", "eval", "report", "prepare", "stats")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-"""Exit codes besides 0."""
+"""Exit codes other than 0."""
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration, a file under configs/.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration: a file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results, report.")
-_MODE = flags.DEFINE_enum(
-    "mode", None, MODES, "What to do; prepare converts data once, stats measures them, report prints the results again."
-)
-_EVAL_FOLDER = flags.DEFINE_string("eval_folder", "eval", "Folder for results, inside the workdir.")
-_DEQ_FOLDER = flags.DEFINE_string("deq_folder", "deq", "Folder of the learned dequantizer, inside the workdir.")
+_MODE = flags.DEFINE_enum("mode", None, MODES, "What to do; see above.")
+_EVAL_FOLDER = flags.DEFINE_string("eval_folder", "eval", "Subfolder of the workdir for results.")
+_DEQ_FOLDER = flags.DEFINE_string("deq_folder", "deq", "Subfolder of the workdir for the dequantizer.")
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several hosts: address:port of the first process, or auto where the cluster tells it."
+    "coordinator", None, "Several hosts: address:port of the first process, or auto if the cluster provides it."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes there are.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: which of them this is, from 0.")
-_COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows beside this one's run.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: the number of processes.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the number of this process, from 0.")
+_COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows next to this one.")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,17 +55,17 @@ def main(argv: Sequence[str]) -> int:
     if missing:
         return _complain(f"--{missing[0]} is missing; see python main.py --help")
     if not _COORDINATOR.value and (_NUM_PROCESSES.present or _PROCESS_ID.present):
-        return _complain("--num_processes and --process_id need --coordinator; without it each process is a run alone")
+        return _complain("--num_processes and --process_id need --coordinator; without it, each process runs alone")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     try:
         if _COORDINATOR.value:
             parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's request is as good as Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send SIGTERM; treat it like Ctrl-C
         _run(str(_MODE.value), Path(_WORKDIR.value or "").absolute())
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; the same command goes on from here\n")
+        sys.stderr.write("Interrupted. Run the same command again to resume.\n")
         return INTERRUPTED
     except (ValueError, OSError) as error:
         logging.debug("bad input", exc_info=True)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(mode: str, workdir: Path) -> None:
-    import run_lib  # here, so that --help and mistyped flags are answered at once
+    import run_lib  # imported late, so that --help and mistyped flags are answered at once
     from infra import console
 
     console.quiet_libraries()
@@ -102,17 +102,17 @@ def _complain(message: str) -> int:
 
 
 def _advice(error: Exception) -> str:
-    """What to do about a device whose memory is full."""
+    """Advice for a device that is out of memory; empty for other errors."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return ""
     return (
-        "out of memory: training takes less with a larger training.accumulation_steps, with model.remat=True or a "
-        "smaller training.batch_size; evaluation with a smaller eval.batch_size or sampling.batch_size\n"
+        "out of memory: for training, raise training.accumulation_steps, set model.remat=True, or lower "
+        "training.batch_size; for evaluation, lower eval.batch_size or sampling.batch_size\n"
     )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """Flags as absl parses them; what is wrong with them is one line, not a traceback."""
+    """Parses the flags; a wrong flag ends the program with one line instead of a traceback."""
     try:
         rest = flags.FLAGS(argv)
     except (KeyError, AttributeError) as error:
@@ -120,7 +120,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         said = said.replace("' Did", "; did").strip("'\"")
         sys.exit(_complain(f"the configuration has no such field: {said}"))
     except SyntaxError as error:
-        sys.exit(_complain(f"the configuration is no Python: {error}"))
+        sys.exit(_complain(f"cannot parse the configuration: {error}"))
     except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
         sys.exit(_complain(str(error)))
     if flags.FLAGS["config"].present:

@@ -25,12 +25,15 @@ Times = Float[Array, "*times"]
 
 @dataclasses.dataclass(frozen=True)
 class SDE(abc.ABC):
-    """A linear forward SDE. Subclasses give the closed forms; all else is written in terms of these."""
+    """A linear forward SDE. Subclasses give the closed forms; the other methods follow from these."""
 
     t_max: ClassVar[float] = 1.0
 
     variance_exploding: ClassVar[bool] = False
-    """Whether alpha = 1 at all times, so that the variance of x_t grows without bound."""
+    """Whether alpha = 1 at all times, so that the noise drowns the data."""
+
+    scale_by_sigma: ClassVar[bool] = False
+    """Whether image networks for this SDE are conditioned on sigma and divide their output by it ([S21a] App. C)."""
 
     @abc.abstractmethod
     def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
@@ -91,7 +94,7 @@ class SDE(abc.ABC):
         return self.time_of_log_noise_level(log_rho_min + 0.5 * quantile)
 
     def discretize(self, x: Batch, t: PerExample, num_steps: int) -> tuple[Batch, PerExample]:
-        """One of `num_steps` steps of the forward chain, x_{i+1} = x_i + f_i + G_i z; here Euler-Maruyama's.
+        """One of `num_steps` steps of the forward chain, x_{i+1} = x_i + f_i + G_i z, by Euler-Maruyama.
 
         Returns:
             f_i, shaped as x, and G_i for each example.
@@ -102,14 +105,14 @@ class SDE(abc.ABC):
     def step_alpha(self, t: PerExample, num_steps: int) -> PerExample:
         """(alpha_{t + dt} / alpha_t)^2 of one forward step: the factor of the Langevin step sizes in [S21a] Alg. 5.
 
-        It is read off the marginals, so it holds for every SDE and number of steps.
+        It follows from the marginals, so it holds for every SDE and any number of steps.
         """
         before = jnp.maximum(t - self.t_max / num_steps, 0)
         return (self.alpha_sigma(t)[0] / self.alpha_sigma(before)[0]) ** 2
 
 
 def _chain_index(t: PerExample, num_steps: int) -> Array:
-    """Index i = floor(t (N - 1)) of the discrete chain that a time falls on."""
+    """The index i = floor(t (N - 1)) of the time t in the discrete chain."""
     return (t * (num_steps - 1) / SDE.t_max).astype(jnp.int32)
 
 
@@ -118,6 +121,7 @@ class VESDE(SDE):
     """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t ([S21a] Eqn. 9 and 30)."""
 
     variance_exploding = True
+    scale_by_sigma = True
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
@@ -197,7 +201,7 @@ class LinearVESDE(SDE):
 
 @dataclasses.dataclass(frozen=True)
 class _LinearBetaSDE(SDE):
-    """What VP and sub-VP share: f = -beta / 2 with beta linear in time, so alpha = exp(-B / 2), B = int_0^t beta."""
+    """The common part of VP and sub-VP: f = -beta / 2, beta linear in t, so alpha = exp(-B / 2), B = int_0^t beta."""
 
     beta_min: float = 0.1
     beta_max: float = 20.0
@@ -254,7 +258,7 @@ class VPSDE(_LinearBetaSDE):
         """beta_i of the DDPM chain with `num_steps` steps.
 
         Raises:
-            ValueError: if the steps are so few that beta_i, a variance of at most 1, would not stay below it.
+            ValueError: if there are so few steps that beta_i, a variance below 1, would exceed 1.
         """
         if num_steps <= self.beta_max:
             raise ValueError(f"the discrete chain of {self} needs more than {self.beta_max} steps, got {num_steps}")

@@ -21,7 +21,7 @@ ImageLevels = UInt8[Array, "batch height width channel"] | Float[Array, "batch d
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """All that training changes. Data order, noise and learning rate follow from the step and the seed."""
+    """Everything that training changes. The order of the data, noise and learning rate follow from step and seed."""
 
     step: Int[Array, ""]
     params: Params
@@ -37,7 +37,7 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0. Copies the parameters, since a donated state must not alias its parts."""
+    """The state at step 0. Copies the parameters, because the parts of a donated state must not share memory."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -47,15 +47,15 @@ def create_state(params: Params, optimizer: optax.GradientTransformation) -> Tra
 
 
 def optimizer_from_config(optim: Config) -> optax.GradientTransformation:
-    """Adam with linear warm-up, after clipping the gradient's global norm; weight decay is decoupled.
+    """Adam with linear warm-up and decoupled weight decay, after clipping the global norm of the gradient.
 
-    Its state has the same structure whatever the fields are, so that a run can go on with others.
+    Its state has the same structure for all values of the fields, so that they may change when a run is resumed.
 
     Raises:
-        ValueError: for an optimizer other than Adam, or a number out of its range.
+        ValueError: for an optimizer other than Adam, or a number out of range.
     """
     if optim.optimizer != "Adam":
-        raise ValueError(f"optim.optimizer is {optim.optimizer!r}; known is Adam")
+        raise ValueError(f"optim.optimizer is {optim.optimizer!r}; the only choice is Adam")
     if not optim.lr > 0:
         raise ValueError(f"optim.lr is {optim.lr}; it must be positive")
     if not 0 <= optim.beta1 < 1:
@@ -80,7 +80,7 @@ def _with_decay(adam: optax.GradientTransformation, weight_decay: float) -> opta
 
 
 def schedules_at(opt_state: optax.OptState, step: Array) -> optax.OptState:
-    """The optimizer's state with its learning-rate schedule at `step`: the warm-up follows the state's step."""
+    """The optimizer's state with its learning-rate schedule at `step`, because the warm-up follows the state's step."""
 
     def is_schedule(node: object) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
@@ -103,21 +103,21 @@ class Trainer:
     accumulation_steps: int = 1
 
     def train_steps(self, state: TrainState, images: ImageLevels, key: Array) -> tuple[TrainState, Metrics]:
-        """One step for each batch along the leading axis of `images`; metrics are their means."""
+        """One step for each batch along the first axis of `images`. Metrics are means over the steps."""
         if len(images) == 1:
-            # Not a loop of one: XLA's gradients of convolutions are many times slower in a loop on a CPU.
+            # No loop for a single step: on CPUs, XLA's gradients of convolutions are many times slower in loops.
             return self.train_step(state, images[0], key)
         state, metrics = jax.lax.scan(lambda s, batch: self.train_step(s, batch, key), state, images)
         return state, jax.tree.map(jnp.mean, metrics)
 
     def train_step(self, state: TrainState, images: ImageLevels, key: Array) -> tuple[TrainState, Metrics]:
-        """One step of the optimizer on a batch of integer levels, or points.
+        """One step of the optimizer on a batch of images, as integer levels, or of points.
 
         Args:
-            key: the run's; what the step draws follows from it and the step's number.
+            key: of the run. The random numbers of a step follow from the key and the number of the step.
 
         Returns:
-            The next state, and the batch means of the loss and its terms with the gradient's global norm.
+            The next state; the batch means of the loss and its terms, and the global norm of the gradient.
         """
         gradient, losses = self.gradient(state.params, images, jax.random.fold_in(key, state.step))
         metrics = losses | {"grad_norm": optax.tree.norm(gradient)}
@@ -126,8 +126,8 @@ class Trainer:
     def gradient(self, params: Params, images: ImageLevels, key: Array) -> tuple[Params, Metrics]:
         """Gradient of the mean loss, and the mean of each term, accumulated over equal parts of the batch.
 
-        Data and noise are drawn for the whole batch, so the number of parts changes the memory it takes, and of the
-        result no more than which units dropout leaves out.
+        Data and noise are drawn for the whole batch. So the number of parts changes the memory needed, but not the
+        result, except for the choice of the units that dropout leaves out.
         """
         data_key, noise_key, dropout_key = jax.random.split(key, 3)
         x0 = self.preprocess(data_key, images)
@@ -156,7 +156,7 @@ class Trainer:
         return jax.grad(mean_loss, has_aux=True)(params)
 
     def _split(self, a: Array) -> Array:
-        """[batch, ...] to [parts, batch / parts, ...], each part taking its rows from every device."""
+        """[batch, ...] to [parts, batch / parts, ...]. Each part has rows from every device."""
         return a.reshape(-1, self.accumulation_steps, *a.shape[1:]).swapaxes(0, 1)
 
 

@@ -1,14 +1,15 @@
-"""From integer grey levels to the density that a score model has: noise within the bin of each level.
+"""From integer grey levels to a density: noise within the bin of each level.
 
 The probability of an image k is the model's density integrated over a box around it, one bin per entry. For noise u
 from a density q(u | k) on that box, in units of one bin,
 
     -ln P(k) <= E_q[ ln q(u | k) - ln p(y_k + w u) ] - d ln w,      w: width of a bin in the network's data,
 
-and from M draws, -ln P(k) <= E[-ln (1/M) sum_j p(y_k + w u_j) w^d / q(u_j | k)], which no M makes worse and which tends
-to -ln P(k) (Burda et al., 2016). Uniform noise has ln q = 0. Truncated normal noise is shaped as the SDE's own noise at
-the time where that just fills a bin, and takes the model at that time, so a model of the bare levels can be evaluated;
-docs/dequantization.md derives it. A dequantizer is a pytree: one with a network holds its parameters as leaves.
+and from M draws, -ln P(k) <= E[-ln (1/M) sum_j p(y_k + w u_j) w^d / q(u_j | k)]. This bound gets tighter with M and
+tends to -ln P(k) (Burda et al., 2016). Uniform noise has ln q = 0. Truncated normal noise has the shape of the SDE's
+own noise at the time at which it just fills a bin. The model is evaluated from that time on, so it may have been
+trained on bare levels; docs/dequantization.md derives this. A dequantizer is a pytree; its leaves are the parameters of
+its network.
 
 Sources: Theis et al., ICLR 2016 (uniform); [Z23] Zheng et al., "Improved Techniques for Maximum Likelihood Estimation
 for Diffusion ODEs", ICML 2023 (truncated normal).
@@ -33,27 +34,27 @@ Images: TypeAlias = Int[Array, "batch height width channel"]
 """Integer levels, 0 .. levels-1."""
 
 Keys: TypeAlias = Key[Array, " batch"]
-"""One for each image, so that its noise does not depend on its batch."""
+"""One key for each image, so that its noise does not depend on its batch."""
 
 
 class Dequantized(NamedTuple):
     """Images with noise in their bins."""
 
     x: Batch
-    """What the score network sees, to be taken at the dequantizer's `t_min`."""
+    """The data that the score network sees at the dequantizer's `t_min`."""
     log_q: PerExample
     """ln q(u | image), in nats; u counts in bins, so that uniform noise has 0."""
 
 
 class Dequantizer(Protocol):
-    """dequantizer(keys, images) -> Dequantized, and what bits/dim need to know of the result.
+    """dequantizer(keys, images) -> Dequantized, with everything that bits/dim need to know about the result.
 
     `likelihood.bits_per_dim(..., levels=bins_per_unit, unit_scale=unit_scale)` plus log_q / (d ln 2) is the bound.
     """
 
     @property
     def t_min(self) -> float:
-        """The time that x is to be taken at."""
+        """The time at which the model is evaluated."""
         ...
 
     @property
@@ -68,7 +69,7 @@ class Dequantizer(Protocol):
 
     @property
     def description(self) -> dict[str, Any]:
-        """Everything that the noise depends on; "dequantization" names it."""
+        """Everything that the noise depends on; "dequantization" is its name."""
         ...
 
     def __call__(self, keys: Keys, images: Images) -> Dequantized: ...
@@ -76,7 +77,7 @@ class Dequantizer(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Bins:
-    """Bins of `levels` grey levels that tile [0, 1], as the network's data are scaled: `centered`, in [-1, 1]."""
+    """The bins of `levels` grey levels, which tile [0, 1], or [-1, 1] if the network's data are `centered`."""
 
     levels: int
     centered: bool
@@ -131,7 +132,7 @@ class UniformDequantizer:
 )
 @dataclasses.dataclass(frozen=True)
 class TruncatedNormalDequantizer:
-    """The SDE's own noise at `t_min`, cut off at the edges of the bin ([Z23] Sec. 4.1; see docs/dequantization.md).
+    """The SDE's own noise at `t_min`, truncated at the edges of the bin ([Z23] Sec. 4.1; see docs/dequantization.md).
 
     x = alpha (y_k + rho e), rho = sigma / alpha, with e normal and truncated to [-tau, tau]; tau rho is half a bin.
 
@@ -150,7 +151,7 @@ class TruncatedNormalDequantizer:
     def of_sde(
         cls, sde: SDE, *, levels: int, centered: bool, bare_levels: bool, smallest_time: float, truncation: float = 3.0
     ) -> "TruncatedNormalDequantizer":
-        """At the time where tau is `truncation`, or at `smallest_time` if that is later: tau is smaller then.
+        """Chooses the time at which tau equals `truncation`, or `smallest_time` if that is later (tau is smaller then).
 
         Raises:
             ValueError: if the truncation is not positive, or so small that no time has such noise.
@@ -162,7 +163,7 @@ class TruncatedNormalDequantizer:
         t_min = min(max(float(wanted), smallest_time), sde.t_max)
         tau = half_bin / math.exp(float(sde.log_noise_level(jnp.float32(t_min))))
         if tau > 1.01 * truncation:
-            raise ValueError(f"eval.truncation is {truncation}; at t = {sde.t_max} noise leaves {tau:.3g}, the least")
+            raise ValueError(f"eval.truncation is {truncation}; it must be at least {tau:.3g}, the value at t = 1")
         return cls(levels, centered, bare_levels, t_min, float(sde.alpha_sigma(jnp.float32(t_min))[0]), tau)
 
     @property
@@ -197,25 +198,25 @@ def log_mean_exp(log_weights: Float[np.ndarray, "draws batch"]) -> Float[np.ndar
 
 
 def importance_weights(log_weights: Float[np.ndarray, "draws batch"]) -> Float[np.ndarray, "draws batch"]:
-    """Each draw's share of that mean: how much an error of its log weight counts."""
+    """The share of each draw in that mean, which is the weight of an error of its log weight."""
     return scipy.special.softmax(log_weights, axis=0)
 
 
 def check_levels(images: np.ndarray, levels: int, description: str) -> None:
-    """Checks that images are integer levels 0 .. levels-1, as everything here takes for granted.
+    """Checks that images are integer levels 0 .. levels-1, which everything here assumes.
 
     Raises:
         ValueError: if they are not integers, or one is out of range.
     """
     if not np.issubdtype(images.dtype, np.integer):
         raise ValueError(
-            f"{description} has images of {images.dtype}; a discrete image's bits/dim need integer levels, "
-            f"0 to {levels - 1} as data.levels is {levels}"
+            f"{description} has images of type {images.dtype}, but bits/dim need integer levels from 0 to {levels - 1} "
+            f"(data.levels is {levels})"
         )
     lowest, highest = int(images.min()), int(images.max())
     if lowest < 0 or highest >= levels:
         wrong = lowest if lowest < 0 else highest
-        raise ValueError(f"{description} has a pixel of level {wrong}; data.levels is {levels}: 0 to {levels - 1}")
+        raise ValueError(f"{description} has a pixel of level {wrong}; data.levels={levels} allows 0 to {levels - 1}")
 
 
 DEQUANTIZATIONS = ("uniform", "truncated_normal")
@@ -223,7 +224,7 @@ DEQUANTIZATIONS = ("uniform", "truncated_normal")
 
 
 def dequantizer_from_config(config: Config, sde: SDE) -> UniformDequantizer | TruncatedNormalDequantizer:
-    """The noise that `eval.dequantization` names, which needs no training.
+    """The dequantizer that `eval.dequantization` names, which needs no training.
 
     Raises:
         ValueError: for an unknown name, or a truncation that is not allowed.
@@ -240,4 +241,4 @@ def dequantizer_from_config(config: Config, sde: SDE) -> UniformDequantizer | Tr
             smallest_time=t_min,
             truncation=config.eval.truncation,
         )
-    raise ValueError(f"eval.dequantization is {name!r}; known are {', '.join(DEQUANTIZATIONS)}")
+    raise ValueError(f"eval.dequantization is {name!r}; known values: {', '.join(DEQUANTIZATIONS)}")

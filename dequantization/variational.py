@@ -1,8 +1,8 @@
 """Variational dequantization: learned noise q(u | image) within the bins of an image's levels, and its training.
 
-For any q the bound of dequantization.py holds, and it is tightest if q(u | k) is the model's own density of the data in
-the bin of k, normalised. So with the score model fixed, q is trained to minimise E_q[ bound(x) + ln q(u | k) ], the
-bound on -ln p(x) being the one of bounds.py with one importance-sampled time for each image ([S21b] Sec. 5.2).
+The bound of dequantization/noise.py holds for any q. It is tightest if q(u | k) is the model's own density in the bin
+of k, normalised. So with the score model fixed, q is trained to minimise E_q[ bound(x) + ln q(u | k) ]. The bound on
+-ln p(x) is that of bound_likelihood.py, with one importance-sampled time for each image ([S21b] Sec. 5.2).
 """
 
 import dataclasses
@@ -28,14 +28,14 @@ from sde_lib import SDE
 from train_state import TrainState, create_state, optimizer_from_config
 
 Parts: TypeAlias = dict[str, PerExample]
-"""Numbers of each image, by name, in bits/dim."""
+"""Numbers for each image in bits/dim, by name."""
 
 
 @flax.struct.dataclass
 class VariationalDequantizer:
-    """A `Dequantizer` with noise from a network; as a pytree it holds the network's parameters.
+    """A `Dequantizer` whose noise comes from a network. As a pytree it holds the network's parameters.
 
-    `origin` says which parameters they are.
+    `origin` identifies the parameters.
     """
 
     params: Params
@@ -78,7 +78,7 @@ def _noise(
 
 @dataclasses.dataclass(frozen=True)
 class DequantizerTrainer:
-    """What a step of training a dequantizer needs besides states and data, fixed for the run."""
+    """Everything that training a dequantizer needs besides the state and the data; fixed for the run."""
 
     network: Flowpp
     sde: SDE
@@ -102,12 +102,12 @@ class DequantizerTrainer:
         """One step of the optimizer on a batch of integer levels.
 
         Args:
-            score_fn: of the model the noise is for; it stays as it is. A pytree, as the parameters are large.
-            reference: of the bound's control variate.
-            key: the run's; what the step draws follows from it and the step's number.
+            score_fn: of the score model, which is not changed. A pytree that holds the parameters.
+            reference: for the control variate of the bound.
+            key: of the run. The random numbers of a step follow from the key and the number of the step.
 
         Returns:
-            The next state, and the batch means of the bits/dim and their parts with the gradient's global norm.
+            The next state; the batch means of the bits/dim and their parts, and the global norm of the gradient.
         """
         flip_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
         if self.random_flip:
@@ -132,10 +132,10 @@ class DequantizerTrainer:
         *,
         train: bool,
     ) -> Parts:
-        """One draw of each image's bound on its bits/dim, `total`, and its part `dequantization`, ln q.
+        """One draw of the bound on each image's bits/dim as `total`, and its part ln q as `dequantization`.
 
-        Times are equidistant over the batch, with a common random shift: uniform for each image, and of less variance
-        in the mean.
+        Times are equidistant over the batch with a common random shift: they are uniform for each image, and the mean
+        over the batch has less variance.
         """
         noise_key, shift_key, z_key, start_key, dropout_key = jax.random.split(key, 5)
         gaussian, z, start_z = (jax.random.normal(k, images.shape) for k in (noise_key, z_key, start_key))
@@ -158,7 +158,7 @@ class DequantizerTrainer:
 
 
 def dequantizer_trainer_from_config(config: Config, sde: SDE) -> DequantizerTrainer:
-    """Raises ValueError: for a field whose value is not allowed, naming it."""
+    """Raises ValueError for a field whose value is not allowed."""
     deq, data = config.deq, config.data
     if not 0 <= deq.ema_rate < 1:
         raise ValueError(f"deq.ema_rate is {deq.ema_rate}; it must lie in [0, 1)")

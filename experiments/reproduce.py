@@ -66,7 +66,7 @@ def main() -> None:
         try:
             run_all(problems, arguments.runs)
         except KeyboardInterrupt:
-            sys.exit("interrupted; the same command goes on from here")
+            sys.exit("Interrupted. Run the same command again to resume.")
     write_page(problems, arguments.runs, arguments.docs)
 
 

@@ -16,9 +16,9 @@ from infra import parallel
 
 
 def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
-    """A progress bar on standard error: what is done, the rate, and the time left; on the first host only.
+    """A progress bar on standard error, on the first host only.
 
-    Where nobody sees it redrawn it writes a line now and then.
+    If standard error is not a terminal, the bar writes a line every 15 seconds.
     """
     return tqdm(
         total=total,
@@ -27,14 +27,14 @@ def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
         unit=unit,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 15.0,
-        miniters=0,  # only the interval counts, so that update(0) shows what else is new
+        miniters=0,  # only the interval counts, so that update(0) shows a new postfix
         disable=jax.process_index() != 0,
         file=sys.stderr,
     )
 
 
 def log_to_file(path: Path) -> None:
-    """Appends what is logged to a file, beside standard error."""
+    """Appends log messages to a file, in addition to standard error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s"))
@@ -44,7 +44,7 @@ def log_to_file(path: Path) -> None:
 
 
 class _LogFile(logging.FileHandler):
-    """Says nothing of lines that a full disk does not take: what stops the run is said elsewhere."""
+    """Ignores OSErrors such as a full disk: the error that stops the run is reported elsewhere."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exception(), OSError):
@@ -52,26 +52,27 @@ class _LogFile(logging.FileHandler):
 
 
 def quiet_libraries() -> None:
-    """Leaves on standard error what this project logs, and of libraries what is wrong."""
+    """Hides messages of libraries below warnings from standard error."""
     absl_logging.get_absl_handler().addFilter(_of_interest)
 
 
 def _of_interest(record: logging.LogRecord) -> bool:
-    if "orbax" in record.pathname:  # warns of every folder that it is to leave as it is
+    if "orbax" in record.pathname:  # orbax warns about every folder that it opens for reading only
         return record.levelno >= logging.ERROR
     return record.levelno >= logging.WARNING or "-packages" not in record.pathname
 
 
 class StopRequest:
-    """Whether someone asked to stop: SIGTERM, or a first Ctrl-C. A second Ctrl-C stops at once."""
+    """A request to stop, by SIGTERM or a first Ctrl-C. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def now(self, may_wait: bool = True) -> bool:
-        """Whether to stop here: if any host was asked to, the same on all hosts, which have to call this together.
+        """Whether any host was asked to stop. All hosts get the same answer and must call this together.
 
-        Several hosts wait for each other to agree; where they should not, the answer is no.
+        Args:
+            may_wait: several hosts must wait for each other to agree; if they should not, the answer is no.
         """
         if jax.process_count() > 1:
             if not may_wait:
@@ -84,12 +85,12 @@ class StopRequest:
         if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.requested = True
-        sys.stderr.write("\nstopping after this step; the state is saved first\n")
+        sys.stderr.write("\nStopping after this step; saving the state first.\n")
 
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Turns signals to stop into a request, which the loop looks at between steps."""
+    """Turns SIGINT and SIGTERM into a request that a loop checks between steps."""
     request = StopRequest()
     previous = {number: signal.signal(number, request.handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,4 +1,4 @@
-"""Files that are either complete or absent: written beside their place, then renamed into it."""
+"""Files that are either complete or absent: written under a temporary name, then renamed."""
 
 import io
 import os
@@ -9,9 +9,9 @@ from numpy.typing import ArrayLike
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes `data` (text as UTF-8) to `path`, making its folder; readers see the old file or the whole new one."""
+    """Writes `data` (text as UTF-8) to `path` and creates its folder. Readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps processes that write the same file apart.
+    # The process id separates processes that write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -32,11 +32,11 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, or no .npz file.
+        ValueError: if it is damaged, or not an .npz file.
     """
     with path.open("rb") as file:
         try:
             with np.load(file) as arrays:
                 return dict(arrays)
         except Exception as error:  # damaged bytes make NumPy, zipfile and zlib raise a dozen kinds
-            raise ValueError(f"{path} is no readable .npz file: {error}") from error
+            raise ValueError(f"cannot read {path} as an .npz file: {error}") from error

@@ -18,10 +18,10 @@ FILE = "metrics.jsonl"
 
 
 class MetricsWriter:
-    """Appends metrics to JSON lines (the record) and TensorBoard files (for looking); silent on hosts but the first.
+    """Appends metrics to JSON lines and TensorBoard files, on the first host only.
 
-    Metrics of single steps are collected as they come from the devices and written as means when a record is due. To
-    collect waits for the step before: the devices always have one step in hand, and time is not counted ahead of them.
+    Metrics of steps are collected on the devices and written as means when a record is due. Collecting waits until the
+    previous step is done: so the devices always have one step queued, and the measured time does not run ahead of them.
     """
 
     def __init__(self, folder: Path):
@@ -46,17 +46,17 @@ class MetricsWriter:
             self.board.close()
 
     def collect(self, metrics: Mapping[str, Array], steps: int) -> None:
-        """Takes the means over as many steps."""
+        """Collects means over this number of steps."""
         if self.pending:
             jax.block_until_ready(self.pending[-1])
         self.pending.append(metrics)
         self.pending_steps.append(steps)
 
     def record_train(self, step: int, order: int) -> dict[str, float]:
-        """Writes the means over the steps collected since the last record, and returns them.
+        """Writes and returns the means over all steps since the last record.
 
         Raises:
-            FloatingPointError: if one is not finite.
+            FloatingPointError: if a mean is not finite.
         """
         collected, steps = jax.device_get(self.pending), self.pending_steps
         now = time.monotonic()
@@ -67,14 +67,15 @@ class MetricsWriter:
         bad = [name for name, value in means.items() if not math.isfinite(value)]
         if bad:
             raise FloatingPointError(
-                f"{', '.join(bad)} not finite between steps {step - sum(steps)} and {step}; the last checkpoint is "
-                "from before: lower optim.lr or optim.grad_clip, or raise training.smallest_time, and start again"
+                f"{', '.join(bad)} not finite between steps {step - sum(steps)} and {step}; lower optim.lr or "
+                "optim.grad_clip, or raise training.smallest_time, and run the command again to resume from the last "
+                "checkpoint"
             )
         return means
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """For work between steps whose time does not count as theirs."""
+        """A context for work between steps whose time must not count as training time."""
         if self.pending:
             jax.block_until_ready(self.pending[-1])
         started = time.monotonic()
@@ -82,7 +83,7 @@ class MetricsWriter:
         self.recorded += time.monotonic() - started
 
     def write(self, step: int, split: str, **values: float | int) -> None:
-        """Writes one record; `seconds` counts the time of training, interruptions left out."""
+        """Writes one record. Its `seconds` are the run's total time without interruptions."""
         if not self.active:
             return
         seconds = round(self.elapsed_before + time.monotonic() - self.started, 3)
@@ -92,7 +93,7 @@ class MetricsWriter:
 
 
 def _open_for_lines(path: Path) -> TextIO:
-    """Opens for appending lines; a line that a kill cut short is ended first, so it spoils no other."""
+    """Opens a file for appending. Ends a line that a kill cut short, so that it does not spoil the next."""
     cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     lines = path.open("a", buffering=1)
     if cut_short:
@@ -101,7 +102,7 @@ def _open_for_lines(path: Path) -> TextIO:
 
 
 def _last_seconds(path: Path) -> float:
-    """The run's time as of its last complete record."""
+    """The run's total time in the last complete record."""
     if not path.exists():
         return 0.0
     for line in reversed(path.read_text().splitlines()):

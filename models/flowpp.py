@@ -1,11 +1,12 @@
 """Flow++ as a dequantizer: a flow q(u | image) of noise u in (0, 1)^d, with both published architectures.
 
-Standard normal noise is split into its even and its odd columns; couplings change one half given the other and the
-image by mixtures of logistics, and a sigmoid ends in (0, 1). Parameters have the published names, flat in each module,
-and shapes; so the two axes of a plain convolution's kernel are swapped, those of a weight-normalised one are not.
+Standard normal noise is split into its even and its odd columns. Couplings transform one half given the other half and
+the image, by mixtures of logistics. A sigmoid maps the result to (0, 1). Parameters have the published names, flat in
+each module, and the published shapes: the two spatial axes of a plain convolution's kernel are swapped, those of a
+weight-normalised kernel are not.
 
-First parameters are data-dependent: on the batch they are initialised with, each layer's output has mean 0 and a fixed
-standard deviation (Salimans & Kingma, 2016).
+Initial parameters depend on data: on the batch that they are initialised with, the output of each layer has mean 0 and
+a fixed standard deviation (Salimans & Kingma, 2016).
 
 Source: Ho et al., "Flow++: Improving Flow-Based Generative Models with Variational Dequantization and Architecture
 Design", ICML 2019. Each function takes the module whose parameters it makes as `scope`.
@@ -29,13 +30,13 @@ Halves: TypeAlias = tuple[FeatureMap, FeatureMap]
 """The even and the odd columns of images, each [batch, height, width / 2, channel]."""
 
 CONTEXT_CHANNELS = 32
-"""Of the features of the image that the couplings see."""
+"""Channels of the image features that the couplings see."""
 
 PROCESSOR_HEADS = 4
-"""Of the attention of the deep processor, whatever those of the couplings are."""
+"""Heads of the attention in the deep processor, whatever the couplings have."""
 
 SMALL_OUTPUT = 0.1
-"""First standard deviation of the outputs of residual branches and couplings, which so begin near the identity."""
+"""Initial standard deviation of the outputs of residual branches and couplings, which so begin near the identity."""
 
 
 def concat_elu(x: Array) -> Array:
@@ -52,7 +53,7 @@ swapped_conv3x3 = functools.partial(conv3x3, kernel_axes="WHIO")
 
 def normal_init(std: float) -> nn.initializers.Initializer:
     def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        # Flat, and of few sizes: XLA takes far longer to compile random numbers of other shapes.
+        # Flat arrays of few sizes: XLA takes far longer to compile random numbers of other shapes.
         size = math.prod(shape)
         return std * jax.random.normal(key, (1 << (size - 1).bit_length(),), dtype)[:size].reshape(shape)
 

@@ -1,7 +1,7 @@
 """The layers of NCSN++ and DDPM++ ([S21a] App. H).
 
-Classes keep the published names: parameters are stored under the class name and a count, so released checkpoints load.
-FeatureMap are [batch, height, width, channels], embeddings of the time [batch, embedding].
+Classes keep the published names, because parameters are stored under the class name and a count: so published
+checkpoints load. Feature maps are [batch, height, width, channels], time embeddings [batch, embedding].
 """
 
 import math
@@ -28,12 +28,12 @@ NONLINEARITIES: dict[str, Nonlinearity] = {
 
 
 def kernel_init(scale: float = 1.0) -> nn.initializers.Initializer:
-    """Uniform with variance scale / mean of fan-in and fan-out; scale 0 means nearly zero, so that gradients flow."""
+    """Uniform with variance scale / mean of fan-in and fan-out. Scale 0 means nearly 0, so that gradients flow."""
 
     def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         pixels, size = math.prod(shape[:-2]), math.prod(shape)
         variance = (scale or 1e-10) * 2 / (pixels * (shape[-2] + shape[-1]))
-        # Powers of two: few programs to compile for the many shapes of a network.
+        # Sizes are powers of two, so that few programs are compiled for the many shapes of a network.
         drawn = jax.random.uniform(key, (1 << (size - 1).bit_length(),), dtype, -1, 1)
         return math.sqrt(3 * variance) * drawn[:size].reshape(shape)
 
@@ -45,9 +45,9 @@ def conv(features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0)
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation (Wu & He, 2018): at most 32 groups of at least 4 channels, of equal size.
+    """Group normalisation (Wu & He, 2018): at most 32 groups of equal size, each of at least 4 channels.
 
-    Pixels are averaged first, and all else works on one number a channel: that makes third derivatives cheaper.
+    Pixels are averaged first, and the rest works on one number for each channel: this makes third derivatives cheaper.
     """
 
     epsilon: float = 1e-6
@@ -165,7 +165,7 @@ class Upsample(nn.Module):
 
 
 class Combine(nn.Module):
-    """Brings an input pyramid to the channels of the feature maps and joins it to them."""
+    """Maps an input pyramid to the channels of the feature maps and joins the two."""
 
     method: str  # sum or cat
 
@@ -193,13 +193,13 @@ class AttnBlockpp(nn.Module):
 
 
 class _ResnetBlock(nn.Module):
-    """The fields of the residual blocks, and their residual branch."""
+    """The common fields of the residual blocks, and their residual branch."""
 
     nonlinearity: Nonlinearity
     dropout: float
     init_scale: float
     skip_rescale: bool
-    features: int | None = None  # channels of the result; None: those of the input
+    features: int | None = None  # channels of the output; None: as many as the input has
 
     def branch(
         self, x: FeatureMap, embedding: Embedding | None, train: bool, resample: Callable[[FeatureMap], FeatureMap]
@@ -229,9 +229,8 @@ class ResnetBlockDDPMpp(_ResnetBlock):
 class ResnetBlockBigGANpp(_ResnetBlock):
     """The residual block of BigGAN (Brock et al., 2019), which can resample inside."""
 
-    resample: Callable[[FeatureMap, Taps | None], FeatureMap] | None = (
-        None  # of models.resample; None keeps the resolution
-    )
+    # A function of models/resample.py; None keeps the resolution.
+    resample: Callable[[FeatureMap, Taps | None], FeatureMap] | None = None
     taps: Taps | None = None
 
     @nn.compact

@@ -17,9 +17,9 @@ Points = Float[Array, "batch d"]
 class MLP(nn.Module):
     """Maps noisy points to the noise in them; fields as in configs/default.py.
 
-    Of the labels as `ScoreNetwork` has them: as published, they are times, and the points are seen as they are. With
-    `scale_by_sigma` they are noise levels sigma; the points are divided by sqrt(1 + sigma^2), so that inputs and
-    derivatives have one scale at all noise levels, and the output, minus the noise, is divided by sigma.
+    As published, labels are times and points enter the network unscaled. With `scale_by_sigma`, labels are noise levels
+    sigma: points are divided by sqrt(1 + sigma^2), so that inputs and derivatives have the same scale at all noise
+    levels, and the output, minus the noise, is divided by sigma.
 
     Raises:
         ValueError: if inputs are not points, [batch, d].
@@ -34,7 +34,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Points, labels: PerExample, train: bool = False) -> Points:
-        del train  # without dropout, training and evaluation do not differ
+        del train  # there is no dropout, so training and evaluation are the same
         if x.ndim != 2:
             raise ValueError(f"model.name is 'mlp', which is for points, but the data are shaped {x.shape[1:]}")
         times, seen = labels, x
@@ -48,7 +48,7 @@ class MLP(nn.Module):
         return output / append_dims(labels, output) if self.scale_by_sigma else output
 
     def _layers(self, name: str, h: Array, widths: Sequence[int]) -> Array:
-        """Affine maps with the nonlinearity between them."""
+        """Affine maps with nonlinearities between them."""
         for number, width in enumerate(widths):
             h = nn.Dense(width, name=f"{name}_{number}")(NONLINEARITIES[self.nonlinearity](h) if number else h)
         return h
@@ -62,7 +62,7 @@ def mlp_from_config(config: Config) -> MLP:
     """
     model = config.model
     if model.nonlinearity not in NONLINEARITIES:
-        raise ValueError(f"model.nonlinearity is {model.nonlinearity!r}; known are {', '.join(NONLINEARITIES)}")
+        raise ValueError(f"model.nonlinearity is {model.nonlinearity!r}; known values: {', '.join(NONLINEARITIES)}")
     if model.mlp_embedding < 4 or model.mlp_embedding % 2:
         raise ValueError(f"model.mlp_embedding is {model.mlp_embedding}; it must be even and at least 4")
     for field in ("mlp_time_widths", "mlp_data_widths", "mlp_widths"):

@@ -27,9 +27,10 @@ from models.layers import (
     residual_sum,
 )
 from models.resample import FeatureMap, Taps, downsample, upsample
+from sde_lib import SDES
 
 Block: TypeAlias = Callable[..., FeatureMap]
-"""A residual block: of feature maps and, by name, the `features` or `resample` that change their shape."""
+"""A residual block, called with feature maps and, by name, `features` or `resample` to change their shape."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "nonlinearity": tuple(NONLINEARITIES),
@@ -39,14 +40,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "progressive_input": ("none", "input_skip", "residual"),
     "progressive_combine": ("sum", "cat"),
 }
-"""What the fields of `NCSNpp` that are names may be."""
+"""The allowed values of those fields of `NCSNpp` that are names."""
 
 
 class NCSNpp(nn.Module):
     """Maps noisy images and their noise level to an image of the same shape; fields as in configs/default.py.
 
-    The `labels` say how noisy each image is, by positive numbers; with `scale_by_sigma` they are the noise levels, and
-    divide the output. (The published code takes the divisor from a table instead if the embedding is positional.)
+    `labels` are positive numbers that tell how noisy each image is. With `scale_by_sigma` they are the noise levels
+    sigma, and the output is divided by them. (With a positional embedding, the published code looks the divisor up in a
+    table.)
 
     Raises:
         ValueError: a field is out of its range, or the images are too small for so many resolutions.
@@ -98,7 +100,7 @@ class NCSNpp(nn.Module):
         return nn.Dense(4 * self.nf, kernel_init=kernel_init())(self._act(embedding))
 
     def _down_path(self, images: FeatureMap, block: Block) -> list[FeatureMap]:
-        """All feature maps on the way down, those of the highest resolution first."""
+        """The feature maps of the way down, from the highest resolution to the lowest."""
         pyramid = images
         skips = [conv(self.nf)(images)]
         for level, multiplier in enumerate(self.ch_mult):
@@ -114,7 +116,7 @@ class NCSNpp(nn.Module):
         return block(self._attention(block(h)))
 
     def _up_path(self, h: FeatureMap, skips: list[FeatureMap], block: Block, channels: int) -> FeatureMap:
-        """From the lowest resolution, joined by every map of the way down, to an image of so many channels."""
+        """From the lowest resolution to an image with this number of channels, joined by every map of the way down."""
         skips = list(skips)
         pyramid = None
         for level, multiplier in reversed(list(enumerate(self.ch_mult))):
@@ -129,7 +131,7 @@ class NCSNpp(nn.Module):
         return self._head(h, channels, self.init_scale)
 
     def _join_input_pyramid(self, pyramid: FeatureMap, h: FeatureMap) -> tuple[FeatureMap, FeatureMap]:
-        """The pyramid, one resolution lower, and the feature maps joined with it."""
+        """The pyramid at the next lower resolution, and the feature maps joined with it."""
         if self.progressive_input == "none":
             return pyramid, h
         if self.progressive_input == "input_skip":
@@ -142,7 +144,7 @@ class NCSNpp(nn.Module):
     def _join_output_pyramid(
         self, pyramid: FeatureMap | None, h: FeatureMap, channels: int
     ) -> tuple[FeatureMap | None, FeatureMap]:
-        """The pyramid, one resolution higher and joined with the feature maps, and the maps to go on with."""
+        """The pyramid joined with the feature maps, and the maps that the next block gets."""
         if self.progressive == "none":
             return None, h
         if self.progressive == "output_skip":
@@ -172,7 +174,7 @@ class NCSNpp(nn.Module):
         features: int | None = None,
         resample: Callable[[FeatureMap, Taps | None], FeatureMap] | None = None,
     ) -> FeatureMap:
-        """A residual block; `resample` is for those that resample inside."""
+        """A residual block. `resample` applies to blocks that resample inside."""
         options: dict[str, Any] = {
             "nonlinearity": NONLINEARITIES[self.nonlinearity],
             "dropout": self.dropout,
@@ -217,7 +219,7 @@ class NCSNpp(nn.Module):
 def _check_fields(network: NCSNpp) -> None:
     for field, known in CHOICES.items():
         if getattr(network, field) not in known:
-            raise ValueError(f"{field} is {getattr(network, field)!r}; known are {', '.join(known)}")
+            raise ValueError(f"{field} is {getattr(network, field)!r}; known values: {', '.join(known)}")
     allowed = {
         "nf": (network.nf >= 4, "at least 4"),
         "ch_mult": (len(network.ch_mult) > 0 and min(network.ch_mult) >= 1, "positive integers, at least one"),
@@ -239,7 +241,7 @@ ONLY_CHOICES: dict[str, Any] = {
     "trainable_embedding": False,
     "data_init": False,
 }
-"""Fields of config.model that published configurations have and that leave no choice."""
+"""Fields of config.model that published configurations have, with the only value that is supported."""
 
 
 def ncsnpp_from_config(config: Config) -> NCSNpp:
@@ -249,16 +251,15 @@ def ncsnpp_from_config(config: Config) -> NCSNpp:
         ValueError: a field of config.model has a value that is not allowed.
     """
     scale_by_sigma, sde = config.model.scale_by_sigma, config.training.sde
-    if scale_by_sigma != (sde == "vesde"):
+    if scale_by_sigma != SDES[sde].scale_by_sigma:
         raise ValueError(
-            f"model.scale_by_sigma is {scale_by_sigma} with training.sde {sde!r}; it must be {not scale_by_sigma}: "
-            "exactly the networks for vesde divide by sigma"
+            f"model.scale_by_sigma is {scale_by_sigma}, but networks for training.sde={sde} need {not scale_by_sigma}"
         )
     return ncsnpp_from_fields(config.model, config.data.centered)
 
 
 def ncsnpp_from_fields(model: Config, centered: bool) -> NCSNpp:
-    """The network with the fields of config.model, whatever it is used for."""
+    """The network with the fields of config.model, without regard to the SDE."""
     for field, only in ONLY_CHOICES.items():
         if model[field] != only:
             raise ValueError(f"model.{field} is {model[field]!r}; it must be {only!r}")

@@ -96,7 +96,7 @@ def test_hosts_with_other_data_are_told(monkeypatch):
     monkeypatch.setattr(gather, lambda mine: np.stack([mine, mine]))
     parallel.require_same("MNIST, train, images 1", "training data")
     monkeypatch.setattr(gather, lambda mine: np.stack([other, mine]))
-    message = "training data are not the same on all hosts; on host 0 they are MNIST, train, images 1"
+    message = "training data differ between hosts; on host 0 they are MNIST, train, images 1"
     with pytest.raises(ValueError, match=message):
         parallel.require_same("MNIST, train, images 1", "training data")
 

@@ -124,7 +124,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "draws": ({"eval__num_importance_samples": 0}, r"eval.num_importance_samples is 0; it must be at least 1"),
     "examples": ({"eval__max_examples": -1}, r"eval.max_examples is -1"),
     "split": ({"eval__bpd_dataset": "valid"}, r"eval.bpd_dataset is 'valid'; known are train, test"),
-    "batch": ({"eval__batch_size": 6}, r"eval.batch_size is 6; 4 devices do not divide it"),
+    "batch": ({"eval__batch_size": 6}, r"eval.batch_size is 6, which is not divisible by 4 devices"),
     "levels": ({"data__levels": 256}, r"data.levels is 256, but the brightest pixel"),
     "dequantization": ({"eval__dequantization": "normal"}, r"eval.dequantization is 'normal'; known are uniform"),
     "draws of a bound": (
@@ -166,7 +166,7 @@ def test_missing_data_of_the_reference_are_said_before_any_work(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda images: images / np.float32(16), "has images of float32; a discrete image's bits/dim need integer"),
+        (lambda images: images / np.float32(16), "has images of type float32, but bits/dim need integer"),
         (lambda images: np.where(np.arange(len(images))[:, None, None, None] == 3, 40, images), "pixel of level 40"),
     ],
 )

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 UNREADABLE = {
-    "no Python": (["--config=README.md"], "the configuration is no Python: unterminated string"),
+    "no Python": (["--config=README.md"], "cannot parse the configuration: unterminated string"),
     "unknown section": (
         ["--config=configs/digits/smoke.py", "--config.trainin.batch_size=3"],
         'no such field: trainin; did you mean "training"',
@@ -52,4 +52,4 @@ def test_told_to_end_it_says_how_to_go_on(tmp_path):
     arguments = ["--mode=eval", "--config=configs/toy/smoke.py", f"--workdir={tmp_path}"]
     result = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 130
-    assert result.stderr == "interrupted; the same command goes on from here\n"
+    assert result.stderr == "Interrupted. Run the same command again to resume.\n"
