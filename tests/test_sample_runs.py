@@ -198,7 +198,7 @@ def test_the_size_of_rounds_matters_where_samples_are_drawn():
     assert [evaluator.name for evaluator in evaluators_from_config(build(config), no_dequantizer)] == ["loss"]
     config.eval.enable_sampling = True
     with pytest.raises(
-        ValueError, match="sampling.batch_size is 30, which is not divisible by 4 devices; use 28 or 32"
+        ValueError, match=r"sampling\.batch_size is 30, which is not divisible by 4 devices; use 28 or 32"
     ):
         evaluators_from_config(build(config), no_dequantizer)
 
