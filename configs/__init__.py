@@ -1,5 +1,6 @@
-"""Configurations: default.py has every field, each other file its differences from another one.
+"""Configurations: default.py has every field, and each other file states its differences from another file.
 
-Sources of the published numbers in their docstrings: [L22] Lu et al., ICML 2022 (this method); [S21a] Song et al.,
-ICLR 2021 (score-based models by SDEs); [S21b] Song et al., NeurIPS 2021 (maximum likelihood training of these).
+The docstrings quote published numbers from [L22] (this method), [S21a] (score-based models by SDEs) and [S21b]
+(maximum-likelihood training of these models); docs/references.md has the papers. No model of a published configuration
+has been trained or evaluated in this project.
 """

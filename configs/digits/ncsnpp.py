@@ -3,13 +3,15 @@
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=train
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=eval
 
-and with learned instead of uniform dequantization
+With learned dequantization instead of uniform dequantization:
 
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=train_deq
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=eval --eval_folder=eval_deq \
         --config.eval.dequantizer=True
 
-About 190,000 parameters; minutes on two CPU cores.
+189,969 parameters. `make demo` trains and evaluates this model and a third-order model that continues from it in
+6 min 37 s on two CPU cores, with the installation. Order 1 after 4000 steps: 2.058 +- 0.013 bits/dim (commit 2e1103f,
+uniform dequantization, 359 test images).
 """
 
 from configs.default import Config

@@ -1,4 +1,4 @@
-"""The smallest network on digits: trains for seconds, to see that everything works.
+"""The smallest network on digits: trains in seconds, to check that everything works.
 
 python main.py --config=configs/digits/smoke.py --workdir=runs/smoke --mode=train
 python main.py --config=configs/digits/smoke.py --workdir=runs/smoke --mode=eval

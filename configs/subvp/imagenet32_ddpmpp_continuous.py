@@ -2,7 +2,7 @@
 
     python main.py --config=configs/subvp/imagenet32_ddpmpp_continuous.py --workdir=WORKDIR --mode=train
 
-61.8M parameters. Bits/dim, FID, hardware and hours: not published.
+61.8M parameters. Bits/dim, FID, hardware and training time are not published.
 """
 
 from configs.default import Config

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/subvp/imagenet32_ddpmpp_deep_continuous.py --workdir=WORKDIR --mode=train
 
-106.6M parameters. Bits/dim, FID, hardware and hours: not published.
+106.6M parameters. Bits/dim, FID, hardware and training time are not published.
 """
 
 from configs.default import Config

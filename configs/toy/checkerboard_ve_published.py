@@ -3,14 +3,15 @@
     python main.py --config=configs/toy/checkerboard_ve_published.py --workdir=runs/board1 --mode=train
     python main.py --config=configs/toy/checkerboard_ve_published.py --workdir=runs/board1 --mode=eval
 
-The network sees the points as they are, up to 50 times as large as the data. High orders of an untrained network are
-large there: they go on from a first-order run.
+The network sees the noisy points without scaling, so its inputs are up to 50 times as large as the data. The
+high-order losses of an untrained network are large there. High orders therefore continue from a first-order run:
 
     python main.py --config=configs/toy/checkerboard_ve_published.py --workdir=runs/board3 --mode=train \\
         --config.training.score_matching_order=3 --config.training.init_from=runs/board1 \\
         --config.training.n_iters=100000
 
-On a CPU core a step of order 1 takes about 0.15 s, of order 3 about 1.2 s.
+On one CPU core a step of order 1 takes about 0.15 s and a step of order 3 about 1.2 s. docs/results has no results
+of this configuration.
 """
 
 from configs.default import Config

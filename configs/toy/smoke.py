@@ -1,4 +1,4 @@
-"""The smallest network on the checkerboard: trains for seconds, to see that everything works.
+"""The smallest network on the checkerboard: trains in seconds, to check that everything works.
 
 python main.py --config=configs/toy/smoke.py --workdir=runs/toy-smoke --mode=train
 python main.py --config=configs/toy/smoke.py --workdir=runs/toy-smoke --mode=eval

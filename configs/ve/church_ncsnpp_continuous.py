@@ -2,7 +2,7 @@
 
     python main.py --config=configs/ve/church_ncsnpp_continuous.py --workdir=WORKDIR --mode=train
 
-65.6M parameters. Bits/dim, FID, hardware and hours: not published.
+65.6M parameters. Bits/dim, FID, hardware and training time are not published.
 """
 
 from configs.default import Config

@@ -2,13 +2,14 @@
 
     python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=WORKDIR --mode=train
 
-[L22] goes on from a first-order model for 100,000 steps, of order 2 at batch size 128 or of order 3 at 48:
+[L22] continues a first-order model for 100,000 steps, with order 2 at batch size 128 or with order 3 at batch size 48:
 
     --config.training.score_matching_order=3 --config.training.init_from=FIRST_ORDER_CHECKPOINT
 
-Published: 62.8M parameters; order 2: 3.44 bits/dim, FID 2.37; order 3: 3.38 bits/dim, FID 2.95 ([L22]); order 1: FID
-2.38 by predictor-corrector ([S21a]). Steps of order 1, 2, 3 at batch size 48 took 0.28, 0.33, 0.44 s on 8 RTX 2080
-Ti, with 26, 29, 49 GiB of memory in all ([L22]); so 100,000 steps of order 3 are 12 hours.
+62.8M parameters. Published results: order 1: FID 2.38 by predictor-corrector ([S21a]); order 2: 3.44 bits/dim and FID
+2.37; order 3: 3.38 bits/dim and FID 2.95 ([L22]). Published cost at batch size 48 on 8 RTX 2080 Ti ([L22]): a step of
+order 1, 2, 3 takes 0.28, 0.33, 0.44 s and 26, 29, 49 GiB of memory in total. At that rate, 100,000 steps of order 3
+take 12 hours.
 """
 
 from configs.default import Config

@@ -2,8 +2,8 @@
 
     python main.py --config=configs/ve/cifar10_ncsnpp_deep_continuous.py --workdir=WORKDIR --mode=train
 
-Published: 107.6M parameters; order 1: FID 2.20, Inception Score 9.89 by predictor-corrector ([S21a] Table 3).
-Bits/dim, hardware and hours: not published.
+107.6M parameters. Published, order 1: FID 2.20 and Inception Score 9.89 by predictor-corrector ([S21a] Table 3).
+Bits/dim, hardware and training time are not published.
 """
 
 from configs.default import Config

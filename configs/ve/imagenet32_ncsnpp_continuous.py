@@ -2,8 +2,8 @@
 
     python main.py --config=configs/ve/imagenet32_ncsnpp_continuous.py --workdir=WORKDIR --mode=train
 
-Published, on the old version of the data: order 2: 4.06 bits/dim, order 3: 4.04 ([L22]); numbers on the new version
-are not comparable. 62.8M parameters; hardware and hours: not published.
+62.8M parameters. Published on the old version of the data: 4.06 bits/dim for order 2, 4.04 for order 3 ([L22]). Results
+on the new version are not comparable. Hardware and training time are not published.
 """
 
 from configs.default import Config

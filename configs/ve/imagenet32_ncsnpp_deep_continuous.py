@@ -2,7 +2,7 @@
 
     python main.py --config=configs/ve/imagenet32_ncsnpp_deep_continuous.py --workdir=WORKDIR --mode=train
 
-107.6M parameters. Bits/dim, FID, hardware and hours: not published.
+107.6M parameters. Bits/dim, FID, hardware and training time are not published.
 """
 
 from configs.default import Config

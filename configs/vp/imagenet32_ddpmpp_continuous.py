@@ -2,12 +2,12 @@
 
     python main.py --config=configs/vp/imagenet32_ddpmpp_continuous.py --workdir=WORKDIR --mode=train
 
-Likelihood weighting with importance sampling starts at a larger time, 5e-5, unless training.smallest_time is set:
+With likelihood weighting and importance sampling, the smallest time is 5e-5 unless training.smallest_time is set:
 
     --config.training.likelihood_weighting=True --config.training.importance_weighting=True
 
-Published, on the old version of the data: 3.76 bits/dim at best, with variational dequantization ([S21b]); numbers on
-the new version are not comparable. 61.8M parameters; hardware and hours: not published.
+61.8M parameters. Published on the old version of the data: 3.76 bits/dim at best, with variational dequantization
+([S21b]). Results on the new version are not comparable. Hardware and training time are not published.
 """
 
 from configs.default import Config
@@ -21,7 +21,7 @@ def get_config() -> Config:
     config.data.random_flip = False
     config.model.dropout = 0.0
     config.training.n_iters = 1_400_001
-    # Lazy, so that it follows flags on the command line and itself can be set there.
+    # A lazy reference follows flags on the command line, and can still be set there.
     training = config.training
     both = training.get_ref("likelihood_weighting") & training.get_ref("importance_weighting")
     training.smallest_time = 1e-5 + 4e-5 * both.to_float()

@@ -2,8 +2,8 @@
 
     python main.py --config=configs/vp/imagenet32_ddpmpp_deep_continuous.py --workdir=WORKDIR --mode=train
 
-The smallest time follows the weighting as in imagenet32_ddpmpp_continuous. 106.6M parameters. Bits/dim, FID, hardware
-and hours: not published.
+106.6M parameters. The smallest time follows the weighting, as in imagenet32_ddpmpp_continuous. Bits/dim, FID, hardware
+and training time are not published.
 """
 
 from configs.default import Config
