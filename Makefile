@@ -1,5 +1,5 @@
-# make setup   an environment in .venv            make demo    train and evaluate on digits, at most 10 minutes
-# make test    the whole test suite               make lint    ruff and pyright
+# make setup   create the environment in .venv    make demo    train and evaluate on digits, at most 10 minutes
+# make test    run the whole test suite           make lint    run ruff and pyright
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -24,7 +24,7 @@ $(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
 	$(PIP) -r requirements-dev.txt
 	@touch $@
 
-# Every line is a plain command; whatever was interrupted goes on where it was.
+# Every line is a command that can be interrupted; make demo resumes.
 DIGITS := $(BIN)/python main.py --config=configs/digits/ncsnpp.py
 ORDER3 := --config.training.score_matching_order=3 --config.training.init_from=runs/order1 \
 	--config.training.batch_size=32 --config.training.n_iters=4800
@@ -38,21 +38,22 @@ demo: setup
 test: setup-dev
 	$(BIN)/python -m pytest -n 2
 
-# An experiment of about an hour on two cores, which resumes; writes docs/results/digits.md
+# Compares the orders on digits, and writes docs/results/digits.md. It takes about an hour on two cores, and resumes.
 digits-orders: setup
 	$(BIN)/python -m experiments.digits_orders
 
-# The paper's synthetic experiments, about a quarter of an hour on an idle core; resumes; writes docs/results/synthetic.md
+# Runs the paper's synthetic experiments, and writes docs/results/synthetic.md. It takes about a quarter of an hour on an
+# idle core, and resumes.
 reproduce: setup
 	$(BIN)/python -m experiments.reproduce
 
-# FID against evaluations of each sampler, on the demo's first model: an hour or two on two idle cores, mostly
-# predictor-corrector sampling; resumes; writes docs/results/samples.md
+# Measures FID against evaluations for each sampler, on the first model of the demo, and writes docs/results/samples.md.
+# It takes an hour or two on two idle cores, mostly for predictor-corrector sampling, and resumes.
 fid-nfe: setup
 	$(DIGITS) --workdir=runs/order1 --mode=train
 	$(BIN)/python -m experiments.fid_nfe
 
-# 10,000 digits, interrupted twice, on 1 and on 4 devices: the same images
+# Draws 10,000 digits on 1 and on 4 devices with two interruptions each, and checks that the images are the same.
 sample-devices: setup
 	$(DIGITS) --workdir=runs/order1 --mode=train
 	$(BIN)/python -m experiments.sample_devices
