@@ -1,12 +1,13 @@
 # make setup   create the environment in .venv    make demo    train and evaluate on digits, at most 10 minutes
-# make test    run the whole test suite           make lint    run ruff and pyright
+# make test    run the whole test suite           make check   run ruff, pyright and the fast tests
+# make lint    run ruff and pyright
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
-.PHONY: setup setup-dev demo test lint clean digits-orders reproduce fid-nfe sample-devices
+.PHONY: setup setup-dev demo test check lint clean digits-orders reproduce fid-nfe sample-devices
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -37,6 +38,10 @@ demo: setup
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2
+
+# Runs ruff, pyright and the fast tests, for the loop between two edits. It takes at most 2 minutes.
+check: lint
+	$(BIN)/python -m pytest -n 2 -m "not slow"
 
 # Compares the orders on digits, and writes docs/results/digits.md. It takes about an hour on two cores, and resumes.
 digits-orders: setup

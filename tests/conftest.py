@@ -1,14 +1,50 @@
-"""Settings of every test: four devices on one machine, no silent broadcasting, compiled programs kept between runs."""
+"""Settings of all tests: four devices on one machine, no silent broadcasting, compiled programs cached on disk."""
 
 import os
 from pathlib import Path
 
-# before JAX looks at its devices
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4"
+# JAX reads these when it first looks at its devices. The programs of the tests are small, so LLVM's optimisations would
+# take longer than they save.
+FLAGS = ("--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SLOW = {
+    "test_bounds",
+    "test_density_grid",
+    "test_deq_training",
+    "test_derivatives",
+    "test_entropy",
+    "test_examples",
+    "test_extending",
+    "test_flowpp",
+    "test_golden",
+    "test_hosts",
+    "test_likelihood",
+    "test_likelihood_pass",
+    "test_losses",
+    "test_models",
+    "test_points",
+    "test_released",
+    "test_run_lib",
+    "test_sample_runs",
+    "test_sampling",
+    "test_score_ode",
+    "test_sde_lib",
+    "test_tfds",
+    "test_train_state",
+}
+"""Files whose tests compile much, or run main.py. `make check` leaves them out."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
