@@ -188,9 +188,9 @@ def _eval() -> ConfigDict:
     evaluate.num_repeats = 5  # passes over the images, each with new dequantization noise and probes
     evaluate.max_examples = 0  # evaluate only the first images; 0 means all
     evaluate.density_grid = 48  # cells per side of the density in the report, for points of 1 or 2 dimensions; 0: none
-    # solver of the likelihood. Fixed steps in log noise: adams_log, rk4_log. Adaptive steps in log noise: dopri5_log,
-    # scipy_log. In time: dopri5 and scipy (RK45 on the devices and, as published, on the host), and rk4
-    evaluate.ode_solver = "adams_log"
+    # solver of the likelihood. In time: dopri5 and scipy (RK45 on the devices and, as published, on the host), and rk4.
+    # Fixed steps in log noise: adams_log, rk4_log. Adaptive steps in log noise: dopri5_log, scipy_log
+    evaluate.ode_solver = "dopri5"
     # fixed steps; adams_log needs an even number and one evaluation per step, rk4 needs four per step
     evaluate.ode_steps = 98
     evaluate.rtol = 1e-5  # relative tolerance of the adaptive solvers

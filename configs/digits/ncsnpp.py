@@ -54,6 +54,7 @@ def get_config() -> Config:
     config.eval.enable_sampling = True
     config.eval.num_samples = 512
     config.eval.num_repeats = 1
+    config.eval.ode_solver = "adams_log"
     config.eval.ode_steps = 48
     config.eval.num_probes = 2
     config.eval.features = "classifier"

@@ -49,6 +49,7 @@ def get_config() -> Config:
     config.sampling.batch_size = 10_000
 
     config.eval.batch_size = 2500
+    config.eval.ode_solver = "adams_log"
     config.eval.ode_steps = 198
     config.eval.probe = "exact"
     config.eval.enable_sampling = True
