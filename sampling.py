@@ -12,7 +12,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -303,30 +303,64 @@ def sampler_from_config(config: Config, sde: SDE, data_range: DataRange) -> Samp
     Raises:
         ValueError: for a field whose value is not allowed.
     """
+    _check_choice("sampling.method", config.sampling.method, SAMPLERS)
+    return SAMPLERS[config.sampling.method](config, sde, data_range)
+
+
+def _pc_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    del data_range
     sampling = config.sampling
-    common = {"sde": sde, "smallest_time": sampling.smallest_time, "noise_removal": sampling.noise_removal}
-    fast = {
+    return PredictorCorrector(
+        predictor=sampling.predictor,
+        corrector=sampling.corrector,
+        num_steps=sampling.num_steps or config.model.num_scales,
+        corrector_steps=sampling.n_steps_each,
+        snr=sampling.snr,
+        probability_flow=sampling.probability_flow,
+        **_common_fields(config, sde),
+    )
+
+
+def _ode_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    del data_range
+    sampling = config.sampling
+    fields = _common_fields(config, sde)
+    return ODESampler(method=sampling.ode_solver, rtol=sampling.rtol, atol=sampling.atol, **fields)
+
+
+def _dpm_solver_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    fields = _fast_fields(config, sde, data_range)
+    return DPMSolverSampler(order=config.sampling.order, eta=config.sampling.eta, **fields)
+
+
+def _heun_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    return HeunSampler(**_fast_fields(config, sde, data_range))
+
+
+def _common_fields(config: Config, sde: SDE) -> dict[str, Any]:
+    """The fields of every `Sampler`."""
+    sampling = config.sampling
+    return {"sde": sde, "smallest_time": sampling.smallest_time, "noise_removal": sampling.noise_removal}
+
+
+def _fast_fields(config: Config, sde: SDE, data_range: DataRange) -> dict[str, Any]:
+    """The fields of every `FastSampler`."""
+    sampling = config.sampling
+    return _common_fields(config, sde) | {
         "max_nfe": sampling.max_nfe,
         "schedule": sampling.schedule,
         "schedule_exponent": sampling.schedule_exponent,
         "data_range": data_range if sampling.clip_denoised else None,
     }
-    builders = {
-        "pc": lambda: PredictorCorrector(
-            predictor=sampling.predictor,
-            corrector=sampling.corrector,
-            num_steps=sampling.num_steps or config.model.num_scales,
-            corrector_steps=sampling.n_steps_each,
-            snr=sampling.snr,
-            probability_flow=sampling.probability_flow,
-            **common,
-        ),
-        "ode": lambda: ODESampler(method=sampling.ode_solver, rtol=sampling.rtol, atol=sampling.atol, **common),
-        "dpm_solver": lambda: DPMSolverSampler(order=sampling.order, eta=sampling.eta, **fast, **common),
-        "heun": lambda: HeunSampler(**fast, **common),
-    }
-    _check_choice("sampling.method", sampling.method, builders)
-    return builders[sampling.method]()
+
+
+SAMPLERS: dict[str, Callable[[Config, SDE, DataRange], Sampler]] = {
+    "pc": _pc_from_config,
+    "ode": _ode_from_config,
+    "dpm_solver": _dpm_solver_from_config,
+    "heun": _heun_from_config,
+}
+"""The builders of samplers, by config.sampling.method."""
 
 
 def _check_choice(field: str, value: object, allowed: Iterable) -> None:

@@ -291,10 +291,12 @@ SDES: dict[str, type[SDE]] = {"vesde": VESDE, "linearvesde": LinearVESDE, "vpsde
 def sde_from_config(config: Config) -> SDE:
     """The SDE named by training.sde, with its constants from config.model.
 
+    A constant that config.model does not have keeps the default of the SDE's class.
+
     Raises:
         ValueError: if training.sde is unknown, or a constant is not allowed.
     """
     if config.training.sde not in SDES:
         raise ValueError(f"training.sde is {config.training.sde!r}; known SDEs: {', '.join(SDES)}")
-    sde = SDES[config.training.sde]
-    return sde(**{field.name: config.model[field.name] for field in dataclasses.fields(sde)})
+    sde, model = SDES[config.training.sde], config.model
+    return sde(**{field.name: model[field.name] for field in dataclasses.fields(sde) if field.name in model})
