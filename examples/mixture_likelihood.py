@@ -2,10 +2,10 @@
 
     python -m examples.mixture_likelihood --out=.
 
-A diffusion carries the data's density q_0 to a Gaussian, and its probability-flow ODE has the same density q_t at every
-time. So the ODE turns a point x into noise x_T, and ln q(x) is the log-density of x_T under the Gaussian plus the
-integral of the ODE's divergence along the way. Models replace the score, grad ln q_t, by a network. Here q_0 is a mixture
-of three Gaussians, whose score is known at every time, so the result must agree with ln q, which is known, too.
+A diffusion carries the data's density q_0 to a Gaussian, and its probability-flow ODE has the same density q_t at all
+times. So the ODE carries a point x to noise x_T, and ln q(x) is the log-density of x_T under the Gaussian plus the
+integral of the ODE's divergence along the path. A model replaces the score, grad ln q_t, by a network. Here q_0 is a
+mixture of three Gaussians. Its score is known in closed form at all times, and so is the density that the ODE must give.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main(out: Path, num_points: int = 400) -> float:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "mixture_likelihood.png"
     densities_figure(np.asarray(x[:, 0]), np.exp(exact), np.exp(result.logp)).savefig(path, dpi=150)
-    print(f"largest error of the log-likelihood: {error:.1e} nats, with {int(result.info.nfe)} evaluations of the score")
+    print(f"largest error of the log-likelihood: {error:.1e} nats; evaluations of the score: {int(result.info.nfe)}")
     print(f"densities: {path}")
     return error
 

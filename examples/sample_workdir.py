@@ -68,7 +68,7 @@ def image_bits(run: Run, score_fn: ScoreFn, count: int) -> np.ndarray:
     dequantizer = dequantizer_from_config(run.config, run.sde)
     noisy = dequantizer(image_keys(noise_key, jnp.arange(count)), images)
 
-    # Probes estimate the divergence of the ODE without bias: two forward derivatives of the network for each evaluation.
+    # Two random probes for each image estimate the divergence of the ODE without bias.
     probes = draw_probes(probe_key, "rademacher", noisy.x.shape, num_probes=2)
     result = ode_log_likelihood(score_fn, run.sde, noisy.x, probes, t_min=dequantizer.t_min, method="adams_log")
     require_success(result.info)
