@@ -5,7 +5,7 @@
 A diffusion carries the data's density q_0 to a Gaussian, and its probability-flow ODE has the same density q_t at all
 times. So the ODE carries a point x to noise x_T, and ln q(x) is the log-density of x_T under the Gaussian plus the
 integral of the ODE's divergence along the path. A model replaces the score, grad ln q_t, by a network. Here q_0 is a
-mixture of three Gaussians. Its score is known in closed form at all times, and so is the density that the ODE must give.
+mixture of three Gaussians, so its score is known in closed form at all times, and so is the result.
 """
 
 import argparse

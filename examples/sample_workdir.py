@@ -52,7 +52,8 @@ def load_config(workdir: Path) -> Config:
 
 def draw_samples(run: Run, score_fn: ScoreFn, count: int) -> np.ndarray:
     """Images as integer levels, from 20 evaluations of the network."""
-    assert isinstance(run.preprocess, Preprocess)
+    if not isinstance(run.preprocess, Preprocess):
+        raise ValueError("the model of this run is one of points; give the folder of a run on images")
     # eta=1 follows the reverse-time SDE: it forgets what the network gets wrong at large noise. eta=0 follows the ODE.
     sampler = DPMSolverSampler(sde=run.sde, max_nfe=20, eta=1.0, data_range=run.preprocess.data_range)
     samples = sampler(score_fn, jax.random.key(0), jnp.arange(count), run.data_shape)

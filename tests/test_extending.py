@@ -1,0 +1,155 @@
+"""A new SDE and a new sampler, each defined and registered as docs/extending.md describes, without any other change."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jaxtyping import Array
+
+import sampling
+import sde_lib
+from arrays import Batch, ScoreFn
+from build import Run, build
+from configs.default import Config
+from configs.toy.smoke import get_config
+from likelihood import ode_log_likelihood
+from samplers.few_step import denoise
+from sampling import DataRange, ImageKeys, Progress, Sampler, Samples
+from sde_lib import SDE, Times, sde_from_config
+from tests.analytic import asymmetric_mixture, gaussian
+
+TIMES = jnp.array([1e-5, 1e-3, 0.05, 0.3, 0.7, 1.0])
+
+
+# A new SDE
+
+
+@dataclasses.dataclass(frozen=True)
+class ConstantBetaSDE(SDE):
+    """Variance preserving with a constant rate: dx = -rate x / 2 dt + sqrt(rate) dw, so alpha^2 = exp(-rate t)."""
+
+    rate: float = 20.0
+
+    @property
+    def prior_sigma(self) -> float:
+        return 1.0
+
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        return jnp.exp(-0.5 * self.rate * t), jnp.sqrt(-jnp.expm1(-self.rate * t))
+
+    def drift_coeff(self, t: Times) -> Times:
+        return jnp.full_like(t, -0.5 * self.rate)
+
+    def diffusion(self, t: Times) -> Times:
+        return jnp.full_like(t, math.sqrt(self.rate))
+
+    def log_noise_level(self, t: Times) -> Times:
+        return 0.5 * (self.rate * t + jnp.log(-jnp.expm1(-self.rate * t)))
+
+    def time_of_log_noise_level(self, log_rho: Times) -> Times:
+        return jax.nn.softplus(2 * log_rho) / self.rate
+
+
+@pytest.fixture
+def registered_sde(monkeypatch):
+    monkeypatch.setitem(sde_lib.SDES, "constant_beta", ConstantBetaSDE)
+
+
+def config_with(**fields) -> Config:
+    config = get_config()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+def test_closed_forms_of_the_new_sde():
+    sde = ConstantBetaSDE()
+    alpha, sigma = sde.alpha_sigma(TIMES)
+    np.testing.assert_allclose(alpha**2 + sigma**2, 1, rtol=1e-6)
+    np.testing.assert_allclose(sde.log_noise_level(TIMES), jnp.log(sigma / alpha), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(sde.time_of_log_noise_level(sde.log_noise_level(TIMES)), TIMES, rtol=1e-4)
+    slope = jax.vmap(jax.grad(lambda t: 2 * sde.log_noise_level(t)))(TIMES)
+    np.testing.assert_allclose((sde.diffusion(TIMES) / sigma) ** 2, slope, rtol=1e-4)
+
+
+def test_likelihood_under_the_new_sde():
+    sde, density, t_min = ConstantBetaSDE(), asymmetric_mixture(2), 1e-4
+    x = density.sample(jax.random.key(0), (16, 2))
+    result = ode_log_likelihood(density.score_fn(sde), sde, x, None, t_min=t_min, method="dopri5_log")
+    np.testing.assert_allclose(result.logp, density.log_density(sde, x, jnp.full(16, t_min)), atol=1e-3)
+
+
+def test_constants_of_the_new_sde(registered_sde):
+    config = config_with(training__sde="constant_beta")
+    assert sde_from_config(config) == ConstantBetaSDE()
+    config.model.rate = 7.0  # a field that a configuration adds
+    assert sde_from_config(config) == ConstantBetaSDE(rate=7.0)
+
+
+def test_a_run_with_the_new_sde(registered_sde):
+    """A step of training, likelihoods and samples, all from a configuration."""
+    run: Run = build(config_with(training__sde="constant_beta", training__score_matching_order=2))
+    assert run.sde == ConstantBetaSDE()
+    state, x = run.fresh_state(), jax.random.normal(jax.random.key(0), (64, 2))
+    after, metrics = jax.jit(run.trainer.train_step)(state, x, jax.random.key(1))
+    assert after.step == 1
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["grad_norm"] > 0
+    score_fn = run.score_fn(after.ema_params)
+    result = ode_log_likelihood(score_fn, run.sde, x, None, t_min=1e-3, method="rk4_log", num_steps=8)
+    assert jnp.isfinite(result.logp).all()
+    samples = run.sampler()(score_fn, jax.random.key(2), jnp.arange(8), run.data_shape)
+    assert samples.x.shape == (8, 2)
+    assert jnp.isfinite(samples.x).all()
+
+
+# A new sampler
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EulerSampler(Sampler):
+    """Equal steps of Euler's method in lambda = ln rho: for u = x / alpha, du / dlambda = -sigma^2 / alpha score."""
+
+    num_steps: int
+
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Progress | None = None) -> Samples:
+        del keys, progress  # the ODE has no noise, and few steps need no reports
+        first, last = self.sde.log_noise_level(jnp.array([self.sde.t_max, self.smallest_time]))
+        log_rhos = jnp.linspace(first, last, self.num_steps + 1)
+        times = self.sde.time_of_log_noise_level(log_rhos)
+        alphas, sigmas = self.sde.alpha_sigma(times)
+
+        def step(i: Array, u: Batch) -> Batch:
+            score = score_fn(alphas[i] * u, jnp.full(len(u), times[i]))
+            return u - (log_rhos[i + 1] - log_rhos[i]) * sigmas[i] ** 2 / alphas[i] * score
+
+        x = alphas[-1] * jax.lax.fori_loop(0, self.num_steps, step, x / alphas[0])
+        if self.noise_removal:
+            x = denoise(score_fn, self.sde, x, jnp.full(len(x), self.smallest_time))
+        return Samples(x, self.num_steps + self.noise_removal)
+
+
+def euler_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    del data_range
+    return EulerSampler(sde=sde, smallest_time=config.sampling.smallest_time, num_steps=config.sampling.num_steps)
+
+
+@pytest.mark.parametrize("sde", ["vpsde", "constant_beta"])
+def test_the_new_sampler_draws_a_gaussian(registered_sde, monkeypatch, sde):
+    monkeypatch.setitem(sampling.SAMPLERS, "euler", euler_from_config)
+    run = build(config_with(training__sde=sde, sampling__method="euler", sampling__num_steps=1000))
+    mean, std, n = np.array([0.5, -0.3]), np.array([0.2, 0.6]), 4000
+    score_fn = gaussian(mean, np.diag(std**2)).score_fn(run.sde)
+    samples = run.sampler()(score_fn, jax.random.key(0), jnp.arange(n), (2,))
+    assert samples.nfe == 1001
+    x = np.asarray(samples.x, np.float64)
+    assert np.all(np.abs(x.mean(axis=0) - mean) < 5 * std / math.sqrt(n))
+    assert np.all(np.abs(x.std(axis=0) - std) < 5 * std / math.sqrt(2 * n))
+
+
+def test_the_new_sampler_is_listed_for_a_mistyped_name(monkeypatch):
+    monkeypatch.setitem(sampling.SAMPLERS, "euler", euler_from_config)
+    with pytest.raises(ValueError, match=r"sampling.method must be one of .*heun, euler, got 'eulr'"):
+        build(config_with(sampling__method="eulr")).sampler()
