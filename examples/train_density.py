@@ -11,6 +11,7 @@ import argparse
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -35,10 +36,10 @@ BATCH_SIZE, STEPS_PER_CALL, LIMIT = 256, 50, 5.0
 
 
 def main(
-    out: Path, first_steps: int = 2000, more_steps: int = 1000, num_points: int = 2000, cells: int = 48
+    out: Path, first_steps: int = 2000, more_steps: int = 800, num_points: int = 2000, cells: int = 48
 ) -> dict[str, MeanEstimate]:
     """Trains the models, draws their densities, and returns the negative log-likelihood of each, in nats."""
-    points, grid = DATA.sample(jax.random.key(0), (num_points, 2)), grid_points(LIMIT, cells, dims=2)
+    points, grid = np.asarray(DATA.sample(jax.random.key(0), (num_points, 2))), grid_points(LIMIT, cells, dims=2)
     untrained = create_state(MODEL.init(jax.random.key(1), (2,)), OPTIMIZER)
     first = train(untrained, order=1, num_steps=first_steps)
     states = {"untrained": untrained} | {f"order {order}": train(first, order, more_steps) for order in ORDERS}
@@ -46,10 +47,11 @@ def main(
     nll, densities = {}, {}
     for name, state in states.items():
         score_fn = MODEL.score_fn(state.ema_params)  # the parameters, averaged over the last steps
-        nll[name] = mean_estimate(-log_likelihood(score_fn, points))
+        logp = log_likelihood(score_fn, np.concatenate([points, grid]))
+        nll[name] = mean_estimate(-logp[:num_points])
         print(f"{name:9}  {losses(score_fn, points)}  NLL {nll[name].mean:.3f} +- {nll[name].se:.3f} nats")
-        densities[name] = np.exp(log_likelihood(score_fn, grid)).reshape(cells, cells)
-    data = np.exp(DATA.log_density_of_data(grid)).reshape(cells, cells)
+        densities[name] = np.exp(logp[num_points:]).reshape(cells, cells)
+    data = np.exp(DATA.log_density_of_data(jnp.asarray(grid))).reshape(cells, cells)
     out.mkdir(parents=True, exist_ok=True)
     density_maps(LIMIT, data, densities).savefig(out / "train_density.png", dpi=120)
     print(f"densities: {out / 'train_density.png'}")
@@ -68,19 +70,19 @@ def train(state: TrainState, order: int, num_steps: int) -> TrainState:
     return state
 
 
-def losses(score_fn: ScoreFn, x: jax.Array) -> str:
+def losses(score_fn: ScoreFn, x: np.ndarray) -> str:
     """The terms of all orders, averaged over the same noisy points for every model."""
     objective = Objective(order=3, t_min=T_MIN, exact=True)
     noise = draw_noise(jax.random.key(3), SDE, objective, x.shape)
-    terms = score_matching_losses(score_fn, SDE, objective, x, noise)
+    terms = score_matching_losses(score_fn, SDE, objective, jnp.asarray(x), noise)
     return "  ".join(f"{name} {np.mean(value):.4f}" for name, value in terms.items() if name != "total")
 
 
-def log_likelihood(score_fn: ScoreFn, x: jax.Array) -> np.ndarray:
+def log_likelihood(score_fn: ScoreFn, x: np.ndarray) -> np.ndarray:
     """ln p(x) of each point under the model's ODE, in nats."""
     data = GaussianReference(std=2.3)  # a value near the data's makes the solve cheap; any value gives the same result
     solver = {"method": "adams_log", "num_steps": 48, "reference": data}
-    result = ode_log_likelihood(score_fn, SDE, x, None, t_min=T_MIN, **solver)
+    result = ode_log_likelihood(score_fn, SDE, jnp.asarray(x), None, t_min=T_MIN, **solver)
     require_success(result.info)
     return np.asarray(result.logp)
 
@@ -89,5 +91,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the picture (default: this one)")
     parser.add_argument("--first_steps", type=int, default=2000, help="steps of the first order (default: %(default)s)")
-    parser.add_argument("--more_steps", type=int, default=1000, help="steps of each order (default: %(default)s)")
+    parser.add_argument("--more_steps", type=int, default=800, help="steps of each order (default: %(default)s)")
     main(**vars(parser.parse_args()))
