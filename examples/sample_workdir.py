@@ -1,10 +1,10 @@
 """Samples and bits/dim of a trained image model, given the folder of its run.
 
-    python main.py --config=configs/digits/smoke.py --workdir=runs/smoke --mode=train
-    python -m examples.sample_workdir runs/smoke --out=.
+    python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=train
+    python -m examples.sample_workdir runs/digits --out=.
 
-main.py --mode=eval computes the same numbers for whole data sets, resumes, and writes reports. This script shows the
-steps behind them: the configuration, the checkpoint, a sampler, dequantization and the likelihood.
+main.py --mode=eval computes bits/dim of whole data sets, resumes, and writes a report. This script shows the steps
+behind the numbers: the configuration, the checkpoint, a sampler, dequantization and the likelihood.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from configs.default import Config, get_config
 from datasets import Preprocess, source_from_config
 from dequantization.noise import dequantizer_from_config
 from evaluation import MeanEstimate, mean_estimate
+from infra.console import quiet_libraries
 from infra.image_grid import save_grid
 from infra.workdir import Workdir
 from likelihood import bits_per_dim, draw_probes, ode_log_likelihood
@@ -84,4 +85,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the picture (default: this one)")
     parser.add_argument("--num_samples", type=int, default=16, help="images to draw (default: %(default)s)")
     parser.add_argument("--num_images", type=int, default=32, help="test images for bits/dim (default: %(default)s)")
+    quiet_libraries()  # the checkpoint library warns of folders that are opened to read only
     main(**vars(parser.parse_args()))
