@@ -69,7 +69,7 @@ def densities_figure(x: np.ndarray, exact: np.ndarray, ode: np.ndarray) -> Figur
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the picture (default: this one)")
     parser.add_argument("--num_points", type=int, default=400, help="points on the x axis (default: %(default)s)")
     main(**vars(parser.parse_args()))

@@ -80,7 +80,7 @@ def image_bits(run: Run, score_fn: ScoreFn, count: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path, help="folder of a run of main.py on images")
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the picture (default: this one)")
     parser.add_argument("--num_samples", type=int, default=16, help="images to draw (default: %(default)s)")

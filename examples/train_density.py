@@ -89,7 +89,7 @@ def log_likelihood(score_fn: ScoreFn, x: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(), help="folder for the picture (default: this one)")
     parser.add_argument("--first_steps", type=int, default=2000, help="steps of the first order (default: %(default)s)")
     parser.add_argument("--more_steps", type=int, default=800, help="steps of each order (default: %(default)s)")
