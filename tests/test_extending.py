@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from configs.default import Config
 from configs.toy.smoke import get_config
 from likelihood import ode_log_likelihood
 from samplers.few_step import denoise
-from sampling import DataRange, ImageKeys, Progress, Sampler, Samples
+from sampling import DataRange, ImageKeys, Sampler, Samples
 from sde_lib import SDE, Times, sde_from_config
 from tests.analytic import asymmetric_mixture, gaussian
 
@@ -114,7 +115,7 @@ class EulerSampler(Sampler):
 
     num_steps: int
 
-    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Progress | None = None) -> Samples:
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Callable | None = None) -> Samples:
         del keys, progress  # the ODE has no noise, and short runs need no reports
         first, last = self.sde.log_noise_level(jnp.array([self.sde.t_max, self.smallest_time]))
         times = self.sde.time_of_log_noise_level(jnp.linspace(first, last, self.num_steps + 1))
