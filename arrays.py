@@ -1,4 +1,4 @@
-"""The array vocabulary of the project: what a batch, a per-example number and a score function are."""
+"""The vocabulary of the project: types of batches, per-example numbers, score functions and progress reports."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -14,6 +14,9 @@ PerExample: TypeAlias = Float[Array, " batch"]
 
 ScoreFn: TypeAlias = Callable[[Batch, PerExample], Batch]
 """score(x, t): an estimate of grad_x ln q_t(x). All that losses, likelihoods and samplers see of a network."""
+
+ReportProgress: TypeAlias = Callable[[int, int], None]
+"""report(steps_done, total_steps), called between the compiled calls of a long computation."""
 
 
 def append_dims(values: PerExample, like: Batch) -> Float[Array, "batch *ones"]:

@@ -1,22 +1,24 @@
-"""Upper bounds on -ln p(x) of the SDE model: the reverse SDE from the prior, with the score network in it.
+"""Upper bounds on -ln p(x) of the SDE model, which runs the reverse SDE with the score network from the prior.
 
--ln p(x) <= -E ln prior(x_T) + integral over [t_min, T] of E[r_t] dt, with the expectation over x_t given x
-and r_t in one of two forms of equal expectation ([S21b] Theorems 3 and 6):
+-ln p(x) <= -E ln prior(x_T) + integral over [t_min, T] of E[r_t] dt, with the expectation over x_t given x.
+r_t has two forms of equal expectation ([S21b] Theorems 3 and 6):
 
 - "dsm": g^2 / 2 (|score + z / sigma|^2 - |z / sigma|^2) - div f, with the noise z of x_t = alpha x + sigma z;
 - "sm": g^2 (div score + |score|^2 / 2) - div f, div score by one Rademacher probe.
 
-It bounds E[-ln p of x_{t_min}], given x. The start-time correction E[ln p(x_{t_min} | x) - ln p(x | x_{t_min})], where
-one denoising step stands for p(x | x_{t_min}), makes it a bound for x itself.
+The right-hand side bounds E[-ln p of x_{t_min}] given x. Adding the start-time correction
+E[ln p(x_{t_min} | x) - ln p(x | x_{t_min})], with one denoising step for p(x | x_{t_min}), makes it a bound for x
+itself.
 
 Both forms are integrals over ln rho, rho = sigma / alpha, since g^2 dt = 2 sigma^2 d ln rho; importance sampling draws
-ln rho uniformly. What is known in closed form is never sampled: div f, the prior's expectation and, as a control
-variate, all that a Gaussian N(m, c^2 I) of the data would contribute. Its score has u = z + sigma score with
-E|u|^2 = d w^2 + |x - m|^2 rho^2 / (c^2 + rho^2)^2, w = c^2 / (c^2 + rho^2); the integral of E|u|^2 - d over ln rho is
+ln rho uniformly. Everything known in closed form is computed instead of sampled: div f, the expectation of the prior
+and, as a control variate, the contribution of a Gaussian N(m, c^2 I) of the data, the reference. Its score has
+u = z + sigma score with E|u|^2 = d w^2 + |x - m|^2 rho^2 / (c^2 + rho^2)^2, w = c^2 / (c^2 + rho^2). The integral of
+E|u|^2 - d over ln rho is
 
     sum_i [ w_i - ln(c_i^2 + rho^2) - (x_i - m_i)^2 / (c_i^2 + rho^2) ] / 2   from one end to the other.
 
-Without a reference, c is infinite, the score of the "Gaussian" 0, and the estimator the published one.
+Without a reference, c is infinite, the score of the Gaussian is 0, and the estimator is the published one.
 
 Sources: [S21b] Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", NeurIPS 2021.
 """
@@ -33,7 +35,6 @@ from jaxtyping import Array, Float, Int, Key
 from arrays import Batch, PerExample, ScoreFn, append_dims, inner, num_dims
 from coordinates import GaussianReference
 from derivatives import probe_divergence
-from likelihood import discrete_bits
 from ode import as_pytree
 from sde_lib import SDE
 
@@ -52,27 +53,19 @@ class Bound(NamedTuple):
     start: PerExample
     """The start-time correction; 0 without it."""
     error: PerExample
-    """Standard error of `total` from its sampled times, noise and probes."""
+    """Standard error of `total` due to the sampled times, noise and probes."""
     nfe: int
-    """Evaluations of the score, one with its derivative along a probe counting as one."""
+    """Evaluations of the score. One with its derivative along a probe counts as one."""
 
     @property
     def total(self) -> PerExample:
+        """The bound."""
         return self.prior + self.integral + self.start
 
-
-class BoundBitsPerDim(NamedTuple):
-    """Terms in bits/dim of each example, which add up to `total`, a bound on the NLL of a discrete image."""
-
-    prior: PerExample
-    integral: PerExample
-    start: PerExample
-    levels: PerExample
-    scaler: PerExample
-
     @property
-    def total(self) -> PerExample:
-        return self.prior + self.integral + self.start + self.levels + self.scaler
+    def terms(self) -> dict[str, PerExample]:
+        """The terms of the bound, in nats."""
+        return {"prior": self.prior, "integral": self.integral, "start_correction": self.start}
 
 
 def likelihood_bound(
@@ -88,17 +81,17 @@ def likelihood_bound(
     num_starts: int = 0,
     reference: GaussianReference | None = None,
 ) -> Bound:
-    """An upper bound on -ln p(x) of each example, in nats, for every SDE ([S21b] Theorems 3 and 6).
+    """Estimates an upper bound on -ln p(x) of each example, in nats, for every SDE ([S21b] Theorems 3 and 6).
 
     Args:
         keys: one for each example, so that its random numbers do not depend on its batch.
         form: "dsm" or "sm".
-        importance_sampling: draw t in proportion to g^2 / sigma^2, else uniformly.
+        importance_sampling: draws t in proportion to g^2 / sigma^2; otherwise uniformly.
         num_times: values of t for each example (published: 1000), one in each of as many equal strata. The standard
-            error is that of independent times, so an upper one.
-        num_starts: draws of x_{t_min} for the start-time correction; 0: without the correction, as for data that stand
-            for x_{t_min}.
-        reference: of the control variate; None: no control variate, as published.
+            error is computed as for independent times, so it is an upper limit.
+        num_starts: draws of x_{t_min} for the start-time correction. 0: no correction, which is right for data that
+            are x_{t_min}.
+        reference: the Gaussian of the control variate. None: no control variate, as published.
 
     Raises:
         ValueError: unknown form, or fewer than 2 times.
@@ -110,7 +103,7 @@ def likelihood_bound(
     score_fn = as_pytree(score_fn)
     time_keys, start_keys = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n) for n in range(2))
     with jax.default_matmul_precision("highest"):
-        times = _Times(t_min, num_times, importance_sampling)
+        times = _StratifiedTimes(t_min, num_times, importance_sampling)
         integral, error = _integral(score_fn, x, time_keys, reference, sde=sde, times=times, form=form)
         start = jnp.zeros_like(integral)
         if num_starts:
@@ -130,24 +123,17 @@ def bound_draw(
     t_min: float,
     reference: GaussianReference | None = None,
 ) -> PerExample:
-    """One draw of the bound in its "dsm" form, in nats: for training, as `likelihood_bound` is its mean.
+    """Computes one draw of the bound in its "dsm" form, in nats, for training. `likelihood_bound` averages such draws.
 
     Args:
-        quantile: uniform in [0, 1), of the importance-sampled time of each example.
-        z, start_z: standard normal noise, of the integral and of the start-time correction; None: without it.
+        quantile: uniform in [0, 1), one for the importance-sampled time of each example.
+        z: standard normal noise for the integral.
+        start_z: standard normal noise for the start-time correction. None: no correction.
     """
-    t, weight = _Times(t_min, 1, importance_sampling=True).draw(sde, jnp.asarray(0), quantile)
+    t, weight = _StratifiedTimes(t_min, 1, importance_sampling=True).at(sde, jnp.asarray(0), quantile)
     integral = weight * dsm_integrand(score_fn, sde, x, t, z, reference) + _reference_integral(sde, x, t_min, reference)
     total = integral - _drift_integral(sde, x, t_min) - expected_prior_logp(sde, x)
     return total if start_z is None else total + start_correction(score_fn, sde, x, start_z, t_min, reference)
-
-
-def bound_bits_per_dim(bound: Bound, x: Batch, *, levels: int, unit_scale: float) -> BoundBitsPerDim:
-    """The bound in bits/dim for images x of `levels` grey levels; arguments as of `likelihood.bits_per_dim`."""
-    constants = discrete_bits(levels, unit_scale)
-    per_dim = 1 / (num_dims(x) * math.log(2))
-    terms = (bound.prior * per_dim, bound.integral * per_dim, bound.start * per_dim)
-    return BoundBitsPerDim(*terms, *(jnp.full_like(bound.prior, bits) for bits in constants))
 
 
 def expected_prior_logp(sde: SDE, x: Batch) -> PerExample:
@@ -159,9 +145,9 @@ def expected_prior_logp(sde: SDE, x: Batch) -> PerExample:
 def dsm_integrand(
     score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample, z: Batch, reference: GaussianReference | None = None
 ) -> PerExample:
-    """|u|^2 - |z|^2, u = z + sigma score, at x_t = alpha x + sigma z: E[r_t] dt for each d ln rho, without div f.
+    """|u|^2 - |z|^2, u = z + sigma score, at x_t = alpha x + sigma z: r_t dt / d ln rho, without div f.
 
-    With a reference, |u|^2 less the |u|^2 of its score.
+    With a reference, |z|^2 is replaced by the |u|^2 of its score.
     """
     xt, sigma = _perturb(sde, x, t, z)
     scaled, known = sigma * score_fn(xt, t), _reference_score(sde, xt, t, reference)
@@ -177,7 +163,7 @@ def sm_integrand(
     probe: Batch,
     reference: GaussianReference | None = None,
 ) -> PerExample:
-    """2 sigma^2 div score + |sigma score|^2: of the same expectation as `dsm_integrand`, less the same reference."""
+    """2 sigma^2 div score + |sigma score|^2, with the same expectation and reference as `dsm_integrand`."""
     xt, sigma = _perturb(sde, x, t, z)
 
     def excess(xt: Batch) -> Batch:
@@ -193,17 +179,17 @@ def start_correction(
 ) -> PerExample:
     """One draw of ln p(x_{t_min} | x) - ln p(x | x_{t_min}), in nats ([S21b] Sec. 4, App. on the start time).
 
-    The second is N(x; (x_{t_min} + sigma^2 score) / alpha, (sigma / alpha)^2 I), one step of denoising. With a
-    reference, its part of the difference is replaced by its expectation.
+    p(x | x_{t_min}) is one step of denoising, N((x_{t_min} + sigma^2 score) / alpha, (sigma / alpha)^2 I). With a
+    reference, the contribution of the reference to the difference is replaced by its expectation.
     """
     t = jnp.full(x.shape[:1], t_min, x.dtype)
     alpha, sigma = sde.alpha_sigma(t)
     sampled = dsm_integrand(score_fn, sde, x, t, z, reference)
-    return -num_dims(x) * jnp.log(alpha) + 0.5 * (sampled + _reference_gap(sigma / alpha, x, reference))
+    return -num_dims(x) * jnp.log(alpha) + 0.5 * (sampled + _reference_excess(sigma / alpha, x, reference))
 
 
 def _perturb(sde: SDE, x: Batch, t: PerExample, z: Batch) -> tuple[Batch, Batch]:
-    """x_t, and sigma as it multiplies a batch."""
+    """x_t, and sigma shaped to multiply a batch."""
     mean, sigma = sde.marginal(x, t)
     sigma = append_dims(sigma, x)
     return mean + sigma * z, sigma
@@ -218,18 +204,18 @@ def _reference_score(sde: SDE, xt: Batch, t: PerExample, reference: GaussianRefe
     return -sigma * (xt - alpha * mean) / (jnp.square(alpha * std) + sigma**2)
 
 
-def _reference_gap(rho: PerExample, x: Batch, reference: GaussianReference | None) -> PerExample:
-    """E|u|^2 - d of the reference's score at noise level rho."""
+def _reference_excess(rho: PerExample, x: Batch, reference: GaussianReference | None) -> PerExample:
+    """E|u|^2 - d for the score of the reference at noise level rho."""
     if reference is None:
         return jnp.zeros(x.shape[0], x.dtype)
     mean, std = reference.of_batch(x)
     noise, spread = append_dims(rho, x) ** 2, std**2
-    gap = noise * (jnp.square(x - mean) - 2 * spread - noise) / (spread + noise) ** 2
-    return jnp.sum(gap, axis=range(1, x.ndim))
+    excess = noise * (jnp.square(x - mean) - 2 * spread - noise) / (spread + noise) ** 2
+    return jnp.sum(excess, axis=range(1, x.ndim))
 
 
 def _reference_integral(sde: SDE, x: Batch, t_min: float, reference: GaussianReference | None) -> PerExample:
-    """The integral of `_reference_gap` over ln rho: see the module's docstring."""
+    """The integral of `_reference_excess` over ln rho: see the module's docstring."""
     if reference is None:
         return jnp.zeros(x.shape[0], x.dtype)
     mean, std = reference.of_batch(x)
@@ -248,15 +234,15 @@ def _drift_integral(sde: SDE, x: Batch, t_min: float) -> Float[Array, ""]:
 
 
 def _mean_and_error(draw: Callable[[Int[Array, ""]], PerExample], num: int) -> tuple[PerExample, PerExample]:
-    """Mean and standard error of draws number 0 to num - 1."""
+    """Mean and standard error of the draws with numbers 0 to num - 1."""
     draws = jax.lax.map(draw, jnp.arange(num))
     return jnp.mean(draws, axis=0), jnp.std(draws, axis=0) / math.sqrt(max(num - 1, 1))
 
 
-def _draw(keys: Keys, number: Int[Array, ""], like: Batch) -> tuple[PerExample, Batch, Batch]:
-    """Of each example: a uniform number, normal noise and a Rademacher probe."""
+def _draw_noise(keys: Keys, number: Int[Array, ""], like: Batch) -> tuple[PerExample, Batch, Batch]:
+    """Draws for each example a uniform number, normal noise and a Rademacher probe."""
 
-    def of_example(key: Array) -> tuple[Array, Array, Array]:
+    def draw_one(key: Array) -> tuple[Array, Array, Array]:
         uniform, normal, sign = jax.random.split(jax.random.fold_in(key, number), 3)
         dims, dtype = like.shape[1:], like.dtype
         return (
@@ -265,18 +251,18 @@ def _draw(keys: Keys, number: Int[Array, ""], like: Batch) -> tuple[PerExample, 
             jax.random.rademacher(sign, dims, dtype),
         )
 
-    return jax.vmap(of_example)(keys)
+    return jax.vmap(draw_one)(keys)
 
 
-class _Times(NamedTuple):
-    """How times are drawn."""
+class _StratifiedTimes(NamedTuple):
+    """Times in [t_min, T], one in each of `num` strata of equal probability."""
 
     t_min: float
     num: int
     importance_sampling: bool
 
-    def draw(self, sde: SDE, number: Int[Array, ""], uniform: PerExample) -> tuple[PerExample, PerExample]:
-        """The t at a uniform place of stratum `number`, and d ln rho / d quantile there."""
+    def at(self, sde: SDE, number: Int[Array, ""], uniform: PerExample) -> tuple[PerExample, PerExample]:
+        """The time at fraction `uniform` of stratum `number`, and d ln rho / d quantile there."""
         quantile = (number + uniform) / self.num
         if self.importance_sampling:
             total = sde.importance_weight(jnp.asarray(sde.t_max, quantile.dtype), self.t_min)
@@ -288,13 +274,20 @@ class _Times(NamedTuple):
 
 @partial(jax.jit, static_argnames=("sde", "times", "form"))
 def _integral(
-    score_fn: ScoreFn, x: Batch, keys: Keys, reference: GaussianReference | None, *, sde: SDE, times: _Times, form: str
+    score_fn: ScoreFn,
+    x: Batch,
+    keys: Keys,
+    reference: GaussianReference | None,
+    *,
+    sde: SDE,
+    times: _StratifiedTimes,
+    form: str,
 ) -> tuple[PerExample, PerExample]:
-    """The bound's integral, with its standard error."""
+    """The integral of the bound, and its standard error."""
 
     def draw(number: Int[Array, ""]) -> PerExample:
-        uniform, z, probe = _draw(keys, number, x)
-        t, weight = times.draw(sde, number, uniform)
+        uniform, z, probe = _draw_noise(keys, number, x)
+        t, weight = times.at(sde, number, uniform)
         if form == "dsm":
             return weight * dsm_integrand(score_fn, sde, x, t, z, reference)
         return weight * sm_integrand(score_fn, sde, x, t, z, probe, reference)
@@ -307,7 +300,9 @@ def _integral(
 def _mean_start_correction(
     score_fn: ScoreFn, x: Batch, keys: Keys, reference: GaussianReference | None, *, sde: SDE, t_min: float, num: int
 ) -> tuple[PerExample, PerExample]:
+    """The start-time correction, averaged over `num` draws, and its standard error."""
+
     def draw(number: Int[Array, ""]) -> PerExample:
-        return start_correction(score_fn, sde, x, _draw(keys, number, x)[1], t_min, reference)
+        return start_correction(score_fn, sde, x, _draw_noise(keys, number, x)[1], t_min, reference)
 
     return _mean_and_error(draw, num)

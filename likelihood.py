@@ -1,27 +1,30 @@
 """Log-likelihood of data under the probability-flow ODE, and bits per dimension.
 
-The ODE dx/dt = h(x, t) = f x - g^2 score / 2 carries the data's density to the prior, and
+The ODE dx/dt = h(x, t) = f x - g^2 score / 2 carries the density of the data to the prior, and
 ln p(x) = ln prior(x_T) + integral over [t_min, T] of div h along the path from x ([S21a] Eqn. 39, [L22] Eqn. 7).
-The data stand for x at t_min; nothing corrects for that here.
+The data are taken to be x at t_min; no correction is made for that.
 
-The methods named "_log" take the same integral in the coordinates of coordinates.py, where a Gaussian's part of it is
-known and the steps are spread over the noise levels evenly, not over time. They need far fewer evaluations.
+`published_log_likelihood` solves this as published, in time. `reference_log_likelihood` computes the same integral in
+our own coordinates (coordinates.py). They need far fewer evaluations: the contribution of a Gaussian is known in closed
+form, and the steps are spread evenly over the noise levels instead of over time. The methods that use them have names
+that end in "_log".
 
 Sources: [S21a] Song et al., ICLR 2021; [L22] Lu et al., ICML 2022.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ScoreFn, num_dims
-from coordinates import GaussianReference, ReferencePath, TimePath
+from arrays import Batch, PerExample, ScoreFn
+from coordinates import GaussianReference, ReferencePath
 from derivatives import PROBES, divergence_estimates
 from ode import Info, as_pytree, integrate
 from sde_lib import SDE
@@ -29,18 +32,30 @@ from sde_lib import SDE
 Probes: TypeAlias = Float[Array, "k batch *dims"]
 
 State: TypeAlias = tuple[Batch, Float[Array, "batch k"]]
-"""Where the examples are, and the integral of the divergence so far."""
+"""The position of each example, and the integral of the divergence so far."""
+
+Nats = TypeVar("Nats", Array, np.ndarray)
+"""One number for each example, as a jax or NumPy array."""
+
+
+class Method(NamedTuple):
+    """How a likelihood is solved."""
+
+    coordinates: str
+    """"time", as published, or "reference", our coordinates."""
+    solver: str
+    """The method of `ode.integrate`."""
+
 
 METHODS = {
-    "dopri5": ("time", "dopri5"),
-    "scipy": ("time", "scipy"),
-    "rk4": ("time", "rk4"),
-    "dopri5_log": ("reference", "dopri5"),
-    "scipy_log": ("reference", "scipy"),
-    "rk4_log": ("reference", "rk4"),
-    "adams_log": ("reference", "adams"),
+    "dopri5": Method("time", "dopri5"),
+    "scipy": Method("time", "scipy"),
+    "rk4": Method("time", "rk4"),
+    "dopri5_log": Method("reference", "dopri5"),
+    "scipy_log": Method("reference", "scipy"),
+    "rk4_log": Method("reference", "rk4"),
+    "adams_log": Method("reference", "adams"),
 }
-"""By name, the coordinates of the solve and its method in `ode.integrate`."""
 
 DEFAULT_REFERENCE = GaussianReference()
 
@@ -59,7 +74,7 @@ class LogLikelihood(NamedTuple):
 
     NaN for adaptive methods. The mean over many examples estimates the bias."""
     info: Info
-    """How the solve went. See `ode.require_success`."""
+    """Cost and success of the solve. See `ode.require_success`."""
 
     @property
     def divergence(self) -> PerExample:
@@ -72,8 +87,13 @@ class LogLikelihood(NamedTuple):
         return self.prior_logp + self.divergence
 
     @property
+    def terms(self) -> dict[str, PerExample]:
+        """The terms of -ln p(x), in nats."""
+        return {"prior": -self.prior_logp, "divergence": -self.divergence}
+
+    @property
     def probe_error(self) -> PerExample:
-        """Standard error of `logp` from its probes, in nats; NaN for a single probe, of which nothing can be told."""
+        """Standard error of `logp` due to the probes, in nats; NaN for a single probe, which gives no estimate."""
         k = self.divergence_estimates.shape[1]
         if k == 1:
             return jnp.full_like(self.prior_logp, jnp.nan)
@@ -81,7 +101,7 @@ class LogLikelihood(NamedTuple):
 
 
 def draw_probes(key: Array, kind: str, shape: tuple[int, ...], num_probes: int = 1) -> Probes | None:
-    """Probes of the divergence for a batch of the given shape, or None for kind "exact".
+    """Draws probes of the divergence for a batch of the given shape; returns None for kind "exact".
 
     Raises:
         ValueError: unknown kind.
@@ -106,78 +126,119 @@ def ode_log_likelihood(
     atol: float = 1e-5,
     num_steps: int = 100,
 ) -> LogLikelihood:
-    """ln p(x) of each example under the probability-flow ODE ([L22] Eqn. 7), in the units of x.
+    """Computes ln p(x) of each example under the probability-flow ODE by the named method.
 
-    Can be called under jit (but for the methods of SciPy) and on sharded batches. Called eagerly it compiles its solve
-    once, for any parameters of a score function that is a pytree. Matrix products have full precision throughout, not
-    the reduced one that accelerators default to.
+    Can be called under jit (except for the methods of SciPy) and on sharded batches. An eager call compiles its solve
+    once, and other parameters compile nothing if the score function is a pytree. Matrix products have full precision
+    throughout, not the reduced one that accelerators default to.
 
     Args:
-        probes: fixed for the whole solve; the estimate is their mean, unbiased for independent entries of mean 0 and
+        probes: fixed for the whole solve. The estimate is their mean, unbiased for independent entries of mean 0 and
             variance 1. One evaluation of the field is one of the score with its k derivatives. None: the exact
             divergence, from d derivatives.
-        t_min: the time that x is taken to be at.
+        t_min: the time at which the data are x.
         method: one of `METHODS`. "scipy" is the published protocol and "dopri5" the same on the device. Adaptive
-            methods control an error over the whole batch, so results depend on the batch within the tolerance; in
-            float32 they hit rounding noise at tolerances below 1e-6. With the fixed steps of "rk4_log" and "adams_log"
-            an example's result does not depend on the others, and comes with an estimate of its error; "adams_log" has
-            the most accuracy for its evaluations where the network is rough in time.
-        reference: of the methods named "_log", see coordinates.py.
-        rtol, atol, num_steps: of the adaptive methods, and of the fixed-step ones; see `ode.integrate`.
+            methods control an error over the whole batch, so results depend on the batch within the tolerance. In
+            float32 they reach rounding noise at tolerances below 1e-6. With the fixed steps of "rk4_log" and
+            "adams_log", the result of an example does not depend on the others, and has an estimate of its error.
+            "adams_log" has the most accuracy for its evaluations if the network is rough in time.
+        reference: for the methods whose names end in "_log"; see coordinates.py.
+        rtol, atol: tolerances of the adaptive methods; see `ode.integrate`.
+        num_steps: for the fixed-step methods; see `ode.integrate`.
 
     Raises:
-        ValueError: unknown method; those of `ode.integrate`. A failed solve does not raise; its numbers are not
+        ValueError: unknown method, or as in `ode.integrate`. A failed solve does not raise, but its numbers are not
             likelihoods: pass `info` to `ode.require_success`.
     """
     if method not in METHODS:
         raise ValueError(f"unknown likelihood method {method!r}; known: {', '.join(METHODS)}")
     coordinates, solver = METHODS[method]
-    score_fn = as_pytree(score_fn)
+    solve = functools.partial(integrate, method=solver, rtol=rtol, atol=atol, num_steps=num_steps)
     if coordinates == "time":
-        field = TimeField(score_fn, probes, TimePath(sde, t_min))
-    else:
-        field = ReferenceField(score_fn, probes, ReferencePath(reference, sde, t_min))
-    solve = partial(integrate, method=solver, rtol=rtol, atol=atol, num_steps=num_steps)
-    nothing = jnp.zeros((x.shape[0], 1 if probes is None else probes.shape[0]), x.dtype)
-    path, (first, last) = field.path, (jnp.asarray(t, x.dtype) for t in (t_min, sde.t_max))
+        return published_log_likelihood(score_fn, sde, x, probes, t_min, solve)
+    return reference_log_likelihood(score_fn, sde, x, probes, t_min, solve, reference)
+
+
+Solve: TypeAlias = Callable[..., tuple[State, Info]]
+"""solve(field, state, start, end): `ode.integrate` with a method and its settings."""
+
+
+def published_log_likelihood(
+    score_fn: ScoreFn, sde: SDE, x: Batch, probes: Probes | None, t_min: float, solve: Solve
+) -> LogLikelihood:
+    """Integrates x and the change of its log-density together, in time from t_min to T ([L22] Eqn. 7).
+
+    d/dt (x, change) = (h, div h), and ln p(x) = ln prior(x_T) + change. Arguments as in `ode_log_likelihood`.
+    """
+    start, end = jnp.asarray(t_min, x.dtype), jnp.asarray(sde.t_max, x.dtype)
     with jax.default_matmul_precision("highest"):
-        (y, divergence), info = solve(field, (path.normalize(x, first), nothing), *path.ends(x.dtype))
-    divergence += path.log_det_jacobian(x, last) - path.log_det_jacobian(x, first)
-    prior_logp, error = _prior_and_error(lambda y: sde.prior_logp(path.unnormalize(y, last)), y, info.error_estimate)
-    info = info._replace(t=path.time(info.t), error_estimate=None)
-    return LogLikelihood(prior_logp, divergence, path.unnormalize(y, last), error, info)
+        (latent, change), info = solve(TimeField(as_pytree(score_fn), probes, sde), (x, _zeros(x, probes)), start, end)
+    prior_logp, error = _prior_and_error(sde.prior_logp, latent, info.error_estimate)
+    return LogLikelihood(prior_logp, change, latent, error, info._replace(error_estimate=None))
 
 
-def _prior_and_error(
-    prior_logp: Callable[[Batch], PerExample], y: Batch, error_estimate: State | None
-) -> tuple[PerExample, PerExample]:
-    """The prior's log-density at the end of a solve, and the estimated error of the likelihood."""
-    if error_estimate is None:
-        return prior_logp(y), jnp.full(y.shape[:1], jnp.nan, y.dtype)
-    of_state, of_divergence = error_estimate
-    value, change = jax.jvp(prior_logp, (y,), (of_state,))
-    return value, change + jnp.mean(of_divergence, axis=1)
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes"], meta_fields=["path"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes"], meta_fields=["sde"])
 @dataclasses.dataclass(frozen=True)
 class TimeField:
     """d/dt of (x, integral of div h): the ODE as published."""
 
     score_fn: ScoreFn
     probes: Probes | None
-    path: TimePath
+    sde: SDE
 
     def __call__(self, t: Float[Array, ""], state: State) -> State:
         x, _ = state
         times = jnp.full(x.shape[:1], t)
-        return divergence_estimates(lambda x: self.path.sde.probability_flow(self.score_fn, x, times), x, self.probes)
+        return divergence_estimates(lambda x: self.sde.probability_flow(self.score_fn, x, times), x, self.probes)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes", "path"], meta_fields=[])
+def _zeros(x: Batch, probes: Probes | None) -> Float[Array, "batch k"]:
+    """The integral of the divergence at the start, for each probe."""
+    return jnp.zeros((x.shape[0], 1 if probes is None else probes.shape[0]), x.dtype)
+
+
+def _prior_and_error(
+    prior_logp: Callable[[Batch], PerExample], y: Batch, error_estimate: State | None
+) -> tuple[PerExample, PerExample]:
+    """The log-density of the prior at the end of a solve, and the estimated error of the likelihood."""
+    if error_estimate is None:
+        return prior_logp(y), jnp.full(y.shape[:1], jnp.nan, y.dtype)
+    state_error, divergence_error = error_estimate
+    value, change = jax.jvp(prior_logp, (y,), (state_error,))
+    return value, change + jnp.mean(divergence_error, axis=1)
+
+
+# The same likelihood in the coordinates of coordinates.py.
+
+
+def reference_log_likelihood(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    probes: Probes | None,
+    t_min: float,
+    solve: Solve,
+    reference: GaussianReference,
+) -> LogLikelihood:
+    """Integrates y and the change of its log-density in tau, and converts both to x and t at the ends.
+
+    Arguments as in `ode_log_likelihood`.
+    """
+    path = ReferencePath(reference, sde, t_min)
+    field = ReferenceField(as_pytree(score_fn), probes, path)
+    first, last = (jnp.asarray(t, x.dtype) for t in (t_min, sde.t_max))
+    with jax.default_matmul_precision("highest"):
+        (y, change), info = solve(field, (path.normalize(x, first), _zeros(x, probes)), *path.ends(x.dtype))
+    change += path.log_det_jacobian(x, last) - path.log_det_jacobian(x, first)
+    prior_logp, error = _prior_and_error(lambda y: sde.prior_logp(path.unnormalize(y, last)), y, info.error_estimate)
+    info = info._replace(t=path.time(info.t), error_estimate=None)
+    return LogLikelihood(prior_logp, change, path.unnormalize(y, last), error, info)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes", "path"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class ReferenceField:
-    """d/dtau of (y, integral of its divergence): the ODE beside a Gaussian's, as coordinates.py derives it."""
+    """d/dtau of (y, integral of its divergence): the ODE relative to that of a Gaussian, derived in coordinates.py."""
 
     score_fn: ScoreFn
     probes: Probes | None
@@ -190,7 +251,8 @@ class ReferenceField:
         weight = rate * jnp.square(sigma / scale)
         x, times = self.path.unnormalize(y, t), jnp.full(y.shape[:1], t)
         score, divergence = divergence_estimates(lambda x: self.score_fn(x, times), x, self.probes)
-        # Probed in x, whatever the reference: J is symmetric there for a true score, so that nothing varies less.
+        # The probes act in x for every reference. The Jacobian of a true score is symmetric there, and no other
+        # coordinates would give the estimate a smaller variance.
         known = jnp.sum(weight[None] * self._probe_squares(y), axis=range(2, y.ndim + 1)).T
         return -weight * (scale * score + y), -(rate * sigma**2 * divergence + known)
 
@@ -198,49 +260,50 @@ class ReferenceField:
         return jnp.ones((1, *like.shape), like.dtype) if self.probes is None else jnp.square(self.probes)
 
 
-class BitsPerDim(NamedTuple):
-    """Terms in bits/dim of each example, which add up to `total`, the negative log-likelihood of a discrete image."""
-
-    prior: PerExample
-    """-ln prior(x_T)."""
-    divergence: PerExample
-    """Minus the integral of div h."""
-    levels: PerExample
-    """log2 of the number of grey levels: from a density on [0, 1] to a probability of one level."""
-    scaler: PerExample
-    """log2 |dy/dx|, where y in [0, 1] is the image of the network's data x."""
-
-    @property
-    def total(self) -> PerExample:
-        return self.prior + self.divergence + self.levels + self.scaler
+# Bits per dimension.
 
 
-def bits_per_dim(result: LogLikelihood, *, levels: int, unit_scale: float) -> BitsPerDim:
-    """Negative log-likelihood in bits/dim of images of `levels` grey levels, dequantized by noise of one level.
+def bits_per_dim(
+    nats: Mapping[str, Nats],
+    *,
+    num_dims: int,
+    levels: int,
+    unit_scale: float,
+    importance_sampling: Nats | None = None,
+) -> dict[str, Nats]:
+    """Converts the negative log-density of dequantized images to bits/dim of the discrete images.
+
+    Works alike on jax arrays, also under jit, and on NumPy arrays, whose precision it keeps.
 
     Args:
+        nats: the terms of -ln p(x) of each example, in nats, where x has noise of the width of one level. A density q
+            of the noise adds the term ln q.
+        num_dims: the number of dimensions of one example.
+        levels: grey levels in the range [0, 1] of pixel values.
         unit_scale: dy/dx from the network's data x to y in [0, 1]: 1 for data in [0, 1], 1/2 for data in [-1, 1]. With
-            256 levels these add 8 and 7 bits/dim.
+            256 levels the two constants add up to 8 and 7 bits/dim.
+        importance_sampling: the change, in nats, from the mean over several draws of the noise to their average inside
+            the logarithm.
 
-    Raises:
-        ValueError: no level, or a scale that is not positive.
-    """
-    level_bits, scaler_bits = discrete_bits(levels, unit_scale)
-    nats = num_dims(result.latent) * math.log(2)
-    return BitsPerDim(
-        prior=-result.prior_logp / nats,
-        divergence=-result.divergence / nats,
-        levels=jnp.full_like(result.prior_logp, level_bits),
-        scaler=jnp.full_like(result.prior_logp, scaler_bits),
-    )
-
-
-def discrete_bits(levels: int, unit_scale: float) -> tuple[float, float]:
-    """Bits/dim from the density of the network's data to the probability of an image: log2(levels), log2(unit_scale).
+    Returns:
+        The same terms in bits/dim; `levels`, log2 of the number of levels, which turns a density on [0, 1] into the
+        probability of one level; `scaler`, log2 |dy/dx|; `importance_sampling` if given; and their sum, `bpd`.
 
     Raises:
         ValueError: no level, or a scale that is not positive.
     """
     if levels < 1 or not unit_scale > 0:
         raise ValueError(f"need levels >= 1 and unit_scale > 0, got {levels} and {unit_scale}")
-    return math.log2(levels), math.log2(unit_scale)
+    bits = {name: to_bits_per_dim(term, num_dims) for name, term in nats.items()}
+    like = next(iter(bits.values()))
+    full_like: Any = jnp.full_like if isinstance(like, jax.Array) else np.full_like
+    bits |= {"levels": full_like(like, math.log2(levels)), "scaler": full_like(like, math.log2(unit_scale))}
+    if importance_sampling is not None:
+        bits["importance_sampling"] = to_bits_per_dim(importance_sampling, num_dims)
+    total: Any = sum(bits.values())
+    return bits | {"bpd": total}
+
+
+def to_bits_per_dim(nats: Nats, num_dims: int) -> Nats:
+    """Converts nats to bits/dim."""
+    return nats / (num_dims * math.log(2))

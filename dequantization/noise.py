@@ -49,7 +49,8 @@ class Dequantized(NamedTuple):
 class Dequantizer(Protocol):
     """dequantizer(keys, images) -> Dequantized, with everything that bits/dim need to know about the result.
 
-    `likelihood.bits_per_dim(..., levels=bins_per_unit, unit_scale=unit_scale)` plus log_q / (d ln 2) is the bound.
+    `likelihood.bits_per_dim(terms, levels=bins_per_unit, unit_scale=unit_scale, ...)`, with log_q among the terms of
+    -ln p(x), gives the bound.
     """
 
     @property

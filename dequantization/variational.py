@@ -6,7 +6,6 @@ of k, normalised. So with the score model fixed, q is trained to minimise E_q[ b
 """
 
 import dataclasses
-import math
 from typing import Any, TypeAlias
 
 import flax.struct
@@ -21,7 +20,7 @@ from configs.default import Config
 from coordinates import GaussianReference
 from datasets import random_mirror
 from dequantization.noise import Bins, Dequantized, Images, Keys
-from likelihood import discrete_bits
+from likelihood import bits_per_dim
 from models.flowpp import Flowpp, flowpp_from_config
 from models.score import Params
 from sde_lib import SDE
@@ -152,9 +151,9 @@ class DequantizerTrainer:
             self.t_min,
             reference,
         )
-        per_dim = 1 / (math.log(2) * images[0].size)
-        constants = sum(discrete_bits(self.bins.levels, self.bins.unit_scale))
-        return {"total": (bound + log_q) * per_dim + constants, "dequantization": log_q * per_dim}
+        nats = {"bound": bound, "dequantization": log_q}
+        bits = bits_per_dim(nats, num_dims=images[0].size, levels=self.bins.levels, unit_scale=self.bins.unit_scale)
+        return {"total": bits["bpd"], "dequantization": bits["dequantization"]}
 
 
 def dequantizer_trainer_from_config(config: Config, sde: SDE) -> DequantizerTrainer:

@@ -1,4 +1,4 @@
-"""Bits/dim over a data set: of the ODE, or a bound on the SDE's, with any dequantization."""
+"""Bits/dim over a data set, from the likelihood of the ODE or a bound on that of the SDE, with any dequantization."""
 
 import functools
 import itertools
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 import datasets
 from arrays import Batch
@@ -19,20 +19,20 @@ from datasets import REFERENCE_EXAMPLES, EvaluationBatch, data_reference, evalua
 from dequantization.noise import Dequantized, Dequantizer, Images, check_levels, importance_weights, log_mean_exp
 from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values
-from evaluators.estimators import Estimate, checked, estimator_from_config, examined_source
+from evaluators.estimators import HostEstimate, estimator_from_config, evaluation_source, fetch_and_check
 from infra import parallel
 from infra.workdir import EvaluationFolder
-from likelihood import discrete_bits
+from likelihood import bits_per_dim, to_bits_per_dim
 from models.score import Params
 from sampling import image_keys
 
 
 class BitsPerDimEvaluator:
-    """Bits/dim over the images of `eval.bpd_dataset`, `eval.num_repeats` times, as the rest of `eval` says.
+    """Bits/dim of the images of `eval.bpd_dataset`, `eval.num_repeats` times, with the other settings of `eval`.
 
     Raises:
-        ValueError: for a field whose value is not allowed, or images that are not integer levels as data.levels says.
-        OSError: if the data are not there.
+        ValueError: for a field whose value is not allowed, or images that are not integer levels below data.levels.
+        OSError: if the data are missing.
     """
 
     name = "bpd"
@@ -44,7 +44,7 @@ class BitsPerDimEvaluator:
                 raise ValueError(f"eval.{field} is {settings[field]}; it must be at least 1")
         self.run, self.dequantizer = run, dequantizer
         self.estimator = estimator_from_config(run.config)
-        self.source = examined_source(run.config)
+        self.source = evaluation_source(run.config)
         self._reference_source = (
             datasets.source_from_config(run.config, "train") if self.estimator.needs_reference else None
         )
@@ -57,7 +57,7 @@ class BitsPerDimEvaluator:
 
     @property
     def description(self) -> dict[str, Any]:
-        """How the numbers come about, for whoever reads them."""
+        """The settings that readers of the result need to know."""
         return {
             "data": self.source.description,
             **self.dequantizer.description,
@@ -67,25 +67,25 @@ class BitsPerDimEvaluator:
         }
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
-        """Bits/dim of the model with these parameters.
+        """Computes bits/dim of the model with these parameters.
 
         Returns:
-            mean, standard error and 95 % interval over images (of each, the mean of its repeats), the mean of each
-            repeat, the terms, the estimated errors, and how all of it was computed.
+            Mean, standard error and 95 % interval over images, where an image has the mean of its repeats; the mean of
+            each repeat; the terms; the estimated errors; and the settings.
 
         Raises:
             RuntimeError: if a solve fails, naming the time and the image.
         """
-        keep = BatchCache(folder.path, "bpd", self.settings(), params)
+        cache = BatchCache(folder.path, "bpd", self.settings(), params)
         num_repeats, per_repeat = self.run.config.eval.num_repeats, len(self.sizes)
         each = list(itertools.product(range(num_repeats), range(per_repeat)))
         sizes = {f"repeat{repeat}_batch{number}": self.sizes[number] for repeat, number in each}
-        batches = keep.all(sizes, lambda position, _: self._batch(params, *each[position]), "bits/dim", "image")
+        batches = cache.all(sizes, lambda position, _: self._batch(params, *each[position]), "bits/dim", "image")
         repeats = [batches[r * per_repeat : (r + 1) * per_repeat] for r in range(num_repeats)]
-        return summary(repeats) | self.description | {"values": keep.folder.name}
+        return summary(repeats) | self.description | {"values": cache.folder.name}
 
     def settings(self) -> dict[str, Any]:
-        """Everything that the numbers of a batch depend on, beside the parameters."""
+        """Everything except the parameters that the values of a batch depend on."""
         settings, run = self.run.config.eval, self.run
         batches = {"batch_size": settings.batch_size, "max_examples": settings.max_examples}
         bins = {"bins_per_unit": self.dequantizer.bins_per_unit, "unit_scale": self.dequantizer.unit_scale}
@@ -107,42 +107,44 @@ class BitsPerDimEvaluator:
         return evaluation_batch(self.source, settings.batch_size, number, settings.max_examples)
 
     def _batch(self, params: Params, repeat: int, number: int) -> Values:
-        """Bits/dim, its terms and the estimates of its errors, for the images of one batch, and what they took."""
+        """Computes bits/dim, the terms and the estimated errors of the images of one batch, and measures the cost."""
         started = time.monotonic()
         batch, size = self._images(number), self.sizes[number]
         rows = parallel.local_rows(len(batch.images))
         images = parallel.global_array(self.run.mesh, batch.images[rows])
         indices = parallel.global_array(self.run.mesh, batch.indices[rows])
         noise_keys, estimator_keys = _keys(jax.random.fold_in(self.run.key(EVAL_KEY), repeat), indices)
-        draws = []
+        draws, nfe = [], 0
         for draw in range(self.num_draws):
-            # the estimator's keys are those of every draw: see importance_weighted
+            # All draws use the same keys for the estimator, for the reason given in importance_weighted.
             noisy = _dequantized(self.dequantizer, noise_keys, images, draw)
-            draws.append((parallel.fetch(noisy.log_q), self._estimate(params, noisy.x, estimator_keys, batch)))
-        dims = math.prod(batch.images.shape[1:])
-        constants = discrete_bits(self.dequantizer.bins_per_unit, self.dequantizer.unit_scale)
-        values = importance_weighted([_in_nats(log_q, estimate) for log_q, estimate in draws], dims, constants)
-        cost = {"nfe": sum(estimate.nfe for _, estimate in draws), "seconds": time.monotonic() - started}
-        return {name: value[:size] for name, value in values.items()} | {k: np.asarray(v) for k, v in cost.items()}
+            log_q = np.asarray(parallel.fetch(noisy.log_q), np.float64)
+            estimate = self._estimate(params, noisy.x, estimator_keys, batch)
+            draws.append((estimate.terms | {"dequantization": log_q}, estimate.errors))
+            nfe += estimate.nfe
+        values = importance_weighted(
+            draws,
+            num_dims=math.prod(batch.images.shape[1:]),
+            levels=self.dequantizer.bins_per_unit,
+            unit_scale=self.dequantizer.unit_scale,
+        )
+        cost = {"nfe": np.asarray(nfe), "seconds": np.asarray(time.monotonic() - started)}
+        return {name: value[:size] for name, value in values.items()} | cost
 
-    def _estimate(self, params: Params, x: Batch, keys: Array, batch: EvaluationBatch) -> Estimate:
-        """The estimate, on the host.
-
-        Raises:
-            RuntimeError: if it is none.
-        """
+    def _estimate(self, params: Params, x: Batch, keys: Array, batch: EvaluationBatch) -> HostEstimate:
+        """Estimates -ln p(x). Raises RuntimeError if the solve failed or a value is not finite."""
         score_fn, t_min = self.run.score_fn(params), self.dequantizer.t_min
         estimate = self.estimator(score_fn, self.run.sde, x, keys, t_min, self._reference)
-        context = f"of {self.source.description}; its bits/dim are not to be had with {self.estimator.description}"
-        return checked(estimate, batch.indices, "image", context)
+        context = f"Cannot compute bits/dim for {self.source.description} with {self.estimator.description}"
+        return fetch_and_check(estimate, batch.indices, "image", context)
 
 
 @jax.jit
 def _keys(key: Array, indices: Array) -> tuple[Array, Array]:
-    """Of each image: the key of its noise, and that of all else random."""
+    """Derives two keys for each image: one for its noise, and one for the estimator."""
     keys = image_keys(key, indices)
-    noise, other = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n) for n in range(2))
-    return noise, other
+    noise, estimator = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n) for n in range(2))
+    return noise, estimator
 
 
 @jax.jit
@@ -150,48 +152,44 @@ def _dequantized(dequantizer: Dequantizer, keys: Array, images: Images, draw: in
     return dequantizer(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, draw), images)
 
 
-def _in_nats(log_q: Float[np.ndarray, " batch"], estimate: Estimate) -> tuple[Values, Values]:
-    """The parts of -ln (p / q), and the estimates of its errors, in nats and float64."""
-    terms, errors = ({k: np.asarray(v, np.float64) for k, v in part.items()} for part in estimate[:2])
-    return terms | {"dequantization": np.asarray(log_q, np.float64)}, errors
+def importance_weighted(draws: list[tuple[Values, Values]], *, num_dims: int, levels: int, unit_scale: float) -> Values:
+    """Computes bits/dim of each image from draws of its noise, with the terms and estimates of the errors.
 
-
-def importance_weighted(draws: list[tuple[Values, Values]], dims: int, constants: tuple[float, float]) -> Values:
-    """Bits/dim of each image from draws of its noise, with terms that add up to it and estimates of its errors.
-
-    The average inside the logarithm takes ln p to be exact. With probes it is an estimate, and an average over its
-    noise, too, would come out too large. All draws of an image share their probes, which takes away the noise that
-    is the same for all; with probes and several draws the result still is too good, see docs/results/dequantization.md.
+    The average inside the logarithm assumes that ln p is exact. With probes, ln p is an estimate, and averaging over
+    the noise of the probes as well would make the result too large. Therefore all draws of an image share their probes,
+    which removes the part of that noise that is common to all draws. With probes and several draws the result is still
+    too good; see docs/results/dequantization.md.
 
     Args:
-        draws: of each, the terms of -ln (p / q) and the estimates of its errors, in nats.
-        constants: bits/dim of the levels and of the scaler.
+        draws: for each draw, the terms of -ln (p / q) and the estimates of the errors, in nats.
+        num_dims, levels, unit_scale: as in `likelihood.bits_per_dim`.
     """
-    nats_of_bit = dims * math.log(2)
     terms = {name: np.array([draw[0][name] for draw in draws]) for name in draws[0][0]}
     errors = {name: np.array([draw[1][name] for draw in draws]) for name in draws[0][1]}
     total = np.sum(list(terms.values()), axis=0)
     weights = importance_weights(-total)
-    values = {name: term.mean(axis=0) / nats_of_bit for name, term in terms.items()}
-    values |= dict(zip(("levels", "scaler"), (np.full_like(total[0], bits) for bits in constants), strict=True))
-    if len(draws) > 1:
-        values["importance_sampling"] = -(log_mean_exp(-total) + total.mean(axis=0)) / nats_of_bit
-    values["bpd"] = np.sum(list(values.values()), axis=0)
-    return values | {name: np.sum(weights * error, axis=0) / nats_of_bit for name, error in errors.items()}
+    values = bits_per_dim(
+        {name: term.mean(axis=0) for name, term in terms.items()},
+        num_dims=num_dims,
+        levels=levels,
+        unit_scale=unit_scale,
+        importance_sampling=-(log_mean_exp(-total) + total.mean(axis=0)) if len(draws) > 1 else None,
+    )
+    return values | {name: to_bits_per_dim(np.sum(weights * error, axis=0), num_dims) for name, error in errors.items()}
 
 
 ERRORS = ("solver_error", "probe_error", "sampling_error")
-"""Values of an image that are no terms of its bits/dim, but estimates of its error."""
+"""Values of an image that estimate an error of its bits/dim. All other values, except bpd and the cost, are terms."""
 
 
 def summary(repeats: list[list[Values]]) -> dict[str, Any]:
-    """Means over images, and how sure they are, from the batches of each repeat."""
+    """Averages the batches of each repeat over images, with standard errors."""
 
     def per_image(name: str) -> np.ndarray:
         return np.array([np.concatenate([batch[name] for batch in batches]) for batches in repeats])
 
     every = [batch for batches in repeats for batch in batches]
-    total, of_repeat = mean_estimate(per_image("bpd")), per_image("bpd").mean(axis=1)
+    total, repeat_means = mean_estimate(per_image("bpd")), per_image("bpd").mean(axis=1)
     terms = [name for name in every[0] if name not in (*ERRORS, "bpd", "nfe", "seconds")]
     return {
         "mean": total.mean,
@@ -199,8 +197,8 @@ def summary(repeats: list[list[Values]]) -> dict[str, Any]:
         "ci95": total.ci95,
         "n": total.n,
         "repeats": len(repeats),
-        "mean_of_repeat": of_repeat.tolist(),
-        "se_over_repeats": float(of_repeat.std(ddof=1) / math.sqrt(len(repeats))) if len(repeats) > 1 else None,
+        "mean_of_repeat": repeat_means.tolist(),
+        "se_over_repeats": float(repeat_means.std(ddof=1) / math.sqrt(len(repeats))) if len(repeats) > 1 else None,
         "terms": {name: mean_estimate(per_image(name)).mean for name in terms},
         "errors": _error_of_mean({name: per_image(name) for name in ERRORS if name in every[0]}),
         "nfe": float(np.mean([batch["nfe"] for batch in every])),
@@ -209,9 +207,9 @@ def summary(repeats: list[list[Values]]) -> dict[str, Any]:
 
 
 def _error_of_mean(errors: dict[str, np.ndarray]) -> dict[str, float | None]:
-    """Estimates of the mean's error, in bits/dim: of its bias by the solver, of its standard error by other things.
+    """Estimates the error of the mean in bits/dim: the bias due to the solver, the standard error due to the others.
 
-    None where nothing can be told, as of a single probe.
+    None if there is no estimate, for example with a single probe.
     """
     means = {
         name: float(error.mean()) if name == "solver_error" else float(np.sqrt(np.sum(error**2)) / error.size)

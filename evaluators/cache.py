@@ -1,35 +1,38 @@
-"""The batches of a pass on disk, so that nothing is worked out twice."""
+"""On-disk cache of per-batch results, so that an interrupted evaluation resumes without recomputing."""
 
 import functools
 import hashlib
 import json
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
 
+from arrays import ReportProgress
 from infra import parallel
 from infra.checkpoints import params_digest
 from infra.console import progress
 from infra.files import read_npz, write_atomic, write_npz
 from models.score import Params
-from sampling import Progress
 
 Values = dict[str, np.ndarray]
-"""Named numbers for each image of a batch."""
+"""Named numbers for each example of a batch."""
 
-Compute = Callable[[int, Progress], Values]
-"""Works out a batch, of which it gets the position; it may report its steps."""
+ComputeBatch = Callable[[int, ReportProgress], Values]
+"""Computes the batch with this number, and may report its progress."""
 
 
 class BatchCache:
-    """The batches of a pass on disk: worked out once for the same settings and parameters, read back after that.
+    """Results of batches in a folder whose name is a hash of the settings and parameters.
+
+    A batch is computed once for the same settings and parameters, and read from its file after that.
 
     Raises:
-        ValueError: if the hosts differ in the settings, which name the data, or in the parameters.
+        ValueError: if the hosts have different settings, which identify the data, or different parameters.
     """
 
     def __init__(self, folder: Path, what: str, settings: Mapping[str, Any], params: Params):
@@ -41,7 +44,7 @@ class BatchCache:
             write_atomic(self.folder / "settings.json", text)
 
     def __call__(self, name: str, compute: Callable[[], Values]) -> Values:
-        """What `compute` gives, or gave an earlier run.
+        """Returns the values in the file of this name, or computes and writes them.
 
         Raises:
             OSError: if the hosts do not share the folder.
@@ -50,28 +53,33 @@ class BatchCache:
         stored = _read(path)
         if parallel.agree(stored is not None):
             if stored is None:
-                raise OSError(f"{path} is there on the first host but not on this one; all need the same folder")
+                raise OSError(f"The first host has {path}, but this host has not; use a folder that all hosts share")
             return stored
         values = compute()
         if jax.process_index() == 0:
             write_npz(path, **values)
         return values
 
-    def all(self, sizes: Mapping[str, int], compute: Compute, description: str, unit: str) -> list[Values]:
-        """These batches, names with sizes, in order, each as `compute` gives it or gave it to an earlier run.
+    def all(self, sizes: Mapping[str, int], compute: ComputeBatch, description: str, unit: str) -> list[Values]:
+        """Returns the values of all batches in order, reading or computing each.
 
-        A progress bar begins with what is there already, so that its rate is that of the others.
+        A progress bar starts at the number of stored examples, so that its rate is that of the computed ones.
+
+        Args:
+            sizes: the number of examples in each batch, by the name of the batch.
+            description: the label of the progress bar.
+            unit: the name of one example in the progress bar.
 
         Raises:
             OSError: if the hosts do not share the folder.
         """
         batches, done = [], 0
-        there = sum(size for name, size in sizes.items() if self._path(name).exists())
-        with progress(sum(sizes.values()), description, unit, initial=there) as bar:
+        stored = sum(size for name, size in sizes.items() if self._path(name).exists())
+        with progress(sum(sizes.values()), description, unit, initial=stored) as bar:
 
             def show(step: int, steps: int) -> None:
                 bar.set_postfix(step=f"{step}/{steps}", refresh=False)
-                bar.update(0)  # draws it, if it is time to
+                bar.update(0)  # redraws the bar if its interval has passed
 
             for number, (name, size) in enumerate(sizes.items()):
                 batches.append(self(name, functools.partial(compute, number, show)))
@@ -84,11 +92,45 @@ class BatchCache:
 
 
 def _read(path: Path) -> Values | None:
-    """What is there, or None; a damaged file is worked out again."""
+    """The stored values, or None if the file is missing or damaged."""
     if not path.exists():
         return None
     try:
         return read_npz(path)
     except ValueError as error:
-        logging.warning("%s; working it out again", error)
+        logging.warning("%s; computing the batch again", error)
         return None
+
+
+DrawSamples = Callable[[np.ndarray, ReportProgress], tuple[np.ndarray, int]]
+"""Draws the samples with these numbers, and returns them with the network evaluations for each."""
+
+
+class CachedSamples(NamedTuple):
+    """Samples drawn in rounds."""
+
+    samples: np.ndarray
+    nfe: int
+    """Network evaluations for each sample."""
+    seconds: float
+    """Total sampling time in seconds, summed over all runs."""
+
+
+def draw_in_rounds(cache: BatchCache, kind: str, count: int, round_size: int, draw: DrawSamples) -> CachedSamples:
+    """Draws samples 0, ..., `count` - 1 in rounds of `round_size`, and reads the rounds that an earlier run finished.
+
+    Args:
+        kind: what a sample is, one word. A round stores its samples under the plural.
+        draw: called with the numbers of a whole round.
+    """
+    name = f"{kind}s"
+    sizes = {f"round{first // round_size}": min(round_size, count - first) for first in range(0, count, round_size)}
+
+    def draw_round(number: int, show: ReportProgress) -> Values:
+        started = time.monotonic()
+        samples, nfe = draw(np.arange(number * round_size, (number + 1) * round_size), show)
+        return {name: samples, "nfe": np.asarray(nfe), "seconds": np.asarray(time.monotonic() - started)}
+
+    rounds = cache.all(sizes, draw_round, "sampling", kind)
+    samples = np.concatenate([each[name] for each in rounds])[:count]
+    return CachedSamples(samples, int(rounds[0]["nfe"]), float(sum(each["seconds"] for each in rounds)))

@@ -1,7 +1,8 @@
-"""What a pass estimates of each image's data: the ODE's likelihood, or a bound on the SDE's."""
+"""Estimators of -ln p(x): the likelihood of the ODE, or a bound on the likelihood of the SDE."""
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -25,47 +26,61 @@ class Estimate(NamedTuple):
     """-ln p(x) of each example in nats, in parts, for data x at a given time."""
 
     terms: dict[str, PerExample]
-    """They add up to -ln p(x)."""
+    """The terms of -ln p(x)."""
     errors: dict[str, PerExample]
-    """Estimates of the error of -ln p(x), by where it comes from; NaN where nothing can be told."""
+    """Estimates of the error of -ln p(x), by its source; NaN where there is no estimate."""
     nfe: int | Array
-    """Evaluations of the network for each example, one with its derivatives counting as one."""
+    """Evaluations of the network for each example. One with its derivatives counts as one."""
     info: Info | None
-    """How the solve went, if there was one."""
+    """Cost and success of the ODE solve; None without a solve."""
 
 
-def checked(estimate: Estimate, numbers: np.ndarray, kind: str, context: str) -> Estimate:
-    """The estimate on the host.
+class HostEstimate(NamedTuple):
+    """An `Estimate` on the host, in float64. All terms are finite."""
+
+    terms: dict[str, np.ndarray]
+    errors: dict[str, np.ndarray]
+    nfe: int
+
+
+def fetch_and_check(estimate: Estimate, indices: np.ndarray, kind: str, context: str) -> HostEstimate:
+    """Fetches the estimate to the host.
 
     Args:
-        numbers: of the examples in their data set.
-        kind: what an example is called.
-        context: ends the message: of which data, and what cannot be had.
+        indices: the indices of the examples in their data set.
+        kind: what an example is: "image" or "point".
+        context: the beginning of an error message: what cannot be computed, and with which settings.
 
     Raises:
-        RuntimeError: if it is none, naming the example and, of a solve, the time.
+        RuntimeError: if the solve failed or a value is not finite. The message names the example, and the time of the
+            failure.
     """
     terms, errors, info = parallel.fetch((estimate.terms, estimate.errors, estimate.info))
     if info is not None and not info.success:
-        example = f"{kind} {numbers[info.worst_example]}"
-        raise RuntimeError(f"the likelihood's solve broke down at t = {info.t:.6g}, at {example} {context}")
+        example = f"{kind} {indices[info.worst_example]}"
+        raise RuntimeError(f"{context}: the ODE solve failed at t = {info.t:.6g}, at {example}")
     finite = np.isfinite(np.sum(list(terms.values()), axis=0))
     if not np.all(finite):
-        raise RuntimeError(f"the likelihood is not finite at {kind} {numbers[np.argmin(finite)]} {context}")
-    return Estimate(terms, errors, int(estimate.nfe), info)
+        raise RuntimeError(f"{context}: the likelihood is not finite at {kind} {indices[np.argmin(finite)]}")
+    return HostEstimate(as_float64(terms), as_float64(errors), int(estimate.nfe))
+
+
+def as_float64(values: Mapping[str, PerExample | np.ndarray]) -> dict[str, np.ndarray]:
+    """The values as NumPy arrays in float64."""
+    return {name: np.asarray(value, np.float64) for name, value in values.items()}
 
 
 class Estimator(Protocol):
-    """estimator(score_fn, sde, x, keys, t_min, reference) -> Estimate, of data x at t_min."""
+    """estimator(score_fn, sde, x, keys, t_min, reference) -> Estimate, for data x at t_min."""
 
     @property
     def description(self) -> dict[str, Any]:
-        """All settings that its numbers depend on."""
+        """All settings that the estimate depends on."""
         ...
 
     @property
     def needs_reference(self) -> bool:
-        """Whether its numbers depend on the reference."""
+        """Whether the estimate depends on the reference."""
         ...
 
     def __call__(
@@ -75,7 +90,7 @@ class Estimator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class OdeEstimator:
-    """The ODE's likelihood; see `likelihood.ode_log_likelihood`."""
+    """The likelihood of the ODE; see `likelihood.ode_log_likelihood`."""
 
     method: str
     rtol: float
@@ -86,12 +101,12 @@ class OdeEstimator:
 
     @property
     def needs_reference(self) -> bool:
-        return METHODS[self.method][0] == "reference"
+        return METHODS[self.method].coordinates == "reference"
 
     @property
     def description(self) -> dict[str, Any]:
         probes = {"probe": self.probe} | ({} if self.probe == "exact" else {"num_probes": self.num_probes})
-        if METHODS[self.method][1] not in FIXED_STEP:
+        if METHODS[self.method].solver not in FIXED_STEP:
             return {"solver": self.method, "rtol": self.rtol, "atol": self.atol} | probes
         return {"solver": self.method, "steps": self.num_steps, "tail_density": TAIL_DENSITY} | probes
 
@@ -111,21 +126,19 @@ class OdeEstimator:
             num_steps=self.num_steps,
         )
         errors = {"solver_error": -result.solver_error, "probe_error": result.probe_error}
-        return Estimate(
-            {"prior": -result.prior_logp, "divergence": -result.divergence}, errors, result.info.nfe, result.info
-        )
+        return Estimate(result.terms, errors, result.info.nfe, result.info)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "shape", "num_probes"))
 def _probes_of_keys(keys: Array, kind: str, shape: tuple[int, ...], num_probes: int) -> Probes | None:
-    """Each example's probes, by its own key."""
+    """Draws the probes of each example from its own key."""
     draw = functools.partial(draw_probes, kind=kind, shape=shape, num_probes=num_probes)
     return jax.vmap(draw, out_axes=1)(keys)
 
 
 @dataclasses.dataclass(frozen=True)
 class BoundEstimator:
-    """The bound on the SDE's likelihood; see `bound_likelihood.likelihood_bound`."""
+    """The bound on the likelihood of the SDE; see `bound_likelihood.likelihood_bound`."""
 
     form: str
     importance_sampling: bool
@@ -153,12 +166,11 @@ class BoundEstimator:
             num_starts=self.num_starts,
             reference=reference,
         )
-        terms = {"prior": bound.prior, "integral": bound.integral, "start_correction": bound.start}
-        return Estimate(terms, {"sampling_error": bound.error}, bound.nfe, None)
+        return Estimate(bound.terms, {"sampling_error": bound.error}, bound.nfe, None)
 
 
-def examined_source(config: Config) -> Source:
-    """The images, or points, of `eval.bpd_dataset`, with the fields checked that say how they are counted.
+def evaluation_source(config: Config) -> Source:
+    """Loads the images, or points, of `eval.bpd_dataset`, and checks the fields that select and batch them.
 
     Raises:
         ValueError: for a field whose value is not allowed.
@@ -166,7 +178,7 @@ def examined_source(config: Config) -> Source:
     """
     settings = config.eval
     if settings.max_examples < 0:
-        raise ValueError(f"eval.max_examples is {settings.max_examples}; it must be 0, for all, or more")
+        raise ValueError(f"eval.max_examples is {settings.max_examples}; use 0 for all examples, or a positive number")
     if settings.bpd_dataset not in SPLITS:
         raise ValueError(f"eval.bpd_dataset is {settings.bpd_dataset!r}; known are {', '.join(SPLITS)}")
     parallel.divisible(settings.batch_size, "eval.batch_size")
@@ -174,7 +186,7 @@ def examined_source(config: Config) -> Source:
 
 
 def estimator_from_config(config: Config) -> OdeEstimator | BoundEstimator:
-    """What `eval` asks to be estimated.
+    """Builds the estimator that `eval` describes.
 
     Raises:
         ValueError: for a field whose value is not allowed.
@@ -186,11 +198,11 @@ def estimator_from_config(config: Config) -> OdeEstimator | BoundEstimator:
         raise ValueError(f"eval.ode_solver is {settings.ode_solver!r}; known are {', '.join(METHODS)}")
     if settings.probe not in (*PROBES, "exact"):
         raise ValueError(f"eval.probe is {settings.probe!r}; known are {', '.join((*PROBES, 'exact'))}")
-    check_processes(METHODS[settings.ode_solver][1], "eval.ode_solver")
+    check_processes(METHODS[settings.ode_solver].solver, "eval.ode_solver")
     for field in ("rtol", "atol", "ode_steps", "num_probes"):
         if not settings[field] > 0:
             raise ValueError(f"eval.{field} is {settings[field]}; it must be positive")
-    if METHODS[settings.ode_solver][1] == "adams" and settings.ode_steps % 2:
+    if METHODS[settings.ode_solver].solver == "adams" and settings.ode_steps % 2:
         raise ValueError(f"eval.ode_steps is {settings.ode_steps}; {settings.ode_solver} needs an even number")
     return OdeEstimator(
         settings.ode_solver, settings.rtol, settings.atol, settings.ode_steps, settings.probe, settings.num_probes
@@ -205,12 +217,12 @@ def _bound_from_config(settings: Config) -> BoundEstimator:
     if settings.num_importance_samples > 1:
         raise ValueError(
             f"eval.num_importance_samples is {settings.num_importance_samples}, but eval.bound=True estimates a bound "
-            "on ln p, not ln p: an average inside the logarithm would be none; use 1, and eval.num_repeats"
+            "on ln p, and an average inside the logarithm needs ln p itself; use 1, and eval.num_repeats for more draws"
         )
     if settings.dequantization != "uniform" and not settings.dequantizer:
         raise ValueError(
-            f"eval.dequantization is {settings.dequantization!r}, which leads to x at t > 0; eval.bound=True needs "
-            "that of the data: use uniform"
+            f"eval.dequantization is {settings.dequantization!r}, which gives x at t > 0, but eval.bound=True "
+            "bounds the likelihood of the data; use eval.dequantization=uniform"
         )
     return BoundEstimator(
         form="dsm" if settings.dsm else "sm",

@@ -1,4 +1,4 @@
-"""How well a model fits a density: likelihoods of points, the divergence from the density, and points drawn."""
+"""Evaluators of models of points: likelihoods, the divergence from the density of the data, and samples."""
 
 import functools
 import math
@@ -11,36 +11,36 @@ import numpy as np
 from jaxtyping import Float
 
 import datasets
+from arrays import ReportProgress
 from build import EVAL_KEY, SAMPLE_KEY, Run
 from coordinates import GaussianReference
-from datasets import EvaluationBatch, evaluation_batch, evaluation_batch_sizes
+from datasets import evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
-from evaluators.cache import BatchCache, Values
-from evaluators.estimators import Estimate, checked, estimator_from_config, examined_source
-from evaluators.rounds import draw_in_rounds
+from evaluators.cache import BatchCache, Values, draw_in_rounds
+from evaluators.estimators import Estimate, as_float64, estimator_from_config, evaluation_source, fetch_and_check
 from infra import parallel
 from infra.workdir import DensityGrid, EvaluationFolder, PointCloud
 from models.score import Params
-from sampling import Progress, image_keys
+from sampling import image_keys
 
 REFERENCE_POINTS = 10_000
-"""Training points, at most, that the mean and standard deviation of the data are taken from."""
+"""Training points, at most, from which the mean and standard deviation of the data are computed."""
 
 GRID_MARGIN = 1.2
-"""The density's grid reaches this many times as far as the test points."""
+"""The grid of the density extends to this multiple of the largest coordinate of the test points."""
 
 CELLS_PER_LINE = 8
-"""In one dimension, cells for each of `eval.density_grid`."""
+"""In one dimension, the grid has this many cells for each of `eval.density_grid`."""
 
-FOR_LEVELS = {"dequantizer": False, "dequantization": "uniform", "num_importance_samples": 1}
-"""Fields of `eval` that say how levels become a density, and what they are where there are none."""
+DEQUANTIZATION_DEFAULTS = {"dequantizer": False, "dequantization": "uniform", "num_importance_samples": 1}
+"""Fields of `eval` for the dequantization of images, with the values that they must have for points."""
 
 
 class PointLikelihoodEvaluator:
-    """Log-likelihoods of the points of `eval.bpd_dataset`, each counted once, as the rest of `eval` says.
+    """Log-likelihoods of the points of `eval.bpd_dataset`, each counted once, with the other settings of `eval`.
 
     Raises:
-        ValueError: for a field whose value is not allowed, or a divergence by probes, which points do not need.
+        ValueError: for a field whose value is not allowed, or a divergence by probes, because that of points is exact.
     """
 
     name = "nll"
@@ -49,29 +49,31 @@ class PointLikelihoodEvaluator:
         settings = run.config.eval
         if settings.probe != "exact":
             raise ValueError(f"eval.probe is {settings.probe!r}; the divergence at points is exact: set it to 'exact'")
-        for field, only in FOR_LEVELS.items():
-            if settings[field] != only:
-                raise ValueError(f"eval.{field} is {settings[field]!r}, but points have no levels: set it to {only!r}")
+        for field, required in DEQUANTIZATION_DEFAULTS.items():
+            if settings[field] != required:
+                raise ValueError(
+                    f"eval.{field} is {settings[field]!r}, but points have no levels: set it to {required!r}"
+                )
         if settings.density_grid < 0:
-            raise ValueError(f"eval.density_grid is {settings.density_grid}; it must be 0, for none, or more")
+            raise ValueError(f"eval.density_grid is {settings.density_grid}; use 0 for no grid, or a positive number")
         self.run, self.settings = run, settings
         self.estimator = estimator_from_config(run.config)
-        self.source = examined_source(run.config)
+        self.source = evaluation_source(run.config)
         self.sizes = evaluation_batch_sizes(self.source, settings.batch_size, settings.max_examples)
 
     @property
     def description(self) -> dict[str, Any]:
-        """How the numbers come about, for whoever reads them."""
+        """The settings that readers of the result need to know."""
         t_min = self.run.config.training.smallest_time
         return {"data": self.source.description, "t_min": t_min, **self.estimator.description}
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
-        """The negative log-likelihood of the model with these parameters, in nats.
+        """Computes the negative log-likelihood of the model with these parameters, in nats.
 
         Returns:
-            mean, standard error, 95 % interval and terms of -ln p over the points; where ln q of the data is known,
-            `kl`: the mean of ln q - ln p, an estimate of KL(q || p) in which the spread of ln q over points cancels,
-            with its standard error, and the `entropy` of q if that is known; and how all of it was computed.
+            Mean, standard error, 95 % interval and terms of -ln p over the points; the `entropy` of the data if it is
+            known; and the settings. If the density q of the data is known, also `kl`, the mean of ln q - ln p with its
+            standard error. This estimates KL(q || p), and the spread of ln q over points cancels in it.
 
         Raises:
             RuntimeError: if a solve fails, naming the time and the point.
@@ -80,12 +82,12 @@ class PointLikelihoodEvaluator:
         described = {"seed": self.run.config.seed, "network": self.run.network_description()}
         if self.estimator.needs_reference:
             described |= {"reference_points": REFERENCE_POINTS, "num_points": self.run.config.data.num_points}
-        keep = BatchCache(folder.path, "nll", self.description | batching | described, params)
+        cache = BatchCache(folder.path, "nll", self.description | batching | described, params)
         sizes = {f"batch{number}": size for number, size in enumerate(self.sizes)}
-        batches = keep.all(sizes, lambda number, _: self._batch(params, number), "likelihood", "point")
+        batches = cache.all(sizes, lambda number, _: self._batch(params, number), "likelihood", "point")
         assert self.run.density is not None
         self._draw_density(params, folder)
-        return summary(batches, self.run.density.entropy) | self.description | {"values": keep.folder.name}
+        return summary(batches, self.run.density.entropy) | self.description | {"values": cache.folder.name}
 
     @functools.cached_property
     def reference(self) -> GaussianReference:
@@ -96,28 +98,22 @@ class PointLikelihoodEvaluator:
         return GaussianReference(points.mean(axis=0), points.std(axis=0))
 
     def _batch(self, params: Params, number: int) -> Values:
-        """-ln p and its terms, ln q where it is known, and estimates of the errors, of the points of one batch."""
+        """Computes -ln p, its terms and errors for the points of one batch, and ln q if the density is known."""
         started = time.monotonic()
         batch = evaluation_batch(self.source, self.settings.batch_size, number, self.settings.max_examples)
-        estimate = self._estimate(params, batch)
-        values = {name: np.asarray(term, np.float64) for name, term in estimate.terms.items()}
-        values["nll"] = np.sum(list(values.values()), axis=0)
+        context = f"Cannot compute the likelihood of {self.source.description} with {self.estimator.description}"
+        estimate = self._estimate_points(params, batch.images, batch.indices)
+        estimate = fetch_and_check(estimate, batch.indices, "point", context)
+        values = estimate.terms | {"nll": np.sum(list(estimate.terms.values()), axis=0)}
         density = self.run.density
         if density is not None and density.log_density_of_data is not None:
             values["log_density"] = np.asarray(density.log_density_of_data(jnp.asarray(batch.images)), np.float64)
-        values |= {name: np.asarray(error, np.float64) for name, error in estimate.errors.items()}
-        cost = {"nfe": int(estimate.nfe), "seconds": time.monotonic() - started}
-        counted = {name: value[: self.sizes[number]] for name, value in values.items()}
-        return counted | {name: np.asarray(value) for name, value in cost.items()}
-
-    def _estimate(self, params: Params, batch: EvaluationBatch) -> Estimate:
-        """The estimate, on the host. Raises RuntimeError if the solve failed or a value is not finite."""
-        estimate = self._estimate_points(params, batch.images, batch.indices)
-        context = f"of {self.source.description}; its likelihood is not to be had with {self.estimator.description}"
-        return checked(estimate, batch.indices, "point", context)
+        values |= estimate.errors
+        cost = {"nfe": np.asarray(estimate.nfe), "seconds": np.asarray(time.monotonic() - started)}
+        return {name: value[: self.sizes[number]] for name, value in values.items()} | cost
 
     def _estimate_points(self, params: Params, points: Float[np.ndarray, "n d"], indices: np.ndarray) -> Estimate:
-        """The estimate on the devices, for points with these indices in their source."""
+        """Estimates -ln p on the devices, for points with these indices in their source."""
         rows = parallel.local_rows(len(points))
         x, numbers = (parallel.global_array(self.run.mesh, a[rows]) for a in (points, indices))
         keys = image_keys(self.run.key(EVAL_KEY), numbers)
@@ -125,7 +121,7 @@ class PointLikelihoodEvaluator:
         return self.estimator(self.run.score_fn(params), self.run.sde, x, keys, t_min, self.reference)
 
     def _draw_density(self, params: Params, folder: EvaluationFolder) -> None:
-        """Writes the densities of model and data on a grid for the report, in one or two dimensions."""
+        """Writes the densities of the model and of the data on a grid for the report, in one or two dimensions."""
         density, cells = self.run.density, self.settings.density_grid
         if density is None or density.dims > 2 or cells == 0:
             return
@@ -140,44 +136,44 @@ class PointLikelihoodEvaluator:
             grid.write(folder.workdir.density / f"{folder.artefact_label}.npz")
 
     def model_density(self, params: Params, x: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
-        """The model's density at any points, in batches as for the likelihood, so that nothing else is compiled.
+        """Computes the density of the model at any points, in batches of the likelihood's size to reuse its program.
 
-        Where the estimate is not finite, the density is not finite either.
+        The density is not finite where the estimate is not finite.
         """
         size = self.settings.batch_size
         densities = []
         for first in range(0, len(x), size):
             indices = np.minimum(np.arange(first, first + size), len(x) - 1)
-            terms = parallel.fetch(self._estimate_points(params, x[indices], indices).terms)
-            densities.append(np.exp(-np.sum([np.asarray(term, np.float64) for term in terms.values()], axis=0)))
+            terms = as_float64(parallel.fetch(self._estimate_points(params, x[indices], indices).terms))
+            densities.append(np.exp(-np.sum(list(terms.values()), axis=0)))
         return np.concatenate(densities)[: len(x)]
 
 
 def grid_points(limit: float, cells: int, dims: int) -> Float[np.ndarray, "n d"]:
-    """The centres of the cells of [-limit, limit]^d; in two dimensions the first coordinate varies fastest."""
+    """Returns the centres of the cells of [-limit, limit]^d; in two dimensions the first coordinate varies fastest."""
     side = ((np.arange(cells) + 0.5) / cells * 2 - 1) * limit
     axes = np.meshgrid(*[side] * dims)
     return np.stack(axes, axis=-1).reshape(-1, dims).astype(np.float32)
 
 
 def summary(batches: list[Values], entropy: float | None) -> dict[str, Any]:
-    """Means over points, and how sure they are, in nats; see `PointLikelihoodEvaluator`."""
+    """Averages the batches over points, with standard errors, in nats; see `PointLikelihoodEvaluator`."""
 
-    def of_points(name: str) -> np.ndarray:
+    def per_point(name: str) -> np.ndarray:
         return np.concatenate([batch[name] for batch in batches])
 
     terms = [name for name in batches[0] if name in ("prior", "divergence", "integral", "start_correction")]
-    nll = mean_estimate(of_points("nll"))
+    nll = mean_estimate(per_point("nll"))
     result: dict[str, Any] = {"mean": nll.mean, "se": nll.se, "ci95": nll.ci95, "n": nll.n, "unit": "nats"}
     if "log_density" in batches[0]:
-        kl = mean_estimate(of_points("log_density") + of_points("nll"))
+        kl = mean_estimate(per_point("log_density") + per_point("nll"))
         result["kl"] = {"mean": kl.mean, "se": kl.se}
     if entropy is not None:
         result["entropy"] = entropy
-    if "solver_error" in batches[0] and math.isfinite(error := float(of_points("solver_error").mean())):
+    if "solver_error" in batches[0] and math.isfinite(error := float(per_point("solver_error").mean())):
         result["solver_error"] = error
     return result | {
-        "terms": {name: float(of_points(name).mean()) for name in terms},
+        "terms": {name: float(per_point(name).mean()) for name in terms},
         "nfe": float(np.mean([batch["nfe"] for batch in batches])),
         "seconds": float(np.sum([batch["seconds"] for batch in batches])),
     }
@@ -196,25 +192,25 @@ class PointSamplesEvaluator:
         if run.config.eval.num_samples < 1:
             raise ValueError(f"eval.num_samples is {run.config.eval.num_samples}; it must be at least 1")
         parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
-        self.run, self.wanted = run, run.config.eval.num_samples
+        self.run, self.num_samples = run, run.config.eval.num_samples
         self.sampler = run.sampler()
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
         """Draws the points and writes them, with as many test points, to samples/points/.
 
         Raises:
-            RuntimeError: if a point is not finite, or the ODE sampler's solve breaks down.
+            RuntimeError: if a point is not finite, or the solve of the ODE sampler fails.
         """
         config = self.run.config
         described = {"sampling": config.sampling.to_dict(), "num_scales": config.model.num_scales, "seed": config.seed}
-        keep = BatchCache(folder.path, "points", described | {"network": self.run.network_description()}, params)
+        cache = BatchCache(folder.path, "points", described | {"network": self.run.network_description()}, params)
         draw = functools.partial(self._draw, params)
-        drawn = draw_in_rounds(keep, "point", self.wanted, config.sampling.batch_size, draw)
-        cost = {"sampler": config.sampling.method, "n": self.wanted, "nfe": drawn.nfe, "seconds": drawn.seconds}
+        drawn = draw_in_rounds(cache, "point", self.num_samples, config.sampling.batch_size, draw)
+        cost = {"sampler": config.sampling.method, "n": self.num_samples, "nfe": drawn.nfe, "seconds": drawn.seconds}
         self._write(drawn.samples, folder)
-        return cost | described | {"values": keep.folder.name}
+        return cost | described | {"values": cache.folder.name}
 
-    def _draw(self, params: Params, numbers: np.ndarray, show: Progress) -> tuple[np.ndarray, int]:
+    def _draw(self, params: Params, numbers: np.ndarray, show: ReportProgress) -> tuple[np.ndarray, int]:
         local = numbers[parallel.local_rows(len(numbers))]
         samples = self.sampler(
             self.run.score_fn(params),
@@ -227,12 +223,14 @@ class PointSamplesEvaluator:
         finite = np.isfinite(points).all(axis=1)
         if not finite.all():
             bad, method = numbers[np.argmin(finite)], self.run.config.sampling.method
-            raise RuntimeError(f"point {bad} is not finite with sampling.method={method}")
+            raise RuntimeError(
+                f"Point {bad} is not finite with sampling.method={method}; try other settings of sampling"
+            )
         return points, samples.nfe
 
     def _write(self, points: Float[np.ndarray, "n d"], folder: EvaluationFolder) -> None:
         source = datasets.source_from_config(self.run.config, "test")
-        data = source.images(np.arange(min(len(source), self.wanted)))
+        data = source.images(np.arange(min(len(source), self.num_samples)))
         if jax.process_index() == 0:
             PointCloud(data, 0).write(folder.workdir.points / "data.npz")
             PointCloud(points, folder.step).write(folder.workdir.points / f"{folder.artefact_label}.npz")

@@ -1,10 +1,10 @@
-"""Samples, and how they compare with real images.
+"""Evaluator of samples: draws images, and compares them with real images.
 
-They are drawn in rounds of `sampling.batch_size`, and a round that is done is never drawn again: an interrupted pass
-goes on with the next one, on any number of devices. Image k follows from the seed and k, so that device counts and
-interruptions change nothing but, at most, the last bits. The batch size is among the settings that rounds are kept
-under. Where it changes all rounds are drawn again, because two samplers couple the images of a batch: Langevin
-correctors average norms over it, and the adaptive ODE solver chooses its steps for all of it.
+Samples are drawn in rounds of `sampling.batch_size`. A finished round is never drawn again, so an interrupted
+evaluation resumes with the next one, on any number of devices. The noise of image k depends only on the seed and k. So
+device counts and interruptions change at most the last bits. The batch size is part of the settings of the cache, and
+another batch size draws all rounds again, because two samplers couple the images of a batch: Langevin correctors
+average norms over it, and the adaptive ODE solver chooses its steps for the whole batch.
 """
 
 import functools
@@ -17,16 +17,14 @@ from absl import logging
 from jaxtyping import Array, Bool, UInt8
 
 import datasets
-from arrays import Batch
+from arrays import Batch, ReportProgress
 from build import SAMPLE_KEY, Run
 from datasets import Preprocess
-from evaluators.cache import BatchCache
+from evaluators.cache import BatchCache, draw_in_rounds
 from evaluators.fid import Comparison
-from evaluators.rounds import draw_in_rounds
 from infra import parallel
 from infra.workdir import PER_GRID, EvaluationFolder
 from models.score import Params
-from sampling import Progress
 
 
 class SamplesEvaluator:
@@ -47,25 +45,25 @@ class SamplesEvaluator:
         """Draws the images and writes them to samples/.
 
         Returns:
-            FID, IS, KID and how they were computed.
+            FID, IS, KID and the settings.
 
         Raises:
-            RuntimeError: if a sample is not finite, or the ODE sampler's solve fails.
+            RuntimeError: if a sample is not finite, or the solve of the ODE sampler fails.
         """
         run, config = self.run, self.run.config
-        _warn_of_odes(run)
-        self.comparison.prepare()  # whatever can fail with the real images fails before anything is drawn
+        _warn_about_ode_samples(run)
+        self.comparison.prepare()  # Errors in the real images are reported before any sample is drawn.
         described = {
             "sampling": config.sampling.to_dict(),
             "num_scales": config.model.num_scales,
             "seed": config.seed,
             "rounding": "down" if config.data.uniform_dequantization else "nearest",
         }
-        keep = BatchCache(folder.path, "samples", described | {"network": run.network_description()}, params)
-        wanted, size = config.eval.num_samples, config.sampling.batch_size
-        drawn = draw_in_rounds(keep, "sample", wanted, size, functools.partial(draw_images, run, params))
+        cache = BatchCache(folder.path, "samples", described | {"network": run.network_description()}, params)
+        count, size = config.eval.num_samples, config.sampling.batch_size
+        drawn = draw_in_rounds(cache, "sample", count, size, functools.partial(draw_images, run, params))
         cost = {"sampler": config.sampling.method, "nfe": drawn.nfe, "seconds": drawn.seconds}
-        result = self.comparison(drawn.samples) | cost | described | {"values": keep.folder.name}
+        result = self.comparison(drawn.samples) | cost | described | {"values": cache.folder.name}
         if jax.process_index() == 0:
             source, levels = datasets.source_from_config(config, "test"), config.data.levels
             real = source.images(np.arange(min(PER_GRID, len(source))))
@@ -73,7 +71,8 @@ class SamplesEvaluator:
         return result
 
 
-def _warn_of_odes(run: Run) -> None:
+def _warn_about_ode_samples(run: Run) -> None:
+    """Logs a warning if the sampler follows the ODE of a variance exploding SDE."""
     sampling = run.config.sampling
     follows_ode = {
         "pc": sampling.probability_flow and sampling.corrector == "none",
@@ -83,25 +82,25 @@ def _warn_of_odes(run: Run) -> None:
     }[sampling.method]
     if follows_ode and run.sde.variance_exploding:
         logging.warning(
-            "the ODE of a VE model keeps every error of the score at large noise, and its samples are often poor; "
-            "--config.sampling.method=dpm_solver --config.sampling.eta=1 follows the SDE"
+            "Samples from the ODE of a VE model are often poor, because they keep every error of the score at large "
+            "noise. --config.sampling.method=dpm_solver --config.sampling.eta=1 follows the SDE instead"
         )
 
 
 def draw_images(
-    run: Run, params: Params, numbers: np.ndarray, show: Progress | None = None
+    run: Run, params: Params, numbers: np.ndarray, show: ReportProgress | None = None
 ) -> tuple[UInt8[np.ndarray, "batch height width channel"], int]:
-    """The images with these numbers as integer levels, drawn together by the configured sampler.
+    """Draws the images with these numbers together by the configured sampler, as integer levels.
 
     Args:
-        numbers: as many as the devices divide.
-        show: called between the compiled calls of a long sampler with the steps done and the steps in all.
+        numbers: their count must be divisible by the number of devices.
+        show: called between the compiled calls of a long sampler.
 
     Returns:
-        The images, on every host, and the network evaluations each took.
+        The images, on every host, and the network evaluations for each.
 
     Raises:
-        RuntimeError: if an image is not finite, naming it, or the ODE sampler's solve breaks down.
+        RuntimeError: if an image is not finite, or the solve of the ODE sampler fails.
     """
     local = numbers[parallel.local_rows(len(numbers))]
     samples = run.sampler()(
@@ -110,13 +109,13 @@ def draw_images(
     images, finite = parallel.fetch(_levels(run.preprocess, samples.x))
     if not finite.all():
         raise RuntimeError(
-            f"sample {numbers[np.argmin(finite)]} is not finite ({np.sum(~finite)} of {len(numbers)} are not); the "
-            f"model diverged, or sampling.method={run.config.sampling.method} does with these settings"
+            f"Sample {numbers[np.argmin(finite)]} is not finite ({np.sum(~finite)} of {len(numbers)} are not). The "
+            f"model diverged, or sampling.method={run.config.sampling.method} diverges; try other settings of sampling"
         )
     return np.asarray(images), samples.nfe
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _levels(preprocess: Preprocess, x: Batch) -> tuple[Array, Bool[Array, " batch"]]:
-    """Integer levels, and whether each image is finite: levels do not tell."""
+    """Converts to integer levels, and checks before the conversion whether each image is finite."""
     return preprocess.to_levels(x), jnp.isfinite(x).all(axis=tuple(range(1, x.ndim)))

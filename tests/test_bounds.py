@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from arrays import Batch, PerExample
-from bound_likelihood import FORMS, bound_bits_per_dim, expected_prior_logp, likelihood_bound
-from likelihood import GaussianReference
+from bound_likelihood import FORMS, expected_prior_logp, likelihood_bound
+from likelihood import GaussianReference, bits_per_dim
 from sde_lib import SDE, SDES, VPSDE
 from tests.analytic import asymmetric_mixture, gaussian
 
@@ -135,9 +135,11 @@ def test_an_example_does_not_depend_on_the_rest_of_the_batch():
 
 def test_bits_per_dim_add_up():
     bound = likelihood_bound(VP_SCORE, VP, X, KEYS, t_min=1e-3, num_times=10, num_starts=3)
-    bits = bound_bits_per_dim(bound, X, levels=256, unit_scale=0.5)
-    np.testing.assert_allclose(bits.total, bound.total / (3 * math.log(2)) + 7, rtol=1e-5)
-    np.testing.assert_allclose(np.sum(bits, axis=0), bits.total, rtol=1e-5)
+    bits = bits_per_dim(bound.terms, num_dims=3, levels=256, unit_scale=0.5)
+    np.testing.assert_allclose(bits["bpd"], bound.total / (3 * math.log(2)) + 7, rtol=1e-5)
+    terms = [bits[name] for name in ("prior", "integral", "start_correction", "levels", "scaler")]
+    np.testing.assert_allclose(np.sum(terms, axis=0), bits["bpd"], rtol=1e-5)
+    assert bits.keys() == {"prior", "integral", "start_correction", "levels", "scaler", "bpd"}
 
 
 def test_bad_arguments():

@@ -181,11 +181,24 @@ def test_bits_per_dim_are_those_of_the_discrete_image():
     result = ode_log_likelihood(VP_SCORE, VP, x, None, t_min=1e-3, method="rk4_log")
     # y = (x + 1) / 2 has density 2^d p(x), and one of 17 levels a probability of density / 17^d.
     log2_probability = result.logp / math.log(2) + 3 * (math.log2(2) - math.log2(17))
-    bits = bits_per_dim(result, levels=17, unit_scale=0.5)
-    np.testing.assert_allclose(bits.total, -log2_probability / 3, rtol=1e-5)
-    np.testing.assert_allclose(np.sum(bits, axis=0), bits.total, rtol=1e-6)
-    constants = bits_per_dim(result, levels=256, unit_scale=0.5)
-    np.testing.assert_allclose(constants.levels + constants.scaler, 7.0)
+    bits = bits_per_dim(result.terms, num_dims=3, levels=17, unit_scale=0.5)
+    np.testing.assert_allclose(bits["bpd"], -log2_probability / 3, rtol=1e-5)
+    assert bits.keys() == {"prior", "divergence", "levels", "scaler", "bpd"}
+    np.testing.assert_allclose(sum(bits.values()) - bits["bpd"], bits["bpd"], rtol=1e-6)
+    constants = bits_per_dim(result.terms, num_dims=3, levels=256, unit_scale=0.5)
+    np.testing.assert_allclose(constants["levels"] + constants["scaler"], 7.0)
+
+
+def test_bits_per_dim_keep_the_kind_and_precision_of_their_terms():
+    nats = {"a": np.array([1.0, 2.0]), "b": np.array([0.5, 1e-12])}
+    scaling = {"num_dims": 5, "levels": 17, "unit_scale": 0.5}
+    bits = bits_per_dim(nats, **scaling, importance_sampling=np.array([-0.1, -0.2]))
+    assert list(bits) == ["a", "b", "levels", "scaler", "importance_sampling", "bpd"]
+    assert {value.dtype for value in bits.values()} == {np.dtype(np.float64)}
+    total = (nats["a"] + nats["b"] + [-0.1, -0.2]) / (5 * math.log(2)) + math.log2(17) - 1
+    np.testing.assert_allclose(bits["bpd"], total, rtol=1e-14)
+    on_device = jax.jit(lambda nats: bits_per_dim(nats, **scaling))({k: jnp.asarray(v) for k, v in nats.items()})
+    np.testing.assert_allclose(on_device["bpd"], bits["bpd"] - bits["importance_sampling"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "scipy", "rk4_log"])
@@ -210,4 +223,4 @@ def test_bad_arguments():
     assert draw_probes(jax.random.key(0), "exact", x.shape) is None
     result = ode_log_likelihood(lambda x, t: -x, VP, x, None, t_min=1e-3, method="rk4_log", num_steps=2)
     with pytest.raises(ValueError, match="levels >= 1"):
-        bits_per_dim(result, levels=0, unit_scale=1.0)
+        bits_per_dim(result.terms, num_dims=3, levels=0, unit_scale=1.0)

@@ -12,10 +12,9 @@ import run_lib
 from build import build
 from configs.digits.smoke import get_config
 from evaluators import cache, evaluators_from_config, samples
-from evaluators.cache import BatchCache
-from evaluators.features import Features
+from evaluators.cache import BatchCache, draw_in_rounds
+from evaluators.extractor import Features
 from evaluators.fid import Comparison
-from evaluators.rounds import draw_in_rounds
 from evaluators.samples import SamplesEvaluator, draw_images
 from evaluators.snapshots import Snapshots
 from evaluators.statistics import statistics_of
@@ -143,8 +142,8 @@ def test_the_rate_is_that_of_samples_drawn_now(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cache, "progress", progress)
     for wanted in (6, 20):  # of 8: one round, then two more
-        keep = BatchCache(tmp_path, "samples", {}, {})
-        drawn = draw_in_rounds(keep, "sample", wanted, 8, lambda numbers, _: (numbers.copy(), 5))
+        stored = BatchCache(tmp_path, "samples", {}, {})
+        drawn = draw_in_rounds(stored, "sample", wanted, 8, lambda numbers, _: (numbers.copy(), 5))
         np.testing.assert_array_equal(drawn.samples, np.arange(wanted))
     assert [(bar.initial, bar.n) for bar in bars] == [(0, 6), (8, 20)]
 
@@ -171,7 +170,7 @@ def test_odes_of_ve_models_are_warned_of(comparison, tmp_path, monkeypatch, sde,
 
 def test_samples_that_are_not_finite_are_an_error(run, params):
     broken = jax.tree.map(lambda p: p * np.nan, params)
-    with pytest.raises(RuntimeError, match=r"sample 16 is not finite \(16 of 16 are not\).*sampling.method=dpm_solver"):
+    with pytest.raises(RuntimeError, match=r"Sample 16 is not finite \(16 of 16 are not\).*sampling.method=dpm_solver"):
         draw_images(run, broken, np.arange(16, 32))
 
 

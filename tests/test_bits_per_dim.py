@@ -1,4 +1,4 @@
-"""Passes of the likelihood on the smallest network: what they store, refuse and never do twice."""
+"""Evaluation of bits/dim with the smallest network: stored values, rejected settings, and the cache."""
 
 import dataclasses
 import json
@@ -13,9 +13,10 @@ import pytest
 import datasets
 from build import Run, build
 from configs.digits.smoke import get_config
+from datasets import data_reference
 from dequantization.noise import dequantizer_from_config, log_mean_exp
-from evaluators import bits_per_dim
-from evaluators.bits_per_dim import BitsPerDimEvaluator, data_reference, importance_weighted, summary
+from evaluators.bits_per_dim import BitsPerDimEvaluator, importance_weighted, summary
+from infra.workdir import EvaluationFolder, Workdir
 
 EXACT = {"eval__max_examples": 8, "eval__batch_size": 8, "eval__ode_steps": 4}
 
@@ -26,7 +27,7 @@ def run_with(**fields: Any) -> Run:
     return build(config)
 
 
-def pass_with(**fields: Any) -> BitsPerDimEvaluator:
+def evaluator_with(**fields: Any) -> BitsPerDimEvaluator:
     run = run_with(**fields)
     return BitsPerDimEvaluator(run, dequantizer_from_config(run.config, run.sde))
 
@@ -34,14 +35,18 @@ def pass_with(**fields: Any) -> BitsPerDimEvaluator:
 PARAMS = jax.tree.map(lambda p: p, run_with().fresh_state().ema_params)
 
 
-def stored(result: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
-    (batch,) = (folder / result["values"]).glob("*.npz")
+def folder_in(path: Path) -> EvaluationFolder:
+    return EvaluationFolder(Workdir(path), "eval", "step_7", 7)
+
+
+def stored(result: dict[str, Any], folder: EvaluationFolder) -> dict[str, np.ndarray]:
+    (batch,) = (folder.path / result["values"]).glob("*.npz")
     return dict(np.load(batch))
 
 
 def test_importance_samples_of_truncated_normal_noise(tmp_path, monkeypatch):
-    likelihood = pass_with(eval__dequantization="truncated_normal", eval__num_importance_samples=3)
-    result = likelihood(PARAMS, tmp_path)
+    likelihood = evaluator_with(eval__dequantization="truncated_normal", eval__num_importance_samples=3)
+    result = likelihood(PARAMS, folder_in(tmp_path))
     assert result["dequantization"] == "truncated normal"
     assert result["tau"] == pytest.approx(0.5 / 17 / 0.01, rel=1e-3)
     assert result["importance_samples"] == 3
@@ -50,23 +55,23 @@ def test_importance_samples_of_truncated_normal_noise(tmp_path, monkeypatch):
     assert result["terms"]["importance_sampling"] < 0 < result["terms"]["dequantization"]
     assert abs(result["errors"]["solver_error"]) > 0
     assert result["errors"]["probe_error"] > 0
-    values = stored(result, tmp_path)
+    values = stored(result, folder_in(tmp_path))
     assert {"bpd", "prior", "divergence", "levels", "scaler", "solver_error", "probe_error"} <= values.keys()
     assert values["bpd"].shape == (8,)
-    monkeypatch.setattr(BitsPerDimEvaluator, "_batch", lambda *arguments: pytest.fail("worked out again"))
-    assert likelihood(PARAMS, tmp_path) == result
+    monkeypatch.setattr(BitsPerDimEvaluator, "_batch", lambda *arguments: pytest.fail("computed again"))
+    assert likelihood(PARAMS, folder_in(tmp_path)) == result
 
 
 def test_both_forms_of_the_bound_agree(tmp_path):
     values = {}
     for form, dsm in (("dsm", True), ("sm", False)):
-        likelihood = pass_with(eval__bound=True, eval__dsm=dsm, eval__bound_times=40, eval__bound_starts=5)
-        result = likelihood(PARAMS, tmp_path)
+        likelihood = evaluator_with(eval__bound=True, eval__dsm=dsm, eval__bound_times=40, eval__bound_starts=5)
+        result = likelihood(PARAMS, folder_in(tmp_path))
         assert result["bound"] == form
         assert result["nfe"] == 45
         assert result["errors"].keys() == {"sampling_error"}
         assert sum(result["terms"].values()) == pytest.approx(result["mean"], abs=1e-9)
-        values[form] = stored(result, tmp_path)
+        values[form] = stored(result, folder_in(tmp_path))
     difference = values["dsm"]["bpd"] - values["sm"]["bpd"]
     error = np.hypot(values["dsm"]["sampling_error"], values["sm"]["sampling_error"])
     assert np.all(np.abs(difference) < 5 * error)
@@ -74,8 +79,8 @@ def test_both_forms_of_the_bound_agree(tmp_path):
 
 
 def test_without_the_start_time_correction(tmp_path):
-    likelihood = pass_with(eval__bound=True, eval__offset=False, eval__bound_times=40)
-    result = likelihood(PARAMS, tmp_path)
+    likelihood = evaluator_with(eval__bound=True, eval__offset=False, eval__bound_times=40)
+    result = likelihood(PARAMS, folder_in(tmp_path))
     assert (result["num_starts"], result["nfe"], result["terms"]["start_correction"]) == (0, 40, 0)
 
 
@@ -97,11 +102,16 @@ CHANGES: dict[str, Any] = {
 
 
 def test_whatever_changes_the_numbers_changes_the_settings(monkeypatch):
-    settings = [pass_with().settings()] + [pass_with(**{field: value}).settings() for field, value in CHANGES.items()]
+    settings = [evaluator_with().settings()] + [
+        evaluator_with(**{field: value}).settings() for field, value in CHANGES.items()
+    ]
     monkeypatch.setattr(datasets, "source_from_config", other_training_images(datasets.source_from_config))
-    settings.append(pass_with().settings())
+    settings.append(evaluator_with().settings())
     assert len({json.dumps(s, sort_keys=True) for s in settings}) == len(CHANGES) + 2
-    for adaptive in (pass_with(eval__ode_solver="dopri5"), pass_with(eval__ode_solver="dopri5", eval__rtol=1e-3)):
+    for adaptive in (
+        evaluator_with(eval__ode_solver="dopri5"),
+        evaluator_with(eval__ode_solver="dopri5", eval__rtol=1e-3),
+    ):
         assert "reference_data" not in adaptive.settings()
         assert adaptive.settings()["rtol"] == adaptive.run.config.eval.rtol
 
@@ -141,7 +151,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 def test_bad_settings_are_refused_before_any_work(name):
     fields, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
-        pass_with(**fields)
+        evaluator_with(**fields)
 
 
 def test_several_processes_are_refused_scipys_solver_before_any_work(monkeypatch):
@@ -159,8 +169,8 @@ def test_missing_data_of_the_reference_are_said_before_any_work(monkeypatch):
 
     monkeypatch.setattr(datasets, "source_from_config", without_training_images)
     with pytest.raises(FileNotFoundError, match="no training images"):
-        pass_with()
-    pass_with(eval__ode_solver="dopri5")  # in time, without a reference
+        evaluator_with()
+    evaluator_with(eval__ode_solver="dopri5")  # in time, without a reference
 
 
 @pytest.mark.parametrize(
@@ -175,15 +185,19 @@ def test_images_that_are_no_levels_are_refused(change, message, monkeypatch):
     changed = dataclasses.replace(source, levels_array=change(source.levels_array))  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
     monkeypatch.setattr(datasets, "source_from_config", lambda config, split: changed)
     with pytest.raises(ValueError, match=message):
-        pass_with()
+        evaluator_with()
 
 
 def test_a_likelihood_that_is_not_finite_is_named(tmp_path):
     broken = jax.tree.map(lambda p: p * np.nan, PARAMS)
-    with pytest.raises(RuntimeError, match=r"the likelihood's solve broke down at t = .*, at image 0 of digits"):
-        pass_with(eval__dequantization="truncated_normal")(broken, tmp_path)
-    with pytest.raises(RuntimeError, match=r"the likelihood is not finite at image 0 of digits"):
-        pass_with(eval__bound=True, eval__bound_times=40, eval__bound_starts=5)(broken, tmp_path)
+    with pytest.raises(
+        RuntimeError, match=r"Cannot compute bits/dim for digits.*: the ODE solve failed at t = .*, at image 0"
+    ):
+        evaluator_with(eval__dequantization="truncated_normal")(broken, folder_in(tmp_path))
+    with pytest.raises(
+        RuntimeError, match=r"Cannot compute bits/dim for digits.*: the likelihood is not finite at image 0"
+    ):
+        evaluator_with(eval__bound=True, eval__bound_times=40, eval__bound_starts=5)(broken, folder_in(tmp_path))
 
 
 @pytest.mark.parametrize(("bins", "centered"), [(17, False), (17, True), (16, True)])
@@ -191,7 +205,7 @@ def test_the_reference_has_the_moments_of_the_data(bins, centered, monkeypatch):
     images = np.random.default_rng(0).integers(0, 17, (50, 2, 2, 1)).astype(np.uint8)
     unit = images / 16 if bins == 16 else (images[..., None] + np.linspace(0, 1, 2001)[:-1] + 0.5 / 2000) / 17
     x = (2 * unit - 1 if centered else unit).reshape(50, 4, -1)
-    monkeypatch.setattr(bits_per_dim, "_BLOCK", 16)  # the last is smaller
+    monkeypatch.setattr(datasets, "_BLOCK", 16)  # the last is smaller
     reference = data_reference(datasets.MemorySource(images, "some"), 17, bins, centered)
     np.testing.assert_allclose(np.ravel(reference.mean), x.mean(axis=(0, 2)), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(np.ravel(reference.std), x.std(axis=(0, 2)), rtol=1e-4)
@@ -200,7 +214,7 @@ def test_the_reference_has_the_moments_of_the_data(bins, centered, monkeypatch):
 def test_draws_are_averaged_inside_the_logarithm():
     rng, nats = np.random.default_rng(1), 5 * math.log(2)
     draws = [({"a": rng.normal(size=6), "b": rng.normal(size=6)}, {"probe_error": np.full(6, e)}) for e in (1.0, 2.0)]
-    values = importance_weighted(draws, dims=5, constants=(3.0, -1.0))
+    values = importance_weighted(draws, num_dims=5, levels=8, unit_scale=0.5)
     log_weights = -np.array([terms["a"] + terms["b"] for terms, _ in draws])
     np.testing.assert_allclose(values["bpd"], 2.0 - log_mean_exp(log_weights) / nats, rtol=1e-12)
     names = ("a", "b", "levels", "scaler", "importance_sampling")
