@@ -113,7 +113,7 @@ def require_success(info: Info) -> None:
     """Raises RuntimeError, naming the time and the example to look at, unless the solve succeeded; on the host only."""
     if not bool(info.success):
         raise RuntimeError(
-            f"the ODE solve broke down at t = {float(info.t):.6g} after {int(info.steps)} steps; example "
+            f"the ODE solve failed at t = {float(info.t):.6g} after {int(info.steps)} steps; example "
             f"{int(info.worst_example)} has the largest derivative there, or one that is not finite"
         )
 

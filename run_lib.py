@@ -18,9 +18,9 @@ from configs.default import Config
 from datasets import Source
 from dequantization.training import DequantizerTraining, evaluation_dequantizer, score_params
 from evaluators import Evaluator, evaluators_from_config
+from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
-from evaluators.statistics_pass import statistics_pass
 from infra import parallel
 from infra.checkpoints import Checkpoints, params_digest
 from infra.console import StopRequest, stop_on_signal
@@ -277,7 +277,7 @@ def stats(config: Config) -> None:
     Raises:
         FileNotFoundError, ValueError: if the data, the network or the statistics are missing, before any work.
     """
-    print(json.dumps(statistics_pass(config), indent=1))
+    print(json.dumps(prepare_statistics(config), indent=1))
 
 
 def report(path: Path, others: Sequence[Path] = ()) -> None:

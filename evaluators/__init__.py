@@ -1,8 +1,9 @@
-"""Evaluation steps: test loss, bits/dim, likelihoods of points, and samples; each an entry in `evaluators_from_config`.
+"""Evaluators of checkpoints: test loss, bits/dim, likelihoods of points, and samples.
 
-An evaluation counts every example once. Its values are stored batch by batch in a folder named after everything that
-they depend on, parameters included. So an interrupted evaluation resumes, and never mixes two settings. The random
-numbers of an example follow from the seed, the repeat and the example's index, not from its batch.
+`evaluators_from_config` lists them. Every evaluator counts each example once. It stores its values batch by batch in a
+folder named after everything that they depend on, including the parameters. So an interrupted evaluation resumes, and
+results of different settings never mix. The random numbers of an example depend on the seed, the repeat and the index
+of the example, but not on its batch.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from evaluators.samples import SamplesEvaluator
 
 
 def evaluators_from_config(run: Run, dequantizer: Callable[[], Dequantizer]) -> list[Evaluator]:
-    """The evaluators that `eval` asks for, in the order in which they run. Everything is checked here, before any work.
+    """Builds the evaluators that `eval` enables, in the order in which they run. Checks all settings before any work.
 
     Args:
         dequantizer: loads the noise for the bits/dim of images.
@@ -35,7 +36,7 @@ def evaluators_from_config(run: Run, dequantizer: Callable[[], Dequantizer]) -> 
         (settings.enable_sampling and images, lambda: SamplesEvaluator(run, comparison_from_config(run.config))),
         (settings.enable_sampling and not images, lambda: PointSamplesEvaluator(run)),
     ]
-    evaluators = [build() for wanted, build in builders if wanted]
+    evaluators = [build() for enabled, build in builders if enabled]
     if not evaluators:
         raise ValueError("eval.enable_loss, eval.enable_bpd and eval.enable_sampling are False: nothing to evaluate")
     return evaluators

@@ -1,4 +1,4 @@
-"""The one interface of evaluation steps."""
+"""The interface of all evaluators."""
 
 from typing import Any, Protocol
 
@@ -7,11 +7,11 @@ from models.score import Params
 
 
 class Evaluator(Protocol):
-    """An evaluation step: computes a part of a checkpoint's results, and writes its own artefacts."""
+    """Computes one part of the results of a checkpoint, and writes its own artefacts."""
 
     @property
     def name(self) -> str:
-        """The key of the part in the result file."""
+        """The key of this part in the result file."""
         ...
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:

@@ -1,11 +1,13 @@
-"""What samples are compared by, and with: the feature extractor and the statistics that a configuration names."""
+"""FID, IS and KID of samples, and the statistics of real images that they are compared with."""
 
 import dataclasses
 import functools
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
@@ -13,29 +15,32 @@ import datasets
 from configs.default import Config
 from datasets import MemorySource, Source
 from evaluation import frechet_distance, inception_score, kernel_distance
-from evaluators.features import (
-    FeatureExtractor,
-    Features,
-    Images,
-    LabelledImages,
-    extract_features,
-    inception_features,
-    trained_classifier,
+from evaluators.extractor import FeatureExtractor, Features, Images, extract_features
+from evaluators.features import extractor_from_config
+from evaluators.statistics import (
+    Moments,
+    Statistics,
+    check_statistics,
+    dataset_statistics,
+    load_statistics,
+    measured_statistics,
+    save_statistics,
+    stored_statistics,
 )
-from evaluators.statistics import Moments, Statistics, check_statistics, dataset_statistics, load_statistics
 from infra.console import progress
-from sources.densities import DENSITIES
+from infra.files import write_atomic
 
 PUBLISHED_SAMPLES = 50_000
-"""Samples behind published FIDs. FID falls with n, so numbers of fewer samples compare only with each other."""
+"""The number of samples of published FIDs.
 
+FID falls with n, so results of fewer samples are only comparable with each other."""
 
 _BATCH = 1024  # images read at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How samples are compared with real images: the network that measures both, and the real ones' statistics."""
+    """Compares samples with real images, by a network that measures both and the statistics of the real images."""
 
     extractor: FeatureExtractor
     find_statistics: Callable[[], Statistics]
@@ -45,22 +50,22 @@ class Comparison:
         return self.find_statistics()
 
     def prepare(self) -> None:
-        """Measures the real images now, unless that is done; so what can fail with them fails before the work."""
+        """Measures the real images unless this is done, so that errors in them are reported before any other work."""
         _ = self.statistics
 
     def __call__(self, images: Images) -> dict[str, Any]:
-        """FID, IS and KID of samples, integer levels of `data.levels`, and what the numbers rest on."""
+        """Computes FID, IS and KID of samples, which are integer levels, with the settings they depend on."""
         batches = all_images(MemorySource(images, "samples"), self.extractor)
         return evaluate_samples(extract_features(self.extractor, batches), self.extractor, self.statistics)
 
 
 def comparison_from_config(config: Config) -> Comparison:
-    """The comparison that `eval` asks for, with everything checked; images are measured when they are needed.
+    """Builds the comparison that `eval` describes, and checks all settings. Images are measured when needed.
 
     Raises:
-        FileNotFoundError: if the weights of Inception, the images, or the statistics are not there.
-        ValueError: for fields that are not allowed, a classifier where the data have no labels, or statistics of
-            another network.
+        FileNotFoundError: if the weights of Inception, the images, or the statistics are missing.
+        ValueError: for fields that are not allowed, a classifier for data without labels, or statistics of another
+            network.
     """
     if config.eval.num_samples < 2:
         raise ValueError(f"eval.num_samples is {config.eval.num_samples}; FID needs at least 2")
@@ -84,27 +89,29 @@ def compared_split(config: Config) -> str:
 
 
 def published_statistics(config: Config, extractor: FeatureExtractor) -> Statistics | None:
-    """Those in the file `eval.statistics`, if it names one."""
+    """Loads the statistics in the file `eval.statistics`; None if the field is empty."""
     if not config.eval.statistics:
         return None
     path = Path(config.eval.statistics)
     if not path.is_file():
-        raise FileNotFoundError(f"eval.statistics is {str(path)!r}, which is no file; empty: statistics of the data")
+        raise FileNotFoundError(
+            f"eval.statistics is {str(path)!r}, but there is no such file; leave it empty to measure the data"
+        )
     statistics = load_statistics(path)
     check_statistics(statistics, extractor)
     if not statistics.features_hash:
-        logging.warning("%s does not say what it was measured by, taken to be %s", path, extractor.name)
+        logging.warning("%s does not say which network measured it; assuming %s", path, extractor.name)
     return statistics
 
 
 def statistics_path(config: Config, extractor: FeatureExtractor) -> Path:
-    """Where statistics of the data are kept."""
+    """The file of the statistics of the data."""
     data = f"{config.data.dataset}{config.data.image_size}_{compared_split(config)}"
     return Path(config.eval.statistics_dir) / f"{data}_{extractor.name}_{extractor.hash}.npz"
 
 
 def all_images(source: Source, extractor: FeatureExtractor) -> Iterator[Images]:
-    """The images of a source in batches, as `extractor` takes them, with a progress bar."""
+    """Yields the images of a source in batches, with a progress bar for their measurement by `extractor`."""
     with progress(len(source), f"{extractor.name} of {source.description}", "image") as bar:
         for start in range(0, len(source), _BATCH):
             images = source.images(np.arange(start, min(start + _BATCH, len(source))))
@@ -112,55 +119,10 @@ def all_images(source: Source, extractor: FeatureExtractor) -> Iterator[Images]:
             bar.update(len(images))
 
 
-def extractor_from_config(config: Config) -> FeatureExtractor:
-    """The network that `eval.features` names.
-
-    Raises:
-        FileNotFoundError: if the weights of Inception are not there, saying how to get them.
-        ValueError: for points, an unknown name, damaged weights, or a classifier where the data have no labels.
-    """
-    if config.data.dataset in DENSITIES:
-        raise ValueError(f"data.dataset is {config.data.dataset!r}, which has points; FID, IS and KID are of images")
-    if config.eval.features not in EXTRACTORS:
-        raise ValueError(f"eval.features is {config.eval.features!r}; known are {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[config.eval.features](config)
-
-
-def _inception(config: Config) -> FeatureExtractor:
-    path, centre = Path(config.eval.inception), config.eval.inception_centre
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"eval.inception is {str(path)!r}, which is no file: FID needs the weights of Inception, converted once by "
-            "python -m tools.convert_inception PATH from weights-inception-2015-12-05-6726825d.pth; without them set "
-            "eval.enable_sampling=False for bits/dim alone, or eval.features=classifier where the data have labels"
-        )
-    if config.data.num_channels not in (1, 3):
-        raise ValueError(f"data.num_channels is {config.data.num_channels}; Inception measures images of 1 or 3")
-    if centre not in (128.0, 127.5):
-        raise ValueError(f"eval.inception_centre is {centre:g}; it must be 128 or 127.5")
-    return inception_features(path, levels=config.data.levels, centre=centre)
-
-
-def _classifier(config: Config) -> FeatureExtractor:
-    train, test = (_labelled(datasets.source_from_config(config, split)) for split in datasets.SPLITS)
-    return trained_classifier(train, test, levels=config.data.levels, cache_dir=Path(config.eval.statistics_dir))
-
-
-def _labelled(source: Source) -> LabelledImages:
-    labels = getattr(source, "labels", None)
-    if labels is None:
-        raise ValueError(f"eval.features is 'classifier', but {source.description} has no class labels")
-    return LabelledImages(source.images(np.arange(len(source))), labels)
-
-
-EXTRACTORS: dict[str, Callable[[Config], FeatureExtractor]] = {"inception": _inception, "classifier": _classifier}
-"""Builds a feature extractor, from a configuration."""
-
-
 def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics: Statistics) -> dict[str, Any]:
-    """FID, IS and KID of samples whose features `extractor` measured, with all that is needed to compare them.
+    """Computes FID, IS and KID of samples from their features, with the settings needed to compare results.
 
-    KID is left out where the statistics keep no features. Under 50,000 samples the result has a `warning`.
+    KID is left out if the statistics contain no features. Below 50,000 samples the result has a `warning`.
 
     Raises:
         ValueError: if the statistics are of another extractor, or there are fewer than two samples.
@@ -168,7 +130,7 @@ def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics
     check_statistics(statistics, extractor)
     n = len(features.pool)
     if n < 2:
-        raise ValueError(f"{n} samples, but FID needs at least 2")
+        raise ValueError(f"There are {n} samples, but FID needs at least 2")
     moments = Moments()
     moments.add(features.pool)
     splits = min(10, n)
@@ -189,7 +151,7 @@ def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics
         kid = kernel_distance(features.pool, statistics.pool)
         result |= {"kid_mean": kid.mean, "kid_se": kid.se, "kid_subsets": kid.subsets}
     if n < PUBLISHED_SAMPLES:
-        result["warning"] = f"FID and IS of {n} samples do not compare with those of {PUBLISHED_SAMPLES}, as published"
+        result["warning"] = f"FID and IS of {n} samples are not comparable with published ones, of {PUBLISHED_SAMPLES}"
         logging.warning("%s", result["warning"])
     return result
 
@@ -197,13 +159,13 @@ def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics
 def self_test(
     extractor: FeatureExtractor, statistics: Statistics, same: Statistics, other: Features
 ) -> dict[str, dict[str, Any]]:
-    """Real images against the statistics of real images, to see what FIDs are worth.
+    """Compares real images with the statistics of real images, to see how reliable FIDs are.
 
     Args:
-        same: measured now, of the images that `statistics` are of. Its FID must be near 0; is it not, then the
-            statistics are of other images or another network, or were measured otherwise.
-        other: features of images not among them. Its FID is the floor for samples: what as many images from the data's
-            own distribution give. It falls with their number.
+        same: new statistics of the images that `statistics` describe. Their FID must be near 0. Otherwise `statistics`
+            describe other images, or were measured by another network or in another way.
+        other: features of other real images. Their FID is a floor for samples: the FID of as many images from the
+            distribution of the data. It falls with their number.
 
     Raises:
         ValueError: if the statistics are of another extractor.
@@ -211,3 +173,59 @@ def self_test(
     check_statistics(statistics, extractor)
     fid = frechet_distance(same.mu, same.sigma, statistics.mu, statistics.sigma)
     return {"same": {"fid": fid, "n": same.n}, "other": evaluate_samples(other, extractor, statistics)}
+
+
+def prepare_statistics(config: Config) -> dict[str, Any]:
+    """Measures and tests the statistics that evaluation compares samples with, and writes them and the test.
+
+    They are those of `eval.statistics_split`, which are written if they are missing, or those in the file
+    `eval.statistics`. The images of both splits are measured for the test.
+
+    Returns:
+        The file, its contents, and for each split the FID of its real images. The FID of the split that the statistics
+        describe must be near 0. The other is the floor for as many samples.
+
+    Raises:
+        FileNotFoundError, ValueError: as `comparison_from_config`, before any image is measured.
+    """
+    extractor = extractor_from_config(config)
+    split = compared_split(config)
+    (other_split,) = set(datasets.SPLITS) - {split}
+    published = published_statistics(config, extractor)
+    source, other_source = (datasets.source_from_config(config, each) for each in (split, other_split))
+    path = statistics_path(config, extractor)
+    same = measured_statistics(extractor, source.description, all_images(source, extractor))
+    statistics = published if published is not None else _stored_or_written(path, extractor, same)
+    other = extract_features(extractor, all_images(other_source, extractor))
+    test = self_test(extractor, statistics, same, other)
+    result = {
+        "statistics": config.eval.statistics or str(path),
+        "data": statistics.data,
+        "n": statistics.n,
+        "hash": statistics.hash,
+        "features": extractor.name,
+        "features_hash": extractor.hash,
+        "self_test": {
+            split: test["same"] | {"data": same.data},
+            other_split: test["other"] | {"data": other_source.description},
+        },
+    }
+    if jax.process_index() == 0:
+        write_atomic(_report_path(config, path), json.dumps(result, indent=1))
+    return result
+
+
+def _stored_or_written(path: Path, extractor: FeatureExtractor, measured: Statistics) -> Statistics:
+    """The statistics of these images in the file at `path`, written if it is missing or differs."""
+    stored = stored_statistics(path, extractor, measured.data)
+    if stored is not None:
+        return stored
+    save_statistics(path, measured)
+    return load_statistics(path) if jax.process_index() == 0 else measured
+
+
+def _report_path(config: Config, path: Path) -> Path:
+    """The file of the test: beside our own statistics, and for published ones in the same folder under both names."""
+    if not config.eval.statistics:
+        return path.with_suffix(".json")
+    return path.with_name(f"{Path(config.eval.statistics).stem}_{path.stem}.json")

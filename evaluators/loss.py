@@ -1,4 +1,4 @@
-"""The training objective on test data."""
+"""Evaluator of the training objective on test data."""
 
 from typing import Any
 
@@ -9,7 +9,6 @@ from jaxtyping import Array
 from build import EVAL_KEY, Run
 from datasets import Source, evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
-from evaluators.cache import Values
 from infra import parallel
 from infra.workdir import EvaluationFolder
 from losses import draw_noise, score_matching_losses
@@ -29,12 +28,12 @@ class LossEvaluator:
         self._losses = jax.jit(self._per_example)
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
-        """Means over all examples, with standard errors."""
-        del folder  # nothing is stored: the whole takes as long as one record of training
+        """Computes means over all examples, with standard errors."""
+        del folder  # Nothing is cached, because the evaluation takes only as long as one record of training.
         return self._means(params, self.num_batches)
 
     def first_batches(self, params: Params) -> dict[str, float]:
-        """Means over the first `training.eval_batches` batches, always with the same noise, so that they compare."""
+        """Computes means over the first `training.eval_batches` batches, always with the same noise."""
         means = self._means(params, min(self.run.config.training.eval_batches, self.num_batches))
         return {name: mean["mean"] for name, mean in means.items()}
 
@@ -44,7 +43,7 @@ class LossEvaluator:
         names = parts[0][0]
         return {name: mean_estimate(np.concatenate([v[name][c] for v, c in parts]))._asdict() for name in names}
 
-    def _values(self, params: Params, number: int, key: Array) -> tuple[Values, np.ndarray]:
+    def _values(self, params: Params, number: int, key: Array) -> tuple[dict[str, np.ndarray], np.ndarray]:
         batch = evaluation_batch(self.source, self.batch_size, number)
         images = parallel.global_array(self.run.mesh, batch.images[parallel.local_rows(self.batch_size)])
         return parallel.fetch(self._losses(params, images, key)), batch.counts

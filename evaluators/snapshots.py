@@ -1,4 +1,4 @@
-"""A few samples of every checkpoint that is kept, drawn while training goes on."""
+"""A few samples of every permanent checkpoint, drawn during training."""
 
 from pathlib import Path
 
@@ -16,14 +16,15 @@ from train_state import TrainState
 
 
 class Snapshots:
-    """Draws the same images of each kept checkpoint by the configured sampler, of the averaged and of the raw weights.
+    """Draws the same images from each permanent checkpoint, with the averaged and with the raw weights.
 
-    The noise of image k is the same in every snapshot, so that they compare. A snapshot is drawn once. In
+    The noise of image k is the same in every snapshot, so that snapshots are comparable. Each is drawn once. In
     samples/snapshots, step_<step>.npz holds `ema` and `raw`, integers from 0 to `levels` - 1, and PNG files show them.
-    One that an interruption prevented is drawn when training goes on from its checkpoint.
+    If an interruption prevents a snapshot, it is drawn when training resumes from its checkpoint.
 
     Raises:
-        ValueError: from the constructor, if snapshots are wanted but `config.sampling` is not valid, or of points.
+        ValueError: from the constructor, if snapshots are enabled but `config.sampling` is not valid, or the data are
+            points.
     """
 
     def __init__(self, run: Run, workdir: Workdir):
@@ -34,18 +35,20 @@ class Snapshots:
             if self.shown < 1:
                 raise ValueError(f"sampling.batch_size is {self.shown}; it must be at least 1")
             if len(run.data_shape) != 3:
-                raise ValueError(f"training.snapshot_sampling draws images; {run.config.data.dataset} has none")
+                raise ValueError(
+                    f"training.snapshot_sampling draws images, but {run.config.data.dataset} has points; use False"
+                )
 
     def due(self, step: int) -> bool:
-        """Whether the checkpoint of this step is one to keep: every `training.snapshot_freq` steps, and the last."""
+        """Whether the checkpoint of this step is permanent: every `training.snapshot_freq` steps, and the last one."""
         training = self.run.config.training
         kept = step % training.snapshot_freq == 0 or step >= training.n_iters
         return training.snapshot_sampling and step > 0 and kept
 
     def draw(self, state: TrainState, stop: StopRequest) -> None:
-        """Draws the snapshot of this state if it is due and not there.
+        """Draws the snapshot of this state if it is due and missing.
 
-        Asked to stop, it gives up. Where sampling fails it warns: training can do without.
+        Returns early on a request to stop. Only warns if sampling fails, because training does not need snapshots.
         """
         step = int(state.step)
         if not self.due(step):
@@ -58,7 +61,7 @@ class Snapshots:
         except _StoppedError:
             return
         except RuntimeError as error:
-            logging.warning("no snapshot of step %d: %s", step, error)
+            logging.warning("Cannot draw a snapshot of step %d: %s", step, error)
             return
         if jax.process_index() != 0:
             return
@@ -67,22 +70,22 @@ class Snapshots:
         Snapshot(ema, raw, digest).write(self.folder)
 
     def _grid(self, params: object, stop: StopRequest) -> np.ndarray:
-        def look_up(step: int, steps: int) -> None:
+        def check_stop(step: int, steps: int) -> None:
             del step, steps
             if stop.now():
                 raise _StoppedError
 
         devices = self.run.mesh.size
         numbers = np.arange(-(-self.shown // devices) * devices)
-        return draw_images(self.run, params, numbers, look_up)[0][: self.shown]
+        return draw_images(self.run, params, numbers, check_stop)[0][: self.shown]
 
 
 class _StoppedError(Exception):
-    """Somebody asked to stop while a snapshot was being drawn."""
+    """A stop was requested while a snapshot was being drawn."""
 
 
 def _stored_digest(path: Path) -> str | None:
-    """Of the parameters that a snapshot there was drawn with; None if there is none, or none that can be read."""
+    """The digest of the parameters of the snapshot at `path`; None if there is no readable snapshot."""
     try:
         return Snapshot.read(path).parameters
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""Statistics of the features of real images, which samples are compared with, and their files."""
+"""Statistics of the features of real images, with which samples are compared, and their files."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -9,22 +9,22 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from evaluators.features import FeatureExtractor, Images, array_hash
+from evaluators.extractor import FeatureExtractor, Images, array_hash
 from infra import parallel
 from infra.files import read_npz, write_npz
 
 KEPT = 10_000
-"""Feature vectors that stay with their statistics, for KID."""
+"""Feature vectors, at most, that are stored with their statistics for KID."""
 
-_BLOCK = 4096  # vectors turned to float64 at a time
+_BLOCK = 4096  # vectors converted to float64 at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """What samples are compared with: mean and covariance of the features of n images, and some of the features.
+    """Mean and covariance of the features of n images, and some of the features.
 
-    `pool` serves KID and may be missing. `features` and `features_hash` are the extractor's; published files, which do
-    not say, have the hash "". `data` describes the images.
+    `pool` is for KID and may be missing. `features` and `features_hash` are the name and hash of the extractor.
+    Published files contain neither, and have the hash "". `data` describes the images.
     """
 
     mu: Float[np.ndarray, " d"]
@@ -41,9 +41,9 @@ class Statistics:
 
 
 class Moments:
-    """Mean and covariance of vectors that come in parts, in float64; nothing but sums is kept.
+    """Accumulates mean and covariance of vectors in float64, part by part, and stores only sums.
 
-    The sums are about the mean of the first part, so that nothing cancels.
+    The mean of the first part is subtracted from all vectors, to avoid cancellation.
     """
 
     def __init__(self) -> None:
@@ -60,13 +60,13 @@ class Moments:
             self.products += centered.T @ centered
 
     def mean_and_covariance(self) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
-        """The covariance divides by n - 1; n must be at least 2."""
+        """Mean and covariance, which divides by n - 1; n must be at least 2."""
         mean = self.sum / self.n
         return self.shift + mean, (self.products - self.n * np.outer(mean, mean)) / (self.n - 1)
 
 
 class _RandomPart:
-    """At most so many of the vectors that come in parts, each as likely as any other, in their order."""
+    """A uniformly random subset of at most `most` vectors that arrive in parts, in their order."""
 
     def __init__(self, most: int) -> None:
         self.most, self.generator, self.parts = most, np.random.default_rng(0), []
@@ -83,7 +83,7 @@ class _RandomPart:
         return self.parts[0]
 
     def _reduce(self) -> None:
-        """Keeps those of the lowest priorities."""
+        """Keeps the vectors of the lowest priorities."""
         chosen = np.sort(np.argsort(self.priorities)[: self.most])
         self.parts, self.priorities = [np.concatenate(self.parts)[chosen]], self.priorities[chosen]
 
@@ -91,7 +91,7 @@ class _RandomPart:
 def statistics_of(
     pools: Iterable[Float[np.ndarray, "n d"]], *, features: str, features_hash: str, data: str, keep: int = KEPT
 ) -> Statistics:
-    """The statistics of feature vectors that come in parts; at most `keep` of the vectors stay with them.
+    """Computes the statistics of feature vectors that arrive in parts, and stores at most `keep` vectors with them.
 
     Raises:
         ValueError: for fewer than two vectors.
@@ -101,21 +101,21 @@ def statistics_of(
         moments.add(pool)
         kept.add(pool)
     if moments.n < 2:
-        raise ValueError(f"{data}: {moments.n} feature vectors, but a covariance needs at least 2")
+        raise ValueError(f"{data} has {moments.n} feature vectors, but a covariance needs at least 2")
     return Statistics(*moments.mean_and_covariance(), moments.n, features, features_hash, data, kept.vectors())
 
 
 def measured_statistics(extractor: FeatureExtractor, data: str, batches: Iterable[Images]) -> Statistics:
-    """The statistics of images that come in batches; of their features only `KEPT` are held at a time."""
+    """Computes the statistics of images that arrive in batches, with at most a few times `KEPT` features in memory."""
     pools = (extractor(images).pool for images in batches)
     return statistics_of(pools, features=extractor.name, features_hash=extractor.hash, data=data)
 
 
 def dataset_statistics(path: Path, extractor: FeatureExtractor, data: str, batches: Iterable[Images]) -> Statistics:
-    """The statistics of a data set: read from `path` if they are of this extractor and `data`, else measured and saved.
+    """Reads the statistics of a data set from `path`, or measures and saves them if the file has other ones.
 
-    `data` must identify the images; `batches` is only read when they have to be measured. Where they cannot be saved
-    that is warned of: what was measured is right all the same.
+    `data` must identify the images. `batches` is only read if the images have to be measured. If the statistics cannot
+    be saved, a warning is logged, because the measured ones are still valid.
 
     Raises:
         OSError: if the hosts do not share the folder.
@@ -123,18 +123,18 @@ def dataset_statistics(path: Path, extractor: FeatureExtractor, data: str, batch
     stored = stored_statistics(path, extractor, data)
     if parallel.agree(stored is not None):
         if stored is None:
-            raise OSError(f"{path} is there on the first host but not on this one; all need the same folder")
+            raise OSError(f"The first host has {path}, but this host has not; use a folder that all hosts share")
         return stored
     statistics = measured_statistics(extractor, data, batches)
     try:
         save_statistics(path, statistics)
     except OSError as error:
-        logging.warning("the statistics of %s are not kept, but measured again every time: %s", data, error)
+        logging.warning("Cannot save the statistics of %s, so every evaluation measures them again: %s", data, error)
     return statistics
 
 
 def stored_statistics(path: Path, extractor: FeatureExtractor, data: str) -> Statistics | None:
-    """What is at `path`, if it can be read and is of this extractor and `data`."""
+    """Reads the statistics at `path`; None if they are missing, damaged, or of another extractor or other data."""
     if not path.exists():
         return None
     try:
@@ -147,21 +147,22 @@ def stored_statistics(path: Path, extractor: FeatureExtractor, data: str) -> Sta
 
 
 def save_statistics(path: Path, statistics: Statistics) -> None:
-    """Writes an .npz file, on the first host, whose `mu` and `sigma` other implementations of FID read, too."""
+    """Writes an .npz file on the first host. Other implementations of FID can read its `mu` and `sigma`."""
     fields = {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
     if jax.process_index() == 0:
         write_npz(path, **{name: value for name, value in fields.items() if value is not None})
 
 
 def load_statistics(path: Path, *, features: str = "inception") -> Statistics:
-    """Reads our own files and the published ones, which hold `pool_3` (all features) or `mu` and `sigma`.
+    """Reads our own files, and published ones, which contain `pool_3` (all features) or `mu` and `sigma`.
 
     Args:
-        features: the extractor's name, for files that do not say.
+        features: the name of the extractor, for files without it.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is damaged, holds neither, or what it holds is of impossible shapes or not finite.
+        ValueError: if the file is damaged, contains neither, or has arrays of wrong shapes or values that are not
+            finite.
     """
     arrays = read_npz(path)
     name, digest = str(arrays.get("features", features)), str(arrays.get("features_hash", ""))
@@ -173,25 +174,25 @@ def load_statistics(path: Path, *, features: str = "inception") -> Statistics:
         n = int(arrays["n"]) if "n" in arrays else None
         statistics = Statistics(arrays["mu"], arrays["sigma"], n, name, digest, data, arrays.get("pool"))
     else:
-        raise ValueError(f"{path} holds {', '.join(arrays) or 'nothing'}, but neither pool_3 nor mu and sigma")
+        raise ValueError(f"{path} contains {', '.join(arrays) or 'nothing'}, but needs pool_3, or mu and sigma")
     mu, sigma = statistics.mu, statistics.sigma
     if sigma.shape != mu.shape * 2 or mu.ndim != 1 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(
-            f"{path}: mu of shape {mu.shape} and sigma of {sigma.shape} must be [d] and [d, d], and finite"
+            f"{path} has mu of shape {mu.shape} and sigma of {sigma.shape}; they must be [d] and [d, d], and finite"
         )
     return statistics
 
 
 def check_statistics(statistics: Statistics, extractor: FeatureExtractor) -> None:
-    """Raises ValueError if the statistics are of another extractor; of published files only the size can tell."""
+    """Raises ValueError for statistics of another extractor. For published files only the size can be checked."""
     unknown = statistics.features_hash == ""
     if statistics.features != extractor.name or not (unknown or statistics.features_hash == extractor.hash):
         raise ValueError(
-            f"statistics of {statistics.data} are those of features {statistics.features} {statistics.features_hash}, "
-            f"but the samples are measured by {extractor.name} {extractor.hash}"
+            f"The statistics of {statistics.data} were measured by {statistics.features} {statistics.features_hash}, "
+            f"but the samples are measured by {extractor.name} {extractor.hash}; use statistics of the same features"
         )
     if len(statistics.mu) != extractor.num_features:
         raise ValueError(
-            f"statistics of {statistics.data} are those of {len(statistics.mu)} features, but {extractor.name} has "
-            f"{extractor.num_features}"
+            f"The statistics of {statistics.data} have {len(statistics.mu)} features, but {extractor.name} has "
+            f"{extractor.num_features}; use statistics of the same features"
         )

@@ -31,7 +31,7 @@ from configs.default import Config
 from configs.digits.ncsnpp import get_config
 from evaluation import frechet_distance, kernel_distance
 from evaluators.cache import params_digest
-from evaluators.features import Features, Images, extract_features
+from evaluators.extractor import Features, Images, extract_features
 from evaluators.fid import Comparison, comparison_from_config
 from experiments.provenance import commit, machine
 from infra.files import read_npz, write_atomic

@@ -16,14 +16,8 @@ from evaluation import (
     mean_estimate,
 )
 from evaluators import fid
-from evaluators.features import (
-    ClassifierRecipe,
-    Features,
-    LabelledImages,
-    array_hash,
-    extract_features,
-    trained_classifier,
-)
+from evaluators.classifier import ClassifierRecipe, LabelledImages, trained_classifier
+from evaluators.extractor import Features, array_hash, extract_features
 from evaluators.fid import evaluate_samples, self_test
 from evaluators.statistics import (
     Moments,
@@ -315,11 +309,13 @@ def test_unreadable_statistics_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"bad\.npz is no readable"):
         load_statistics(tmp_path / "bad.npz")
     np.savez(tmp_path / "other.npz", weights=np.ones(3))
-    with pytest.raises(ValueError, match="holds weights, but neither"):
+    with pytest.raises(ValueError, match="contains weights, but needs pool_3"):
         load_statistics(tmp_path / "other.npz")
     for mu, sigma in ((np.ones(3), np.eye(2)), (np.ones(2), np.full((2, 2), np.nan))):
         np.savez(tmp_path / "impossible.npz", mu=mu, sigma=sigma)
-        with pytest.raises(ValueError, match=r"impossible\.npz: mu of shape .* must be \[d\] and \[d, d\], and finite"):
+        with pytest.raises(
+            ValueError, match=r"impossible\.npz has mu of shape .* must be \[d\] and \[d, d\], and finite"
+        ):
             load_statistics(tmp_path / "impossible.npz")
 
 
@@ -340,7 +336,7 @@ def test_statistics_that_cannot_be_kept_are_of_use(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     statistics = dataset_statistics(tmp_path / "file" / "s.npz", MeanColour(), "noise", batches)
     assert_equal_statistics(statistics, measured_statistics(MeanColour(), "noise", batches))
-    assert "are not kept" in said[0][0]
+    assert "Cannot save the statistics" in said[0][0]
 
 
 def test_evaluation_holds_the_metrics_and_what_they_rest_on():
@@ -375,7 +371,7 @@ def test_statistics_of_other_features_are_refused():
         with pytest.raises(ValueError, match="are measured by mean colour 0123"):
             evaluate_samples(samples, extractor, statistics)
     other_size = statistics_of([samples.pool[:, :2]], features=extractor.name, features_hash="", data="noise")
-    with pytest.raises(ValueError, match="those of 2 features, but mean colour has 3"):
+    with pytest.raises(ValueError, match="have 2 features, but mean colour has 3"):
         evaluate_samples(samples, extractor, other_size)
     published = statistics_of([samples.pool], features=extractor.name, features_hash="", data="noise")
     assert evaluate_samples(samples, extractor, published)["fid"] < 1e-9
@@ -439,7 +435,7 @@ def test_classifier_learns_and_its_features_do_not_depend_on_the_batch(tmp_path)
 
 def test_classifier_comes_from_the_cache(tmp_path, monkeypatch):
     trained = bar_classifier(tmp_path)
-    monkeypatch.setattr("evaluators.features._train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("evaluators.classifier._train", lambda *_: pytest.fail("trained again"))
     cached = bar_classifier(tmp_path)
     assert cached.hash == trained.hash
     assert cached.test_accuracy == trained.test_accuracy
@@ -482,6 +478,8 @@ def test_classifier_refuses_data_that_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="test split: 32 images and labels of shape"):
         bar_classifier(tmp_path, test=train._replace(labels=train.labels[:5]))
     for labels, said in ((train.labels - 1, "-1"), (np.array(["cat"] * 32), "cat"), (train.labels / 2, r"0\.0")):
-        with pytest.raises(ValueError, match=rf"train split: labels such as {said}; they must be integers from 0 on"):
+        with pytest.raises(
+            ValueError, match=rf"train split: labels such as {said}; they must be integers of at least 0"
+        ):
             bar_classifier(tmp_path, train=train._replace(labels=labels))
     assert not any(tmp_path.iterdir())

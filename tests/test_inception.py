@@ -12,8 +12,14 @@ import pytest
 import build
 import run_lib
 from configs.digits.smoke import get_config
-from evaluators.features import InceptionFeatures, inception_features, inception_input, save_inception
-from evaluators.fid import comparison_from_config, extractor_from_config
+from evaluators.features import (
+    InceptionFeatures,
+    extractor_from_config,
+    inception_features,
+    inception_input,
+    save_inception,
+)
+from evaluators.fid import comparison_from_config
 from infra.files import write_npz
 from models.inception import average, params_from_published, published_shapes, resize
 from tests import inception_reference
@@ -198,7 +204,7 @@ def test_weights_survive_the_disk(tmp_path):
         arrays = dict(file)
     assert str(arrays["source_sha256"]) == "ab"
     write_npz(path, **arrays | {"fc/bias": np.zeros(2, np.float32)})
-    with pytest.raises(ValueError, match="is not as the conversion wrote it"):
+    with pytest.raises(ValueError, match="has changed since its conversion"):
         inception_features(path, levels=256)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"inception\.npz is no readable"):
@@ -262,7 +268,7 @@ BAD_FIELDS = {
     "one sample": ({"num_samples": 1}, "eval.num_samples is 1; FID needs at least 2"),
     "no such statistics": (
         {"features": "inception", "statistics": "/nowhere.npz"},
-        "eval.statistics is '/nowhere.npz', which is no file",
+        "eval.statistics is '/nowhere.npz', but there is no such file",
     ),
 }
 
@@ -271,7 +277,7 @@ BAD_FIELDS = {
 def test_bad_fields_are_named(name, tmp_path, monkeypatch):
     fields, message = BAD_FIELDS[name]
     save_inception(tmp_path / "inception.npz", small_params(), source_sha256="")
-    monkeypatch.setattr("evaluators.features._train", lambda *_: pytest.fail("work before the check"))
+    monkeypatch.setattr("evaluators.classifier._train", lambda *_: pytest.fail("work before the check"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         comparison_from_config(config_with(tmp_path, inception=str(tmp_path / "inception.npz"), **fields))
 
@@ -285,10 +291,10 @@ def test_statistics_of_another_network_are_refused_at_once(tmp_path):
         inception=str(tmp_path / "inception.npz"),
         statistics=str(tmp_path / "moments.npz"),
     )
-    with pytest.raises(ValueError, match=r"moments\.npz are those of 64 features, but inception has 2048"):
+    with pytest.raises(ValueError, match=r"moments\.npz have 64 features, but inception has 2048"):
         comparison_from_config(config)
     np.savez(tmp_path / "moments.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     assert comparison_from_config(config).statistics.data == "moments.npz"
     config.data.num_channels = 2
-    with pytest.raises(ValueError, match=r"data\.num_channels is 2; Inception measures images of 1 or 3"):
+    with pytest.raises(ValueError, match=r"data\.num_channels is 2; Inception needs images of 1 or 3 channels"):
         extractor_from_config(config)

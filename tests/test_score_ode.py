@@ -204,7 +204,7 @@ def test_a_failed_solve_names_time_and_example():
     back = info([False, False, True], [0.1, 0.4, 0.8], [0, 1, -1])
     total = _total(forward, back, start, VE)
     assert (int(total.worst_example), int(total.nfe)) == (1, 1 + 6)
-    with pytest.raises(RuntimeError, match=r"broke down at t = 0\.7 .* example 1"):
+    with pytest.raises(RuntimeError, match=r"failed at t = 0\.7 .* example 1"):
         require_success(total)
     total = _total(forward, info([True] * 2, [0.5, 0.0], [-1, -1]), start, VE)
     assert bool(total.success)

@@ -10,10 +10,10 @@ import pytest
 import run_lib
 from configs.digits.smoke import get_config
 from evaluation import frechet_distance
-from evaluators.features import Features
-from evaluators.fid import EXTRACTORS, comparison_from_config, evaluate_samples
+from evaluators.extractor import Features
+from evaluators.features import EXTRACTORS
+from evaluators.fid import comparison_from_config, evaluate_samples, prepare_statistics
 from evaluators.statistics import load_statistics
-from evaluators.statistics_pass import statistics_pass
 from sources import source_from_config
 
 
@@ -47,7 +47,7 @@ def pool_of(config, split: str) -> np.ndarray:
 @pytest.mark.parametrize(("split", "other"), [("train", "test"), ("test", "train")])
 def test_statistics_of_either_split(config, tmp_path, split, other):
     config.eval.statistics_split = split
-    result = statistics_pass(config)
+    result = prepare_statistics(config)
     path = Path(result["statistics"])
     assert path == tmp_path / f"digits8_{split}_quarters_0123.npz"
     statistics, pool = load_statistics(path), pool_of(config, split)
@@ -82,7 +82,7 @@ def test_wrong_statistics_show_in_the_test(config, tmp_path):
     pool = pool_of(config, "train")
     np.savez(tmp_path / "theirs.npz", mu=pool.mean(0) + 1, sigma=np.cov(pool.T), features="quarters")
     config.eval.statistics = str(tmp_path / "theirs.npz")
-    result = statistics_pass(config)
+    result = prepare_statistics(config)
     assert result["statistics"] == config.eval.statistics
     assert result["self_test"]["train"]["fid"] == pytest.approx(4, rel=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -122,7 +122,9 @@ def test_real_images_are_measured_before_samples_are_drawn(config, tmp_path):
 
 def test_points_are_not_measured(config):
     config.data.dataset = "checkerboard"
-    with pytest.raises(ValueError, match=r"data\.dataset is 'checkerboard', which has points; FID, IS and KID are of"):
+    with pytest.raises(
+        ValueError, match=r"data\.dataset is 'checkerboard', which has points, but FID, IS and KID compare"
+    ):
         run_lib.stats(config)
 
 
