@@ -1,6 +1,6 @@
-"""Derivatives of a vector field on data space: exact, for few dimensions, and by Hutchinson probes, for many.
+"""Derivatives of a vector field on data space: exact for few dimensions, and by Hutchinson probes for many.
 
-A field here maps a batch to a batch, example by example: field(x): [batch, *dims]. J is its Jacobian at one example.
+A field maps a batch to a batch, example by example: field(x): [batch, *dims]. J is its Jacobian at one example.
 A probe v has independent entries with mean 0 and variance 1, so that E[v.Jv] = tr J (Hutchinson, 1990).
 """
 
@@ -19,21 +19,23 @@ PROBES: dict[str, Callable[..., Batch]] = {
     "rademacher": lambda key, shape: jax.random.rademacher(key, shape, dtype=jnp.float32),
     "gaussian": jax.random.normal,
 }
-"""How probes are drawn, by name: functions of (key, shape)."""
+"""Functions of (key, shape) that draw probes, by name."""
 
 UNROLLED_DIMS = 4
-"""Up to so many dimensions, columns of a Jacobian are worked out one by one: they share the evaluation of the field, as
-do their gradients, and XLA runs plain matrix products two to three times as fast as batched ones on a CPU."""
+"""Up to this dimension, Jacobian columns are computed in an unrolled loop instead of vmap.
+
+The columns share one evaluation of the field, as do their gradients, and XLA runs plain matrix products two to three
+times as fast as batched ones on a CPU."""
 
 
 def probe_divergence(field: Field, x: Batch, probe: Batch) -> tuple[Batch, PerExample]:
-    """The field and v.Jv, an unbiased estimate of its divergence, at the cost of one forward derivative."""
+    """Computes the field and v.Jv, an unbiased estimate of its divergence, at the cost of one forward derivative."""
     value, tangent = jax.jvp(field, (x,), (probe,))
     return value, inner(probe, tangent)
 
 
 def exact_divergence(field: Field, x: Batch) -> tuple[Batch, PerExample]:
-    """The field and its divergence tr J, at the cost of d forward derivatives."""
+    """Computes the field and its divergence tr J, at the cost of d forward derivatives."""
     value, jacobian = exact_jacobian(field, x)
     return value, jnp.trace(jacobian, axis1=1, axis2=2)
 
@@ -41,7 +43,7 @@ def exact_divergence(field: Field, x: Batch) -> tuple[Batch, PerExample]:
 def divergence_estimates(
     field: Field, x: Batch, probes: Float[Array, "k batch *dims"] | None
 ) -> tuple[Batch, Float[Array, "batch k"]]:
-    """The field and its divergence along each of k probes; with None the exact one, as of a single probe."""
+    """Computes the field and k estimates of its divergence, one for each probe; None: the exact divergence, k = 1."""
     if probes is None:
         value, divergence = exact_divergence(field, x)
         return value, divergence[:, None]
@@ -49,7 +51,7 @@ def divergence_estimates(
 
 
 def exact_jacobian(field: Field, x: Batch) -> tuple[Batch, Float[Array, "batch d d"]]:
-    """The field and J[b, i, j] = d field_i / d x_j of each example, over flattened dimensions."""
+    """Computes the field and J[b, i, j] = d field_i / d x_j of each example, over flattened dimensions."""
     value, push_forward = jax.linearize(field, x)
     directions = jnp.eye(num_dims(x), dtype=x.dtype).reshape(-1, *x.shape[1:])
 
@@ -64,7 +66,7 @@ def exact_jacobian(field: Field, x: Batch) -> tuple[Batch, Float[Array, "batch d
 
 
 class TraceDerivatives(NamedTuple):
-    """A field along one probe v: its value, J v, and grad_x (v.Jv), which estimates grad_x tr J without bias."""
+    """The value of a field and, for one probe v, J v and grad_x (v.Jv), an unbiased estimate of grad_x tr J."""
 
     value: Batch
     jacobian_probe: Batch
@@ -72,7 +74,7 @@ class TraceDerivatives(NamedTuple):
 
 
 def probe_trace_gradient(field: Field, x: Batch, probe: Batch) -> TraceDerivatives:
-    """All of `TraceDerivatives` from one forward derivative and one reverse pass over it ([L22] App. G)."""
+    """Computes `TraceDerivatives` by one forward derivative and one reverse pass over it ([L22] App. G)."""
 
     def quadratic_form(x: Batch) -> tuple[Float[Array, ""], tuple[Batch, Batch]]:
         value, tangent = jax.jvp(field, (x,), (probe,))
@@ -84,10 +86,11 @@ def probe_trace_gradient(field: Field, x: Batch, probe: Batch) -> TraceDerivativ
 
 
 def exact_trace_gradient(field: Field, x: Batch) -> tuple[Batch, Float[Array, "batch d d"], Batch]:
-    """The field, its Jacobian, and grad_x tr J, from one nested pass; for few dimensions.
+    """Computes the field, its Jacobian, and grad_x tr J, for few dimensions.
 
-    One reverse pass over the d forward derivatives: all d entries of the gradient for as much again. That is less than
-    the d (d + 1) / 2 second forward derivatives, by nested jvp or by jet, whose gradients XLA does not merge.
+    One reverse pass over the d forward derivatives gives all d entries of the gradient, at about the same cost again.
+    This is cheaper than the d (d + 1) / 2 second forward derivatives by nested jvp or by jet, whose gradients XLA does
+    not merge.
     """
 
     def total_trace(x: Batch) -> tuple[Float[Array, ""], tuple[Batch, Float[Array, "batch d d"]]]:

@@ -1,7 +1,7 @@
-"""Numbers that say how good a model is: means with standard errors, and the distances between samples and data.
+"""Metrics of samples and likelihoods: means with standard errors, FID, Inception Score and KID.
 
-Everything here is NumPy in float64, on arrays of features or of per-example values. The networks that compute features
-are in evaluators/features.py, the statistics of real images in evaluators/statistics.py.
+Everything here is NumPy in float64, on arrays of features or of per-example values. evaluators/features.py has the
+networks that compute features, and evaluators/statistics.py the statistics of real images.
 
 Sources: FID, Heusel et al. 2017; Inception Score, Salimans et al. 2016; KID, Binkowski et al. 2018.
 """
@@ -23,19 +23,19 @@ class MeanEstimate(NamedTuple):
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """The 95 % interval by Student's t."""
+        """The 95 % confidence interval by Student's t."""
         half_width = float(scipy.special.stdtrit(self.n - 1, 0.975)) * self.se if self.n > 1 else float("nan")
         return self.mean - half_width, self.mean + half_width
 
 
 def mean_estimate(values: Float[np.ndarray, "*repeats n"], mask: Bool[np.ndarray, " n"] | None = None) -> MeanEstimate:
-    """The mean over examples, those with mask false left out.
+    """Computes the mean over the examples whose mask is true, and its standard error.
 
-    Repeats of an example (other probes, other noise) are averaged first: the standard error is that over examples,
-    which repeats do not make more independent.
+    Repeats of an example (other probes, other noise) are averaged first. The standard error is that over examples,
+    because repeats do not add independent examples.
 
     Raises:
-        ValueError: if no example is left.
+        ValueError: if the mask is false for all examples.
     """
     per_example = np.asarray(values, np.float64)
     per_example = per_example.mean(axis=tuple(range(per_example.ndim - 1)))
@@ -43,7 +43,7 @@ def mean_estimate(values: Float[np.ndarray, "*repeats n"], mask: Bool[np.ndarray
         per_example = per_example[np.asarray(mask, bool)]
     n = len(per_example)
     if n == 0:
-        raise ValueError(f"no values to average: shape {np.shape(values)}, mask {mask}")
+        raise ValueError(f"There are no values to average: shape {np.shape(values)}, mask {mask}")
     se = per_example.std(ddof=1) / np.sqrt(n) if n > 1 else float("nan")
     return MeanEstimate(float(per_example.mean()), float(se), n)
 
@@ -54,27 +54,27 @@ def frechet_distance(
     mu2: Float[np.ndarray, " d"],
     sigma2: Float[np.ndarray, "d d"],
 ) -> float:
-    """Squared Frechet distance of two Gaussians, |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
+    """Computes the squared Frechet distance |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 
-    The trace of the root is the sum of the singular values of f1^T f2 for factors sigma = f f^T. So no root is taken of
-    a product that is not symmetric, and singular covariances need no added diagonal.
+    The trace of the root is the sum of the singular values of f1^T f2 for factors sigma = f f^T. This avoids the root
+    of a product that is not symmetric, and singular covariances do not need an added diagonal.
 
     Raises:
         ValueError: if the dimensions differ or a value is not finite.
     """
     if not mu1.shape == mu2.shape == sigma1.shape[:1] == sigma2.shape[:1]:
-        raise ValueError(f"dimensions differ: {mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}")
+        raise ValueError(f"The dimensions differ: {mu1.shape}, {sigma1.shape}, {mu2.shape}, {sigma2.shape}")
     if not all(np.isfinite(a).all() for a in (mu1, sigma1, mu2, sigma2)):
-        raise ValueError("a mean or covariance is not finite")
+        raise ValueError("A mean or covariance is not finite")
     mu1, sigma1, mu2, sigma2 = (np.asarray(a, np.float64) for a in (mu1, sigma1, mu2, sigma2))
     overlap = np.linalg.svd(_factor(sigma1).T @ _factor(sigma2), compute_uv=False).sum()
     difference = mu1 - mu2
     distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * overlap
-    return max(float(distance), 0.0)  # rounding may leave it below
+    return max(float(distance), 0.0)  # Rounding can make it slightly negative.
 
 
 def _factor(sigma: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d rank"]:
-    """f with f f^T = sigma, and orthogonal columns; eigenvalues within rounding of 0 count as 0."""
+    """Returns f with f f^T = sigma and orthogonal columns. Eigenvalues within rounding error of 0 count as 0."""
     values, vectors = np.linalg.eigh(sigma)
     above = values > len(values) * np.finfo(np.float64).eps * values[-1]
     return vectors[:, above] * np.sqrt(values[above])
@@ -88,7 +88,7 @@ class InceptionScore(NamedTuple):
 
 
 def inception_score(logits: Float[np.ndarray, "n classes"], splits: int = 10) -> InceptionScore:
-    """exp(E_x KL(p(y|x) || p(y))), computed within each of `splits` parts of the samples, taken in order.
+    """Computes exp(E_x KL(p(y|x) || p(y))) within each of `splits` consecutive parts of the samples.
 
     Raises:
         ValueError: if there are fewer samples than splits.
@@ -107,7 +107,7 @@ def _split_score(logits: Float[np.ndarray, "n classes"]) -> float:
 
 
 class KernelDistance(NamedTuple):
-    """The squared maximum mean discrepancy, its standard error (nan below three vectors), and the subsets averaged."""
+    """The squared maximum mean discrepancy, its standard error (nan below three vectors), and the number of subsets."""
 
     mean: float
     se: float
@@ -117,19 +117,19 @@ class KernelDistance(NamedTuple):
 def kernel_distance(
     x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], *, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
-    """KID: unbiased estimates of the squared MMD for the kernel (x.y / d + 1)^3, averaged over subsets.
+    """Computes KID: unbiased estimates of the squared MMD for the kernel (x.y / d + 1)^3, averaged over subsets.
 
-    It may be negative. As published, subsets have at most 1000 members of each set. Published code draws subsets that
-    overlap, and whose spread says little about the error; here they are disjoint, as few as hold all of the smaller
-    set, and the standard error comes from a jackknife within each. It is too large rather than too small where the
-    distance is near 0.
+    KID can be negative. As published, subsets have at most 1000 members of each set. The published code draws
+    overlapping subsets, whose spread says little about the error. Here, the subsets are disjoint, and their number is
+    the smallest that covers the smaller set. The standard error comes from a jackknife within each subset. Near a
+    distance of 0 it is too large rather than too small.
 
     Raises:
         ValueError: if a set has fewer than two members, or the dimensions differ.
     """
     fewer = min(len(x), len(y))
     if fewer < 2 or x.shape[1:] != y.shape[1:]:
-        raise ValueError(f"need two sets of at least two vectors of equal length, got {x.shape} and {y.shape}")
+        raise ValueError(f"KID needs two sets of at least two vectors of equal length, got {x.shape} and {y.shape}")
     subsets = -(-fewer // subset_size)
     generator = np.random.default_rng(seed)
     parts_x, parts_y = (_subsets(a, subsets, subset_size, generator) for a in (x, y))
@@ -141,16 +141,16 @@ def kernel_distance(
 def _subsets(
     x: Float[np.ndarray, "n d"], count: int, largest: int, generator: np.random.Generator
 ) -> Float[np.ndarray, "count size d"]:
-    """Disjoint random subsets of equal size."""
+    """Draws disjoint random subsets of equal size."""
     size = min(len(x) // count, largest)
     return np.asarray(x[generator.permutation(len(x))[: count * size]], np.float64).reshape(count, size, -1)
 
 
 def _squared_mmd(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], groups: int = 20) -> tuple[float, float]:
-    """The unbiased estimate of the squared MMD, and its variance by leaving out one of `groups` parts at a time."""
+    """Computes the unbiased estimate of the squared MMD, and its variance by leaving out one of `groups` parts."""
     groups = min(groups, len(x), len(y))
     in_x, in_y = (np.eye(groups)[np.arange(len(a)) % groups] for a in (x, y))
-    # Sums of the kernel over pairs of parts: all that estimates from any of the parts need.
+    # Sums of the kernel over pairs of parts. Estimates from any selection of parts need only these.
     within_x = in_x.T @ _off_diagonal(_kernel(x, x)) @ in_x
     within_y = in_y.T @ _off_diagonal(_kernel(y, y)) @ in_y
     between = in_x.T @ _kernel(x, y) @ in_y

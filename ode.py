@@ -1,9 +1,9 @@
-"""Ordinary differential equations over pytrees: one call, four methods, and failure that cannot be overlooked.
+"""Ordinary differential equations over pytrees: one function, four methods, and an explicit report of failures.
 
-A field maps (t, y) to dy/dt, where t is a scalar and y a pytree of arrays; the first axis of an array is the example.
-A field is best a pytree itself (`jax.tree_util.Partial`, a registered dataclass) that holds the network's parameters
-as leaves: it is then an argument of what is compiled here, and new weights compile nothing anew. A plain function
-works too and is compiled once for each function object.
+A field maps (t, y) to dy/dt, where t is a scalar and y a pytree of arrays whose first axis is the example. Preferably,
+a field is a pytree itself (`jax.tree_util.Partial`, a registered dataclass) with the parameters of the network as
+leaves. Then it is an argument of the compiled functions here, and new weights do not compile anything. A plain function
+works too, and is compiled once for each function object.
 """
 
 from collections.abc import Callable, Iterable
@@ -26,24 +26,27 @@ METHODS = ("dopri5", "scipy", "rk4", "adams")
 
 
 class Info(NamedTuple):
-    """What a solve cost and whether it reached its end."""
+    """The cost of a solve, and whether it succeeded."""
 
     nfe: Int[Array, ""]
-    """Evaluations of the field, those of rejected steps included."""
+    """Evaluations of the field, including those of rejected steps."""
     steps: Int[Array, ""]
     """Attempted steps."""
     success: Bool[Array, ""]
-    """The end was reached and the state there is finite."""
+    """Whether the solve reached its end with a finite state."""
     t: Float[Array, ""]
-    """Where the solve stopped."""
+    """The time at which the solve stopped."""
     worst_example: Int[Array, ""]
-    """After a failure, the first example whose state or derivative just after t is not finite or, if there is none,
-    the one whose derivative is the largest; -1 after a success."""
+    """The example that probably caused a failure; -1 after a success.
+
+    It is the first example whose state or derivative just after t is not finite or, if all are finite, the one with the
+    largest derivative."""
     error_estimate: PyTree = None
-    """Of fixed steps, an estimate of the error of y1, of the same structure: its difference to the integral of dy/dt by
-    a rule that uses every second of the times only. Where dy/dt is too rough for the steps, as networks are that
-    resolve time finely, it is of the size of the error; where dy/dt is smooth, so it is for "adams", and for "rk4"
-    several times larger."""
+    """An estimate of the error of y1 with fixed steps, with the same structure as y1; None for adaptive methods.
+
+    It is the difference between y1 and the integral of dy/dt by a rule that uses only every second time. If dy/dt is
+    too rough for the steps, as for networks that resolve time finely, it has the size of the error. If dy/dt is smooth,
+    it has the size of the error for "adams", and is several times larger for "rk4"."""
 
 
 def integrate(
@@ -60,26 +63,27 @@ def integrate(
 ) -> tuple[State, Info]:
     """Solves dy/dt = field(t, y) from y(t0) = y0 to t1, forward or backward.
 
-    Adaptive methods control the root mean square over the WHOLE state, all examples together, of the error relative
-    to atol + rtol |y|, as SciPy does: their steps, and so to within the tolerance their results, depend on the batch.
-    A fixed-step solve of one example does not depend on the others.
+    Adaptive methods control the root mean square, over the WHOLE state of all examples, of the error relative to
+    atol + rtol |y|, as SciPy does. So their steps depend on the batch, and their results do within the tolerance. With
+    fixed steps, the result of one example does not depend on the others.
 
     Args:
         method: "dopri5", Dormand-Prince 5(4) on the device, with the step-size rules of SciPy's RK45;
-            "scipy", that RK45 itself, stepping in float64 on the host of a single process: the published protocol,
-            which cannot be called under jit; "rk4", classical Runge-Kutta in `num_steps` equal steps, 4 evaluations
-            each; "adams", the fourth-order Adams-Bashforth-Moulton pair (predict, evaluate, correct) in `num_steps`
-            equal steps, 1 evaluation each: of use where dy/dt is rougher than y and needs to be seen often.
+            "scipy", RK45 itself, with steps in float64 on the host of a single process, the published protocol, which
+            cannot be called under jit;
+            "rk4", classical Runge-Kutta in `num_steps` equal steps of 4 evaluations;
+            "adams", the fourth-order Adams-Bashforth-Moulton pair (predict, evaluate, correct) in `num_steps` equal
+            steps of 1 evaluation, useful if dy/dt is rougher than y and has to be evaluated often.
         rtol, atol: tolerances of the adaptive methods.
-        max_steps: attempted steps after which an adaptive method gives up.
+        max_steps: the number of attempted steps after which an adaptive method fails.
 
     Returns:
-        y where the solve stopped, and how it went. A failed solve raises nothing, so that this works under jit:
-        pass the second result to `require_success` on the host.
+        y at the time at which the solve stopped, and the report of the solve. A failed solve does not raise, so that
+        this function works under jit. Pass the second result to `require_success` on the host.
 
     Raises:
-        ValueError: unknown method, a tolerance or number of steps that is not positive, an odd number for "adams";
-            that of `check_processes`.
+        ValueError: unknown method, a tolerance or number of steps that is not positive, an odd number for "adams", or
+            as in `check_processes`.
     """
     if method not in METHODS:
         raise ValueError(f"unknown ODE method {method!r}; known: {', '.join(METHODS)}")
@@ -101,16 +105,16 @@ def integrate(
 
 
 def check_processes(method: str, field: str) -> None:
-    """Raises ValueError, naming the field that asks for it, if several processes would call SciPy's solver."""
+    """Raises ValueError if several processes would call the solver of SciPy. `field` is the setting that selects it."""
     if method == "scipy" and jax.process_count() > 1:
         raise ValueError(
-            f"{field} asks for SciPy's solver, which steps on the host of a single process, but there are "
-            f"{jax.process_count()}: use dopri5, the same on the devices"
+            f"{field} asks for SciPy's solver, which runs on the host of a single process, but there are "
+            f"{jax.process_count()}: use dopri5, the same method on the devices"
         )
 
 
 def require_success(info: Info) -> None:
-    """Raises RuntimeError, naming the time and the example to look at, unless the solve succeeded; on the host only."""
+    """Raises RuntimeError if the solve failed, with the time and the probable example; on the host only."""
     if not bool(info.success):
         raise RuntimeError(
             f"the ODE solve failed at t = {float(info.t):.6g} after {int(info.steps)} steps; example "
@@ -119,13 +123,13 @@ def require_success(info: Info) -> None:
 
 
 def as_pytree(function: Function) -> Function:
-    """The callable itself if it is a pytree of arrays, else wrapped to be one without leaves: a jit-able argument."""
+    """Makes a callable an argument of jit: returns it if it is a pytree of arrays, otherwise wraps it as one."""
     is_leaf = jax.tree.all(jax.tree.map(lambda leaf: leaf is function, function))
     return jax.tree_util.Partial(function) if is_leaf and jax.tree.leaves(function) else function  # pyright: ignore[reportReturnType]
 
 
 class _Node(NamedTuple):
-    """Where a fixed-step solve is: the time, the state, and the derivatives here and at up to two steps before."""
+    """The time and state of a fixed-step solve, and the derivatives there and at the two times before."""
 
     t: Float[Array, ""]
     y: PyTree
@@ -133,7 +137,7 @@ class _Node(NamedTuple):
 
 
 def rk4_step(field: Field, node: _Node, dt: Float[Array, ""], number: Int[Array, ""]) -> tuple[PyTree, PyTree]:
-    """One step of the classical fourth-order Runge-Kutta method: the next state and derivative."""
+    """Returns the next state and derivative of the classical fourth-order Runge-Kutta method."""
     del number
     half, k1 = node.t + dt / 2, node.slopes[0]
     k2 = field(half, _combine(node.y, dt, [1 / 2], [k1]))
@@ -143,15 +147,15 @@ def rk4_step(field: Field, node: _Node, dt: Float[Array, ""], number: Int[Array,
     return y, field(node.t + dt, y)
 
 
-# Weights of the derivatives, newest first, by how many steps went before: the orders rise as the past allows.
+# Weights of the derivatives, newest first. Row n is for n previous steps, so that the order rises to its final value.
 ADAMS_BASHFORTH = np.array([[1, 0, 0], [3 / 2, -1 / 2, 0], [23 / 12, -16 / 12, 5 / 12]])
 ADAMS_MOULTON = np.array([[1 / 2, 1 / 2, 0, 0], [5 / 12, 8 / 12, -1 / 12, 0], [9 / 24, 19 / 24, -5 / 24, 1 / 24]])
 
 
 def adams_step(field: Field, node: _Node, dt: Float[Array, ""], number: Int[Array, ""]) -> tuple[PyTree, PyTree]:
-    """One step of Adams-Bashforth of order 3, evaluated, then Adams-Moulton of order 4.
+    """Returns the next state and derivative of Adams-Bashforth of order 3, corrected by Adams-Moulton of order 4.
 
-    The derivative is that at the predicted state: the corrected one differs by the error of a step.
+    The derivative is evaluated at the predicted state, which differs from the corrected one by the error of a step.
     """
     past = jnp.minimum(number, 2)
     predicted = _combine(node.y, dt, jnp.asarray(ADAMS_BASHFORTH)[past], node.slopes)
@@ -169,11 +173,13 @@ def _combine(y: PyTree, dt: Float[Array, ""], weights: Iterable[float | Array], 
 
 
 class _FixedStep(NamedTuple):
+    """A fixed-step method."""
+
     step: Callable[..., tuple[PyTree, PyTree]]
     evaluations: int
-    """Of the field, for each step."""
+    """Evaluations of the field in each step."""
     stride: int
-    """Steps between the nodes that stand for every second time of evaluation."""
+    """Steps between every second evaluation time: the spacing of the nodes of the error estimate."""
 
 
 FIXED_STEP = {"rk4": _FixedStep(rk4_step, 4, 1), "adams": _FixedStep(adams_step, 1, 2)}
@@ -207,9 +213,9 @@ def _fixed_steps(
 
 
 def _gregory_weight(node: Int[Array, ""] | int, last: Int[Array, ""] | int) -> Float[Array, ""]:
-    """The weight of node 0..last in Gregory's rule of third order; in the trapezoid rule if there are few nodes.
+    """The weight of a node in 0..last by Gregory's rule of third order, or by the trapezoid rule for few nodes.
 
-    All inner weights are equal: the least noise from an integrand too rough for the nodes.
+    All inner weights are equal, which minimises the noise from an integrand that is too rough for the nodes.
     """
     from_end = jnp.minimum(node, last - node)
     gregory = jnp.array([3 / 8, 7 / 6, 23 / 24, 1.0])[jnp.minimum(from_end, 3)]
@@ -235,7 +241,7 @@ def _dopri5(
         safety=0.9,
         factormin=0.2,
         factormax=10.0,
-        # Below the rounding of t a step goes nowhere.
+        # A step below the rounding error of t does not change t.
         dtmin=0.1 * jnp.finfo(t0.dtype).eps * jnp.abs(t1 - t0),
         force_dtmin=False,
     )
@@ -250,7 +256,7 @@ def _dopri5(
         stepsize_controller=controller,
         adjoint=diffrax.ForwardMode(),
         max_steps=max_steps,
-        throw=False,  # its host callbacks would gather a sharded state
+        throw=False,  # The host callbacks of True would gather a sharded state.
     )
     assert solution.ys is not None
     assert solution.ts is not None
@@ -258,14 +264,14 @@ def _dopri5(
     t = solution.ts[-1]
     solved = solution.result == diffrax.RESULTS.successful
     steps = solution.stats["num_steps"]
-    # Six new stages a step, one at the start, one more to choose the first step.
+    # Six new stages in each step, one at the start, and one to choose the first step.
     return y, _info(field, t, y, t1 - t0, solved & _is_finite(y), 6 * steps + 2, steps)
 
 
 def _scipy_rk45(
     field: Field, y0: State, t0: float, t1: float, rtol: float, atol: float, max_steps: int
 ) -> tuple[State, Info]:
-    """SciPy's RK45, step by step: solve_ivp with the same solver would keep every state on the way."""
+    """Runs SciPy's RK45 step by step, because solve_ivp would store every intermediate state."""
     flat0, unravel = ravel_pytree(y0)
 
     def state(flat: np.ndarray) -> State:
@@ -275,11 +281,11 @@ def _scipy_rk45(
         dy = _evaluate(field, jnp.asarray(t, flat0.dtype), state(flat))
         return np.asarray(ravel_pytree(dy)[0], np.float64)
 
-    if not bool(_is_finite(y0)):  # SciPy refuses this with an exception
+    if not bool(_is_finite(y0)):  # SciPy would raise an exception.
         zero = jnp.int32(0)
         return y0, _info(field, jnp.asarray(t0, flat0.dtype), y0, t1 - t0, jnp.asarray(False), zero, zero)
     solver = RK45(derivative, t0, np.asarray(flat0, np.float64), t1, rtol=rtol, atol=atol)
-    # Without a finite derivative at the start SciPy would shrink a first step of NaN for ever.
+    # If the first derivative is not finite, SciPy would reduce a first step of NaN forever.
     healthy = bool(np.isfinite(solver.f).all())
     while healthy and solver.status == "running" and _attempted_steps(solver) < max_steps:
         solver.step()
@@ -299,7 +305,7 @@ def _evaluate(field: Field, t: Float[Array, ""], y: State) -> State:
 
 
 def _spread_as(array: Array, like: Array | np.ndarray) -> Array:
-    """The array over the devices that `like` is on, if these are several."""
+    """Shards the array as `like`, if that is on several devices."""
     if isinstance(like, jax.Array) and len(like.sharding.device_set) > 1:
         return jax.device_put(array, like.sharding)
     return array
@@ -319,8 +325,10 @@ def _info(
     nfe: Int[Array, ""],
     steps: Int[Array, ""],
 ) -> Info:
+    """Fills in the report of a solve, and finds the worst example after a failure."""
+
     def worst_example() -> Int[Array, ""]:
-        # Just after t: a solver stops short of where a field ends.
+        # Just after t, because a solver stops before the time at which a field breaks.
         derivative = field(t + 1e-6 * span, y)
         return jnp.argmax(sum(jax.tree.leaves(jax.tree.map(_size, derivative, y)))).astype(jnp.int32)
 
@@ -328,6 +336,6 @@ def _info(
 
 
 def _size(derivative: Array, y: Array) -> Float[Array, " batch"]:
-    """Largest |derivative| of each example, infinite where it or y is not finite."""
+    """The largest |derivative| of each example, infinite if a derivative or y is not finite."""
     size = jnp.where(jnp.isfinite(y), jnp.abs(derivative), jnp.inf)
     return jnp.max(jnp.where(jnp.isnan(size), jnp.inf, size), axis=tuple(range(1, y.ndim)))

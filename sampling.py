@@ -1,11 +1,11 @@
 """Samplers: from noise at t_max to images at smallest_time, given a score function.
 
 All randomness of image k comes from (key, k) and the number of the step. So an image does not depend on the number of
-devices, on interruptions, or on the other images drawn with it; round r of a run draws images r B, ..., (r + 1) B - 1.
-Two exceptions depend on which images are drawn together: the Langevin corrector averages norms over the whole batch, as
-published, and the adaptive ODE solver chooses its steps for the whole batch.
+devices, on interruptions, or on the other images drawn with it. Round r of a run draws images r B, ..., (r + 1) B - 1.
+There are two exceptions: the Langevin corrector averages norms over the whole batch, as published, and the adaptive ODE
+solver chooses its steps for the whole batch.
 
-Sources: [S21a] Song et al., ICLR 2021; fast_samplers.py and predictor_corrector.py name theirs.
+Sources: [S21a] Song et al., ICLR 2021; others are given in samplers/few_step.py and samplers/predictor_corrector.py.
 """
 
 import abc
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 import ode
-from arrays import Batch, ScoreFn
+from arrays import Batch, ReportProgress, ScoreFn
 from configs.default import Config
 from samplers.few_step import SCHEDULES, DataRange, LogNoiseLevels, denoise, dpm_solver, heun, noise_levels
 from samplers.predictor_corrector import CORRECTORS, PREDICTORS, Update, check_ancestral
@@ -28,13 +28,13 @@ from sde_lib import SDE
 ImageKeys = Key[Array, " batch"]
 """One random key for each image."""
 
-Progress = Callable[[int, int], None]
-"""Called between compiled calls with the steps done and the steps in all."""
-
 PROGRESS_REPORTS = 20
+"""The number of progress reports of a predictor-corrector run."""
 
 
 class Samples(NamedTuple):
+    """Samples, and their cost."""
+
     x: Batch
     nfe: int
     """Evaluations of the score function, each on the whole batch."""
@@ -42,12 +42,12 @@ class Samples(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampler(abc.ABC):
-    """A way of drawing images, each by its number. Equal samplers share compiled programs.
+    """Draws images by their numbers. Equal samplers share compiled programs.
 
     Attributes:
         smallest_time: sampling ends at this time.
-        noise_removal: return the mean of x_0 given the last x (for the predictor-corrector sampler: the mean of the
-            last update), not the last x itself.
+        noise_removal: returns the mean of x_0 given the last x, or for the predictor-corrector sampler the mean of the
+            last update, instead of the last x itself.
 
     Raises:
         ValueError: from the constructors, for a name or number that is not allowed.
@@ -69,39 +69,40 @@ class Sampler(abc.ABC):
         key: Key[Array, ""],
         image_indices: Int[Array, " batch"],
         image_shape: tuple[int, ...],
-        progress: Progress | None = None,
+        progress: ReportProgress | None = None,
     ) -> Samples:
-        """Draws the images with these numbers. Where the numbers are sharded over devices, the images will be.
+        """Draws the images with these numbers, sharded over devices as the numbers are.
 
-        `progress` hears of the predictor-corrector sampler's steps; the other samplers are short and report nothing.
+        The predictor-corrector sampler calls `progress` between its compiled calls. The other samplers are short and
+        do not report.
         """
         keys = image_keys(key, image_indices)
         return self.solve(ode.as_pytree(score_fn), prior_samples(self.sde, keys, image_shape), keys, progress)
 
     @abc.abstractmethod
-    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Progress | None = None) -> Samples:
-        """From x at t_max to images. The score function is a pytree."""
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
+        """Computes images from x at t_max. The score function is a pytree."""
 
 
 def image_keys(key: Key[Array, ""], image_indices: Int[Array, " batch"]) -> ImageKeys:
-    """The keys of the images with these numbers."""
+    """Derives the keys of the images with these numbers."""
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, image_indices)
 
 
 @functools.partial(jax.jit, static_argnames=("sde", "image_shape"))
 def prior_samples(sde: SDE, keys: ImageKeys, image_shape: tuple[int, ...]) -> Batch:
-    """x at t_max, from the prior."""
-    # fold_in(key, 0) is the prior's, fold_in(key, i + 1) step i's: see _noise
+    """Draws x at t_max from the prior."""
+    # The prior uses fold_in(key, 0), and step i uses fold_in(key, i + 1); see _noise.
     return jax.vmap(lambda key: sde.prior_sample(jax.random.fold_in(key, 0), image_shape))(keys)
 
 
 def _noise(keys: ImageKeys, image_shape: tuple[int, ...], step: Array, draw: Array | int) -> Batch:
-    """Standard normal noise for each image, `draw` counting the draws within a step."""
+    """Draws standard normal noise for each image. `draw` numbers the draws within a step."""
 
-    def of_image(key: Key[Array, ""]) -> Array:
+    def draw_one(key: Key[Array, ""]) -> Array:
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, step + 1), draw), image_shape)
 
-    return jax.vmap(of_image)(keys)
+    return jax.vmap(draw_one)(keys)
 
 
 def _first_noise(keys: ImageKeys, image_shape: tuple[int, ...], step: Array) -> Batch:
@@ -110,14 +111,14 @@ def _first_noise(keys: ImageKeys, image_shape: tuple[int, ...], step: Array) -> 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictorCorrector(Sampler):
-    """At each of `num_steps` equidistant times the corrector, then the predictor ([S21a] Alg. 1).
+    """Applies the corrector, then the predictor, at each of `num_steps` equidistant times ([S21a] Alg. 1).
 
-    The published code returns the last corrector's noise after all where the predictor is none; this does not.
+    If the predictor is none, the published code does not remove the noise of the last corrector. This code does.
 
     Attributes:
         predictor, corrector: names in PREDICTORS and CORRECTORS.
-        corrector_steps: of the corrector at each time.
-        snr: sets the size of the corrector's steps.
+        corrector_steps: steps of the corrector at each time.
+        snr: signal-to-noise ratio, which sets the step size of the corrector.
         probability_flow: the predictor follows the ODE, not the SDE.
     """
 
@@ -133,7 +134,7 @@ class PredictorCorrector(Sampler):
         _check_choice("sampling.predictor", self.predictor, PREDICTORS)
         _check_choice("sampling.corrector", self.corrector, CORRECTORS)
         if self.predictor == self.corrector == "none":
-            raise ValueError("sampling.predictor and sampling.corrector are both none: nothing would happen")
+            raise ValueError("sampling.predictor and sampling.corrector are both none: set one of them")
         if self.predictor == "ancestral_sampling":
             check_ancestral(self.sde, self.probability_flow)
         _check_at_least("sampling.num_steps", self.num_steps, 1)
@@ -142,8 +143,8 @@ class PredictorCorrector(Sampler):
         _check_at_least("sampling.n_steps_each", self.corrector_steps, 1)
         _check_positive("sampling.snr", self.snr)
 
-    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Progress | None = None) -> Samples:
-        """One program is compiled; with `progress` it runs PROGRESS_REPORTS times, for a part of the steps each."""
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
+        """Compiles one program. With `progress`, runs it PROGRESS_REPORTS times, for a part of the steps each time."""
         chunk = self.num_steps if progress is None else -(-self.num_steps // PROGRESS_REPORTS)
         state = x, x
         for first in range(0, self.num_steps, chunk):
@@ -161,7 +162,7 @@ class PredictorCorrector(Sampler):
 def _pc_steps(
     sampler: PredictorCorrector, score_fn: ScoreFn, keys: ImageKeys, state: Update, first: int, last: int
 ) -> Update:
-    """Steps first, ..., last - 1. The bounds are traced: one program runs any part of the steps."""
+    """Runs steps first, ..., last - 1. The bounds are traced, so one program can run any part of the steps."""
     sde, num_steps = sampler.sde, sampler.num_steps
     predict, correct = PREDICTORS[sampler.predictor], CORRECTORS[sampler.corrector]
     batch, *image_shape = state[0].shape
@@ -182,12 +183,12 @@ def _pc_steps(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ODESampler(Sampler):
-    """The probability-flow ODE by an adaptive solver, see `ode.integrate` ([S21a] Sec. 4.3 and App. D.4).
+    """Solves the probability-flow ODE by an adaptive solver, see `ode.integrate` ([S21a] Sec. 4.3 and App. D.4).
 
-    The tolerances bound an error averaged over the batch: to within them, images depend on the batch.
+    The tolerances bound an error averaged over the batch, so images depend on the batch within the tolerances.
 
     Raises:
-        RuntimeError: where the solver breaks down.
+        RuntimeError: if a solve fails.
     """
 
     method: str = "dopri5"
@@ -201,7 +202,7 @@ class ODESampler(Sampler):
         _check_positive("sampling.rtol", self.rtol)
         _check_positive("sampling.atol", self.atol)
 
-    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Progress | None = None) -> Samples:
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         flow = _ProbabilityFlow(self.sde, score_fn)
         times = self.sde.t_max, self.smallest_time
         x, info = ode.integrate(flow, x, *times, method=self.method, rtol=self.rtol, atol=self.atol)
@@ -228,12 +229,12 @@ def _denoise(score_fn: ScoreFn, sde: SDE, x: Batch, t: float) -> Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastSampler(Sampler):
-    """What the samplers of fast_samplers.py share: a budget of evaluations and a grid of noise levels.
+    """The common part of the samplers of samplers/few_step.py: a budget of evaluations and a grid of noise levels.
 
     Attributes:
-        schedule: of the grid, see `noise_levels`; "auto" is "log_snr" for DPM-Solver++ and "power" for Heun, the
-            sources' choices.
-        data_range: least and greatest value of a pixel, where the denoised image is held; None: not held.
+        schedule: of the grid, see `noise_levels`. "auto" is the choice of the source: "log_snr" for DPM-Solver++ and
+            "power" for Heun.
+        data_range: the range of pixel values, to which denoised images are clipped. None: no clipping.
     """
 
     best_schedule: ClassVar[str]
@@ -256,11 +257,11 @@ class FastSampler(Sampler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeunSampler(FastSampler):
-    """See `fast_samplers.heun`."""
+    """See `few_step.heun`."""
 
     best_schedule = "power"
 
-    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Progress | None = None) -> Samples:
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         num_steps = (self.max_nfe - self.noise_removal) // 2
         log_rhos = jnp.asarray(self.levels(num_steps + 1), x.dtype)
         x = heun(score_fn, self.sde, x, log_rhos, self.noise_removal, self.data_range)
@@ -269,7 +270,7 @@ class HeunSampler(FastSampler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPMSolverSampler(FastSampler):
-    """See `fast_samplers.dpm_solver`.
+    """See `few_step.dpm_solver`.
 
     Attributes:
         eta: 0 follows the probability-flow ODE, 1 the reverse-time SDE.
@@ -286,7 +287,7 @@ class DPMSolverSampler(FastSampler):
         if not self.eta >= 0:
             raise ValueError(f"sampling.eta must not be negative, got {self.eta}")
 
-    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Progress | None = None) -> Samples:
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         log_rhos = self.levels(self.max_nfe + 1 - self.noise_removal)
         noise = jax.tree_util.Partial(_first_noise, keys)
         order, to_zero = self.order, self.noise_removal
@@ -295,10 +296,10 @@ class DPMSolverSampler(FastSampler):
 
 
 def sampler_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
-    """The sampler that `config.sampling` describes.
+    """Builds the sampler that `config.sampling` describes.
 
     Args:
-        data_range: of the data that the score network sees.
+        data_range: the range of the data that the score network sees.
 
     Raises:
         ValueError: for a field whose value is not allowed.
@@ -369,7 +370,7 @@ def _check_choice(field: str, value: object, allowed: Iterable) -> None:
 
 
 def _check_chain(sde: SDE, num_steps: int) -> None:
-    """Raises ValueError where the SDE has no discrete chain of so few steps."""
+    """Raises ValueError if the SDE has no discrete chain of `num_steps` steps."""
     try:
         jax.eval_shape(lambda t: sde.discretize(t, t, num_steps), jnp.ones(1))
     except ValueError as error:

@@ -1,19 +1,19 @@
-"""The entropy of data from a score model alone ([S21b] Theorem 4).
+"""The entropy of data, estimated from a score model alone ([S21b] Theorem 4).
 
-Along a forward SDE the entropy of x_t grows by dH/dt = E[div f] + g^2 / 2 E|grad ln q_t|^2, so that of the data is
+Along a forward SDE the entropy of x_t grows by dH/dt = E[div f] + g^2 / 2 E|grad ln q_t|^2. So that of the data is
 
     H(q_min) = H(q_T) - integral over [t_min, T] of (E[div f] + g^2 / 2 E|s|^2) dt,           the form "score",
 
-and, since E|grad ln q|^2 = -E[div grad ln q], the same with -E[div s] for E|s|^2: the form "divergence". With the exact
-score both are exact but for H(q_T); with a model's, they differ, and neither is a bound.
+and, since E|grad ln q|^2 = -E[div grad ln q], the same with -E[div s] for E|s|^2, the form "divergence". With the exact
+score, both are exact except for H(q_T). With the score of a model they differ, and neither is a bound.
 
-- H(q_min) is that of x_t at t_min: of the data with that little noise, scaled by alpha.
-- H(q_T) is taken to be the prior's, d / 2 ln(2 pi e prior_sigma^2), as in the theorem. It is too low for VE by about
-  half the ratio of the data's variance to the prior's.
+- H(q_min) is the entropy of x_t at t_min: of the data with that little noise, scaled by alpha.
+- H(q_T) is taken to be that of the prior, d / 2 ln(2 pi e prior_sigma^2), as in the theorem. For VE it is too low by
+  about half the ratio of the variance of the data to that of the prior.
 
-Times are drawn in proportion to g^2 / sigma^2, that is, uniformly in ln rho, rho = sigma / alpha, and stratified. There
-the integrand is (sigma |s|)^2, which stays finite. It is d where noise hides the data, and noisy; what the Gaussian of
-the data's mean and variance would have contributed is therefore taken off and added again in closed form.
+Times are drawn in proportion to g^2 / sigma^2, that is, uniformly in ln rho, rho = sigma / alpha, and stratified. In
+ln rho the integrand is (sigma |s|)^2, which stays finite. At large noise it is d, plus sampling noise. Therefore the
+contribution of the Gaussian with the mean and variance of the data is subtracted, and added again in closed form.
 
 Sources: [S21b] Song et al., NeurIPS 2021.
 """
@@ -40,7 +40,7 @@ Moments: TypeAlias = tuple[Float[Array, "*dims"], Float[Array, "*dims"]]
 
 
 class EntropyNoise(NamedTuple):
-    """The randomness of an estimate: for each example a time, the noise on it, and a probe, of no use to "score"."""
+    """The randomness of an estimate: for each example a time, its noise, and a probe for the form "divergence"."""
 
     t: PerExample
     z: Batch
@@ -50,15 +50,17 @@ class EntropyNoise(NamedTuple):
 def draw_entropy_noise(
     key: Array, sde: SDE, shape: tuple[int, ...], *, t_min: float, probe: str = "exact", num_batches: int = 16
 ) -> EntropyNoise:
-    """Times stratified within each of the batches, noise, and probes.
+    """Draws times, which are stratified within each batch, noise, and probes.
 
     Args:
-        shape: of the examples.
-        probe: for the form "divergence": "exact", from d derivatives, or a kind of Hutchinson probe, one an example.
-        num_batches: as of `entropy`.
+        shape: the shape of the array of examples.
+        probe: for the form "divergence": "exact", from d derivatives, or a kind of Hutchinson probe, one for each
+            example.
+        num_batches: as in `entropy`.
 
     Raises:
-        ValueError: unknown probe, t_min outside (0, T), fewer than 2 batches, or examples that they do not divide.
+        ValueError: unknown probe, t_min outside (0, T), fewer than 2 batches, or a number of examples that is not
+            divisible by the number of batches.
     """
     if probe not in (*PROBES, "exact"):
         raise ValueError(f"unknown probe {probe!r}; known: {', '.join((*PROBES, 'exact'))}")
@@ -71,7 +73,7 @@ def draw_entropy_noise(
 
 
 def stratified_times(key: Array, sde: SDE, t_min: float, num: int) -> PerExample:
-    """Increasing times, one in each of `num` parts of [t_min, T] that are equal in ln(sigma / alpha)."""
+    """Draws increasing times, one in each of `num` parts of [t_min, T] that are equal in ln(sigma / alpha)."""
     fractions = (jnp.arange(num) + jax.random.uniform(key, (num,))) / num
     return sde.time_of_quantile(fractions * sde.importance_weight(jnp.asarray(sde.t_max), t_min), t_min)
 
@@ -86,16 +88,17 @@ def entropy(
     form: str = "score",
     num_batches: int = 16,
 ) -> MeanEstimate:
-    """The entropy of q_min in nats, from samples of the data.
+    """Estimates the entropy of q_min in nats, from samples of the data.
 
     Args:
         x0: samples of the data, each used with one time and noise.
-        noise: of `draw_entropy_noise`, for the same t_min and number of batches.
+        noise: from `draw_entropy_noise`, for the same t_min and number of batches.
         form: one of `FORMS`.
-        num_batches: that x0 is cut into; the standard error is that of their means.
+        num_batches: the number of parts of x0; the standard error is computed from their means.
 
     Raises:
-        ValueError: unknown form, t_min outside (0, T), fewer than 2 batches, or examples that they do not divide.
+        ValueError: unknown form, t_min outside (0, T), fewer than 2 batches, or a number of examples that is not
+            divisible by the number of batches.
     """
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r} of the entropy; known: {', '.join(FORMS)}")
@@ -118,7 +121,7 @@ def _check(sde: SDE, num_examples: int, t_min: float, num_batches: int) -> None:
 
 
 def _known_terms(sde: SDE, d: int, t_min: float) -> float:
-    """H(q_T) less the integral of div f = d dln(alpha)/dt, in nats."""
+    """H(q_T) minus the integral of div f = d dln(alpha)/dt, in nats."""
     ends = jnp.asarray([t_min, sde.t_max])
     log_alpha = np.log(np.asarray(sde.alpha_sigma(ends)[0], np.float64))
     prior = 0.5 * math.log(2 * math.pi * math.e * sde.prior_sigma**2)
@@ -135,7 +138,7 @@ def _batch_means(
     sde: SDE,
     form: str,
 ) -> Float[Array, " batches"]:
-    """The mean over each batch of sigma^2 |s|^2, or of its other form."""
+    """The mean over each batch of sigma^2 |s|^2, or of -sigma^2 div s."""
 
     def one(batch: tuple[Batch, EntropyNoise]) -> Float[Array, ""]:
         x0, noise = batch
@@ -149,13 +152,13 @@ def _batch_means(
 
 
 def _square_of_score(score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample, moments: Moments) -> PerExample:
-    """|s|^2, less that of the score r of the Gaussian with the data's moments, plus E|r|^2."""
+    """|s|^2 - |r|^2 + E|r|^2, where r is the score of the Gaussian with the moments of the data."""
     alpha, sigma = (append_dims(a, x) for a in sde.alpha_sigma(t))
     mean, variance = (moment[None] for moment in moments)
     spread = alpha**2 * variance + sigma**2
-    of_gaussian = -(x - alpha * mean) / spread
+    gaussian_score = -(x - alpha * mean) / spread
     score = score_fn(x, t)
-    return inner(score, score) - inner(of_gaussian, of_gaussian) + inner(1 / spread, jnp.ones_like(x))
+    return inner(score, score) - inner(gaussian_score, gaussian_score) + inner(1 / spread, jnp.ones_like(x))
 
 
 def _divergence(score_fn: ScoreFn, x: Batch, noise: EntropyNoise) -> PerExample:

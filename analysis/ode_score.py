@@ -1,12 +1,12 @@
-"""The score of the density of the ODE itself, and likelihoods from several starts.
+"""The score of the density of the ODE itself, and likelihoods from several start times.
 
-The probability-flow ODE dx/dt = h(x, t) of a score model carries the prior at T back to a density p_t at every t. Its
-score is not the model's, unless the model is exact. Along a path it obeys
+The probability-flow ODE dx/dt = h(x, t) of a score model carries the prior at T back to a density p_t at every t. The
+score of p_t differs from the score of the model, unless the model is exact. Along a path it obeys
 
     d/dt grad ln p_t = -grad(div h) - (grad h)^T grad ln p_t = -grad_x (div h + h . a),  a = grad ln p_t held constant,
 
-which is linear in a ([L22] App. D): x is solved forward to T, then (x, a) back from the prior's score there. With a
-probe's v.Jv for div h the result is that linear equation's with another source, so its expectation is exact.
+which is linear in a ([L22] App. D). x is solved forward to T, then (x, a) back from the score of the prior there. With
+v.Jv of a probe for div h, only the source of this linear equation changes, so the expectation of the result is exact.
 
 Sources: [L22] Lu et al., ICML 2022.
 """
@@ -28,16 +28,17 @@ from sde_lib import SDE
 
 
 class OdeScore(NamedTuple):
-    """grad_x ln p_t(x) of each example, and how it was found."""
+    """grad_x ln p_t(x) of each example, and a report of its solves."""
 
     score: Batch
     latent: Batch
     """x_T."""
     returned: Batch
-    """Where the solve back ended: x, but for the error of the two solves. Far from x the score is another point's: in
-    the valleys between modes the flow back is unstable."""
+    """The end of the solve back: x, except for the error of the two solves.
+
+    If it is far from x, the score belongs to another point. In the valleys between modes the flow back is unstable."""
     info: Info
-    """How both solves went. See `ode.require_success`."""
+    """Cost and success of both solves. See `ode.require_success`."""
 
 
 class OdeScorePath(NamedTuple):
@@ -58,15 +59,16 @@ def ode_score(
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> OdeScore:
-    """grad_x ln p_t(x) of the ODE's density, each example at a time of its own ([L22] Thm D.1).
+    """Computes grad_x ln p_t(x) of the density of the ODE, each example at its own time ([L22] Thm D.1).
 
-    Can be called under jit. Called eagerly it compiles once, for any parameters of a score function that is a pytree.
+    Can be called under jit. An eager call compiles once, and other parameters compile nothing if the score function is
+    a pytree.
 
     Args:
-        t: the times that the examples are at, in [t_min, T].
-        probes: of div h, fixed for both solves; the result is linear in their mean of v.Jv and so unbiased for entries
-            of mean 0 and variance 1. None: exact, at the cost of d derivatives.
-        rtol, atol: of the adaptive solver, which controls the error over the whole batch.
+        t: the time of each example, in [t_min, T].
+        probes: for div h, fixed for both solves. The result is linear in the mean of v.Jv over probes, and therefore
+            unbiased for entries of mean 0 and variance 1. None: the exact divergence, at the cost of d derivatives.
+        rtol, atol: tolerances of the adaptive solver, which controls the error over the whole batch.
     """
     latent, path = _solve(as_pytree(score_fn), probes, x, t, jnp.zeros(1, x.dtype), rtol=rtol, atol=atol, sde=sde)
     return OdeScore(path.score[0], latent, path.x[0], path.info)
@@ -82,14 +84,14 @@ def ode_score_path(
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> OdeScorePath:
-    """Where the ODE carries x, which is at the first of `times`, and grad ln p_t there, at each of them.
+    """Computes the path of the ODE from x at the first of `times`, and grad ln p_t along it, at each of `times`.
 
-    The points at a later time are samples of the flow from the first, not of q_t: expectations over q_t need points of
-    their own (score_distances.py).
+    The points at later times are samples of the flow from the first time, not of q_t. Expectations over q_t need other
+    points (score_distances.py).
 
     Args:
         times: increasing, within [t_min, T].
-        probes, rtol, atol: as of `ode_score`.
+        probes, rtol, atol: as in `ode_score`.
 
     Raises:
         ValueError: times that do not increase or lie beyond T.
@@ -114,9 +116,10 @@ def _solve(
     atol: float,
     sde: SDE,
 ) -> tuple[Batch, OdeScorePath]:
-    """x_T, and the path back from it at fractions of [start, T] that increase.
+    """Computes x_T, and the path back from it at increasing fractions of [start, T].
 
-    Both solves are in the fraction, 0 at an example's own start and 1 at T, so that one solve serves them all.
+    Both solves use the fraction as their variable. It is 0 at the start of each example and 1 at T, so that one solve
+    takes all examples.
     """
     solve = partial(integrate, rtol=rtol, atol=atol)
     with jax.default_matmul_precision("highest"):
@@ -136,13 +139,13 @@ def _solve(
 
 
 def _no_solve(like: Info) -> Info:
-    """That of an interval without length."""
+    """The report for an interval of length 0."""
     return jax.tree.map(jnp.zeros_like, like)._replace(success=jnp.asarray(True), worst_example=jnp.int32(-1))
 
 
 def _total(forward: Info, back: Info, start: PerExample, sde: SDE) -> Info:
-    """All solves as one: their cost, and the first failure, its time being that of the example to look at."""
-    # the segments are solved from the last to the first
+    """Combines the reports of all solves: their total cost, and the first failure, at the time of its worst example."""
+    # The segments are solved from the last to the first.
     infos = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b[::-1]]), forward, back)
     failed = jnp.argmin(infos.success)
     fraction, worst_example = infos.t[failed], infos.worst_example[failed]
@@ -157,7 +160,7 @@ def _total(forward: Info, back: Info, start: PerExample, sde: SDE) -> Info:
 @partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "start"], meta_fields=["sde"])
 @dataclasses.dataclass(frozen=True)
 class _Flow:
-    """dx/dfraction: the ODE, each example between its own start and T."""
+    """dx/dfraction of the ODE, for each example between its own start and T."""
 
     score_fn: ScoreFn
     start: PerExample
@@ -175,7 +178,7 @@ class _Flow:
 @partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes", "start"], meta_fields=["sde"])
 @dataclasses.dataclass(frozen=True)
 class _ScoreFlow:
-    """d/dfraction of (x, a), a = grad ln p_t: both from one reverse pass over div h + h . a."""
+    """d/dfraction of (x, a), a = grad ln p_t, by one reverse pass over div h + h . a."""
 
     score_fn: ScoreFn
     probes: Probes | None
@@ -206,16 +209,16 @@ def likelihood_by_start(
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> tuple[Float[Array, "starts batch"], Info]:
-    """ln p(x) in nats if x stands for x_t at each of some times t where the solve may start ([L22] Fig. 6).
+    """Computes ln p(x) in nats with each of several start times t, at which the data are x ([L22] Fig. 6).
 
-    One solve takes all of them. Its results are those of `likelihood.ode_log_likelihood` with t_min = t.
+    One solve takes all start times. The results agree with `likelihood.ode_log_likelihood` with t_min = t.
 
     Args:
-        starts: in (0, T).
-        probes: of div h, fixed for the solve and the same for all starts. None: exact.
+        starts: start times in (0, T).
+        probes: for div h, fixed for the solve and the same for all start times. None: the exact divergence.
 
     Returns:
-        The log-likelihoods, and how the solve went. See `ode.require_success`.
+        The log-likelihoods, and the report of the solve. See `ode.require_success`.
 
     Raises:
         ValueError: a start outside (0, T).
@@ -231,9 +234,8 @@ def likelihood_by_start(
         state = (jnp.tile(x, (n, *(1,) * (x.ndim - 1))), jnp.zeros_like(t))
         (latent, divergence), info = integrate(field, state, 0.0, 1.0, rtol=rtol, atol=atol)
     begun = t[jnp.maximum(info.worst_example, 0)]
-    worst_example = jnp.where(
-        info.success, -1, info.worst_example % len(x)
-    )  # of the examples, not of their repetitions
+    # The examples are repeated for each start; the report gives the index of the example itself.
+    worst_example = jnp.where(info.success, -1, info.worst_example % len(x))
     info = info._replace(t=begun + info.t * (sde.t_max - begun), worst_example=worst_example)
     return (sde.prior_logp(latent) + divergence).reshape(n, -1), info
 

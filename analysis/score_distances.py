@@ -1,11 +1,11 @@
-"""Distances between the scores of a model, of its ODE's own density, and of the data; the KL identity they make up.
+"""Distances between the scores of a model, of the density of its ODE, and of the data, and the KL identity.
 
-With q_t the density of the data's x_t, p_t that of the ODE, and s the model's score, three distances in nats per unit
-of time tell them apart, each g^2 / 2 times an expectation over q_t ([L22] Fig. 3 and 7):
+Let q_t be the density of x_t for the data, p_t the density of the ODE, and s the score of the model. There are three
+distances in nats per unit of time, each g^2 / 2 times an expectation over q_t ([L22] Fig. 3 and 7):
 
-    score_matching  |s - grad ln q_t|^2             what first-order score matching minimises
-    fisher          |grad ln p_t - grad ln q_t|^2   what it would take to bound the likelihood
-    difference      |s - grad ln p_t|^2             needs no grad ln q_t, so that it can be had for images
+    score_matching  |s - grad ln q_t|^2             minimised by first-order score matching
+    fisher          |grad ln p_t - grad ln q_t|^2   needed for a bound on the likelihood
+    difference      |s - grad ln p_t|^2             does not need grad ln q_t, so that it can be computed for images
 
 Theorem 3.1 of [L22], for q and p at t_min and at T:
 
@@ -33,21 +33,21 @@ from sde_lib import SDE
 from sources.marginals import Marginals
 
 Sampler: TypeAlias = Callable[[PerExample], Batch]
-"""Points of q_t, one for each of the times given; the same ones for the same times."""
+"""Draws a point of q_t for each of the given times; equal times give equal points."""
 
 
 class Distances(NamedTuple):
-    """g^2 / 2 times products of differences of scores, of each point, in nats per unit of time.
+    """g^2 / 2 times products of differences of scores, for each point, in nats per unit of time.
 
-    Without the data's score only `difference` is there.
+    Without the score of the data, all except `difference` are None.
     """
 
     difference: PerExample
-    """|s - grad ln p|^2, of l_Diff."""
+    """|s - grad ln p|^2, the integrand of l_Diff."""
     score_matching: PerExample | None = None
-    """|s - grad ln q|^2, of l_SM."""
+    """|s - grad ln q|^2, the integrand of l_SM."""
     fisher: PerExample | None = None
-    """|grad ln p - grad ln q|^2, of l_Fisher."""
+    """|grad ln p - grad ln q|^2, the integrand of l_Fisher."""
     cross: PerExample | None = None
     """(s - grad ln q) . (grad ln p - grad ln q), the integrand of Theorem 3.1."""
 
@@ -75,10 +75,10 @@ def distances(
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> Distances:
-    """The distances at points x of q_t, each at a time of its own. Their means over q_t are the curves of [L22] Fig. 3.
+    """Computes the distances at points x of q_t, each at its own time. [L22] Fig. 3 shows their means over q_t.
 
-    With probes, grad ln p is an unbiased estimate and so is `cross`; `difference` and `fisher` are too large by its
-    variance.
+    With probes, grad ln p is an unbiased estimate, and so is `cross`. `difference` and `fisher` are too large by the
+    variance of that estimate.
 
     Raises:
         RuntimeError: if a solve fails.
@@ -96,14 +96,14 @@ def _evaluate(score_fn: ScoreFn, x: Batch, t: PerExample) -> Batch:
 
 
 class TimeNodes(NamedTuple):
-    """Times, and the weights that turn values there into an integral over [t_min, T]."""
+    """Times and weights of a quadrature rule on [t_min, T]."""
 
     t: Float[np.ndarray, " times"]
     weight: Float[np.ndarray, " times"]
 
 
 def time_nodes(sde: SDE, t_min: float, num: int) -> TimeNodes:
-    """Gauss-Legendre nodes in ln(sigma / alpha): errors of scores matter on its scale, whatever the SDE.
+    """Returns Gauss-Legendre nodes in ln(sigma / alpha), the natural scale for errors of scores, for every SDE.
 
     Raises:
         ValueError: fewer than one node, or t_min outside (0, T).
@@ -113,23 +113,23 @@ def time_nodes(sde: SDE, t_min: float, num: int) -> TimeNodes:
     nodes, weights = np.polynomial.legendre.leggauss(num)
     total = float(sde.importance_weight(jnp.asarray(sde.t_max), t_min))
     t = sde.time_of_quantile(jnp.asarray(0.5 * total * (nodes + 1)), t_min)
-    rate = jnp.square(sde.diffusion(t) / sde.alpha_sigma(t)[1])  # of the quantile in time
+    rate = jnp.square(sde.diffusion(t) / sde.alpha_sigma(t)[1])  # d quantile / dt
     return TimeNodes(np.asarray(t, np.float64), 0.5 * total * weights / np.asarray(rate, np.float64))
 
 
 @dataclasses.dataclass(frozen=True)
 class DistanceCurve:
-    """The mean of one of the distances at each of some times, its standard error, and its integral over time."""
+    """The mean of a distance at several times, its standard error, and its integral over time."""
 
     nodes: TimeNodes
     mean: Float[np.ndarray, " times"]
     se: Float[np.ndarray, " times"]
     num_points: int
-    """At each time."""
+    """Points at each time."""
 
     @property
     def integral(self) -> MeanEstimate:
-        """In nats; the standard error is that of the points, which are independent from time to time."""
+        """The integral in nats. Its standard error assumes independent points at different times."""
         se = float(np.sqrt(np.sum((self.nodes.weight * self.se) ** 2)))
         return MeanEstimate(float(self.nodes.weight @ self.mean), se, self.num_points * len(self.mean))
 
@@ -146,19 +146,20 @@ def distance_curves(
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> dict[str, DistanceCurve]:
-    """l_Diff(t), and with the data's score l_SM(t), l_Fisher(t) and Theorem 3.1's integrand, at each of the nodes.
+    """Computes l_Diff(t) and, given the score of the data, l_SM(t), l_Fisher(t) and the integrand of Theorem 3.1.
 
-    One solve takes all times and points together, num_times x num_points examples, the points of a time in a row.
+    One solve takes all num_times x num_points examples, in which the points of one time are adjacent.
 
     Args:
-        sampler: points of q_t.
+        sampler: draws points of q_t.
         probes: for all of these examples, in their order.
 
     Returns:
-        Curves by the names of `Distances`, in nats per unit of time.
+        Curves at the nodes by the names of `Distances`, in nats per unit of time.
 
     Raises:
-        ValueError: fewer than 2 points, which have no standard error. RuntimeError: if a solve fails.
+        ValueError: fewer than 2 points, which do not give a standard error.
+        RuntimeError: if a solve fails.
     """
     if num_points < 2:
         raise ValueError(f"need at least 2 points at each time, got {num_points}")
@@ -174,18 +175,18 @@ def distance_curves(
     return curves
 
 
-# --- the theorem ---
+# Theorem 3.1.
 
 
 class KLIdentity(NamedTuple):
-    """Both sides of [L22] Theorem 3.1, in nats, found independently of each other: by likelihoods and by scores."""
+    """Both sides of [L22] Theorem 3.1, in nats, computed independently: from likelihoods and from scores."""
 
     start: MeanEstimate
-    """KL(q_min || p_min): the mean of ln q - ln p, ln p by the likelihood's solver."""
+    """KL(q_min || p_min): the mean of ln q - ln p, with ln p from likelihood.py."""
     end: MeanEstimate
-    """KL(q_T || p_T), p_T being the prior."""
+    """KL(q_T || p_T), where p_T is the prior."""
     integral: MeanEstimate
-    """Of g^2 / 2 E[(s - grad ln q) . (grad ln p - grad ln q)]."""
+    """The integral of g^2 / 2 E[(s - grad ln q) . (grad ln p - grad ln q)]."""
 
     @property
     def right(self) -> MeanEstimate:
@@ -207,14 +208,15 @@ def kl_identity(
     rtol: float = 1e-5,
     atol: float = 1e-5,
 ) -> KLIdentity:
-    """Checks a score model's ODE against Theorem 3.1, for data of few dimensions known in closed form.
+    """Checks the ODE of a score model by Theorem 3.1, for data of few dimensions with a known density.
 
     Args:
-        sampler: points of q_t; quasi-random ones for accuracy, whose standard errors are then too large.
-        num_points: at each end, and at each time of the integral.
+        sampler: draws points of q_t. Quasi-random points are more accurate, but make the standard errors too large.
+        num_points: the number of points at each end, and at each time of the integral.
 
     Raises:
-        ValueError: of `time_nodes` and `distance_curves`. RuntimeError: if a solve fails.
+        ValueError: as in `time_nodes` and `distance_curves`.
+        RuntimeError: if a solve fails.
     """
     nodes = time_nodes(sde, t_min, num_times)
     first, last = (jnp.full(num_points, t, jnp.asarray(nodes.t).dtype) for t in (t_min, sde.t_max))

@@ -1,6 +1,6 @@
-"""Paths of points between data and prior, to look at: of the SDE and the ODE, forward and in reverse.
+"""Paths of points between data and prior for figures, by the SDE and the ODE, forward and in reverse.
 
-These are Euler's steps on a grid of times. Samples are drawn by sampling.py, likelihoods solved by ode.py.
+The paths take Euler steps on a grid of times. sampling.py draws samples, and likelihood.py computes likelihoods.
 """
 
 from functools import partial
@@ -18,14 +18,15 @@ Path = Float[Array, "times batch *dims"]
 
 
 def ode_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: Times) -> Path:
-    """Of the probability-flow ODE from x at the first of `times`, which increase or decrease, to the last."""
+    """Follows the probability-flow ODE from x at the first of `times`, which increase or decrease, to the last."""
     return _euler(as_pytree(score_fn), x, times, None, sde=sde)
 
 
 def sde_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: Times, key: Array) -> Path:
-    """Of the SDE from x at the first of `times`: forward, where the score plays no part, or in reverse.
+    """Follows the SDE from x at the first of `times` to the last, forward or in reverse.
 
-    Forward times increase, reverse ones decrease ([S21a] Eqn. 6).
+    Increasing times follow the forward SDE, which does not use the score. Decreasing times follow the reverse SDE
+    ([S21a] Eqn. 6).
     """
     noise = jax.random.normal(key, (len(times) - 1, *x.shape), x.dtype)
     return _euler(as_pytree(score_fn), x, times, noise, sde=sde)
@@ -34,7 +35,7 @@ def sde_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: Times, key: Array) ->
 @partial(jax.jit, static_argnames="sde")
 def _euler(score_fn: ScoreFn, x: Batch, times: Times, noise: Path | None, *, sde: SDE) -> Path:
     reverse = times[-1] < times[0]
-    # of g^2 score in the drift: none in the forward SDE, all of it in the reverse one, half of it in the ODE
+    # The weight of g^2 score in the drift is 0 in the forward SDE, 1 in the reverse SDE, and 1/2 in the ODE.
     weight = 0.5 if noise is None else jnp.where(reverse, 1.0, 0.0)
 
     def step(x: Batch, now: tuple[Array, Array, Batch | None]) -> tuple[Batch, Batch]:

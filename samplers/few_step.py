@@ -1,13 +1,13 @@
 """Samplers for 10 to 50 network evaluations.
 
-They work on y = x_t / alpha, whose noise level rho = sigma / alpha describes any SDE of sde_lib. With the denoiser
-D(y, rho) = E[x_0 | x_t] the probability-flow ODE is dy / d rho = (y - D) / rho, the same for every SDE. (VE is the case
-y = x.) They are given ln rho at the points of a grid, decreasing, and the last level is left either as it is or, by a
-step to rho = 0 that all first-order methods take to y = D, denoised.
+They work on y = x_t / alpha, whose noise level rho = sigma / alpha describes every SDE of sde_lib. With the denoiser
+D(y, rho) = E[x_0 | x_t], the probability-flow ODE is dy / d rho = (y - D) / rho for every SDE. (For VE, y = x.)
+The samplers take ln rho at the points of a decreasing grid. At the last level they either stop, or take a step to
+rho = 0. That step is y = D, denoising, for all first-order methods.
 
-E[x_0 | x_t] lies in the range of the data, where that is an interval for each pixel. Given the range, they project D
-onto it, which brings any estimate nearer the truth, and much nearer at large rho, where an error of the score counts
-rho^2-fold in D ([LZ22] Sec. 4.1, there thresholding).
+If the range of the data is an interval for each pixel, E[x_0 | x_t] lies in it. Given the range, the samplers project D
+onto it. The projection brings every estimate nearer to the truth, and much nearer at large rho, where an error of the
+score is multiplied by rho^2 in D ([LZ22] Sec. 4.1, called thresholding there).
 
 Sources: [K22] Karras et al., NeurIPS 2022; [LZ22] Lu et al., "DPM-Solver++", 2022.
 """
@@ -30,10 +30,10 @@ LogNoiseLevels = Float[np.ndarray, " levels"]
 """ln rho on a grid, decreasing."""
 
 DataRange = tuple[float, float] | None
-"""The least and greatest value of a pixel; None where none is known."""
+"""The least and greatest value of a pixel; None if the data have no known range."""
 
 StepNoise = Callable[[tuple[int, ...], Array], Batch]
-"""Standard normal noise for images of this shape at this step. A pytree."""
+"""Draws standard normal noise for images of this shape at this step. A pytree."""
 
 
 def denoise(score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample) -> Batch:
@@ -43,10 +43,10 @@ def denoise(score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample) -> Batch:
 
 
 def noise_levels(sde: SDE, smallest_time: float, num_levels: int, schedule: str, exponent: float) -> LogNoiseLevels:
-    """`num_levels` values of ln rho from t_max down to `smallest_time`, in float64.
+    """Returns `num_levels` values of ln rho from t_max down to `smallest_time`, in float64.
 
     Args:
-        schedule: "log_snr", uniform in ln rho; "power", uniform in rho^(1 / exponent) ([K22] Eqn. 5, there 7);
+        schedule: "log_snr", uniform in ln rho; "power", uniform in rho^(1 / exponent) ([K22] Eqn. 5, with exponent 7);
             "time", uniform in t.
     """
     first, last = np.asarray(sde.log_noise_level(jnp.asarray([sde.t_max, smallest_time])), np.float64)
@@ -71,7 +71,7 @@ def heun(
 ) -> Batch:
     """Heun's second-order method in rho ([K22] Alg. 1), from x at the first level to the last or to zero.
 
-    Evaluations: 2 (levels - 1), and one to zero.
+    Evaluations: 2 (levels - 1), and one more for the step to zero.
     """
     rhos = jnp.exp(log_rhos)
     denoiser = functools.partial(_denoise_scaled, score_fn, sde, data_range)
@@ -106,7 +106,7 @@ def dpm_solver(
 
     The SDEs that share the data's marginals at every noise level are, with lambda = -ln rho and c = 1 + eta^2,
         dy = c (D - y) d lambda + sqrt(2) eta rho dw:
-    eta = 0 is the probability-flow ODE, eta = 1 the reverse-time SDE. All are linear but for D, so over one step h
+    eta = 0 is the probability-flow ODE, eta = 1 the reverse-time SDE. All are linear except for D, so over one step h
         y(lambda + h) = exp(-c h) y(lambda) + integral over s in [0, h] of c exp(c (s - h)) D(lambda + s) + n,
     n normal with variance rho(lambda + h)^2 (1 - exp(-2 eta^2 h)). D is replaced by the polynomial through its last
     `order` values, and the integral is then exact. For c = 1 and the nodes s_0 = 0 > s_1 > s_2 it is sum_j w_j D_j,
@@ -115,22 +115,22 @@ def dpm_solver(
     and c only rescales lambda. [LZ22]'s 2M takes (1 - exp(-h)) h / 2 for m_1; the two agree to the order of the method.
     The step to zero is the limit h = infinity of the first-order step: y' = D.
 
-    An error that the network makes at large rho stays in the ODE's y, while the noise of eta > 0 makes it forgotten.
+    With the ODE, an error of the network at large rho stays in y. The noise of eta > 0 makes y forget it.
 
-    Evaluations: levels - 1, and one to zero.
+    Evaluations: levels - 1, and one more for the step to zero.
 
     Raises:
-        ValueError: if eta is not 0 and there is no noise for it.
+        ValueError: if eta is not 0 and `noise` is missing.
     """
     if eta and noise is None:
-        raise ValueError(f"eta is {eta}, but there is no noise for it")
+        raise ValueError(f"eta is {eta}, but noise is None; pass the noise that eta > 0 needs")
     coefficients = multistep_coefficients(log_rhos, order, to_zero, eta)
     noise = noise if eta else None
     return _multistep(score_fn, sde, x, jnp.asarray(log_rhos, x.dtype), coefficients, to_zero, noise, data_range)
 
 
 class Multistep(NamedTuple):
-    """y' = decay y + sum_j weights[j] D_j + noise z of each step; D_j are the last values of D, the newest first."""
+    """Coefficients of each step, y' = decay y + sum_j weights[j] D_j + noise z; D_j: last values of D, newest first."""
 
     decay: Float[np.ndarray, " steps"]
     weights: Float[np.ndarray, "steps order"]
@@ -138,10 +138,10 @@ class Multistep(NamedTuple):
 
 
 def multistep_coefficients(log_rhos: LogNoiseLevels, order: int, to_zero: bool, eta: float = 0.0) -> Multistep:
-    """See `dpm_solver`.
+    """Computes the coefficients of `dpm_solver`.
 
-    The first steps have fewer values to go by and are of lower order; D hardly changes there, so that this costs no
-    order of the whole. The step to zero is of order one: no polynomial in lambda can be trusted up to infinity.
+    The first steps have fewer past values and lower order. D hardly changes there, so the order of the whole method
+    stays the same. The step to zero has order one, because a polynomial in lambda cannot be extrapolated to infinity.
     """
     lambdas, c = -log_rhos, 1 + eta**2
     steps = len(lambdas) - 1
@@ -162,7 +162,7 @@ def _adams_weights(h: float, nodes: Float[np.ndarray, " q"]) -> Float[np.ndarray
     moments = [-np.expm1(-h)]
     for k in range(1, len(nodes)):
         moments.append(h**k - k * moments[-1])
-    # in units of h, for the conditioning of the system
+    # In units of h, the linear system is better conditioned.
     powers = np.arange(len(nodes))
     return np.linalg.solve((nodes[None, :] / h) ** powers[:, None], np.array(moments) / h**powers)
 
@@ -207,7 +207,7 @@ def _scale_up(sde: SDE, y: Batch, log_rho: Array) -> Batch:
 
 
 def _denoise_scaled(score_fn: ScoreFn, sde: SDE, data_range: DataRange, y: Batch, log_rho: Array) -> Batch:
-    """D(y, rho), within the range of the data."""
+    """D(y, rho), clipped to the range of the data."""
     t = jnp.full(y.shape[0], sde.time_of_log_noise_level(log_rho))
     denoised = denoise(score_fn, sde, _scale_up(sde, y, log_rho), t)
     return denoised if data_range is None else jnp.clip(denoised, *data_range)

@@ -1,7 +1,7 @@
-"""The updates that predictor-corrector samplers alternate.
+"""The updates of predictor-corrector samplers.
 
-Each is a pure function (score_fn, sde, x, t, noise, ...) -> (x, x_mean), where x_mean is x before noise is added, and
-`num_steps` the number of steps of the discrete chain from t_max to 0.
+Each is a pure function (score_fn, sde, x, t, noise, ...) -> (x, x_mean), where x_mean is x before noise is added.
+`num_steps` is the number of steps of the discrete chain from t_max to 0.
 
 Sources: [S21a] Song et al., ICLR 2021; [SE19] Song & Ermon, NeurIPS 2019; [H20] Ho et al., NeurIPS 2020.
 """
@@ -15,7 +15,7 @@ from arrays import Batch, PerExample, ScoreFn, append_dims, inner
 from sde_lib import SDE, VESDE, VPSDE
 
 Update = tuple[Batch, Batch]
-"""x after an update, and its mean, i.e. x before noise was added."""
+"""x after an update, and its mean, that is, x before noise was added."""
 
 
 # Predictors: one step of the reverse-time SDE, or with `probability_flow` of the ODE with the same marginals.
@@ -50,10 +50,10 @@ def reverse_diffusion(
 def ancestral_sampling(
     score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample, noise: Batch, num_steps: int, probability_flow: bool = False
 ) -> Update:
-    """Ancestral sampling of the discrete chain, which VE and VP have.
+    """Ancestral sampling of the discrete chain, which is defined for VE and VP.
 
     Raises:
-        ValueError: for the other SDEs, and for `probability_flow`, which it has no form of.
+        ValueError: for other SDEs, and for `probability_flow`.
     """
     check_ancestral(sde, probability_flow)
     return _ANCESTRAL[type(sde)](sde, x, score_fn(x, t), t, noise, num_steps)
@@ -78,11 +78,17 @@ _ANCESTRAL: dict[type[SDE], Callable[..., Update]] = {VPSDE: _ancestral_ddpm, VE
 
 
 def check_ancestral(sde: SDE, probability_flow: bool) -> None:
-    """Raises ValueError where ancestral sampling is not defined."""
+    """Raises ValueError if ancestral sampling is not defined for these settings."""
     if type(sde) not in _ANCESTRAL:
-        raise ValueError(f"sampling.predictor ancestral_sampling needs training.sde vesde or vpsde, got {sde}")
+        raise ValueError(
+            f"sampling.predictor is 'ancestral_sampling', which needs training.sde vesde or vpsde, got {sde}; use "
+            "reverse_diffusion"
+        )
     if probability_flow:
-        raise ValueError("sampling.predictor ancestral_sampling has no probability_flow; reverse_diffusion has")
+        raise ValueError(
+            "sampling.predictor is 'ancestral_sampling', which has no probability_flow; use reverse_diffusion, or set "
+            "sampling.probability_flow=False"
+        )
 
 
 # Correctors: one step of Langevin dynamics at constant t, x + step score + sqrt(2 step) noise.
@@ -93,8 +99,8 @@ def langevin(
 ) -> Update:
     """step = 2 a (snr |noise| / |score|)^2, a = `sde.step_alpha` ([S21a] Alg. 4 and 5).
 
-    The two norms are means over the whole batch, on all devices, as published. So the images of a batch are coupled,
-    and samples depend on the size of the batch.
+    The two norms are means over the whole batch, on all devices, as published. Therefore the images of a batch are
+    coupled, and samples depend on the batch size.
     """
     score = score_fn(x, t)
     ratio = _mean_norm(noise) / _mean_norm(score)
