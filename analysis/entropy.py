@@ -35,7 +35,7 @@ from sde_lib import SDE
 
 FORMS = ("score", "divergence")
 
-Moments: TypeAlias = tuple[Float[Array, "*dims"], Float[Array, "*dims"]]
+MeanAndVariance: TypeAlias = tuple[Float[Array, "*dims"], Float[Array, "*dims"]]
 """Mean and variance of each dimension of the data."""
 
 
@@ -133,7 +133,7 @@ def _batch_means(
     score_fn: ScoreFn,
     x0: Float[Array, "batches batch *dims"],
     noise: EntropyNoise,
-    moments: Moments,
+    moments: MeanAndVariance,
     *,
     sde: SDE,
     form: str,
@@ -151,7 +151,7 @@ def _batch_means(
     return jax.lax.map(one, (x0, noise))
 
 
-def _square_of_score(score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample, moments: Moments) -> PerExample:
+def _square_of_score(score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample, moments: MeanAndVariance) -> PerExample:
     """|s|^2 - |r|^2 + E|r|^2, where r is the score of the Gaussian with the moments of the data."""
     alpha, sigma = (append_dims(a, x) for a in sde.alpha_sigma(t))
     mean, variance = (moment[None] for moment in moments)

@@ -13,16 +13,16 @@ from arrays import Batch, ScoreFn
 from ode import as_pytree
 from sde_lib import SDE
 
-Times = Float[Array, " times"]
+TimeGrid = Float[Array, " times"]
 Path = Float[Array, "times batch *dims"]
 
 
-def ode_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: Times) -> Path:
+def ode_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: TimeGrid) -> Path:
     """Follows the probability-flow ODE from x at the first of `times`, which increase or decrease, to the last."""
     return _euler(as_pytree(score_fn), x, times, None, sde=sde)
 
 
-def sde_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: Times, key: Array) -> Path:
+def sde_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: TimeGrid, key: Array) -> Path:
     """Follows the SDE from x at the first of `times` to the last, forward or in reverse.
 
     Increasing times follow the forward SDE, which does not use the score. Decreasing times follow the reverse SDE
@@ -33,7 +33,7 @@ def sde_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: Times, key: Array) ->
 
 
 @partial(jax.jit, static_argnames="sde")
-def _euler(score_fn: ScoreFn, x: Batch, times: Times, noise: Path | None, *, sde: SDE) -> Path:
+def _euler(score_fn: ScoreFn, x: Batch, times: TimeGrid, noise: Path | None, *, sde: SDE) -> Path:
     reverse = times[-1] < times[0]
     # The weight of g^2 score in the drift is 0 in the forward SDE, 1 in the reverse SDE, and 1/2 in the ODE.
     weight = 0.5 if noise is None else jnp.where(reverse, 1.0, 0.0)

@@ -42,8 +42,8 @@ class Snapshots:
     def due(self, step: int) -> bool:
         """Whether the checkpoint of this step is permanent: every `training.snapshot_freq` steps, and the last one."""
         training = self.run.config.training
-        kept = step % training.snapshot_freq == 0 or step >= training.n_iters
-        return training.snapshot_sampling and step > 0 and kept
+        permanent = step % training.snapshot_freq == 0 or step >= training.n_iters
+        return training.snapshot_sampling and step > 0 and permanent
 
     def draw(self, state: TrainState, stop: StopRequest) -> None:
         """Draws the snapshot of this state if it is due and missing.

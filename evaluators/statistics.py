@@ -13,7 +13,7 @@ from evaluators.extractor import FeatureExtractor, Images, array_hash
 from infra import parallel
 from infra.files import read_npz, write_npz
 
-KEPT = 10_000
+MAX_STORED_FEATURES = 10_000
 """Feature vectors, at most, that are stored with their statistics for KID."""
 
 _BLOCK = 4096  # vectors converted to float64 at a time
@@ -33,7 +33,7 @@ class Statistics:
     features: str
     features_hash: str
     data: str
-    pool: Float[np.ndarray, "kept d"] | None = None
+    pool: Float[np.ndarray, "stored d"] | None = None
 
     @property
     def hash(self) -> str:
@@ -65,48 +65,53 @@ class Moments:
         return self.shift + mean, (self.products - self.n * np.outer(mean, mean)) / (self.n - 1)
 
 
-class _RandomPart:
-    """A uniformly random subset of at most `most` vectors that arrive in parts, in their order."""
+class _RandomSubset:
+    """A uniformly random subset of at most `size` vectors that arrive in parts, in their order."""
 
-    def __init__(self, most: int) -> None:
-        self.most, self.generator, self.parts = most, np.random.default_rng(0), []
+    def __init__(self, size: int) -> None:
+        self.size, self.generator, self.parts = size, np.random.default_rng(0), []
         self.priorities = np.empty(0)
 
     def add(self, pool: Float[np.ndarray, "n d"]) -> None:
         self.parts.append(pool)
         self.priorities = np.concatenate([self.priorities, self.generator.random(len(pool))])
-        if len(self.priorities) > 2 * self.most:
+        if len(self.priorities) > 2 * self.size:
             self._reduce()
 
-    def vectors(self) -> Float[np.ndarray, "kept d"]:
+    def vectors(self) -> Float[np.ndarray, "stored d"]:
         self._reduce()
         return self.parts[0]
 
     def _reduce(self) -> None:
-        """Keeps the vectors of the lowest priorities."""
-        chosen = np.sort(np.argsort(self.priorities)[: self.most])
+        """Selects the vectors of the lowest priorities."""
+        chosen = np.sort(np.argsort(self.priorities)[: self.size])
         self.parts, self.priorities = [np.concatenate(self.parts)[chosen]], self.priorities[chosen]
 
 
 def statistics_of(
-    pools: Iterable[Float[np.ndarray, "n d"]], *, features: str, features_hash: str, data: str, keep: int = KEPT
+    pools: Iterable[Float[np.ndarray, "n d"]],
+    *,
+    features: str,
+    features_hash: str,
+    data: str,
+    max_stored: int = MAX_STORED_FEATURES,
 ) -> Statistics:
-    """Computes the statistics of feature vectors that arrive in parts, and stores at most `keep` vectors with them.
+    """Computes the statistics of feature vectors that arrive in parts, and stores at most `max_stored` of them.
 
     Raises:
         ValueError: for fewer than two vectors.
     """
-    moments, kept = Moments(), _RandomPart(keep)
+    moments, subset = Moments(), _RandomSubset(max_stored)
     for pool in pools:
         moments.add(pool)
-        kept.add(pool)
+        subset.add(pool)
     if moments.n < 2:
         raise ValueError(f"{data} has {moments.n} feature vectors, but a covariance needs at least 2")
-    return Statistics(*moments.mean_and_covariance(), moments.n, features, features_hash, data, kept.vectors())
+    return Statistics(*moments.mean_and_covariance(), moments.n, features, features_hash, data, subset.vectors())
 
 
 def measured_statistics(extractor: FeatureExtractor, data: str, batches: Iterable[Images]) -> Statistics:
-    """Computes the statistics of images that arrive in batches, with at most a few times `KEPT` features in memory."""
+    """Computes the statistics of images that arrive in batches, without holding the features of all of them."""
     pools = (extractor(images).pool for images in batches)
     return statistics_of(pools, features=extractor.name, features_hash=extractor.hash, data=data)
 
@@ -168,7 +173,7 @@ def load_statistics(path: Path, *, features: str = "inception") -> Statistics:
     name, digest = str(arrays.get("features", features)), str(arrays.get("features_hash", ""))
     data = str(arrays.get("data", path.name))
     if "pool_3" in arrays:
-        pool = arrays["pool_3"].reshape(len(arrays["pool_3"]), -1)  # some files keep the 1 x 1 spatial axes
+        pool = arrays["pool_3"].reshape(len(arrays["pool_3"]), -1)  # Some files contain the 1 x 1 spatial axes.
         statistics = statistics_of([pool], features=name, features_hash=digest, data=data)
     elif {"mu", "sigma"} <= arrays.keys():
         n = int(arrays["n"]) if "n" in arrays else None

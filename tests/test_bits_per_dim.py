@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"eval__bound": True, "eval__num_importance_samples": 2},
         r"estimates a bound",
     ),
-    "late bound": ({"eval__bound": True, "eval__dequantization": "truncated_normal"}, r"x at t > 0, but eval.bound=True"),
+    "late bound": ({"eval__bound": True, "eval__dequantization": "truncated_normal"}, r"x at t > 0, but eval.bound="),
     "times": ({"eval__bound": True, "eval__bound_times": 1}, r"eval.bound_times is 1; it must be at least 2"),
     "starts": ({"eval__bound": True, "eval__bound_starts": 0}, r"eval.bound_starts is 0; it must be at least 1"),
 }

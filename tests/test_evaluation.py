@@ -257,7 +257,7 @@ def assert_equal_statistics(a: Statistics, b: Statistics) -> None:
 
 def test_statistics_survive_the_disk(tmp_path):
     pool = rng().normal(size=(30, 5)).astype(np.float32)
-    statistics = statistics_of([pool], features="f", features_hash="12ab", data="noise", keep=20)
+    statistics = statistics_of([pool], features="f", features_hash="12ab", data="noise", max_stored=20)
     assert statistics.pool is not None
     assert statistics.pool.shape == (20, 5)
     np.testing.assert_allclose(statistics.mu, pool.mean(0), atol=1e-6)
@@ -282,7 +282,9 @@ def test_moments_of_parts_are_those_of_the_whole():
 def test_the_part_kept_is_a_fair_draw_from_all_batches():
     """Each vector at most once; the kept ones' places are spread evenly, whatever batch they came in."""
     pool = np.arange(4000.0).reshape(-1, 1)
-    statistics = statistics_of(np.split(pool, [10, 1500, 1501]), features="f", features_hash="", data="d", keep=1000)
+    statistics = statistics_of(
+        np.split(pool, [10, 1500, 1501]), features="f", features_hash="", data="d", max_stored=1000
+    )
     assert statistics.pool is not None
     places = statistics.pool[:, 0]
     assert len(np.unique(places)) == len(places) == 1000
