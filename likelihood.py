@@ -34,30 +34,11 @@ Probes: TypeAlias = Float[Array, "k batch *dims"]
 State: TypeAlias = tuple[Batch, Float[Array, "batch k"]]
 """The position of each example, and the integral of the divergence so far."""
 
+Solve: TypeAlias = Callable[..., tuple[State, Info]]
+"""solve(field, state, start, end): `ode.integrate` with a method and its settings."""
+
 Nats = TypeVar("Nats", Array, np.ndarray)
 """One number for each example, as a jax or NumPy array."""
-
-
-class Method(NamedTuple):
-    """How a likelihood is solved."""
-
-    coordinates: str
-    """"time", as published, or "reference", our coordinates."""
-    solver: str
-    """The method of `ode.integrate`."""
-
-
-METHODS = {
-    "dopri5": Method("time", "dopri5"),
-    "scipy": Method("time", "scipy"),
-    "rk4": Method("time", "rk4"),
-    "dopri5_log": Method("reference", "dopri5"),
-    "scipy_log": Method("reference", "scipy"),
-    "rk4_log": Method("reference", "rk4"),
-    "adams_log": Method("reference", "adams"),
-}
-
-DEFAULT_REFERENCE = GaussianReference()
 
 
 class LogLikelihood(NamedTuple):
@@ -100,69 +81,6 @@ class LogLikelihood(NamedTuple):
         return jnp.std(self.divergence_estimates, axis=1) / math.sqrt(k - 1)
 
 
-def draw_probes(key: Array, kind: str, shape: tuple[int, ...], num_probes: int = 1) -> Probes | None:
-    """Draws probes of the divergence for a batch of the given shape; returns None for kind "exact".
-
-    Raises:
-        ValueError: unknown kind.
-    """
-    if kind == "exact":
-        return None
-    if kind not in PROBES:
-        raise ValueError(f"unknown probe {kind!r}; known: {', '.join((*PROBES, 'exact'))}")
-    return PROBES[kind](key, (num_probes, *shape))
-
-
-def ode_log_likelihood(
-    score_fn: ScoreFn,
-    sde: SDE,
-    x: Batch,
-    probes: Probes | None,
-    *,
-    t_min: float,
-    method: str = "dopri5",
-    reference: GaussianReference = DEFAULT_REFERENCE,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    num_steps: int = 100,
-) -> LogLikelihood:
-    """Computes ln p(x) of each example under the probability-flow ODE by the named method.
-
-    Can be called under jit (except for the methods of SciPy) and on sharded batches. An eager call compiles its solve
-    once, and other parameters compile nothing if the score function is a pytree. Matrix products have full precision
-    throughout, not the reduced one that accelerators default to.
-
-    Args:
-        probes: fixed for the whole solve. The estimate is their mean, unbiased for independent entries of mean 0 and
-            variance 1. One evaluation of the field is one of the score with its k derivatives. None: the exact
-            divergence, from d derivatives.
-        t_min: the time at which the data are x.
-        method: one of `METHODS`. "scipy" is the published protocol and "dopri5" the same on the device. Adaptive
-            methods control an error over the whole batch, so results depend on the batch within the tolerance. In
-            float32 they reach rounding noise at tolerances below 1e-6. With the fixed steps of "rk4_log" and
-            "adams_log", the result of an example does not depend on the others, and has an estimate of its error.
-            "adams_log" has the most accuracy for its evaluations if the network is rough in time.
-        reference: for the methods whose names end in "_log"; see coordinates.py.
-        rtol, atol: tolerances of the adaptive methods; see `ode.integrate`.
-        num_steps: for the fixed-step methods; see `ode.integrate`.
-
-    Raises:
-        ValueError: unknown method, or as in `ode.integrate`. A failed solve does not raise, but its numbers are not
-            likelihoods: pass `info` to `ode.require_success`.
-    """
-    if method not in METHODS:
-        raise ValueError(f"unknown likelihood method {method!r}; known: {', '.join(METHODS)}")
-    coordinates, solver = METHODS[method]
-    solve = functools.partial(integrate, method=solver, rtol=rtol, atol=atol, num_steps=num_steps)
-    if coordinates == "time":
-        return published_log_likelihood(score_fn, sde, x, probes, t_min, solve)
-    return reference_log_likelihood(score_fn, sde, x, probes, t_min, solve, reference)
-
-
-Solve: TypeAlias = Callable[..., tuple[State, Info]]
-"""solve(field, state, start, end): `ode.integrate` with a method and its settings."""
-
-
 def published_log_likelihood(
     score_fn: ScoreFn, sde: SDE, x: Batch, probes: Probes | None, t_min: float, solve: Solve
 ) -> LogLikelihood:
@@ -170,9 +88,10 @@ def published_log_likelihood(
 
     d/dt (x, change) = (h, div h), and ln p(x) = ln prior(x_T) + change. Arguments as in `ode_log_likelihood`.
     """
+    field = TimeField(as_pytree(score_fn), probes, sde)
     start, end = jnp.asarray(t_min, x.dtype), jnp.asarray(sde.t_max, x.dtype)
     with jax.default_matmul_precision("highest"):
-        (latent, change), info = solve(TimeField(as_pytree(score_fn), probes, sde), (x, _zeros(x, probes)), start, end)
+        (latent, change), info = solve(field, (x, _zeros(x, probes)), start, end)
     prior_logp, error = _prior_and_error(sde.prior_logp, latent, info.error_estimate)
     return LogLikelihood(prior_logp, change, latent, error, info._replace(error_estimate=None))
 
@@ -258,6 +177,90 @@ class ReferenceField:
 
     def _probe_squares(self, like: Batch) -> Probes:
         return jnp.ones((1, *like.shape), like.dtype) if self.probes is None else jnp.square(self.probes)
+
+
+# The choice of a method by name.
+
+
+class Method(NamedTuple):
+    """How a likelihood is solved."""
+
+    coordinates: str
+    """"time", as published, or "reference", our coordinates."""
+    solver: str
+    """The method of `ode.integrate`."""
+
+
+METHODS = {
+    "dopri5": Method("time", "dopri5"),
+    "scipy": Method("time", "scipy"),
+    "rk4": Method("time", "rk4"),
+    "dopri5_log": Method("reference", "dopri5"),
+    "scipy_log": Method("reference", "scipy"),
+    "rk4_log": Method("reference", "rk4"),
+    "adams_log": Method("reference", "adams"),
+}
+
+DEFAULT_REFERENCE = GaussianReference()
+
+
+def ode_log_likelihood(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    probes: Probes | None,
+    *,
+    t_min: float,
+    method: str = "dopri5",
+    reference: GaussianReference = DEFAULT_REFERENCE,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    num_steps: int = 100,
+) -> LogLikelihood:
+    """Computes ln p(x) of each example under the probability-flow ODE by the named method.
+
+    Can be called under jit (except for the methods of SciPy) and on sharded batches. An eager call compiles its solve
+    once, and other parameters compile nothing if the score function is a pytree. Matrix products have full precision
+    throughout, not the reduced one that accelerators default to.
+
+    Args:
+        probes: fixed for the whole solve. The estimate is their mean, unbiased for independent entries of mean 0 and
+            variance 1. One evaluation of the field is one of the score with its k derivatives. None: the exact
+            divergence, from d derivatives.
+        t_min: the time at which the data are x.
+        method: one of `METHODS`. "scipy" is the published protocol and "dopri5" the same on the device. Adaptive
+            methods control an error over the whole batch, so results depend on the batch within the tolerance. In
+            float32 they reach rounding noise at tolerances below 1e-6. With the fixed steps of "rk4_log" and
+            "adams_log", the result of an example does not depend on the others, and has an estimate of its error.
+            "adams_log" has the most accuracy for its evaluations if the network is rough in time.
+        reference: for the methods whose names end in "_log"; see coordinates.py.
+        rtol, atol: tolerances of the adaptive methods; see `ode.integrate`.
+        num_steps: for the fixed-step methods; see `ode.integrate`.
+
+    Raises:
+        ValueError: unknown method, or as in `ode.integrate`. A failed solve does not raise, but its numbers are not
+            likelihoods: pass `info` to `ode.require_success`.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown likelihood method {method!r}; known: {', '.join(METHODS)}")
+    coordinates, solver = METHODS[method]
+    solve = functools.partial(integrate, method=solver, rtol=rtol, atol=atol, num_steps=num_steps)
+    if coordinates == "time":
+        return published_log_likelihood(score_fn, sde, x, probes, t_min, solve)
+    return reference_log_likelihood(score_fn, sde, x, probes, t_min, solve, reference)
+
+
+def draw_probes(key: Array, kind: str, shape: tuple[int, ...], num_probes: int = 1) -> Probes | None:
+    """Draws probes of the divergence for a batch of the given shape; returns None for kind "exact".
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if kind == "exact":
+        return None
+    if kind not in PROBES:
+        raise ValueError(f"unknown probe {kind!r}; known: {', '.join((*PROBES, 'exact'))}")
+    return PROBES[kind](key, (num_probes, *shape))
 
 
 # Bits per dimension.
