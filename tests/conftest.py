@@ -18,6 +18,7 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SLOW = {
+    "test_bits_per_dim",
     "test_bounds",
     "test_density_grid",
     "test_deq_training",
@@ -29,7 +30,6 @@ SLOW = {
     "test_golden",
     "test_hosts",
     "test_likelihood",
-    "test_likelihood_pass",
     "test_losses",
     "test_models",
     "test_points",
