@@ -75,8 +75,9 @@ def image_bits(run: Run, score_fn: ScoreFn, count: int) -> np.ndarray:
     result = ode_log_likelihood(score_fn, run.sde, noisy.x, probes, t_min=dequantizer.t_min, method="adams_log")
     require_success(result.info)
 
-    bits = bits_per_dim(result, levels=dequantizer.bins_per_unit, unit_scale=dequantizer.unit_scale).total
-    return np.asarray(bits + noisy.log_q / (images[0].size * np.log(2)))
+    nats = result.terms | {"dequantization": noisy.log_q}
+    levels, unit_scale = dequantizer.bins_per_unit, dequantizer.unit_scale
+    return np.asarray(bits_per_dim(nats, num_dims=images[0].size, levels=levels, unit_scale=unit_scale)["bpd"])
 
 
 if __name__ == "__main__":
