@@ -23,8 +23,9 @@ from experiments.synthetic import (
     TEST_POINTS,
     Problem,
 )
+from experiments.synthetic_figures import distance_figure, start_figure, trajectories
 from infra.files import read_npz, write_atomic
-from report.density_figures import density_curves, density_maps, distance_figure, start_figure, trajectories
+from report.density_figures import density_curves, density_maps
 from report.figures import figure_png
 from sources.densities import DENSITIES
 

@@ -1,4 +1,4 @@
-"""Pictures of image grids, whose pixels stay sharp."""
+"""Pictures of image grids with sharp pixels."""
 
 import io
 import math
@@ -10,28 +10,28 @@ from PIL import Image
 
 from infra.files import write_atomic
 
-_TILE_PIXELS = 40  # images below this height are enlarged by a whole factor, each pixel to a square
-_GAP, _GAP_GREY = 2, 176  # pixels between images; neither black nor white, which images may be
+_TILE_PIXELS = 40  # smaller images are enlarged by an integer factor, so that each pixel becomes a square
+_GAP, _GAP_GREY = 2, 176  # space between images, in a grey that differs from black and white images
 
 
 def image_grid(
     images: UInt8[np.ndarray, "n height width channels"], levels: int, columns: int | None = None
 ) -> Image.Image:
-    """Images side by side, row after row; level 0 is black, level `levels` - 1 white.
+    """Draws images side by side, row after row. Level 0 is black and level `levels` - 1 is white.
 
-    Those of three channels are in colour, others in grey, the mean of their channels.
+    Images of three channels are drawn in colour, others as the mean of their channels in grey.
 
     Args:
-        columns: images in a row; None: as nearly square as goes.
+        columns: number of images in a row; by default the grid is as square as possible.
 
     Raises:
-        ValueError: if there are no images.
+        ValueError: if `images` is empty.
     """
     if images.shape[-1] not in (1, 3):
         images = np.rint(images.mean(axis=-1, keepdims=True)).astype(np.uint8)
     n, height, width, channels = images.shape
     if n == 0:
-        raise ValueError(f"there are no images in an array of shape {images.shape}")
+        raise ValueError(f"cannot draw an empty array of images, shape {images.shape}")
     scale = math.ceil(_TILE_PIXELS / height)
     columns = columns or math.ceil(math.sqrt(n))
     rows = math.ceil(n / columns)
@@ -45,11 +45,12 @@ def image_grid(
 
 
 def save_grid(path: Path, images: UInt8[np.ndarray, "n height width channels"], levels: int) -> None:
-    """Writes `image_grid` as a PNG file."""
+    """Writes a grid of images to a PNG file."""
     write_atomic(path, image_png(image_grid(images, levels)))
 
 
 def image_png(image: Image.Image) -> bytes:
+    """Returns the image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()

@@ -1,8 +1,8 @@
-"""The results of a checkpoint, as JSON: what each part of its evaluations found and, beside it, what that took.
+"""The results of one checkpoint as JSON files, and the time that each part of its evaluations took.
 
-<label>.json            a stamp that tells checkpoint and parameters; each part, `loss`, `bpd`, ..., as evaluated last;
-                        `earlier`: parts as evaluated before with other settings, oldest first, so that none is lost
-<label>_seconds.json    the time that each part took: all else is the same however often it was interrupted
+LABEL.json            metadata about the checkpoint and its parameters; the newest result of each part: `loss`, `bpd`,
+                      ...; in `earlier`, results with other settings, the oldest first
+LABEL_seconds.json    the time of each part; in a file of its own, because times depend on interruptions
 """
 
 import json
@@ -15,23 +15,27 @@ from absl import logging
 from infra.files import write_atomic
 
 IDENTITY = ("values", "n", "features_hash", "statistics_hash")
-"""Fields that tell parts of other settings apart: where their values are kept, what samples are compared with."""
+"""Fields that differ between settings: the name of the stored values, and what samples are compared with."""
 
 
 class Results:
-    """The files of one checkpoint, read anew for each addition: another evaluation may have added to them meanwhile.
+    """The files of one checkpoint. Re-read before every update, because another evaluation may have written to them.
+
+    Args:
+        path: LABEL.json.
+        metadata: fields about the checkpoint, such as `checkpoint_step` and `parameters`.
 
     Raises:
-        ValueError: if there is a file that cannot be read.
+        ValueError: if a file exists but cannot be read, before any work.
     """
 
-    def __init__(self, path: Path, stamp: dict[str, Any]):
-        self.path, self.stamp = path, stamp
+    def __init__(self, path: Path, metadata: dict[str, Any]):
+        self.path, self.metadata = path, metadata
         for each in (path, seconds_file(path)):
-            _read(each)  # what is damaged is said before any work
+            _read(each)
 
     def add(self, name: str, part: Mapping[str, Any]) -> None:
-        """Takes in a part: in place of one of the same settings, while one of other settings goes to `earlier`."""
+        """Adds a part. It replaces the result with the same settings; one with other settings moves to `earlier`."""
         part = dict(part)
         content, seconds = self._content(), _read(seconds_file(self.path))
         if "seconds" in part:
@@ -43,27 +47,24 @@ class Results:
         write_atomic(self.path, json.dumps(content, indent=1))
 
     def _content(self) -> dict[str, Any]:
-        """What the file holds of these parameters: results of a model that was here before do not mix with theirs."""
+        """Returns the results of these parameters, without those of another model that used this file before."""
         content = _read(self.path)
-        if content.get("parameters", self.stamp.get("parameters")) != self.stamp.get("parameters"):
-            logging.warning("%s had results of other parameters at this step; they are replaced", self.path)
+        if content.get("parameters", self.metadata.get("parameters")) != self.metadata.get("parameters"):
+            logging.warning("Replacing the results of other parameters at this step in %s", self.path)
             content = {}
-        return content | self.stamp
+        return content | self.metadata
 
 
 def seconds_file(path: Path) -> Path:
-    """Where the seconds that each part took are, for a file of results."""
+    """Returns the path of the times for a file of results."""
     return path.with_name(f"{path.stem}_seconds.json")
 
 
 def evaluations(content: Mapping[str, Any], seconds: Mapping[str, float]) -> list[dict[str, Any]]:
-    """What a file of results holds as results of one evaluation each: the last one, which is the last here, too.
-
-    Each part has its `seconds` again, where they are known.
-    """
+    """Splits the content of a file into single evaluations, the newest last, and adds the known `seconds` of parts."""
     last = {name: value for name, value in content.items() if name != "earlier"}
-    stamp = {name: value for name, value in last.items() if not isinstance(value, Mapping)}
-    results = [*(stamp | part for part in content.get("earlier", [])), last]
+    metadata = {name: value for name, value in last.items() if not isinstance(value, Mapping)}
+    results = [*(metadata | part for part in content.get("earlier", [])), last]
     return [{name: _with_seconds(name, value, seconds) for name, value in result.items()} for result in results]
 
 
@@ -85,4 +86,4 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text()) if path.exists() else {}
     except ValueError as error:
-        raise ValueError(f"{path} is no readable JSON ({error}); delete it to evaluate again") from error
+        raise ValueError(f"Cannot read {path} as JSON ({error}); delete it to evaluate again") from error

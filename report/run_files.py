@@ -1,4 +1,4 @@
-"""Reads what a run has written into its folder, as far as it exists, for the report."""
+"""Reads the files that the report shows from the folders of runs, as far as they exist."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,36 +7,41 @@ from typing import Any
 
 from infra.metrics import RunCurves, read_metrics, value_at
 from infra.results import evaluations, seconds_file
-from infra.workdir import DensityGrid, ImageGrid, PointCloud, Snapshot, Workdir, read_all, read_json
+from infra.workdir import Artefact, DensityGrid, ImageGrid, PointCloud, Snapshot, Workdir, read_all, read_json
 
 DATA = "data"
-"""The name of the files in samples/ that hold data instead of samples."""
+"""The name of the files in samples/ that have data instead of samples."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunFiles:
-    """What a folder holds of a run; None or empty for what it does not."""
+    """The content of a run's folder. Files that do not exist are None or empty here."""
 
-    name: str
+    name: str  # the name of the folder; read_runs adds a number if another run has the same name
     metrics: RunCurves
     config: Mapping[str, Any] | None
     environment: Mapping[str, Any] | None
-    results: list[dict[str, Any]]  # evaluations, by checkpoint
-    samples: ImageGrid | None  # the newest
-    data: ImageGrid | None  # real images
-    problems: list[str]  # files that cannot be read
+    results: list[dict[str, Any]]  # evaluations, sorted by the step of the checkpoint
+    problems: list[str]  # errors of files that cannot be read
+    samples: ImageGrid | None = None  # the newest
+    data: ImageGrid | None = None  # real images
     points: PointCloud | None = None  # the newest
     data_points: PointCloud | None = None
-    snapshots: Sequence[Snapshot] = ()  # by step
+    snapshots: Sequence[Snapshot] = ()  # sorted by step
     density: DensityGrid | None = None  # the newest
 
     @property
     def order(self) -> int | None:
-        """The highest order of the training loss: of the last record, else of the configuration."""
+        """The highest order of the training loss, from the last record or else from the configuration."""
         orders = self.metrics.get("train", {}).get("order")
         if orders is not None:
             return int(orders.values[-1])
         return (self.config or {}).get("training", {}).get("score_matching_order")
+
+    @property
+    def title(self) -> str:
+        """The name and the order of the run."""
+        return self.name if self.order is None else f"{self.name}, order {self.order}"
 
     @property
     def last_step(self) -> int | None:
@@ -44,18 +49,46 @@ class RunFiles:
         return max((int(curve.steps[-1]) for curve in self.metrics.get("train", {}).values()), default=None)
 
     def has_curves(self, names: Iterable[str]) -> bool:
-        """Whether training has recorded any of these."""
+        """Whether training has recorded any of these metrics."""
         return any(name in self.metrics.get("train", {}) for name in names)
+
+    def newest_result(self, part: str) -> tuple[dict[str, Any] | None, str]:
+        """The result for the newest checkpoint that has this part, and " of FILE" if there are several.
+
+        If there are several, prefers those in eval/, then the most recent.
+        """
+        having = [result for result in self.results if part in result]
+        newest = [result for result in having if result["checkpoint_step"] == having[-1]["checkpoint_step"]]
+        if not newest:
+            return None, ""
+        chosen = ([result for result in newest if result["file"].startswith("eval/")] or newest)[-1]
+        return chosen, f" of {chosen['file']}" if len(newest) > 1 else ""
+
+
+def read_runs(paths: Iterable[Path]) -> list[RunFiles]:
+    """Reads the folders of several runs, and numbers those with the same name.
+
+    Raises:
+        FileNotFoundError: if a folder does not exist.
+    """
+    runs: dict[str, RunFiles] = {}
+    for run in map(read_run, paths):
+        name, count = run.name, 2
+        while name in runs:
+            name, count = f"{run.name} ({count})", count + 1
+        results = [result | {"run": name} for result in run.results]
+        runs[name] = dataclasses.replace(run, name=name, results=results)
+    return list(runs.values())
 
 
 def read_run(path: Path) -> RunFiles:
     """Reads a run's folder.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        FileNotFoundError: if the folder does not exist.
     """
     if not path.is_dir():
-        raise FileNotFoundError(f"there is no folder {path}")
+        raise FileNotFoundError(f"the folder {path} of a run does not exist")
     workdir, problems = Workdir(path), []
     metrics = read_metrics(workdir.train)
     images = read_all(ImageGrid, workdir.samples.glob("*.npz"), problems)
@@ -69,27 +102,30 @@ def read_run(path: Path) -> RunFiles:
         config=read_json(workdir.config, problems),
         environment=read_json(workdir.environment, problems),
         results=_read_results(path, metrics, problems),
-        samples=max(images.values(), key=lambda grid: grid.step, default=None),
-        data=data,
         problems=problems,
-        points=max(points.values(), key=lambda cloud: cloud.step, default=None),
+        samples=_newest(images),
+        data=data,
+        points=_newest(points),
         data_points=data_points,
         snapshots=sorted(snapshots.values(), key=lambda snapshot: snapshot.step),
-        density=max(densities.values(), key=lambda grid: grid.step, default=None),
+        density=_newest(densities),
     )
 
 
+def _newest(artefacts: Mapping[str, Artefact]) -> Artefact | None:
+    return max(artefacts.values(), key=lambda artefact: artefact.step, default=None)
+
+
 def _read_results(workdir: Path, metrics: RunCurves, problems: list[str]) -> list[dict[str, Any]]:
-    """Evaluations in any folder of the run, each with its `run`, its `file`, and the `train_seconds` up to it."""
-    results, run = [], {"run": workdir.resolve().name}
+    """Evaluations in all folders of the run, each with its `run`, its `file`, and `train_seconds` up to the step."""
+    results = []
     for path in sorted(workdir.glob("**/*.json")):
         content = read_json(path, problems)
         if content is None or "checkpoint_step" not in content:
             continue
         file, seconds = str(path.relative_to(workdir)), value_at(metrics, "seconds", content["checkpoint_step"])
+        common = {"run": workdir.resolve().name} | ({} if seconds is None else {"train_seconds": seconds})
         *earlier, last = evaluations(content, read_json(seconds_file(path), problems) or {})
-        each = [result | {"file": f"{file}, earlier {n}"} for n, result in enumerate(earlier, 1)]
-        each.append(last | {"file": file})
-        about = run if seconds is None else run | {"train_seconds": seconds}
-        results += [result | about for result in each]
+        results += [result | common | {"file": f"{file}, earlier {n}"} for n, result in enumerate(earlier, 1)]
+        results.append(last | common | {"file": file})
     return sorted(results, key=lambda result: result["checkpoint_step"])

@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from analysis.score_distances import DistanceCurve, TimeNodes
-from report.density_figures import DISTANCES, density_curves, density_maps, distance_figure, trajectories
+from experiments.synthetic_figures import DISTANCES, distance_figure, trajectories
+from report.density_figures import density_curves, density_maps
 from report.figures import figure_png
 
 X = np.linspace(-2, 2, 50)

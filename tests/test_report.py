@@ -1,4 +1,4 @@
-"""The report page, its figures and tables, from files as runs write them, whole, damaged or missing."""
+"""The report page, its figures and tables, from complete, damaged and missing files of a run."""
 
 import base64
 import html.parser
@@ -16,9 +16,10 @@ from infra.files import write_npz
 from infra.image_grid import image_grid, save_grid
 from infra.metrics import MetricCurve, read_metrics
 from report.comparison import comparison_table
+from report.content import Table
 from report.figures import captioned, loss_figure, seconds_figure
-from report.formatting import duration, html_table, number, text_table, with_error
-from report.page import write_report
+from report.formatting import duration, number, text_table, with_error
+from report.page import render, write_report
 from report.run_files import read_run
 
 SECTIONS = ["Loss", "Likelihood", "Sample quality", "Samples", "Time", "Configuration", "Environment"]
@@ -46,7 +47,7 @@ def record(step: int, split: str = "train", order: int = 3, **values: float) -> 
 
 
 def write_run(workdir: Path, order: int = 3) -> Path:
-    """All the files of a run."""
+    """Writes all files of a run."""
     (workdir / "train").mkdir(parents=True)
     lines = [record(step, split, order) for step in range(100, 2001, 100) for split in ("train", "test")]
     (workdir / "train" / "metrics.jsonl").write_text("".join(lines))
@@ -69,7 +70,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class Page(html.parser.HTMLParser):
-    """What a browser would see of a page: its text by sections, images, and whether its tags match."""
+    """The text of a page by section, and its images. Raises AssertionError if tags do not match."""
 
     VOID = ("meta", "img")
 
@@ -164,7 +165,7 @@ def test_report_of_an_empty_folder_says_what_is_missing(tmp_path):
         assert re.search(r"No .* yet\.", page.sections[section])
     assert "No configuration" in page.sections["Configuration"]
     assert not page.images
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match=r"none .*does not exist"):
         write_report(tmp_path / "none")
 
 
@@ -220,8 +221,8 @@ def test_evaluations_of_one_step_are_told_apart_by_their_files(tmp_path):
     assert "eval/deeper/step_2000.json" in page_of(run).sections["Likelihood"]
 
 
-def test_of_several_evaluations_the_first_line_says_which_it_shows(tmp_path):
-    """That in eval/, and of one file the last."""
+def test_the_summary_names_the_file_if_there_are_several_evaluations(tmp_path):
+    """The summary prefers the evaluation in eval/, then the newest one of a file."""
     run = write_run(tmp_path / "run")
     result = {"checkpoint_step": 2000, "order": 3}
     for folder, fid in (("fast", 2.5), ("quick", 3.5)):
@@ -244,7 +245,7 @@ def test_samples_of_another_evaluation_say_so(tmp_path):
     assert "step 2,000, step_2000_fast real images" in words(page_of(run).sections["Samples"])
 
 
-def test_names_of_folders_are_no_formulas(tmp_path):
+def test_names_of_folders_are_not_parsed_as_formulas(tmp_path):
     run = write_run(tmp_path / "$^$")
     density = np.ones(16)
     write_npz(run / "density" / "step_2000.npz", density=density, data=density, limit=1.0, step=2000)
@@ -257,12 +258,12 @@ def test_runs_side_by_side(tmp_path):
     assert "_$x^, order 3: " in page.sections[""]
     assert "_$x^ (2), order 1: " in page.sections[""]
     assert words(page.sections["Likelihood"]).count("2.052 ± 0.021") == 2
-    assert "training.score_matching_order 3 1" in words(page.sections["Configuration"].split("all")[0])
+    assert "training.score_matching_order 3 1" in words(page.sections["Configuration"].split("All ")[0])
     assert len(page.images) == 5  # two grids of samples
     assert not (first / "report.html").exists()
 
 
-# --- what it is made from ---
+# --- files that the page is made from ---
 
 
 def test_later_records_of_a_step_count(tmp_path):
@@ -370,13 +371,13 @@ def test_images_of_other_numbers_of_channels_are_shown_in_grey():
     images = np.random.default_rng(0).integers(0, 17, (1, 64, 64, 4)).astype(np.uint8)
     expected = np.rint(np.rint(images[0].mean(axis=-1)) / 16 * 255)
     np.testing.assert_array_equal(np.asarray(image_grid(images, 17)), expected)
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="empty array of images"):
         image_grid(images[:0], 17)
 
 
 def test_captioned_images_do_not_overlap():
-    tiles = [Image.new("L", (30, 20), 10), Image.new("RGB", (50, 40), (200, 0, 0))]
-    pixels = np.asarray(captioned(["a long caption above it", "b"], tiles))
+    tiles = {"a long caption above it": Image.new("L", (30, 20), 10), "b": Image.new("RGB", (50, 40), (200, 0, 0))}
+    pixels = np.asarray(captioned(tiles))
     assert (pixels == 10).all(axis=-1).sum() == 30 * 20
     assert (pixels == (200, 0, 0)).all(axis=-1).sum() == 50 * 40
 
@@ -416,7 +417,7 @@ NLL = {
 
 
 def test_evaluations_of_points(tmp_path):
-    """Nats and the divergence, in the page and the table; and points are read back, the newest beside the data."""
+    """The page and the table show nats and the divergence. The newest points and those of the data are shown."""
     run = tmp_path / "run"
     (run / "eval").mkdir(parents=True)
     points = {"sampler": "ode", "nfe": 489, "seconds": 5.0}
@@ -452,7 +453,7 @@ def test_numbers():
 
 
 def test_tables_drop_empty_columns_and_escape():
-    table = html_table(("<a>", "b", "c"), [("1", "\N{EN DASH}", "x&y")])
+    table = render("title", [], {"section": [Table(("<a>", "b", "c"), [("1", "\N{EN DASH}", "x&y")])]})
     assert "&lt;a&gt;" in table
     assert "x&amp;y" in table
     assert ">b<" not in table

@@ -1,4 +1,4 @@
-"""What evaluations of one checkpoint leave in its file of results, and how the report reads it."""
+"""The files of results of one checkpoint: updates by several evaluations, and reading by the report."""
 
 import json
 from pathlib import Path
@@ -20,20 +20,20 @@ UNIFORM, LEARNED = bpd(2.5, "bpd-a", "uniform"), bpd(2.25, "bpd-b", "variational
 
 
 def add(workdir: Path, **parts: dict[str, Any]) -> dict[str, Any]:
-    """What one evaluation of a checkpoint leaves in the file."""
+    """Adds the parts of one evaluation, and returns the content of the file."""
     results = Results(workdir / "eval" / "step_4.json", {"checkpoint_step": 4})
     for name, part in parts.items():
         results.add(name, part)
     return json.loads((workdir / "eval" / "step_4.json").read_text())
 
 
-def test_a_part_with_other_settings_replaces_none(tmp_path):
+def test_results_with_other_settings_are_kept(tmp_path):
     add(tmp_path, loss={"total": {"mean": 0.5}}, bpd=UNIFORM)
     content = add(tmp_path, loss={"total": {"mean": 0.4}}, bpd=LEARNED)
-    assert content["bpd"]["mean"] == 2.25, "the last one"
+    assert content["bpd"]["mean"] == 2.25, "the newest one"
     assert [part["bpd"]["mean"] for part in content["earlier"]] == [2.5]
     assert content["loss"] == {"total": {"mean": 0.4}}
-    assert add(tmp_path, bpd=LEARNED) == content, "the same again changes nothing"
+    assert add(tmp_path, bpd=LEARNED) == content, "a repeated evaluation changes nothing"
     back = add(tmp_path, bpd=UNIFORM)
     assert (back["bpd"]["mean"], [part["bpd"]["mean"] for part in back["earlier"]]) == (2.5, [2.25])
 
@@ -57,7 +57,7 @@ def test_results_of_other_parameters_do_not_mix(tmp_path):
     assert json.loads(path.read_text()).keys() == {"checkpoint_step", "parameters", "bpd"}
 
 
-def test_samples_compared_otherwise_are_other_results(tmp_path):
+def test_samples_with_another_reference_are_other_results(tmp_path):
     samples = {"fid": 1.0, "n": 100, "features_hash": "f", "statistics_hash": "s", "values": "samples-a"}
     changes = {"n": 200, "features_hash": "g", "statistics_hash": "t", "values": "samples-b"}
     add(tmp_path, samples=samples)
@@ -66,7 +66,7 @@ def test_samples_compared_otherwise_are_other_results(tmp_path):
         assert len(content["earlier"]) == number
 
 
-def test_the_report_shows_all_of_them_with_their_times(tmp_path):
+def test_the_report_shows_all_evaluations_with_their_times(tmp_path):
     add(tmp_path, bpd=UNIFORM, samples={"fid": 1.0, "n": 9, "values": "samples-a", "seconds": 7.0})
     add(tmp_path, bpd=LEARNED)
     earlier, last = read_run(tmp_path).results
@@ -77,7 +77,7 @@ def test_the_report_shows_all_of_them_with_their_times(tmp_path):
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert all(word in page for word in ("uniform", "variational", "eval/step_4.json, earlier 1"))
-    assert page.index("2.250") < page.index("2.500"), "the summary has the last"
+    assert page.index("2.250") < page.index("2.500"), "the summary shows the newest one"
     table = comparison_table(read_run(tmp_path).results)
     assert "2.500 +- 0.010" in table
     assert "2.250 +- 0.010" in table
@@ -86,5 +86,5 @@ def test_the_report_shows_all_of_them_with_their_times(tmp_path):
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "step_4.json").write_text('{"checkpoint_step": ')
-    with pytest.raises(ValueError, match=r"step_4.json is no readable JSON .*; delete it"):
+    with pytest.raises(ValueError, match=r"Cannot read .*step_4.json as JSON .*; delete it"):
         Results(tmp_path / "eval" / "step_4.json", {})
