@@ -11,13 +11,14 @@ def comparison_table(results: Iterable[Result]) -> str:
     results = list(results)
     points = [result for result in results if "nll" in result or "points" in result]
     images = [result for result in results if result not in points]
-    tables = [_table(_IMAGE_FIELDS, images)] if images or not points else []
-    tables += [_table(_POINT_FIELDS, points)] if points else []
+    several_runs = len({result["run"] for result in results if "run" in result}) > 1
+    tables = [_table(_IMAGE_FIELDS, images, several_runs)] if images or not points else []
+    tables += [_table(_POINT_FIELDS, points, several_runs)] if points else []
     return "\n\n".join(tables)
 
 
-def _table(fields: Sequence[Field], results: Sequence[Result]) -> str:
-    fields = [*run_and_file(results), *fields]
+def _table(fields: Sequence[Field], results: Sequence[Result], several_runs: bool) -> str:
+    fields = [*run_and_file(results, several_runs), *fields]
     return text_table([each.header for each in fields], [[each.show(result) for each in fields] for result in results])
 
 

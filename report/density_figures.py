@@ -67,17 +67,20 @@ def density_maps(
 
 
 def point_figure(clouds: Mapping[str, Float[np.ndarray, "n d"]]) -> Figure:
-    """Draws points in a panel for each cloud: a histogram in one dimension, else the first two coordinates."""
+    """Draws points around the range of the first cloud: histograms in one dimension, else the first two coordinates."""
+    limit = 1.5 * float(np.abs(next(iter(clouds.values()))).max()) or 1.0
     figure = Figure(figsize=(2.9 * len(clouds) + 0.7, 3.2), layout="constrained")
     panels = figure.subplots(1, len(clouds), sharex=True, sharey=True, squeeze=False)[0]
     for panel, (label, points) in zip(panels, clouds.items(), strict=True):
-        one_dimension = points.shape[1] == 1
-        if one_dimension:
-            panel.hist(points[:, 0], bins=60, density=True, color=DATA_COLOUR)
+        if points.shape[1] == 1:
+            panel.hist(points[:, 0], bins=60, range=(-limit, limit), density=True, color=DATA_COLOUR)
+            labels = "x", "density"
         else:
             panel.plot(points[:MAX_POINTS, 0], points[:MAX_POINTS, 1], ".", color=DATA_COLOUR, markersize=2, alpha=0.5)
-        ylabel = "density" if one_dimension else "$x_2$"
-        style_panel(panel, "", "x" if one_dimension else "$x_1$", ylabel if panel is panels[0] else "")
+            panel.set(ylim=(-limit, limit), aspect="equal")
+            labels = "$x_1$", "$x_2$"
+        panel.set_xlim(-limit, limit)
+        style_panel(panel, "", labels[0], labels[1] if panel is panels[0] else "")
         _set_title(panel, label)
     return figure
 

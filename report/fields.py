@@ -29,8 +29,7 @@ def lookup(result: Result, path: str) -> Any:
     return value
 
 
-def run_and_file(results: Sequence[Result]) -> list[Field]:
-    """Columns for the run if there are several runs, and for the file if a run has several evaluations of one step."""
-    several_runs = len({result["run"] for result in results if "run" in result}) > 1
+def run_and_file(results: Sequence[Result], several_runs: bool) -> list[Field]:
+    """Columns that tell evaluations apart: the run if there are several, and the file if a step has several files."""
     several_files = len({(result.get("run"), result.get("checkpoint_step")) for result in results}) < len(results)
     return [field(name, name) for name, needed in (("run", several_runs), ("file", several_files)) if needed]

@@ -131,11 +131,13 @@ def _run_entries(runs: Mapping[str, RunCurves]) -> dict[str, Line2D]:
 
 
 def _legend(figure: Figure, entries: Mapping[str, Line2D]) -> None:
+    """Adds a legend below the panels, with as many columns as fit the width of the figure."""
+    inches = 0.6 + 0.075 * max(map(len, entries))
     legend = figure.legend(
         handles=list(entries.values()),
         labels=list(entries),
         loc="outside lower center",
-        ncols=min(4, len(entries)),
+        ncols=max(1, min(len(entries), int(figure.get_figwidth() / inches))),
         frameon=False,
         fontsize=9,
     )

@@ -43,9 +43,9 @@ def estimate(value: Any) -> str:
     return with_error(value.get("mean"), value.get("se")) if isinstance(value, Mapping) else number(value)
 
 
-def two_digits(value: float | None) -> str:
-    """Formats an error, which may be very small, with two digits."""
-    return MISSING if value is None else f"{value:.1e}" if abs(value) < 0.1 else f"{value:.2g}"
+def small_error(value: float | None) -> str:
+    """Formats an error, which may be very small."""
+    return MISSING if value is None else f"{value:.1e}" if abs(value) < 0.1 else f"{value:.2f}"
 
 
 def duration(seconds: float | None) -> str:

@@ -61,15 +61,26 @@ def write_report(workdir: Path, *, others: Sequence[Path] = ()) -> None:
 
 def render(title: str, summaries: Sequence[str], sections: Mapping[str, Sequence[Block]]) -> str:
     """Returns the page as HTML. Sections are blocks by their headings; those without blocks are left out."""
+    return _TEMPLATES.get_template("page.html").render(title=title, summaries=summaries, sections=sections)
+
+
+def _load_templates() -> jinja2.Environment:
+    """Loads all templates at once, so that a change of their files does not affect a training that is running."""
     templates = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
+        auto_reload=False,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     templates.filters["data_uri"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    return templates.get_template("page.html").render(title=title, summaries=summaries, sections=sections)
+    for name in templates.list_templates():
+        templates.get_template(name)
+    return templates
+
+
+_TEMPLATES = _load_templates()
 
 
 def _blocks(section: Section, runs: Sequence[RunFiles]) -> list[Block]:

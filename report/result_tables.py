@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from report.content import Block, Note, Table
 from report.fields import Field, Result, field, run_and_file
 from report.figures import TITLES
-from report.formatting import MISSING, duration, estimate, number, two_digits, whole_number, with_error
+from report.formatting import MISSING, duration, estimate, number, small_error, whole_number, with_error
 from report.run_files import RunFiles
 
 
@@ -57,7 +57,7 @@ def _table(part: str, fields: Sequence[Field], runs: Sequence[RunFiles], title: 
     results = _results_with(part, runs)
     if not results or not fields:
         return []
-    checkpoint = [*run_and_file(results), *_CHECKPOINT]
+    checkpoint = [*run_and_file(results, several_runs=len(runs) > 1), *_CHECKPOINT]
     headers = [each.header for each in (*checkpoint, *fields)]
     rows = [
         [*(each.show(result) for each in checkpoint), *(each.show(result[part]) for each in fields)]
@@ -104,10 +104,10 @@ _BITS_PER_DIM = [
     field("95 % interval", "ci95", show=_interval),
     field("images", "n"),
     field("repeats", "repeats"),
-    field("error of repeats", "se_over_repeats", show=two_digits),
-    field("error of the solver", "errors.solver_error", show=two_digits),
-    field("error of probes", "errors.probe_error", show=two_digits),
-    field("error of sampling", "errors.sampling_error", show=two_digits),
+    field("error of repeats", "se_over_repeats", show=small_error),
+    field("error of the solver", "errors.solver_error", show=small_error),
+    field("error of probes", "errors.probe_error", show=small_error),
+    field("error of sampling", "errors.sampling_error", show=small_error),
     *_COSTS,
 ]
 _ABOUT_BITS_PER_DIM = (
@@ -122,7 +122,7 @@ _NATS = [
     field("KL to the data, nats", "kl", show=estimate),
     field("entropy of the data, nats", "entropy"),
     field("points", "n"),
-    field("error of the solver", "solver_error", show=two_digits),
+    field("error of the solver", "solver_error", show=small_error),
     *_COSTS,
 ]
 _ABOUT_NATS = (

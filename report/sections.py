@@ -54,7 +54,10 @@ def points(runs: Runs) -> list[Block]:
     clouds = {f"{run.title}, step {run.points.step:,}": run.points.points for run in runs if run.points is not None}
     data = next((run.data_points.points for run in runs if run.data_points is not None), None)
     clouds = clouds if data is None else {"data": data, **clouds}
-    return [_plot("points", point_figure(clouds), "Points of the data and the models")] if clouds else []
+    if not clouds:
+        return []
+    note = "Points outside the panels are not shown."
+    return [_plot("points", point_figure(clouds), "Points of the data and the models"), Note(note)]
 
 
 def snapshots(runs: Runs) -> list[Block]:
@@ -83,7 +86,7 @@ def densities(runs: Runs) -> list[Block]:
         if grid.limit == first.limit and grid.density.shape == first.density.shape
     }
     figure = density_figure(first.limit, first.data, models)
-    note = "The ODE's likelihood at the points of a grid. Densities above the scale are cut off."
+    note = "The density of a model is that of its ODE at the points of a grid. Densities above the scale are cut off."
     return [_plot("density", figure, "Densities of the data and the models"), Note(note)]
 
 

@@ -1,4 +1,4 @@
-"""Figures are drawn, say what is on their axes, and show what they were given."""
+"""Figures of points, densities, paths and distances: their panels, axes and content."""
 
 import io
 
@@ -8,7 +8,7 @@ from PIL import Image
 
 from analysis.score_distances import DistanceCurve, TimeNodes
 from experiments.synthetic_figures import DISTANCES, distance_figure, trajectories
-from report.density_figures import density_curves, density_maps
+from report.density_figures import density_curves, density_maps, point_figure
 from report.figures import figure_png
 
 X = np.linspace(-2, 2, 50)
@@ -16,7 +16,7 @@ BELL = np.exp(-0.5 * X**2) / np.sqrt(2 * np.pi)
 
 
 def checked(figure: Figure) -> Figure:
-    """The figure, after it was drawn as a PNG that is no single colour, with every panel labelled."""
+    """Returns the figure after a check that it has more than one colour and that every panel has labels."""
     with Image.open(io.BytesIO(figure_png(figure))) as image:
         assert len(np.unique(np.asarray(image.convert("L")))) > 10
     for panel in figure.axes:
@@ -47,6 +47,15 @@ def test_density_maps_share_their_colours():
     assert len(images) == 2
     assert images[0].get_clim() == images[1].get_clim()
     np.testing.assert_array_equal(images[1].get_array(), 0.5 * data)
+
+
+def test_points_are_drawn_around_the_data():
+    clouds = {"data": np.array([[0.0, 2.0], [-4.0, 1.0]]), "model": np.array([[1.0, 1.0], [100.0, 0.0]])}
+    figure = checked(point_figure(clouds))
+    assert [panel.get_xlim() for panel in figure.axes] == [(-6, 6)] * 2
+    np.testing.assert_array_equal(figure.axes[1].lines[0].get_xydata(), clouds["model"])
+    figure = checked(point_figure({"data": np.linspace(-1, 1, 61)[:, None]}))
+    assert figure.axes[0].get_ylabel() == "density"
 
 
 def test_trajectories():

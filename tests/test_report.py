@@ -5,6 +5,8 @@ import html.parser
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from PIL import Image
 from infra.files import write_npz
 from infra.image_grid import image_grid, save_grid
 from infra.metrics import MetricCurve, read_metrics
+from losses import TERMS
 from report.comparison import comparison_table
 from report.content import Table
-from report.figures import captioned, loss_figure, seconds_figure
+from report.figures import TITLES, captioned, loss_figure, seconds_figure
 from report.formatting import duration, number, text_table, with_error
 from report.page import render, write_report
 from report.run_files import read_run
@@ -141,6 +144,12 @@ def test_report_needs_no_other_file(tmp_path):
     assert len(page.images) == 4  # losses, samples, real images, seconds
     assert all(link.startswith("data:image/png;base64,") for link in page.links)
     assert "://" not in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_report_loads_no_solvers_or_networks():
+    heavy = ("diffrax", "orbax", "flax", "optax", "grain", "models")
+    program = f"import sys, report.page; print([name for name in {heavy} if name in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
 
 
 def test_report_leaves_png_copies(tmp_path):
@@ -333,6 +342,16 @@ def test_loss_figure_of_first_order_has_one_loss():
     assert [axes.get_title("left") for axes in figure.axes] == ["first order: score", "gradient norm, before clipping"]
 
 
+def test_a_new_term_of_the_loss_appears_by_itself(tmp_path, monkeypatch):
+    """Titles come from `losses.TERMS` in order, for curves and tables."""
+    assert [title for name, title in TITLES.items() if name in TERMS] == [term.title for term in TERMS.values()]
+    monkeypatch.setitem(TITLES, "fourth", "fourth order")
+    figure = loss_figure({"a": curves(first=np.ones(5), fourth=np.ones(5))})
+    assert [axes.get_title("left") for axes in figure.axes] == ["first order: score", "fourth order"]
+    write_json(tmp_path / "eval" / "a.json", {"checkpoint_step": 1, "loss": {"fourth": {"mean": 0.5, "se": 0.012}}})
+    assert "fourth order 1 0.500 ± 0.012" in words(page_of(tmp_path).sections["Loss"])
+
+
 def test_figures_survive_numbers_that_are_not_finite(tmp_path):
     run = write_run(tmp_path / "run")
     with (run / "train" / "metrics.jsonl").open("a") as lines:
@@ -426,6 +445,7 @@ def test_evaluations_of_points(tmp_path):
     for name, step in (("data", 0), ("step_100", 100), ("step_300", 300)):
         write_npz(run / "samples" / "points" / f"{name}.npz", points=np.full((5, 2), step, np.float32), step=step)
     write_report(run)
+    assert (run / "figures" / "points.png").exists()
     page = (run / "report.html").read_text()
     assert all(text in page for text in ("3.612 ± 0.012", "0.1466 ± 0.0034", "3.466", "checkerboard, test", "2.0e-04"))
     read = read_run(run)
