@@ -285,7 +285,7 @@ def test_later_records_of_a_step_count(tmp_path):
         record(3, total=2.0),
     ]
     path.write_text("".join(lines) + '{"step": 4, "split": "tr\n' + "null\n" + record(5, "test", total=0.5))
-    metrics = read_metrics(path)
+    metrics = read_metrics(tmp_path)
     np.testing.assert_array_equal(metrics["train"]["total"].steps, [1, 2, 3])
     np.testing.assert_array_equal(metrics["train"]["total"].values, [5, 1, 2])
     np.testing.assert_array_equal(metrics["test"]["total"].values, [0.5])
@@ -294,7 +294,7 @@ def test_later_records_of_a_step_count(tmp_path):
 def test_terms_may_come_later(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(record(1, order=1) + record(2, order=3))
-    train = read_metrics(path)["train"]
+    train = read_metrics(tmp_path)["train"]
     np.testing.assert_array_equal(train["first"].steps, [1, 2])
     np.testing.assert_array_equal(train["third"].steps, [2])
 
