@@ -1,6 +1,7 @@
-"""Readers of the files in which data sets are published; each gives the images and labels of both splits.
+"""Reads the files in which data sets are published. Each reader returns the images and labels of both splits.
 
-They take the paths by the names under which the files are published.
+Readers take the paths by the names under which the files are published. They check what a file claims to hold, and
+raise a ValueError that names the file and the reason.
 """
 
 import gzip
@@ -8,23 +9,29 @@ import io
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 from PIL import Image
 
 from infra.console import progress
-from sources.splits import Levels, Split
+from sources.splits import ImageArray, Split
 
 Files = Mapping[str, Path]
 
+MNIST_SIZE = 28
+
 
 def read_cifar10(files: Files) -> dict[str, Split]:
-    """The binary version: records of a label and 3072 bytes, by channel, row and column."""
+    """Reads the binary version: records of a label and 3072 bytes, by channel, row and column."""
     (archive,) = files.values()
     batches = {
-        name.stem: _cifar10_records(data, name) for name, data in _contents_of_tar(archive) if name.suffix == ".bin"
+        name.stem: _cifar10_records(data, f"{name} in {archive}")
+        for name, data in _contents_of_tar(archive)
+        if name.suffix == ".bin"
     }
     wanted = [f"data_batch_{number}" for number in range(1, 6)]
     missing = sorted({*wanted, "test_batch"} - batches.keys())
@@ -34,79 +41,150 @@ def read_cifar10(files: Files) -> dict[str, Split]:
     return {"train": _cifar10_split(train), "test": _cifar10_split(batches["test_batch"])}
 
 
-def _cifar10_records(data: bytes, name: PurePosixPath) -> np.ndarray:
-    if len(data) % 3073:
-        raise ValueError(f"{name} has {len(data)} bytes, which is no multiple of 3073")
-    return np.frombuffer(data, np.uint8).reshape(-1, 3073)
+def _cifar10_records(data: bytes, name: str) -> np.ndarray:
+    if not data or len(data) % 3073:
+        raise ValueError(f"{name} has {len(data)} bytes, not a multiple of 3073")
+    records = np.frombuffer(data, np.uint8).reshape(-1, 3073)
+    _check_labels(records[:, 0], len(records), 10, name)
+    return records
 
 
 def _cifar10_split(records: np.ndarray) -> Split:
     return Split(_from_planes(records[:, 1:], 32), records[:, 0].astype(np.int64))
 
 
-def _from_planes(rows: np.ndarray, size: int) -> Levels:
-    """[n, 3 * size * size], by channel, row and column, as [n, size, size, 3]."""
+def _from_planes(rows: np.ndarray, size: int) -> ImageArray:
+    """Turns [n, 3 * size * size], by channel, row and column, into [n, size, size, 3]."""
     return np.ascontiguousarray(rows.reshape(-1, 3, size, size).transpose(0, 2, 3, 1))
 
 
-def read_mnist(files: Files) -> dict[str, Split]:
-    """Images and labels in the IDX format, compressed by gzip."""
+def _check_labels(labels: np.ndarray, count: int, classes: int, name: str) -> None:
+    if labels.size != count:
+        raise ValueError(f"{name} has {count} images, but {labels.size} labels")
+    if count and not 0 <= labels.min() <= labels.max() < classes:
+        raise ValueError(f"{name} has labels from {labels.min()} to {labels.max()}, not from 0 to {classes - 1}")
+
+
+def read_mnist(files: Files, classes: int = 10) -> dict[str, Split]:
+    """Reads MNIST and the data sets published like it: images and labels in the IDX format, compressed by gzip."""
     named = {"train": "train", "test": "t10k"}
     return {
-        split: Split(
-            _read_idx(files[f"{name}-images-idx3-ubyte.gz"], 3)[..., None],
-            _read_idx(files[f"{name}-labels-idx1-ubyte.gz"], 1).astype(np.int64),
+        split: _mnist_split(
+            *(_read_idx_file(files[f"{name}-{kind}-ubyte.gz"], axes) for kind, axes in IDX_KINDS.items()),
+            classes,
+            str(files[f"{name}-images-idx3-ubyte.gz"]),
         )
         for split, name in named.items()
     }
 
 
-def _read_idx(path: Path, axes: int) -> np.ndarray:
-    with gzip.open(path) as file:
-        data = file.read()
-    if data[:4] != bytes([0, 0, 8, axes]):
-        raise ValueError(f"{path} is no IDX file of unsigned bytes with {axes} axes")
-    shape = np.frombuffer(data, ">u4", axes, offset=4)
-    return np.frombuffer(data, np.uint8, offset=4 + 4 * axes).reshape(shape)
+IDX_KINDS = {"images-idx3": 3, "labels-idx1": 1}
+"""The number of axes of the arrays in both kinds of IDX files."""
+
+
+def read_emnist(files: Files, variant: str, classes: int, first_label: int) -> dict[str, Split]:
+    """Reads one variant from the .zip of EMNIST: IDX files like MNIST's.
+
+    Images stay as published, with rows and columns exchanged. Labels count from 0.
+    """
+    (archive,) = files.values()
+    splits = {}
+    with _open_zip(archive) as zipped:
+        members = {PurePosixPath(name).name: name for name in zipped.namelist() if "__MACOSX" not in name}
+        for split in ("train", "test"):
+            arrays = []
+            for kind, axes in IDX_KINDS.items():
+                name = f"emnist-{variant}-{split}-{kind}-ubyte.gz"
+                if name not in members:
+                    raise ValueError(f"{archive} has no {name}")
+                with zipped.open(members[name]) as file:
+                    arrays.append(_read_idx(file, axes, f"{name} in {archive}"))
+            images, labels = arrays
+            splits[split] = _mnist_split(images, labels.astype(np.int64) - first_label, classes, str(archive))
+    return splits
+
+
+def _mnist_split(images: np.ndarray, labels: np.ndarray, classes: int, name: str) -> Split:
+    if not len(images) or images.shape[1:] != (MNIST_SIZE, MNIST_SIZE):
+        raise ValueError(f"{name} has images of shape {images.shape}, not (n, {MNIST_SIZE}, {MNIST_SIZE})")
+    labels = labels.astype(np.int64)
+    _check_labels(labels, len(images), classes, name)
+    return Split(images[..., None], labels)
+
+
+def _read_idx_file(path: Path, axes: int) -> np.ndarray:
+    with path.open("rb") as file:
+        return _read_idx(file, axes, str(path))
+
+
+def _read_idx(compressed: IO[bytes], axes: int, name: str) -> np.ndarray:
+    """Reads an array in the IDX format: two zero bytes, its type (8 is uint8), its axes, its shape, and its bytes."""
+    try:
+        with gzip.open(compressed) as file:
+            data = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"Cannot read {name} as a .gz file: {error}") from error
+    if data[:4] != bytes([0, 0, 8, axes]) or len(data) < 4 + 4 * axes:
+        raise ValueError(f"{name} is not an IDX file of unsigned bytes with {axes} axes")
+    shape = tuple(np.frombuffer(data, ">u4", axes, offset=4).tolist())
+    values = np.frombuffer(data, np.uint8, offset=4 + 4 * axes)
+    expected = np.prod(shape, dtype=object)  # Python's integers, which cannot overflow
+    if len(values) != expected:
+        raise ValueError(f"{name} has {len(values)} bytes for an array of shape {shape}, which needs {expected}")
+    return values.reshape(shape)
 
 
 def read_svhn(files: Files) -> dict[str, Split]:
-    """MATLAB files with X, [32, 32, 3, n], and y, where 10 stands for the digit 0. The extra images are left out."""
-    import scipy.io
+    """Reads MATLAB files with X, [32, 32, 3, n], and y, where 10 stands for the digit 0; skips the extra images."""
+    import scipy.io  # slow to import, and other data sets do not need it
 
     splits = {}
     for split in ("train", "test"):
-        arrays = scipy.io.loadmat(str(files[f"{split}_32x32.mat"]))
-        images = np.ascontiguousarray(np.moveaxis(arrays["X"], -1, 0))
-        splits[split] = Split(images, arrays["y"].ravel().astype(np.int64) % 10)
+        path = files[f"{split}_32x32.mat"]
+        try:
+            arrays = scipy.io.loadmat(str(path))
+        except Exception as error:  # damaged bytes make it raise a dozen kinds
+            raise ValueError(f"Cannot read {path} as a MATLAB file: {error}") from error
+        if missing := {"X", "y"} - arrays.keys():
+            raise ValueError(f"{path} has no array {min(missing)}")
+        images, labels = arrays["X"], arrays["y"].ravel().astype(np.int64)
+        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[:3] != (32, 32, 3):
+            raise ValueError(f"X in {path} is {images.dtype} of shape {images.shape}, not uint8 of (32, 32, 3, n)")
+        _check_labels(labels, images.shape[3], 11, str(path))
+        splits[split] = Split(np.ascontiguousarray(np.moveaxis(images, -1, 0)), labels % 10)
     return splits
 
 
 def read_imagenet_old(files: Files, size: int) -> dict[str, Split]:
-    """One .tar of PNG images for each split, without labels; the validation images are the test images."""
+    """Reads one .tar of PNG images for each split, without labels; the validation images are the test images."""
     return {
         split: Split(_read_tar_of_images(files[f"{name}_{size}x{size}.tar"], size))
         for split, name in (("train", "train"), ("test", "valid"))
     }
 
 
-def _read_tar_of_images(path: Path, size: int) -> Levels:
+def _read_tar_of_images(path: Path, size: int) -> ImageArray:
     images = bytearray()
     for name, data in _contents_of_tar(path):
-        if name.suffix == ".png":
+        if name.suffix == ".png" and not name.name.startswith("."):
             images += _decode_rgb(data, size, f"{name} in {path}")
+    if not images:
+        raise ValueError(f"{path} has no .png images")
     return np.frombuffer(images, np.uint8).reshape(-1, size, size, 3)
 
 
 def _contents_of_tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """The name and content of each file, one after another, however many there are."""
-    with tarfile.open(path) as tar, progress(0, path.name, "file") as bar:
-        for member in tar:
-            file = tar.extractfile(member)
-            if file is not None:
-                yield PurePosixPath(member.name), file.read()
-            tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else it keeps a million of them
-            bar.update()
+    """Yields the name and content of one file after another, however many there are."""
+    try:
+        with tarfile.open(path) as tar, progress(0, path.name, "file") as bar:
+            for member in tar:
+                file = tar.extractfile(member)
+                if file is not None:
+                    yield PurePosixPath(member.name), file.read()
+                tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else it keeps a million of them
+                bar.update()
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+        raise ValueError(f"Cannot read {path} as a .tar file: {error}") from error
 
 
 def _decode_rgb(data: bytes, size: int, name: str) -> bytes:
@@ -121,24 +199,49 @@ def _decode_rgb(data: bytes, size: int, name: str) -> bytes:
 
 
 def read_imagenet_new(files: Files, size: int) -> dict[str, Split]:
-    """.zip files of .npz batches: data, [n, 3 * size * size] by channel, row and column, and labels from 1."""
+    """Reads .zip files of .npz batches: data, [n, 3 * size * size] by channel, row and column, and labels from 1."""
     train = [path for name, path in files.items() if "_train_" in name]
     test = [path for name, path in files.items() if "_val_" in name]
     return {"train": _read_zips(train, size), "test": _read_zips(test, size)}
 
 
 def _read_zips(paths: Sequence[Path], size: int) -> Split:
-    """The batches in the order of their numbers; a single batch may have none."""
-    batches: dict[int, tuple[Levels, np.ndarray]] = {}
+    """Reads batches in the order of their numbers; a single batch may have no number."""
+    batches: dict[int, tuple[ImageArray, np.ndarray]] = {}
     for path in paths:
-        with zipfile.ZipFile(path) as archive:
+        with _open_zip(path) as archive:
             for name in archive.namelist():
                 if name.endswith(".npz"):
                     digits = re.search(r"batch_(\d+)\.npz$", name)
-                    with np.load(io.BytesIO(archive.read(name))) as batch:
-                        labels = batch["labels"].astype(np.int64) - 1
-                        batches[int(digits[1]) if digits else 0] = _from_planes(batch["data"], size), labels
+                    number = int(digits[1]) if digits else 0
+                    if number in batches:
+                        raise ValueError(f"{path} has batch {number} twice")
+                    batches[number] = _read_batch(archive, name, size, f"{name} in {path}")
     if not batches:
-        raise ValueError(f"{paths[0]} holds no .npz batches")
-    images, labels = zip(*(batches[number] for number in sorted(batches)), strict=True)
+        raise ValueError(f"{paths[0]} has no .npz batches")
+    numbers = sorted(batches)
+    missing = sorted(set(range(1, numbers[-1] + 1)) - set(numbers))
+    if missing:
+        raise ValueError(f"{paths[-1]} has no batch {missing[0]}, but batch {numbers[-1]}")
+    images, labels = zip(*(batches[number] for number in numbers), strict=True)
     return Split(np.concatenate(images), np.concatenate(labels))
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"Cannot read {path} as a .zip file: {error}") from error
+
+
+def _read_batch(archive: zipfile.ZipFile, member: str, size: int, name: str) -> tuple[ImageArray, np.ndarray]:
+    try:
+        with np.load(io.BytesIO(archive.read(member))) as batch:
+            data, labels = batch["data"], batch["labels"]
+    except Exception as error:  # damaged bytes make NumPy, zipfile and zlib raise a dozen kinds
+        raise ValueError(f"Cannot read {name} as a batch of images: {error}") from error
+    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * size * size:
+        raise ValueError(f"data of {name} is {data.dtype} of shape {data.shape}, not uint8 of (n, {3 * size * size})")
+    labels = labels.astype(np.int64) - 1
+    _check_labels(labels, len(data), 1000, name)
+    return _from_planes(data, size), labels

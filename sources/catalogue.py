@@ -1,7 +1,7 @@
-"""The published data sets by name, and the forms in which each may be there.
+"""The published data sets by name, and the forms in which each can be read.
 
 data.path    the original images: a folder, or a file of records
-data.dir     what --mode=prepare has made of the authors' files, or else what tensorflow-datasets has prepared
+data.dir     images that --mode=prepare has converted from the authors' files, or that tensorflow-datasets has prepared
 """
 
 import dataclasses
@@ -9,8 +9,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from configs.default import Config
-from sources.folder import celeba_paths, load_folder
-from sources.published import CIFAR10, MNIST, SVHN, VARIANTS, Published, imagenet, prepare_published
+from sources.folder import load_folder
+from sources.image_files import find_celeba
+from sources.published import (
+    CIFAR10,
+    FASHION_MNIST,
+    KMNIST,
+    MNIST,
+    SVHN,
+    VARIANTS,
+    Published,
+    emnist,
+    imagenet,
+    prepare_published,
+)
 from sources.resizing import block_means, centre_140, centre_square, shorter_side
 from sources.source import MemorySource, Source
 from sources.splits import read_split
@@ -19,16 +31,16 @@ from sources.tfds_folders import TfdsSet, can_download, download_tfds, find_tfds
 
 @dataclasses.dataclass(frozen=True)
 class Originals:
-    """How a data set is read from the images at data.path."""
+    """The original images of a data set, read from data.path."""
 
-    are: str
-    """What is to be there."""
+    content: str
+    """A description of what data.path must point to."""
     load: Callable[[Config, str], Source]
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The forms of a data set; None for those it does not have."""
+    """The forms of a data set. A form that it does not have is None."""
 
     files: Published | None = None
     tfds: TfdsSet | None = None
@@ -41,6 +53,10 @@ def _imagenet(data: Config) -> Entry:
     return Entry(files, TfdsSet(name, test="validation"))
 
 
+def _emnist(data: Config) -> Entry:
+    return Entry(emnist(data.variant), TfdsSet(f"emnist/{data.variant}"))
+
+
 def _celeba(data: Config) -> Entry:
     del data
     return Entry(
@@ -51,14 +67,14 @@ def _celeba(data: Config) -> Entry:
 
 def _load_celeba(data: Config, split: str) -> Source:
     loaded = load_folder(
-        Path(data.path), split, data.image_size, data.num_channels, Path(data.dir), centre_140, celeba_paths
+        Path(data.path), split, data.image_size, data.num_channels, Path(data.dir), centre_140, find_celeba
     )
     return MemorySource(*loaded)
 
 
 def _lsun(data: Config) -> Entry:
     if not data.category:
-        raise ValueError("data.category is empty; of LSUN it must be a scene, e.g. church_outdoor or bedroom")
+        raise ValueError("data.category is empty; for LSUN it must be a scene, e.g. church_outdoor or bedroom")
     framing = shorter_side if data.image_size == 128 else centre_square
     return Entry(
         tfds=TfdsSet(f"lsun/{data.category}", test="validation", framing=framing),
@@ -70,7 +86,7 @@ def _load_lsun(data: Config, split: str) -> Source:
     path = Path(data.path)
     if next(path.rglob("data.mdb"), None) is not None:
         raise ValueError(
-            f"{path} holds LSUN's lmdb; export its images, by LSUN's data.py export, and name their folder"
+            f"{path} holds LSUN's lmdb; export its images with LSUN's data.py and set data.path to their folder"
         )
     framing = shorter_side if data.image_size == 128 else centre_square
     return MemorySource(*load_folder(path, split, data.image_size, data.num_channels, Path(data.dir), framing))
@@ -91,6 +107,9 @@ def _load_faces(data: Config, split: str) -> Source:
 CATALOGUE: dict[str, Callable[[Config], Entry]] = {
     "CIFAR10": lambda data: Entry(CIFAR10, TfdsSet("cifar10")),
     "MNIST": lambda data: Entry(MNIST, TfdsSet("mnist")),
+    "FashionMNIST": lambda data: Entry(FASHION_MNIST, TfdsSet("fashion_mnist")),
+    "KMNIST": lambda data: Entry(KMNIST, TfdsSet("kmnist")),
+    "EMNIST": _emnist,
     "SVHN": lambda data: Entry(SVHN, TfdsSet("svhn_cropped")),
     "ImageNet": _imagenet,
     "CelebA": _celeba,
@@ -103,11 +122,11 @@ CATALOGUE: dict[str, Callable[[Config], Entry]] = {
 
 
 def load_entry(data: Config, split: str) -> Source:
-    """Opens a split of a published data set, in the form that is there.
+    """Opens a split of a published data set in the form that is available.
 
     Raises:
-        FileNotFoundError: if it is not there, saying what to supply.
-        ValueError: if it is damaged, or `data` asks for what it has not.
+        FileNotFoundError: if no form is available. The message says what to supply.
+        ValueError: if a file is damaged, or a field of `data` does not fit the data set.
     """
     entry = CATALOGUE[data.dataset](data)
     if data.path:
@@ -130,39 +149,39 @@ def load_entry(data: Config, split: str) -> Source:
 
 
 def _ways(entry: Entry) -> str:
-    """What to do to have a data set."""
+    """Says how to supply a data set."""
     ways = []
     if entry.files is not None:
         ways.append(
-            f"get {', '.join(entry.files.sha256)}; then add --config.data.archive=PATH, the file or its folder, and "
-            "--mode=prepare to the command, once"
+            f"get {', '.join(entry.files.sha256)}; then run the command once with --mode=prepare and "
+            "--config.data.archive=PATH, the file or its folder"
         )
     if entry.originals is not None:
-        ways.append(f"set data.path to {entry.originals.are}")
+        ways.append(f"set data.path to {entry.originals.content}")
     if entry.tfds is not None:
         ways.append(
-            f"set data.dir to where tensorflow-datasets has prepared {entry.tfds.name}, or install "
-            "requirements-prepare.txt and have it prepared by --mode=prepare"
+            f"set data.dir to the folder where tensorflow-datasets has prepared {entry.tfds.name}, or install "
+            "requirements-prepare.txt and prepare it by --mode=prepare"
         )
     return "; or ".join(ways)
 
 
 def prepare_entry(data: Config) -> str:
-    """Converts the authors' files at `data.archive`, or else has tensorflow-datasets download the data set.
+    """Converts the authors' files at `data.archive`; if it is empty, tensorflow-datasets downloads the data set.
 
     Returns:
-        what was written, for people.
+        A line for people that says what was written.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if a file is not the published one, the data set needs no preparation, or TensorFlow is missing.
     """
     if data.dataset not in CATALOGUE:
-        raise ValueError(f"data.dataset is {data.dataset!r}; those to prepare are {', '.join(CATALOGUE)}")
+        raise ValueError(f"data.dataset is {data.dataset!r}; --mode=prepare prepares {', '.join(CATALOGUE)}")
     entry, data_dir = CATALOGUE[data.dataset](data), Path(data.dir)
     if data.archive:
         if entry.files is None:
-            raise ValueError(f"data.archive is {data.archive!r}, but {data.dataset} needs none: {_ways(entry)}")
+            raise ValueError(f"data.archive is {data.archive!r}, but {data.dataset} does not use it: {_ways(entry)}")
         accepted = [digest.strip().lower() for digest in data.archive_sha256.split(",")]
         return prepare_published(entry.files, Path(data.archive), accepted, data_dir)
     if entry.tfds is not None and can_download():
@@ -170,7 +189,7 @@ def prepare_entry(data: Config) -> str:
     if entry.files is not None:
         files = ", ".join(entry.files.sha256)
         raise ValueError(
-            f"data.archive is empty; {entry.files.title} needs the file or the folder with {files}; or else install "
-            "requirements-prepare.txt, and it is downloaded"
+            f"data.archive is empty; for {entry.files.title} set it to the file or the folder with {files}, or install "
+            "requirements-prepare.txt to download them"
         )
-    raise ValueError(f"nothing to prepare {data.dataset} from: {_ways(entry)}")
+    raise ValueError(f"Nothing to prepare {data.dataset} from: {_ways(entry)}")

@@ -1,7 +1,12 @@
-"""Folders of PNG, JPEG and WebP images, decoded to arrays of one size."""
+"""Folders of images, decoded to arrays of one size.
 
-import functools
+The decoded images are cached on disk. If some files cannot be decoded, or decoding is interrupted, the images decoded
+so far are kept, too, and the next run decodes only the others.
+"""
+
+import dataclasses
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -10,14 +15,47 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 from infra.console import progress
+from sources.image_files import ImageFiles, find_images
 from sources.resizing import CHANNELS, Framing, decode_image, shorter_side
-from sources.source import ImageLevels
-from sources.splits import SPLITS, Levels, Split, StoredSplit, is_test, read_split, write_splits
+from sources.splits import SPLITS, ImageArray, Split, StoredSplit, read_split, stored_decoding, write_splits
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp")
-"""WebP is what LSUN's own script exports."""
+DECODING = 1
+"""The version of the rules that turn a file into levels. Images stored under other rules are decoded again.
+
+0: EXIF orientation was ignored, 16-bit images were refused.
+1: EXIF orientation is applied, 16-bit images are reduced to 8 bits.
+"""
+
+NAMED_UNREADABLE = 20
+"""The number of unreadable files that an error names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Settings that decode an image file; threads share it."""
+
+    framing: Framing
+    image_size: int
+    num_channels: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.image_size, self.image_size, self.num_channels
+
+    @property
+    def settings(self) -> tuple[object, ...]:
+        """The settings as they enter the names of caches."""
+        return self.image_size, self.num_channels, self.framing.__name__
+
+    def __call__(self, path: Path) -> np.ndarray | str:
+        """Returns the image, or, if it cannot be decoded, the reason."""
+        try:
+            return decode_image(path, self.framing, self.image_size, self.num_channels, turn=True)
+        except ValueError as error:
+            return str(error)
 
 
 def load_folder(
@@ -27,55 +65,110 @@ def load_folder(
     num_channels: int,
     cache_dir: Path,
     framing: Framing = shorter_side,
-    find: Callable[[Path], Mapping[str, list[Path]]] | None = None,
+    find: Callable[[Path], ImageFiles] = find_images,
 ) -> StoredSplit:
-    """The images under a folder, in the order of their names.
+    """Loads the images under a folder, in the order of their names; logs a summary of what was read and skipped.
 
-    Test images are those under folder/test, if it has train and test; else those whose names' hashes say so, about one
-    in ten, which stays so when images are added. `find` gives the images of each split, if it is not to be so.
+    The decoded images are cached in `cache_dir` and used again while the names, sizes and times of the files stay the
+    same.
 
-    `framing` makes squares of images of another size. Alpha is dropped. The decoded images are kept in `cache_dir` for
-    as long as the names, sizes and times of the files stay the same.
+    Args:
+        framing: makes squares of images of another size.
+        find: finds the images of each split.
 
     Raises:
         FileNotFoundError: if there is no such folder.
         OSError: if there is too little space for the decoded images.
-        ValueError: naming the file that is no image with 8 bits per channel, or if a split has no images.
+        ValueError: naming the files that cannot be decoded, or if a split has no images.
     """
     if num_channels not in CHANNELS:
         raise ValueError(f"data.num_channels is {num_channels}; for a folder of images it must be 1 or 3")
-    paths = (find or split_paths)(folder)
+    decoder = Decoder(framing, image_size, num_channels)
+    files = find(folder)
+    stored = _decoded(folder, files.paths, split, cache_dir, decoder)
+    others = ", ".join(f"{len(files.paths[other])} {other} images" for other in SPLITS if other != split)
+    logging.info(
+        "Read %d %s images from %s (there are %s); splits by %s; skipped: %s",
+        len(stored.images),
+        split,
+        folder,
+        others,
+        files.splits_from,
+        files.skipped,
+    )
+    return stored
+
+
+def _decoded(
+    folder: Path, paths: Mapping[str, Sequence[Path]], split: str, cache_dir: Path, decoder: Decoder
+) -> StoredSplit:
     files = [path for split in SPLITS for path in paths[split]]
-    settings = (image_size, num_channels, framing.__name__, len(paths["train"]))
-    cache = cache_dir / f"folder_{_listing_digest(files, settings)}"
+    keys = [file_key(path) for path in files]
+    num_train = len(paths["train"])
+    cache = cache_dir / f"folder_{_digest((*decoder.settings, num_train), *keys)}"
+    stored, version = read_split(cache, split), stored_decoding(cache)
+    if stored is not None and version == DECODING:
+        return stored
+    if stored is not None:
+        logging.warning(
+            "%s holds images decoded by an earlier version of this program, which ignored their EXIF orientation; "
+            "decoding %s again",
+            cache,
+            folder,
+        )
+    partial = cache_dir / f"partial_{_digest((*decoder.settings, DECODING), os.fsencode(os.path.abspath(folder)))}"
+    _decode_into(cache, partial, f"folder {folder.resolve().name}", files, keys, num_train, decoder)
     stored = read_split(cache, split)
-    if stored is None:
-        decode = functools.partial(decode_images, framing=framing, size=image_size, num_channels=num_channels)
-        needed = 2 * len(files) * image_size**2 * num_channels  # as they are decoded, and as they are stored
-        _decode_into(cache, f"folder {folder.resolve().name}", paths, decode, needed)
-        stored = read_split(cache, split)
-        assert stored is not None, "it was just written"
+    assert stored is not None, "it was just written"
     return stored
 
 
 def _decode_into(
-    cache: Path, name: str, paths: Mapping[str, list[Path]], decode: Callable[[list[Path], Path], Levels], needed: int
+    cache: Path,
+    partial: Path,
+    name: str,
+    files: Sequence[Path],
+    keys: Sequence[bytes],
+    num_train: int,
+    decoder: Decoder,
 ) -> None:
-    """Stores the decoded images as a whole, or not at all: other hosts may be doing the same.
+    """Stores the decoded images as a whole in `cache`, or else what could be decoded in `partial`.
 
     Raises:
-        OSError: if fewer than `needed` bytes are free there: a file mapped into memory would end the process later.
+        OSError: if there is too little space. Without this check, writing to a file mapped into memory would end the
+            process when the disk is full.
+        ValueError: naming the files that cannot be decoded.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(cache.parent, needed)
+    _check_space(cache.parent, 2 * len(files) * math.prod(decoder.shape))  # as they are decoded, and as they are stored
     with tempfile.TemporaryDirectory(dir=cache.parent, prefix="decoding_") as scratch:
-        decoded = {split: Split(decode(paths[split], Path(scratch) / f"{split}.npy")) for split in SPLITS}
-        write_splits(Path(scratch) / "whole", name, decoded)
+        rows, whole, replaced = (Path(scratch) / part for part in ("rows", "whole", "replaced"))
+        rows.mkdir()
+        problems: list[str] = []
+        complete = False
         try:
-            (Path(scratch) / "whole").rename(cache)
-        except OSError:
-            if not cache.exists():  # else another host was first
-                raise
+            images = _decode_files(files, keys, decoder, rows, partial, problems)
+            complete = not problems
+        finally:  # after Ctrl-C, too
+            if not complete:
+                _replace(rows, partial, replaced)
+        if problems:
+            raise ValueError(_problems_text(problems))
+        write_splits(whole, name, {"train": Split(images[:num_train]), "test": Split(images[num_train:])}, DECODING)
+        if stored_decoding(cache) != DECODING:  # else another host was first
+            _replace(whole, cache, replaced)
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(new: Path, target: Path, replaced: Path) -> None:
+    """Moves the folder `new` to `target`, and an older `target` to `replaced`, while other hosts may do the same."""
+    try:
+        if target.exists():
+            target.rename(replaced)
+        new.rename(target)
+    except OSError:
+        if not target.exists():  # else another host was first
+            raise
 
 
 def _check_space(folder: Path, needed: int) -> None:
@@ -83,98 +176,71 @@ def _check_space(folder: Path, needed: int) -> None:
     if free < needed:
         raise OSError(
             f"{folder} has {free / 1e9:.1f} GB free, but decoding the images takes {needed / 1e9:.1f} GB, half of it "
-            "for a while; set data.dir to a larger disk"
+            "temporarily; set data.dir to a larger disk"
         )
 
 
-def split_paths(folder: Path) -> dict[str, list[Path]]:
-    """The images of each split, sorted by name."""
-    _check_folder(folder)
-    if all((folder / split).is_dir() for split in SPLITS):
-        paths = {split: _images_under(folder / split) for split in SPLITS}
-    else:
-        files = _images_under(folder)
-        testing = [is_test(os.fsencode(path.relative_to(folder))) for path in files]
-        paths = {
-            "train": [path for path, test in zip(files, testing, strict=True) if not test],
-            "test": [path for path, test in zip(files, testing, strict=True) if test],
-        }
-    for split in SPLITS:
-        if not paths[split]:
-            raise ValueError(
-                f"{folder} has no {split} images ({', '.join(EXTENSIONS)}); without the folders train and test in it, "
-                "about one image in ten is for testing"
-            )
-    return paths
+def _problems_text(problems: Sequence[str]) -> str:
+    more = len(problems) - NAMED_UNREADABLE
+    rest = f"; and {more} more" if more > 0 else ""
+    advice = "remove or replace them; the other images are kept decoded for the next run"
+    return f"{'; '.join(problems[:NAMED_UNREADABLE])}{rest}; {advice}"
 
 
-def celeba_paths(folder: Path) -> dict[str, list[Path]]:
-    """CelebA's images for training and, as published, those for validation, by its list_eval_partition.txt.
-
-    Raises:
-        FileNotFoundError: if the list, or an image in it, is not under the folder.
-        ValueError: if a line of it is not a name and a part.
-    """
-    _check_folder(folder)
-    partition = next(folder.rglob("list_eval_partition.txt"), None)
-    if partition is None:
-        raise FileNotFoundError(f"there is no list_eval_partition.txt under {folder}; it comes with CelebA's images")
-    # beside it there may be img_celeba, whose images have the same names, but are not aligned
-    aligned = next((path for path in folder.rglob("img_align_celeba") if path.is_dir()), folder)
-    images = {path.name: path for path in _images_under(aligned)}
-    paths: dict[str, list[Path]] = {split: [] for split in SPLITS}
-    for line in partition.read_text().splitlines():
-        match line.split():
-            case [name, "0" | "1" as part] if name in images:
-                paths[SPLITS[int(part)]].append(images[name])
-            case [_, "2"] | []:
-                continue
-            case [name, "0" | "1"]:
-                raise FileNotFoundError(f"there is no {name} under {folder}, but {partition} names it")
-            case _:
-                raise ValueError(f"{partition} has a line {line!r}, not a name and 0, 1 or 2")
-    for split in SPLITS:
-        if not paths[split]:
-            raise ValueError(f"{partition} has no {split} images")
-    return paths
+def file_key(path: Path) -> bytes:
+    """Returns the name, size and time of a file, which identify its content without reading it."""
+    status = path.stat()
+    name = os.path.abspath(path)  # without resolving links, which takes a minute or two for a million images
+    return os.fsencode(name) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
 
 
-def _check_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data.path is {str(folder)!r}, which is no folder")
-
-
-def _images_under(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-
-
-def _listing_digest(paths: Sequence[Path], settings: object) -> str:
-    """Identifies what a folder holds without reading it."""
+def _digest(settings: object, *parts: bytes) -> str:
     digest = hashlib.sha256(repr(settings).encode())
-    for path in paths:
-        status = path.stat()
-        name = os.path.abspath(path)  # not resolved, which takes a minute or two for a million images
-        digest.update(os.fsencode(name) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    for part in parts:
+        digest.update(part)
     return digest.hexdigest()[:16]
 
 
-def decode_images(paths: Sequence[Path], mapped: Path, framing: Framing, size: int, num_channels: int) -> Levels:
-    """Decodes in threads, into the new file `mapped`, for they may be more than fit into memory.
+def _decode_files(
+    files: Sequence[Path], keys: Sequence[bytes], decoder: Decoder, rows: Path, partial: Path, problems: list[str]
+) -> ImageArray:
+    """Decodes files in threads into a file in the folder `rows`, which is mapped into memory as it may not fit there.
 
-    Raises:
-        ValueError: naming the first file that cannot be decoded.
+    Images found in the folder `partial` are copied. The hashes of the decoded files' keys are stored beside the images,
+    so that `rows` can be the next run's `partial`.
+
+    Args:
+        problems: a text for each file that cannot be decoded is appended.
     """
-    images = np.lib.format.open_memmap(mapped, "w+", np.uint8, (len(paths), size, size, num_channels))
-    with ThreadPoolExecutor() as pool, progress(len(paths), "decoding", "image") as bar:
-        decoded = pool.map(lambda path: _decode(path, framing, size, num_channels), paths)
-        for number, image in enumerate(decoded):
-            images[number] = image
-            bar.update()
+    images = np.lib.format.open_memmap(rows / "images.npy", "w+", np.uint8, (len(files), *decoder.shape))
+    hashes = np.array([np.frombuffer(hashlib.sha256(key).digest(), np.uint8) for key in keys])
+    done = _copy_partial(partial, hashes, images)
+    waiting = np.flatnonzero(~done).tolist()
+    pool = ThreadPoolExecutor()
+    try:
+        with progress(len(files), "decoding", "image", initial=int(done.sum())) as bar:
+            for row, image in zip(waiting, pool.map(decoder, [files[row] for row in waiting]), strict=True):
+                if isinstance(image, str):
+                    problems.append(f"{files[row]} {image}")
+                else:
+                    images[row], done[row] = image, True
+                bar.update()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        np.save(rows / "hashes.npy", hashes * done[:, None])
     return images
 
 
-def _decode(path: Path, framing: Framing, size: int, num_channels: int) -> ImageLevels:
+def _copy_partial(partial: Path, hashes: np.ndarray, images: ImageArray) -> np.ndarray:
+    """Copies the images that an earlier run has decoded; returns a mask of their rows."""
+    done = np.zeros(len(hashes), bool)
     try:
-        return decode_image(path, framing, size, num_channels)
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from error
+        kept, kept_hashes = (np.load(partial / f"{name}.npy", mmap_mode="r") for name in ("images", "hashes"))
+    except (OSError, ValueError, EOFError):  # nothing is kept, another host has removed it, or it is damaged
+        return done
+    row_of = {row_hash.tobytes(): row for row, row_hash in enumerate(hashes)}
+    for kept_hash, image in zip(kept_hashes, kept, strict=True):
+        row = row_of.get(kept_hash.tobytes())
+        if row is not None:
+            images[row], done[row] = image, True
+    return done

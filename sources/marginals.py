@@ -1,7 +1,7 @@
-"""Densities that are known in closed form at every time of an SDE: q_t, the law of x_t = alpha x_0 + sigma z.
+"""Densities q_t of x_t = alpha x_0 + sigma z that are known in closed form at every time t of an SDE.
 
-A Gaussian mixture is one by itself (densities.py). Uniform densities on boxes are others: with noise each box becomes
-a product of differences of normal distribution functions.
+Gaussian mixtures have them (densities.py). So do uniform densities on boxes: noise turns each box into a product of
+differences of normal distribution functions.
 """
 
 import dataclasses
@@ -20,35 +20,35 @@ from sources.densities import Checkerboard, Density, GaussianMixture
 
 
 class Marginals(Protocol):
-    """A density of data, at every time of an SDE."""
+    """The density of noisy data at every time of an SDE."""
 
     def log_density(self, sde: SDE, x: Batch, t: PerExample) -> PerExample:
-        """ln q_t(x), in nats."""
+        """Returns ln q_t(x), in nats."""
         ...
 
     def score(self, sde: SDE, x: Batch, t: PerExample) -> Batch:
-        """grad_x ln q_t(x)."""
+        """Returns grad_x ln q_t(x)."""
         ...
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class BoxMarginals:
-    """A density uniform on k boxes of equal mass."""
+    """The marginals of a density that is uniform on k boxes of equal mass."""
 
     lower: Float[np.ndarray, "k d"]
     upper: Float[np.ndarray, "k d"]
 
     def log_density(self, sde: SDE, x: Batch, t: PerExample) -> PerExample:
-        """ln q_t(x), in nats."""
+        """Returns ln q_t(x), in nats."""
         return jax.nn.logsumexp(self._boxes(sde, x, t)[0], axis=1) - math.log(len(self.lower))
 
     def score(self, sde: SDE, x: Batch, t: PerExample) -> Batch:
-        """grad_x ln q_t(x)."""
+        """Returns grad_x ln q_t(x)."""
         log_densities, scores = self._boxes(sde, x, t)
         return jnp.sum(jax.nn.softmax(log_densities, axis=1)[..., None] * scores, axis=1)
 
     def _boxes(self, sde: SDE, x: Batch, t: PerExample) -> tuple[Array, Array]:
-        """ln q_t [batch, k] and its gradient [batch, k, d] of each box by itself."""
+        """Returns ln q_t [batch, k] and its gradient [batch, k, d] for each box alone."""
         alpha, sigma = (a[:, None, None] for a in sde.alpha_sigma(t))
         below = (alpha * jnp.asarray(self.lower, x.dtype)[None] - x[:, None]) / sigma
         above = (alpha * jnp.asarray(self.upper, x.dtype)[None] - x[:, None]) / sigma
@@ -60,8 +60,8 @@ class BoxMarginals:
 
 
 def log_normal_mass(below: Float[Array, "*shape"], above: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """ln of the probability that a standard normal number lies between two bounds, far out in its tails as well."""
-    # in the lower tail, where log_ndtr is accurate
+    """Returns ln P(below < z < above) for a standard normal z, accurate far out in both tails, too."""
+    # Bounds in the upper tail are mirrored to the lower tail, where log_ndtr is accurate.
     flip = below + above > 0
     low, high = jnp.where(flip, -above, below), jnp.where(flip, -below, above)
     log_high = log_ndtr(high)
@@ -69,7 +69,7 @@ def log_normal_mass(below: Float[Array, "*shape"], above: Float[Array, "*shape"]
 
 
 def marginals_of(density: Density) -> Marginals | None:
-    """q_t of a density of data; None where it is not known."""
+    """Returns q_t of a density of data; None if it is not known."""
     if isinstance(density, GaussianMixture):
         return density
     if isinstance(density, Checkerboard):
@@ -79,7 +79,7 @@ def marginals_of(density: Density) -> Marginals | None:
 
 
 def sample_at(density: Density, sde: SDE, key: Array, t: PerExample) -> Float[Array, "batch d"]:
-    """Independent points of q_t, one for each of the times."""
+    """Draws independent points of q_t, one for each time."""
     data_key, noise_key = jax.random.split(key)
     mean, sigma = sde.marginal(density.sample(data_key, (len(t), density.dims)).astype(t.dtype), t)
     return mean + append_dims(sigma, mean) * jax.random.normal(noise_key, mean.shape, t.dtype)

@@ -1,4 +1,4 @@
-"""Points drawn from a density, once and for all: every run of a data set sees the same ones."""
+"""Points drawn from a density. Every run on a data set uses the same points."""
 
 import dataclasses
 
@@ -11,15 +11,15 @@ from sources.densities import DENSITIES
 from sources.splits import SPLITS
 
 SEED = 0
-"""Of the points of every data set. It is not the run's: runs of several seeds are compared on the same points."""
+"""The seed of the points of every data set. It is not the run's seed, so that runs are compared on the same points."""
 
-OF_IMAGES = ("centered", "random_flip", "uniform_dequantization")
-"""Fields of config.data that say what is done with images."""
+IMAGE_FIELDS = ("centered", "random_flip", "uniform_dequantization")
+"""Fields of config.data that apply to images only."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PointSource:
-    """A `Source` of points: an "image" is one of them, of shape [d]."""
+    """A `Source` of points. Its "images" are points of shape [d]."""
 
     points: Float[np.ndarray, "n d"]
     description: str
@@ -36,14 +36,14 @@ class PointSource:
 
 
 def draw_points(data: Config, split: str) -> PointSource:
-    """The points of a split of `data.dataset`, one of DENSITIES.
+    """Draws the points of a split of `data.dataset`, one of DENSITIES.
 
     Raises:
-        ValueError: for a number of points below 1, or if config.data asks for something that is done with images.
+        ValueError: if the number of points is below 1, or a field of config.data that applies to images only is set.
     """
-    for field in OF_IMAGES:
+    for field in IMAGE_FIELDS:
         if data[field]:
-            raise ValueError(f"data.{field} is True, but {data.dataset} has points, not images: set it to False")
+            raise ValueError(f"data.{field} is True, but {data.dataset} has points, not images; set it to False")
     field = "num_test_points" if split == "test" else "num_points"
     if data[field] < 1:
         raise ValueError(f"data.{field} is {data[field]}; it must be at least 1")

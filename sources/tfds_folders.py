@@ -1,4 +1,4 @@
-"""Data sets that tensorflow-datasets (tfds) has prepared, read without TensorFlow: array_record or TFRecord files."""
+"""Reads data sets that tensorflow-datasets (tfds) has prepared as array_record or TFRecord files, without TensorFlow."""
 
 import functools
 import importlib.util
@@ -10,32 +10,32 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from infra.console import progress
-from sources.resizing import Framing, exact
-from sources.source import ImageLevels, MemorySource, Records, RecordSource, records_digest
+from sources.resizing import Framing, decode_image, exact
+from sources.source import MemorySource, Records, RecordSource, SingleImage, records_digest
 from sources.splits import describe, is_test
-from sources.tfrecord import TFRecords, decode_encoded, decode_label, decode_raw
+from sources.tfrecord import TFRecords, decode_label, decode_raw, encoded_image
 
 IN_MEMORY = 2**30
-"""Bytes up to which the images of a split are kept decoded, which is faster than decoding each time they are needed."""
+"""Splits of up to this many bytes are kept decoded in memory, which is faster than decoding images for each batch."""
 
 
 class TfdsSet(NamedTuple):
-    """A data set of tfds: which of its splits are meant, and how its images are brought to size."""
+    """A data set of tfds, with the names of its splits and the function that crops and resizes its images."""
 
     name: str
-    """Of its folder, with that of its configuration, e.g. lsun/church_outdoor."""
+    """The name of its folder, including its configuration, e.g. lsun/church_outdoor."""
     train: str = "train"
     test: str | None = "test"
-    """As published; None: of the images for training one in ten, by their positions."""
+    """The published test split. None takes one in ten training images, chosen by their positions."""
     framing: Framing = exact
 
     def part(self, split: str) -> str:
-        """Its own name of "train" or "test"."""
+        """Returns the name in tfds of the split "train" or "test"."""
         return self.test if split == "test" and self.test is not None else self.train
 
 
 def find_tfds(dataset: TfdsSet, data_dir: Path) -> Path | None:
-    """The folder of the newest version that has been prepared under `data_dir`."""
+    """Returns the folder of the newest version that has been prepared under `data_dir`, or None."""
     versions = [path.parent for path in (data_dir / dataset.name).glob("*/dataset_info.json")]
     numbered = [folder for folder in versions if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)]
     return max(numbered, key=lambda folder: tuple(map(int, folder.name.split("."))), default=None)
@@ -44,20 +44,21 @@ def find_tfds(dataset: TfdsSet, data_dir: Path) -> Path | None:
 def load_tfds(
     folder: Path, dataset: TfdsSet, split: str, image_size: int, in_memory: int = IN_MEMORY
 ) -> MemorySource | RecordSource:
-    """One split: of at most `in_memory` bytes decoded at once, else record by record when asked for.
+    """Loads one split. Up to `in_memory` bytes are decoded at once, larger splits record by record when needed.
 
     Raises:
         FileNotFoundError: if one of its files is missing.
-        ValueError: if it is damaged, is in another format, or has no such split or images.
+        ValueError: if it is damaged, is in an unknown format, or has no images of this split.
     """
     info, part = _read_info(folder), dataset.part(split)
     if part not in info.splits or "image" not in info.features:
         raise ValueError(
-            f"{folder} has splits {', '.join(info.splits)} of {', '.join(info.features)}: no {part} images"
+            f"{folder} has no {part} images: its splits are {', '.join(info.splits)}, with the features "
+            f"{', '.join(info.features)}"
         )
     records = _open_records(info, part)
     shape = (image_size, image_size, info.features["image"].shape[-1])
-    decode = functools.partial(decode_encoded, framing=dataset.framing, image_size=image_size, num_channels=shape[2])
+    decode = functools.partial(_decode, framing=dataset.framing, image_size=image_size, num_channels=shape[2])
     title = f"tfds {dataset.name} {folder.name} ({info.file_format.value}), {part}"
     by_position = split_positions(len(records), split) if dataset.test is None else np.arange(len(records))
     source = record_source(records, by_position, decode, shape, title, split, dataset.framing.__name__)
@@ -66,17 +67,21 @@ def load_tfds(
     return _in_memory(source, title, split, labelled="label" in info.features)
 
 
-def load_raw_records(path: Path, split: str) -> RecordSource:
-    """The split of a TFRecord file of FFHQ or CelebA-HQ as published, whose images have levels as they are.
+def _decode(record: bytes, framing: Framing, image_size: int, num_channels: int) -> SingleImage:
+    return decode_image(encoded_image(record), framing, image_size, num_channels)
 
-    The published code tests on the images it trains on. Here test images are one in ten, by their positions.
+
+def load_raw_records(path: Path, split: str) -> RecordSource:
+    """Loads a split of a published TFRecord file of FFHQ or CelebA-HQ, whose images are stored without compression.
+
+    The published code tests on its training images. Here, one in ten images is a test image, chosen by its position.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no such file, or cut short.
+        ValueError: if it is not such a file, is cut short, or has images of several sizes.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"data.path is {str(path)!r}, which is no file")
+        raise FileNotFoundError(f"data.path is {str(path)!r}, which is not a file; set it to the .tfrecords file")
     records = TFRecords([path])
     if not len(records):
         raise ValueError(f"{path} has no records")
@@ -84,13 +89,20 @@ def load_raw_records(path: Path, split: str) -> RecordSource:
         first = decode_raw(records.__getitems__([0])[0])
     except ValueError as error:
         raise ValueError(f"record 0 of {path} {error}") from error
+    others = np.flatnonzero(records.lengths != records.lengths[0])
+    if len(others):
+        number = int(others[0])
+        raise ValueError(
+            f"record {number} of {path} has {records.lengths[number]} bytes, but record 0 has {records.lengths[0]}; "
+            "all images must have one size"
+        )
     height, width, channels = first.shape
     positions = split_positions(len(records), split)
     return record_source(records, positions, decode_raw, (height, width, channels), path.name, split, "raw")
 
 
 def split_positions(count: int, split: str) -> np.ndarray:
-    """Which of the records are in a split, where there is one file for both: about one in ten is for testing."""
+    """Returns the positions of the records of a split if one file has both: about one in ten is a test image."""
     testing = np.array([is_test(f"{position}".encode()) for position in range(count)], bool)
     return np.flatnonzero(testing == (split == "test"))
 
@@ -98,13 +110,13 @@ def split_positions(count: int, split: str) -> np.ndarray:
 def record_source(
     records: Records,
     positions: np.ndarray,
-    decode: Callable[[bytes], ImageLevels],
+    decode: Callable[[bytes], SingleImage],
     shape: tuple[int, int, int],
     title: str,
     split: str,
     framing: str,
 ) -> RecordSource:
-    """A source whose description tells apart what is read, and how."""
+    """Returns a source whose description identifies the records and the settings that decode them."""
     digest = records_digest(records, positions, shape, framing)
     return RecordSource(records, positions, decode, shape, f"{title}, {split}, {shape[0]}x{shape[1]}, records {digest}")
 
@@ -124,34 +136,36 @@ def _in_memory(source: RecordSource, title: str, split: str, labelled: bool) -> 
 
 
 def _read_info(folder: Path) -> Any:
-    import tensorflow_datasets as tfds  # here, because other data sets can do without; it loads no TensorFlow
+    import tensorflow_datasets as tfds  # optional for other data sets; it does not load TensorFlow
 
     try:
         return tfds.builder_from_directory(folder).info
     except Exception as error:  # damaged JSON makes it raise half a dozen kinds
-        raise ValueError(f"{folder} holds no data set that tensorflow-datasets can read: {error}") from error
+        raise ValueError(f"Cannot read {folder} as a data set of tensorflow-datasets: {error}") from error
 
 
 def _open_records(info: Any, part: str) -> Records:
     kind = info.file_format.value
     if kind not in OPENERS:
-        raise ValueError(f"{info.full_name} is prepared in the format {kind}; known are {', '.join(OPENERS)}")
+        raise ValueError(f"{info.full_name} was prepared in the format {kind}; supported are {', '.join(OPENERS)}")
     files = [Path(path) for path in info.splits[part].filepaths]
     missing = [path for path in files if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{missing[0]} is missing; prepare {info.full_name} again, or copy all of its folder")
+        raise FileNotFoundError(f"{missing[0]} is missing; prepare {info.full_name} again, or copy its whole folder")
     records = OPENERS[kind](files)
     wanted = info.splits[part].num_examples
     if len(records) != wanted:
-        raise ValueError(f"{files[0].parent} is damaged: {part} has {len(records)} records instead of {wanted}")
+        raise ValueError(
+            f"{files[0].parent} is damaged: {part} has {len(records)} records instead of {wanted}; prepare it again"
+        )
     return records
 
 
 class ArrayRecords:
-    """The records of array_record files, whose checksums their reader verifies.
+    """The records of array_record files. Their reader verifies checksums.
 
     Raises:
-        ValueError: if a file is damaged; found when it is opened, or when the record is read.
+        ValueError: if a file is damaged, when it is opened or when a record is read.
     """
 
     def __init__(self, paths: list[Path]):
@@ -160,7 +174,7 @@ class ArrayRecords:
         self._folder = paths[0].parent
         try:
             self._records = ArrayRecordDataSource([str(path) for path in paths])
-        except Exception as error:  # of its own, and without the file's name
+        except Exception as error:  # its own kinds, without the name of the file
             raise ValueError(f"{self._folder} is damaged: {error}") from error
 
     def __len__(self) -> int:
@@ -169,31 +183,31 @@ class ArrayRecords:
     def __getitems__(self, record_keys: Sequence[int], /) -> Sequence[bytes]:
         try:
             return self._records.__getitems__(record_keys)
-        except RuntimeError as error:  # without the file's name
+        except RuntimeError as error:  # its message lacks the name of the file
             raise ValueError(f"{self._folder} is damaged: {error}") from error
 
 
 OPENERS: dict[str, Callable[[list[Path]], Records]] = {"array_record": ArrayRecords, "tfrecord": TFRecords}
-"""Readers of tfds's file formats."""
+"""Readers of the file formats of tfds."""
 
 
 def can_download() -> bool:
-    """Whether there is the TensorFlow that tfds needs to prepare data."""
+    """Returns whether TensorFlow is installed, which tfds needs to prepare data."""
     return importlib.util.find_spec("tensorflow") is not None
 
 
 def download_tfds(dataset: TfdsSet, data_dir: Path) -> str:
-    """Has tfds download and prepare a data set, which loads TensorFlow; returns what was written, for people.
+    """Downloads and prepares a data set with tfds, which loads TensorFlow; returns a line for people.
 
     Raises:
-        ValueError: if tfds cannot.
+        ValueError: if tfds fails.
     """
     import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder(dataset.name, data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
-    except Exception as error:  # of many kinds: of the network, of its checks, of what is to be downloaded by hand
+    except Exception as error:  # many kinds: the network, its checks, files to download by hand
         raise ValueError(f"tensorflow-datasets could not prepare {dataset.name}: {error}") from error
     counts = " and ".join(f"{split.num_examples:,} {name}" for name, split in builder.info.splits.items())
     return f"{builder.data_dir}: tfds {dataset.name}, {counts} images"

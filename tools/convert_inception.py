@@ -1,10 +1,11 @@
-"""Converts the published weights of Inception-2015-12-05 from PyTorch's format, once.
+"""Converts the published weights of Inception-2015-12-05 from PyTorch's format.
 
     pip install -r requirements-convert.txt
     python -m tools.convert_inception PATH [--out=assets/inception-2015-12-05.npz]
 
-PATH is weights-inception-2015-12-05-6726825d.pth, 95,628,359 bytes, which torch-fidelity and pytorch-fid distribute. It
-is accepted by its SHA-256, and read without running any code that it may hold. Nothing but this command needs torch.
+PATH is weights-inception-2015-12-05-6726825d.pth, 95,628,359 bytes, which torch-fidelity and pytorch-fid distribute.
+The file is checked by its SHA-256 and read without running any code in it. Only this command needs torch, and it runs
+once.
 """
 
 import argparse
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("path", type=Path, help="weights-inception-2015-12-05-6726825d.pth")
     parser.add_argument("--out", type=Path, default=Path(get_config().eval.inception), help="the converted file")
-    parser.add_argument("--sha256", default=PUBLISHED_SHA256, help="accept a file of this hash instead")
+    parser.add_argument("--sha256", default=PUBLISHED_SHA256, help="the SHA-256 that the file must have")
     parsed = parser.parse_args(arguments)
     try:
         convert(parsed.path, parsed.out, parsed.sha256)
@@ -40,40 +41,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def convert(path: Path, out: Path, sha256: str = PUBLISHED_SHA256) -> None:
-    """Writes the parameters in the file at `path` to `out`.
+    """Converts the parameters in the file at `path` and writes them to `out`.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if its SHA-256 is another, or it does not hold the weights of this network.
+        ValueError: if its SHA-256 differs, or it does not hold the weights of this network.
         ImportError: if torch is not installed.
     """
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256.lower():
         raise ValueError(
-            f"{path} is not the published file, perhaps a part of it: its SHA-256 is {digest}, not {sha256}; to use it "
-            "all the same, add --sha256 with its hash"
+            f"{path} is not the published file, or only a part of it: its SHA-256 is {digest}, not {sha256}; to use it "
+            "anyway, add --sha256 with its hash"
         )
     save_inception(out, params_from_published(read_weights(path)), source_sha256=digest)
 
 
 def read_weights(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a PyTorch file, by name.
+    """Reads the arrays of a PyTorch file by name.
 
     Raises:
         ImportError: if torch is not installed.
-        ValueError: if the file is not one of PyTorch's, or holds anything but arrays.
+        ValueError: if it is not a PyTorch file, or holds anything but arrays.
     """
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ImportError("torch is not installed; pip install -r requirements-convert.txt") from error
+        raise ImportError("torch is not installed; run pip install -r requirements-convert.txt") from error
     try:
         return {
             name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True, map_location="cpu").items()
         }
     except Exception as error:  # unpickling raises a dozen kinds
-        raise ValueError(f"{path} holds no arrays that can be read: {error}") from error
+        raise ValueError(f"Cannot read {path} as a PyTorch file of arrays: {error}") from error
 
 
 if __name__ == "__main__":
