@@ -23,6 +23,8 @@ from sources.splits import ImageArray, Split
 Files = Mapping[str, Path]
 
 MNIST_SIZE = 28
+IDX_KINDS = {"images-idx3": 3, "labels-idx1": 1}
+"""The number of axes of the arrays in both kinds of IDX files."""
 
 
 def read_cifar10(files: Files) -> dict[str, Split]:
@@ -67,19 +69,12 @@ def _check_labels(labels: np.ndarray, count: int, classes: int, name: str) -> No
 
 def read_mnist(files: Files, classes: int = 10) -> dict[str, Split]:
     """Reads MNIST and the data sets published like it: images and labels in the IDX format, compressed by gzip."""
-    named = {"train": "train", "test": "t10k"}
-    return {
-        split: _mnist_split(
-            *(_read_idx_file(files[f"{name}-{kind}-ubyte.gz"], axes) for kind, axes in IDX_KINDS.items()),
-            classes,
-            str(files[f"{name}-images-idx3-ubyte.gz"]),
-        )
-        for split, name in named.items()
-    }
-
-
-IDX_KINDS = {"images-idx3": 3, "labels-idx1": 1}
-"""The number of axes of the arrays in both kinds of IDX files."""
+    splits = {}
+    for split, name in (("train", "train"), ("test", "t10k")):
+        path = files[f"{name}-images-idx3-ubyte.gz"]
+        images, labels = (_read_idx_file(files[f"{name}-{kind}-ubyte.gz"], axes) for kind, axes in IDX_KINDS.items())
+        splits[split] = _mnist_split(images, labels.astype(np.int64), classes, str(path))
+    return splits
 
 
 def read_emnist(files: Files, variant: str, classes: int, first_label: int) -> dict[str, Split]:
@@ -107,7 +102,6 @@ def read_emnist(files: Files, variant: str, classes: int, first_label: int) -> d
 def _mnist_split(images: np.ndarray, labels: np.ndarray, classes: int, name: str) -> Split:
     if not len(images) or images.shape[1:] != (MNIST_SIZE, MNIST_SIZE):
         raise ValueError(f"{name} has images of shape {images.shape}, not (n, {MNIST_SIZE}, {MNIST_SIZE})")
-    labels = labels.astype(np.int64)
     _check_labels(labels, len(images), classes, name)
     return Split(images[..., None], labels)
 

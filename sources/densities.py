@@ -119,7 +119,7 @@ class GaussianMixture:
         return self._components_of_marginal(x, *sde.alpha_sigma(t))
 
     def _components_of_marginal(self, x: Batch, alpha: PerExample, sigma: PerExample) -> tuple[Array, Array]:
-        """Returns ln(weight x density) [batch, k] and score [batch, k, d] of each component of N(alpha x_0, sigma^2 I)."""
+        """Returns ln(weight x density) [batch, k] and score [batch, k, d] of each component of alpha x_0 + sigma z."""
         eigenvalues, axes = (jnp.asarray(a, x.dtype) for a in self._principal_axes)
         alpha, sigma = alpha[:, None, None], sigma[:, None, None]
         centered = x.reshape(x.shape[0], 1, -1) - alpha * jnp.asarray(self.means, x.dtype)[None]

@@ -153,8 +153,8 @@ def find_images(folder: Path) -> ImageFiles:
     chosen = split_folders(folder, subfolders)
     walk = Walk(folder)
     if chosen is not None:
-        found = walk.images(*(folder / chosen[split] for split in SPLITS))
-        paths = dict(zip(SPLITS, found, strict=True))
+        train, test = walk.images(folder / chosen["train"], folder / chosen["test"])
+        paths = {"train": train, "test": test}
         walk.skipped.folders = [name for name in entries if name not in chosen.values()]
         splits_from = f"its folders {chosen['train']} (train) and {chosen['test']} (test)"
     else:

@@ -1,4 +1,4 @@
-"""Reads data sets that tensorflow-datasets (tfds) has prepared as array_record or TFRecord files, without TensorFlow."""
+"""Reads array_record and TFRecord files that tensorflow-datasets (tfds) has prepared, without TensorFlow."""
 
 import functools
 import importlib.util

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Int64, UInt8
 
 HEADER, FOOTER = 12, 4
-"""Bytes around a record: before it its length (8, little-endian) and a checksum of that (4), behind it a checksum (4)."""
+"""Bytes before a record: its length (8, little-endian) and a checksum of it (4). Bytes after it: its checksum (4)."""
 
 
 class TFRecords:

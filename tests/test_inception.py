@@ -214,7 +214,7 @@ def test_weights_survive_the_disk(tmp_path):
 def test_conversion_refuses_other_files(tmp_path, capsys):
     path, out = tmp_path / "weights.pth", tmp_path / "out.npz"
     path.write_bytes(b"part of a download")
-    with pytest.raises(ValueError, match="is not the published file, perhaps a part of it: its SHA-256 is"):
+    with pytest.raises(ValueError, match="is not the published file, or only a part of it: its SHA-256 is"):
         convert(path, out)
     assert convert_main([str(tmp_path / "none.pth"), f"--out={out}"]) == 2
     said = capsys.readouterr().err

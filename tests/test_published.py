@@ -1,10 +1,11 @@
-"""Published data sets: files in the published formats, made on the spot, come back image by image."""
+"""Small files in the published formats are prepared and read back image by image."""
 
 import gzip
 import hashlib
 import io
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def random_images(*shape):
 
 
 def planes(images):
-    """By channel, row and column."""
+    """Returns the images by channel, row and column."""
     return images.transpose(0, 3, 1, 2).reshape(len(images), -1)
 
 
@@ -45,7 +46,7 @@ def tar_file(path, contents, mode):
 
 
 def cifar10_archive(path, per_batch=3):
-    """A small archive in the published layout, with the images and labels of each split."""
+    """Writes a small archive in the published layout and returns the images and labels of each split."""
     images, labels = random_images(6 * per_batch, 32, 32, 3), RNG.integers(0, 10, 6 * per_batch, dtype=np.uint8)
     records = np.concatenate([labels[:, None], planes(images)], axis=1)
     names = [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"]
@@ -91,26 +92,162 @@ def test_cifar10(tmp_path):
     for split, source in prepared(config).items():
         check(source, *expected[split])
         assert source.description.startswith(f"CIFAR10, {split}, images ")
-    # other images under the same name are described otherwise
+    # Other images under the same name have another description.
     before = source_from_config(config, "test").description
     cifar10_archive(archive)
     config.data.archive_sha256 = sha256(archive)
     assert prepared(config)["test"].description != before
 
 
-def test_mnist(tmp_path):
+def idx(array):
+    """Returns the content of a compressed IDX file."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    return gzip.compress(header + array.tobytes())
+
+
+def mnist_files(folder):
+    """Writes small files in the published layout; returns their paths, and the images and labels of each split."""
     files, expected = [], {}
     for split, name, count in (("train", "train", 5), ("test", "t10k", 3)):
         images, labels = random_images(count, 28, 28), RNG.integers(0, 10, count, dtype=np.uint8)
         expected[split] = images[..., None], labels
         for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            path = tmp_path / f"{name}-{kind}-ubyte.gz"
-            header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-            path.write_bytes(gzip.compress(header + array.tobytes()))
-            files.append(path)
-    config = config_for("MNIST", tmp_path, tmp_path, *files, image_size=28, num_channels=1)
+            files.append(folder / f"{name}-{kind}-ubyte.gz")
+            files[-1].write_bytes(idx(array))
+    return files, expected
+
+
+@pytest.mark.parametrize("dataset", ["MNIST", "FashionMNIST", "KMNIST"])
+def test_mnist_and_those_like_it(tmp_path, dataset):
+    files, expected = mnist_files(tmp_path)
+    config = config_for(dataset, tmp_path, tmp_path, *files, image_size=28, num_channels=1)
     for split, source in prepared(config).items():
         check(source, *expected[split])
+        assert source.description.startswith(f"{dataset}, {split}, images ")
+
+
+@pytest.mark.parametrize(("variant", "first", "classes"), [("balanced", 0, 47), ("letters", 1, 26)])
+def test_emnist(tmp_path, variant, first, classes):
+    archive, expected = tmp_path / "gzip.zip", {}
+    with zipfile.ZipFile(archive, "w") as zipped:
+        for split, count in (("train", 60), ("test", 50)):
+            images, labels = random_images(count, 28, 28), (np.arange(count) % classes).astype(np.uint8)
+            expected[split] = images[..., None], labels
+            for kind, array in (("images-idx3", images), ("labels-idx1", labels + first)):
+                zipped.writestr(f"gzip/emnist-{variant}-{split}-{kind}-ubyte.gz", idx(array.astype(np.uint8)))
+                zipped.writestr(f"__MACOSX/gzip/emnist-{variant}-{split}-{kind}-ubyte.gz", b"")
+    config = config_for("EMNIST", tmp_path, archive, image_size=28, num_channels=1, variant=variant)
+    for split, source in prepared(config).items():
+        check(source, *expected[split])
+        assert source.description.startswith(f"EMNIST {variant}, {split}, images ")
+    config.data.variant = "digits"
+    with pytest.raises(ValueError, match=r"gzip.zip has no emnist-digits-train-images-idx3-ubyte.gz"):
+        run_lib.prepare(config)
+    config.data.variant = ""
+    with pytest.raises(ValueError, match=r"data.variant is ''; for EMNIST it must be one of balanced, letters"):
+        run_lib.prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("number", "content", "message"),
+    [
+        (0, b"no gzip", "Cannot read .*train-images-idx3-ubyte.gz as a .gz file"),
+        (0, idx(random_images(5, 28, 28))[:-300], "Cannot read .*train-images-idx3-ubyte.gz as a .gz file"),
+        (0, idx(random_images(5, 32, 32)), r"train-images-idx3-ubyte.gz has images of shape \(5, 32, 32\), not"),
+        (0, idx(random_images(5)), "train-images-idx3-ubyte.gz is not an IDX file of unsigned bytes with 3 axes"),
+        (0, idx(random_images(0, 28, 28)), r"has images of shape \(0, 28, 28\)"),
+        (0, gzip.compress(bytes([0, 0, 8, 3, 0, 0])), "train-images-idx3-ubyte.gz is not an IDX file"),
+        (1, idx(np.zeros(4, np.uint8)), "train-images-idx3-ubyte.gz has 5 images, but 4 labels"),
+        (1, idx(np.full(5, 10, np.uint8)), "has labels from 10 to 10, not from 0 to 9"),
+        (
+            3,
+            gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 3, 1])),
+            r"t10k-labels-idx1-ubyte.gz has 1 bytes for an array of shape \(3,\), which needs 3",
+        ),
+    ],
+)
+def test_idx_files_are_checked(tmp_path, number, content, message):
+    files, _ = mnist_files(tmp_path)
+    files[number].write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        run_lib.prepare(config_for("MNIST", tmp_path, tmp_path, *files, image_size=28, num_channels=1))
+    assert not (tmp_path / "data").exists()
+
+
+PACKAGE = Path("/usr/share/datasets/fashion-mnist")
+"""The folder of Debian's package dataset-fashion-mnist."""
+
+
+@pytest.mark.skipif(not PACKAGE.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+def test_fashion_mnist_from_debian(tmp_path):
+    config = config_for("FashionMNIST", tmp_path, PACKAGE, image_size=28, num_channels=1)
+    config.data.archive_sha256 = ""
+    train, test = prepared(config).values()
+    assert (len(train), len(test)) == (60_000, 10_000)
+    assert set(np.bincount(train.labels)) == {6000}
+    config.data.update(dataset="MNIST", archive_sha256=sha256(*PACKAGE.iterdir()))
+    with pytest.raises(
+        ValueError, match=r"is train-images-idx3-ubyte.gz of FashionMNIST, .*; set data.dataset to Fash"
+    ):
+        run_lib.prepare(config)
+
+
+def test_a_known_file_of_another_data_set_is_refused(tmp_path, monkeypatch):
+    """Accepting its hash does not help: the images would get the name of the other data set."""
+    files, _ = mnist_files(tmp_path)
+    for dataset, wrong in (("KMNIST", "MNIST"), ("MNIST", "FashionMNIST")):
+        known = {path.name: (sha256(path),) for path in files}
+        monkeypatch.setattr("sources.published.KNOWN_FILES", {dataset: known})
+        config = config_for(wrong, tmp_path, tmp_path, *files, image_size=28, num_channels=1)
+        with pytest.raises(
+            ValueError, match=f"train-images.* of {dataset}, not .* of {wrong}; set data.dataset to {dataset}"
+        ):
+            run_lib.prepare(config)
+
+
+def test_svhn_files_are_checked(tmp_path):
+    paths = [tmp_path / f"{split}_32x32.mat" for split in SPLITS]
+    good = {"X": random_images(32, 32, 3, 4), "y": np.ones((4, 1), np.uint8)}
+    for bad, message in (
+        ({"X": good["X"]}, "train_32x32.mat has no array y"),
+        (good | {"X": good["X"].astype(float)}, r"X in .*train_32x32.mat is float64 of shape \(32, 32, 3, 4\)"),
+        (good | {"y": np.ones((3, 1), np.uint8)}, "train_32x32.mat has 4 images, but 3 labels"),
+        (good | {"y": np.full((4, 1), 11)}, "train_32x32.mat has labels from 11 to 11"),
+    ):
+        for path, arrays in zip(paths, (bad, good), strict=True):
+            scipy.io.savemat(str(path), arrays)
+        with pytest.raises(ValueError, match=message):
+            run_lib.prepare(config_for("SVHN", tmp_path, tmp_path, *paths))
+    paths[0].write_bytes(b"no file of MATLAB's")
+    with pytest.raises(ValueError, match=r"Cannot read .*train_32x32.mat as a MATLAB file"):
+        run_lib.prepare(config_for("SVHN", tmp_path, tmp_path, *paths))
+
+
+def test_batches_of_imagenet_are_checked(tmp_path):
+    paths = [tmp_path / "Imagenet32_train_npz.zip", tmp_path / "Imagenet32_val_npz.zip"]
+    good = {"data": random_images(2, 3072), "labels": np.array([1, 1000])}
+    for bad, name, message in (
+        (
+            good | {"data": random_images(2, 3000)},
+            "train_data_batch_1",
+            r"batch_1.npz in .* is uint8 of shape \(2, 3000\)",
+        ),
+        (good | {"data": good["data"] / 255}, "train_data_batch_1", "batch_1.npz in .*train_npz.zip is float64"),
+        (good | {"labels": np.array([1])}, "train_data_batch_1", "batch_1.npz in .* has 2 images, but 1 labels"),
+        (good | {"labels": np.array([0, 1])}, "train_data_batch_1", "has labels from -1 to 0"),
+        ({"pictures": good["data"]}, "train_data_batch_1", "Cannot read train_data_batch_1.npz in"),
+        (good, "train_data_batch_2", "train_npz.zip has no batch 1, but batch 2"),
+    ):
+        for path, member, arrays in zip(paths, (name, "val_data"), (bad, good), strict=True):
+            with zipfile.ZipFile(path, "w") as archive:
+                buffer = io.BytesIO()
+                np.savez(buffer, **arrays)
+                archive.writestr(f"{member}.npz", buffer.getvalue())
+        with pytest.raises(ValueError, match=message):
+            run_lib.prepare(imagenet_for(tmp_path, "new", *paths))
+    paths[0].write_bytes(b"no archive")
+    with pytest.raises(ValueError, match=r"Cannot read .*train_npz.zip as a .zip file"):
+        run_lib.prepare(imagenet_for(tmp_path, "new", *paths))
 
 
 def test_svhn(tmp_path):
@@ -168,12 +305,12 @@ def test_both_versions_of_imagenet(tmp_path):
     check(new["train"], images[:22], labels[:22])
     check(new["test"], images[22:], labels[22:])
     assert "new version (imagenet_resized)" in new["test"].description
-    # both are kept, and the published configurations say which is meant
+    # Both are kept, and the published configurations name the one they use.
     check(source_from_config(imagenet_for(tmp_path, "old", *files), "train"), expected["train"])
     assert imagenet_config().data.variant == "old"
     with pytest.raises(ValueError, match=r"data.variant is ''; it must be old .* or new"):
         source_from_config(imagenet_for(tmp_path, "", *files), "train")
-    with pytest.raises(ValueError, match=r"data.image_size is 16; of ImageNet it must be 32 or 64"):
+    with pytest.raises(ValueError, match=r"data.image_size is 16; for ImageNet it must be 32 or 64"):
         source_from_config(config_for("ImageNet", tmp_path, tmp_path, *files, variant="old", image_size=16), "train")
 
 
@@ -194,20 +331,20 @@ def test_what_is_not_the_published_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=f"is not the published file.*{sha256(archive)}.*data.archive_sha256"):
         run_lib.prepare(config)
     assert not (tmp_path / "data").exists()
-    check_file(archive, {sha256(archive)})
-    # accepted, but cut short
+    check_file(archive, CIFAR10, "cifar-10-binary.tar.gz", {sha256(archive)})
+    # The hash is accepted, but the file is cut short.
     archive.write_bytes(archive.read_bytes()[:5000])
     config.data.archive_sha256 = sha256(archive)
     with pytest.raises(ValueError, match=r"is damaged, or not CIFAR10"):
         run_lib.prepare(config)
     config.data.archive = ""
-    with pytest.raises(ValueError, match=r"data.archive is empty; CIFAR10 needs .*cifar-10-binary.tar.gz"):
+    with pytest.raises(ValueError, match=r"data.archive is empty; for CIFAR10 set it to .*cifar-10-binary.tar.gz"):
         run_lib.prepare(config)
     config.data.archive = str(tmp_path / "data")
     with pytest.raises(FileNotFoundError, match=r"there is no cifar-10-binary.tar.gz in"):
         run_lib.prepare(config)
     config.data.dataset = "digits"
-    with pytest.raises(ValueError, match=r"data.dataset is 'digits'; those to prepare are CIFAR10"):
+    with pytest.raises(ValueError, match=r"data.dataset is 'digits'; --mode=prepare prepares CIFAR10"):
         run_lib.prepare(config)
 
 

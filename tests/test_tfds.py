@@ -1,4 +1,4 @@
-"""Data sets in records, tensorflow-datasets' and others': what is read is what was written, without TensorFlow."""
+"""Data sets in records are written and read back without TensorFlow."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ from tests.tfds_folder import encoded, raw_example, write_tfds, write_tfrecords
 
 ROOT = Path(__file__).parent.parent
 PREPARED = ROOT / "tests" / "prepared"
-"""CIFAR-10 in little, as tensorflow-datasets 4.9.10 with TensorFlow 2.21 prepared it in its TFRecord format."""
+"""A small CIFAR-10 that tensorflow-datasets 4.9.10 with TensorFlow 2.21 prepared in its TFRecord format."""
 RNG = np.random.default_rng(0)
 SPLITS = ("train", "test")
 
@@ -44,7 +44,7 @@ def images_of(source):
 
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory):
-    """What an archive in CIFAR-10's binary format holds, prepared as a data set of tfds."""
+    """The images of an archive in CIFAR-10's binary format, prepared as a data set of tfds."""
     folder = tmp_path_factory.mktemp("tfds")
     cifar10_archive(folder / "cifar-10-binary.tar.gz")
     splits = read_cifar10({"cifar-10-binary.tar.gz": folder / "cifar-10-binary.tar.gz"})
@@ -94,14 +94,14 @@ def test_large_sets_are_read_by_index(cifar, monkeypatch):
 
 
 def gradient(number):
-    """Image `number` of the data set in tests/prepared."""
+    """Returns image `number` of the data set in tests/prepared."""
     row, column, channel = np.indices((32, 32, 3))
     return ((13 * number + 3 * row + 5 * column + 50 * channel) % 256).astype(np.uint8)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_tfrecord_files_as_tfds_writes_them(split):
-    """Files that tfds wrote with TensorFlow; it has shuffled them, so the label tells which image it is."""
+    """Reads files that tfds wrote with TensorFlow. It has shuffled them, so the labels identify the images."""
     source = source_from_config(config_for("CIFAR10", PREPARED), split)
     numbers = {"train": range(10), "test": range(10, 12)}[split]
     assert isinstance(source, MemorySource)
@@ -118,7 +118,7 @@ def copied(tmp_path):
 
 
 def tfrecords(tmp_path, whole, old, new):
-    """The file with other bytes in its first record, and checksums that fit."""
+    """Returns the file with other bytes in its first record, and correct checksums."""
     path = tmp_path / "changed.tfrecords"
     path.write_bytes(whole)
     first, *others = (records := TFRecords([path])).__getitems__(range(len(records)))
@@ -128,17 +128,19 @@ def tfrecords(tmp_path, whole, old, new):
 
 @pytest.mark.parametrize("place", [0, 8, 12, -5, -1], ids=["length", "its checksum", "first", "last", "checksum"])
 def test_a_flipped_bit_in_a_record_is_found(tmp_path, place):
-    """Wherever it is: in raw records nothing else would tell."""
+    """The checksum finds it at every place; in raw images nothing else would."""
     paths, images = [tmp_path / name for name in ("a.tfrecords", "b.tfrecords")], random_images(7, 4, 4, 3)
     write_tfrecords(paths[0], [raw_example(image) for image in images[:4]])
     write_tfrecords(paths[1], [raw_example(image) for image in images[4:]])
     records = TFRecords(paths)
     assert [decode_raw(record).tobytes() for record in records.__getitems__(range(7))] == [i.tobytes() for i in images]
     data = bytearray(paths[1].read_bytes())
-    size = len(data) // 3  # of a record, with what is around it; the second of the second file is hit
+    size = len(data) // 3  # of a record with its header and footer; the second record of the second file is changed
     data[size + place % size] ^= 16
     paths[1].write_bytes(data)
-    with pytest.raises(ValueError, match=r"b.tfrecords is (no TFRecord file, or )?damaged.*record 1 (has|begins)"):
+    with pytest.raises(
+        ValueError, match=r"b.tfrecords is (not a TFRecord file, or is )?damaged.*record 1 (is wrong|begins)"
+    ):
         TFRecords(paths).__getitems__([5])
     if place not in (0, 8):
         assert decode_raw(TFRecords(paths).__getitems__([6])[0]).tobytes() == images[6].tobytes()
@@ -151,7 +153,7 @@ def test_damaged_folders_are_named(tmp_path):
     whole, info = file.read_bytes(), folder / "dataset_info.json"
     for damaged, message in (
         (whole[:-5], "cifar10-train.tfrecord.* is cut short: its record 9"),
-        (b"no records at all", "is no TFRecord file"),
+        (b"no records at all", "is not a TFRecord file"),
         (b"", "train has 0 records instead of 10"),
         (tfrecords(tmp_path, whole, b"IHDR", b"IHDX"), "record 0 of tfds cifar10 .* cannot be read as an image"),
         (
@@ -169,10 +171,10 @@ def test_damaged_folders_are_named(tmp_path):
         source_from_config(config_for("CIFAR10", data_dir, image_size=16), "test")
     told = json.loads(info.read_text())
     info.write_text(json.dumps(told | {"fileFormat": "riegeli"}))
-    with pytest.raises(ValueError, match=r"format riegeli; known are array_record, tfrecord"):
+    with pytest.raises(ValueError, match=r"format riegeli; supported are array_record, tfrecord"):
         source_from_config(config, "test")
     info.write_text("{")
-    with pytest.raises(ValueError, match=r"3.0.2 holds no data set that tensorflow-datasets can read"):
+    with pytest.raises(ValueError, match=r"Cannot read .*3.0.2 as a data set of tensorflow-datasets"):
         source_from_config(config, "test")
 
 
@@ -221,7 +223,7 @@ def test_published_names_find_their_folders_and_splits(name, tmp_path):
     train, test = (source_from_config(config_for(dataset, tmp_path, **fields), split) for split in SPLITS)
     assert train.image_shape == test.image_shape == (32, 32, 3)
     assert f"tfds {name} 1.0.0 (array_record), {part or 'train'}" in test.description
-    if part is None:  # one file for both
+    if part is None:  # one file has both splits
         assert len(train) + len(test) == 30
         assert 0 < len(test) < 10
         both = np.concatenate([images_of(train), images_of(test)])
@@ -243,7 +245,7 @@ def test_grey_images(tmp_path):
 
 @pytest.mark.parametrize("dataset", ["FFHQ", "CelebAHQ"])
 def test_records_of_raw_levels(dataset, tmp_path):
-    """The .tfrecords files in which FFHQ and CelebA-HQ are published, read record by record."""
+    """The .tfrecords files in which FFHQ and CelebA-HQ are published are read record by record."""
     path, images = tmp_path / "ffhq-r03.tfrecords", random_images(40, 8, 8, 3)
     write_tfrecords(path, [raw_example(image) for image in images])
     config = config_for(dataset, tmp_path, path=str(path), image_size=8)
@@ -260,8 +262,16 @@ def test_records_of_raw_levels(dataset, tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"ffhq-r03.tfrecords is cut short"):
         source_from_config(config, "train")
+    write_tfrecords(path, [raw_example(image) for image in (*images[:5], images[5, :4])])
+    config.data.image_size = 8
+    with pytest.raises(ValueError, match=r"record 5 of .*ffhq-r03.tfrecords has \d+ bytes, but record 0 has \d+"):
+        source_from_config(config, "train")
+    write_tfrecords(path, [raw_example(image) for image in (*images[:39], images[39].reshape(4, 16, 3))])
+    with pytest.raises(ValueError, match=r"record 39 of .* has shape \(4, 16, 3\) instead of \(8, 8, 3\)"):
+        for split in SPLITS:
+            images_of(source_from_config(config, split))
     write_tfrecords(path, [b"\xff\xff"])
-    with pytest.raises(ValueError, match=r"record 0 of .*ffhq-r03.tfrecords is no tf.train.Example"):
+    with pytest.raises(ValueError, match=r"record 0 of .*ffhq-r03.tfrecords is not a tf.train.Example"):
         source_from_config(config, "train")
 
 
@@ -272,7 +282,7 @@ import run_lib
 from configs.digits.smoke import get_config
 config = get_config()
 config.data.update(dataset="CIFAR10", image_size=32, num_channels=3, levels=256, random_flip=True, dir=sys.argv[1])
-config.model.ch_mult = (1,)  # soon compiled
+config.model.ch_mult = (1,)  # quick to compile
 config.model.num_res_blocks = 1
 config.model.attn_resolutions = ()
 config.training.n_iters = 3
@@ -291,7 +301,7 @@ def python(code, *arguments):
 
 
 def test_trained_on_without_tensorflow(cifar, tmp_path):
-    """From an archive in CIFAR-10's binary format, through tfds's own writer, to training steps."""
+    """Training runs on images that the writer of tfds stored."""
     python(TRAINING, cifar[0], tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
 
@@ -314,7 +324,7 @@ with mock.patch.object(tfds.download.DownloadManager, "download_and_extract", la
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorflow") is None, reason="tfds prepares data with TensorFlow only")
 def test_tfds_itself_prepares_the_archive(cifar, tmp_path):
-    """--mode=prepare has tfds's own CIFAR-10 made of the archive, given for a download; then it is read back."""
+    """--mode=prepare has tfds prepare the archive, which replaces its download; the result is read back."""
     said = python(PREPARING, tmp_path / "data", cifar[0] / "cifar-10-binary.tar.gz", tmp_path / "extracted")
     assert "tfds cifar10, 15 train and 3 test images" in said
     source = source_from_config(config_for("CIFAR10", tmp_path / "data"), "train")
@@ -346,11 +356,11 @@ def test_what_is_missing_is_said(dataset, fields, message, tmp_path):
 @pytest.mark.parametrize(
     ("dataset", "fields", "message"),
     [
-        ("CIFAR10", {}, "data.archive is empty; CIFAR10 needs .*cifar-10-binary.tar.gz; or .*requirements-prepare.txt"),
-        ("LSUN", {"category": "bedroom"}, "nothing to prepare LSUN from: set data.path .*requirements-prepare.txt"),
+        ("CIFAR10", {}, "data.archive is empty; for CIFAR10 .*cifar-10-binary.tar.gz, or .*requirements-prepare.txt"),
+        ("LSUN", {"category": "bedroom"}, "Nothing to prepare LSUN from: set data.path .*requirements-prepare.txt"),
         ("LSUN", {}, "data.category is empty"),
-        ("FFHQ", {"archive": "x"}, "data.archive is 'x', but FFHQ needs none: set data.path"),
-        ("FFHQ", {}, "nothing to prepare FFHQ from: set data.path"),
+        ("FFHQ", {"archive": "x"}, "data.archive is 'x', but FFHQ does not use it: set data.path"),
+        ("FFHQ", {}, "Nothing to prepare FFHQ from: set data.path"),
     ],
 )
 def test_what_cannot_be_prepared(dataset, fields, message, tmp_path, monkeypatch):
