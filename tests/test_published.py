@@ -186,9 +186,7 @@ def test_fashion_mnist_from_debian(tmp_path):
     assert (len(train), len(test)) == (60_000, 10_000)
     assert set(np.bincount(train.labels)) == {6000}
     config.data.update(dataset="MNIST", archive_sha256=sha256(*PACKAGE.iterdir()))
-    with pytest.raises(
-        ValueError, match=r"is train-images-idx3-ubyte.gz of FashionMNIST, .*; set data.dataset to Fash"
-    ):
+    with pytest.raises(ValueError, match=r"is train-images-idx3-ubyte.gz of FashionMNIST, .*; set data.dataset to F"):
         run_lib.prepare(config)
 
 
@@ -199,9 +197,7 @@ def test_a_known_file_of_another_data_set_is_refused(tmp_path, monkeypatch):
         known = {path.name: (sha256(path),) for path in files}
         monkeypatch.setattr("sources.published.KNOWN_FILES", {dataset: known})
         config = config_for(wrong, tmp_path, tmp_path, *files, image_size=28, num_channels=1)
-        with pytest.raises(
-            ValueError, match=f"train-images.* of {dataset}, not .* of {wrong}; set data.dataset to {dataset}"
-        ):
+        with pytest.raises(ValueError, match=f"of {dataset}, not .* of {wrong}; set data.dataset to {dataset}"):
             run_lib.prepare(config)
 
 
@@ -230,7 +226,7 @@ def test_batches_of_imagenet_are_checked(tmp_path):
         (
             good | {"data": random_images(2, 3000)},
             "train_data_batch_1",
-            r"batch_1.npz in .* is uint8 of shape \(2, 3000\)",
+            r"npz in .* is uint8 of shape \(2, 3000\)",
         ),
         (good | {"data": good["data"] / 255}, "train_data_batch_1", "batch_1.npz in .*train_npz.zip is float64"),
         (good | {"labels": np.array([1])}, "train_data_batch_1", "batch_1.npz in .* has 2 images, but 1 labels"),
@@ -241,7 +237,7 @@ def test_batches_of_imagenet_are_checked(tmp_path):
         for path, member, arrays in zip(paths, (name, "val_data"), (bad, good), strict=True):
             with zipfile.ZipFile(path, "w") as archive:
                 buffer = io.BytesIO()
-                np.savez(buffer, **arrays)
+                np.savez(buffer, allow_pickle=False, **arrays)
                 archive.writestr(f"{member}.npz", buffer.getvalue())
         with pytest.raises(ValueError, match=message):
             run_lib.prepare(imagenet_for(tmp_path, "new", *paths))
