@@ -150,10 +150,10 @@ def _decode_into(
             images = _decode_files(files, keys, decoder, rows, partial, problems)
             complete = not problems
         finally:  # after Ctrl-C, too
-            if not complete:
+            if not complete and len(problems) < len(files):
                 _replace(rows, partial, replaced)
         if problems:
-            raise ValueError(_problems_text(problems))
+            raise ValueError(_problems_text(problems, len(files)))
         write_splits(whole, name, {"train": Split(images[:num_train]), "test": Split(images[num_train:])}, DECODING)
         if stored_decoding(cache) != DECODING:  # else another host was first
             _replace(whole, cache, replaced)
@@ -180,10 +180,12 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _problems_text(problems: Sequence[str]) -> str:
+def _problems_text(problems: Sequence[str], num_files: int) -> str:
+    if len(problems) == num_files:
+        return f"{problems[0]}; none of the {num_files} images can be used"
     more = len(problems) - NAMED_UNREADABLE
     rest = f"; and {more} more" if more > 0 else ""
-    advice = "remove or replace them; the other images are kept decoded for the next run"
+    advice = f"remove or replace {'them' if len(problems) > 1 else 'it'}; the other images are kept decoded"
     return f"{'; '.join(problems[:NAMED_UNREADABLE])}{rest}; {advice}"
 
 

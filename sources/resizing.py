@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 CHANNELS = {1: "L", 3: "RGB"}
 """Pillow's mode for each number of channels."""
@@ -123,6 +123,8 @@ def _load(encoded: Path | bytes) -> Image.Image:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=formats()) as image:
             image.load()
             return image
+    except UnidentifiedImageError as error:  # its own message repeats the path
+        raise ValueError("cannot be read as an image: its format is unknown, or its beginning is damaged") from error
     except Exception as error:  # damaged bytes make Pillow's decoders raise a dozen kinds
         raise ValueError(f"cannot be read as an image: {error}") from error
 
