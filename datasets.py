@@ -68,7 +68,9 @@ class _TrainingBatches:
         return self.source.images(self.order[index][local_rows(self.order.batch_size)])
 
 
-def training_batches(source: Source, batch_size: int, seed: int, first_step: int, num_steps: int) -> Iterator[ImageArray]:
+def training_batches(
+    source: Source, batch_size: int, seed: int, first_step: int, num_steps: int
+) -> Iterator[ImageArray]:
     """This host's rows of batches first_step, ..., num_steps - 1, read ahead in threads."""
     if first_step >= num_steps:
         return iter(())
