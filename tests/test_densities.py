@@ -12,7 +12,7 @@ N = 10_000
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_samples_have_the_density_and_the_entropy(name):
-    """Where both are known, the mean of -ln q over samples is the entropy; and ln q integrates to 1 on a grid."""
+    """The mean of -ln q over samples is the entropy, if that is known, and q integrates to 1 on a grid."""
     density = DENSITIES[name]
     x = density.sample(jax.random.key(0), (N, density.dims))
     assert x.shape == (N, density.dims)
@@ -31,7 +31,7 @@ def test_samples_have_the_density_and_the_entropy(name):
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_samples_fill_cells_as_the_density_says(name):
-    """The share of samples in each of some boxes is the density's, within 5 standard errors."""
+    """The shares of samples in some boxes agree with the density within 5 standard errors."""
     density = DENSITIES[name]
     x = np.asarray(density.sample(jax.random.key(1), (N, density.dims)))
     step, width = 0.05, 1.0
@@ -42,7 +42,7 @@ def test_samples_fill_cells_as_the_density_says(name):
         grid = jnp.asarray(np.stack(np.meshgrid(*axes), axis=-1).reshape(-1, density.dims), jnp.float32)
         share = float(jnp.sum(jnp.exp(density.log_density_of_data(grid)))) * step**density.dims
         counted = np.mean(np.all((x >= corner) & (x < np.array(corner) + width), axis=1))
-        # the midpoint rule has an error of its own
+        # 2e-3 allows for the error of the midpoint rule.
         assert abs(counted - share) < 5 * math.sqrt(max(share * (1 - share), 1e-6) / N) + 2e-3
 
 
@@ -51,14 +51,14 @@ def test_known_entropies():
     assert paper_mixture().entropy == pytest.approx(-0.1289, abs=1e-4)
     narrow = GaussianMixture(np.ones(1), np.zeros((1, 2)), 0.01 * np.eye(2)[None])
     assert narrow.entropy == pytest.approx(math.log(2 * math.pi * math.e * 0.01))
-    # one component written as two
+    # Two components with the same mean and covariance are one.
     doubled = GaussianMixture(np.array([0.2, 0.8]), np.ones((2, 1)), np.full((2, 1, 1), 0.04))
     assert doubled.entropy == pytest.approx(0.5 * math.log(2 * math.pi * math.e * 0.04), abs=1e-12)
     assert swiss_roll().entropy is None
 
 
 def test_a_curve_has_no_ripple():
-    """A straight line of Gaussians one standard deviation apart is flat along its middle."""
+    """The density of Gaussians along a line, one standard deviation apart, is constant along its middle."""
     line = noisy_curve(np.stack([np.linspace(-4, 4, 81), np.zeros(81)], axis=1), 0.1)
     x = jnp.stack([jnp.linspace(-1, 1, 101), jnp.zeros(101)], axis=1)
     expected = -math.log(8.1) - 0.5 * math.log(2 * math.pi * 0.01)

@@ -17,7 +17,7 @@ LOG_DENSITY, SCORE = (jax.jit(f, static_argnums=0) for f in (MARGINALS.log_densi
 
 
 def on_grid(t: float, limit: float, n: int = 121):
-    """Points of a square grid, and the area of a cell."""
+    """Returns the points of a square grid, their times, and the area of a cell."""
     side = np.linspace(-limit, limit, n)
     x = np.stack(np.meshgrid(side, side), axis=-1).reshape(-1, 2)
     return jnp.asarray(x, jnp.float32), jnp.full(n * n, t), (side[1] - side[0]) ** 2
@@ -38,17 +38,17 @@ def test_checkerboard_is_a_density_with_its_score(name, t):
 def test_checkerboard_without_noise_is_the_data_and_with_much_a_gaussian():
     sde = VESDE()
     x = BOARD.sample(jax.random.key(0), (500, 2))
-    away = jnp.all(jnp.abs(x - 2 * jnp.round(x / 2)) > 0.1, axis=1)  # from edges
+    away = jnp.all(jnp.abs(x - 2 * jnp.round(x / 2)) > 0.1, axis=1)  # far from edges
     log_density = LOG_DENSITY(sde, x, jnp.full(500, 1e-5))
     np.testing.assert_allclose(log_density[away], -np.log(32), atol=1e-5)
     x = 50 * jax.random.normal(jax.random.key(1), (500, 2))
     score = SCORE(sde, x, jnp.ones(500))
-    # the board's variance is 16/3 in each direction
-    np.testing.assert_allclose(score, -x / (50**2 + 16 / 3), atol=1e-4)  # of 0.02
+    # The variance of the checkerboard is 16/3 in each direction.
+    np.testing.assert_allclose(score, -x / (50**2 + 16 / 3), atol=1e-4)  # the scores are about 0.02
 
 
 def test_points_have_the_marginals():
-    """E[score(x_t)] = 0 and E[x . score] = -d for points of q_t, within five standard errors."""
+    """E[score(x_t)] = 0 and E[x . score] = -d for points of q_t, within 5 standard errors."""
     t = jnp.full(20_000, 0.2)
     for sde in (VESDE(), VPSDE()):
         x = sample_at(BOARD, sde, jax.random.key(2), t)
@@ -60,7 +60,7 @@ def test_points_have_the_marginals():
 
 def test_log_normal_mass_in_both_tails():
     below, above = np.array([-30.0, -1.0, 0.5, 20.0, -0.01]), np.array([-20.0, 2.0, 0.51, 30.0, 0.01])
-    # by the error function's scaled complement, which does not underflow
+    # SciPy's log_ndtr does not underflow.
     upper = special.log_ndtr(np.where(below + above > 0, -below, above))
     lower = special.log_ndtr(np.where(below + above > 0, -above, below))
     expected = upper + np.log(-np.expm1(lower - upper))
