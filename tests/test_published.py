@@ -180,7 +180,7 @@ PACKAGE = Path("/usr/share/datasets/fashion-mnist")
 
 @pytest.mark.skipif(not PACKAGE.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_fashion_mnist_from_debian(tmp_path):
-    config = config_for("FashionMNIST", tmp_path, PACKAGE, image_size=28, num_channels=1)
+    config = config_for("FashionMNIST", tmp_path, PACKAGE, *PACKAGE.iterdir(), image_size=28, num_channels=1)
     config.data.archive_sha256 = ""
     train, test = prepared(config).values()
     assert (len(train), len(test)) == (60_000, 10_000)

@@ -267,10 +267,8 @@ def test_records_of_raw_levels(dataset, tmp_path):
     with pytest.raises(ValueError, match=r"record 5 of .*ffhq-r03.tfrecords has \d+ bytes, but record 0 has \d+"):
         source_from_config(config, "train")
     write_tfrecords(path, [raw_example(image) for image in (*images[:39], images[39].reshape(4, 16, 3))])
-    opened = [source_from_config(config, split) for split in SPLITS]
-    (source,) = (source for source in opened if isinstance(source, RecordSource) and 39 in source.positions)
     with pytest.raises(ValueError, match=r"record 39 of .* has shape \(4, 16, 3\) instead of \(8, 8, 3\)"):
-        images_of(source)
+        _ = [source_from_config(config, split) for split in SPLITS]
     write_tfrecords(path, [b"\xff\xff"])
     with pytest.raises(ValueError, match=r"record 0 of .*ffhq-r03.tfrecords is not a tf.train.Example"):
         source_from_config(config, "train")
