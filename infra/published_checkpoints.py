@@ -1,13 +1,13 @@
-"""Released checkpoints: training states as score_sde, score_flow and [L22]'s code wrote them, one msgpack file each.
+"""Published checkpoints: training states in the msgpack files of score_sde, score_flow and the code of [L22].
 
-Paths of such a file's leaves, P being a parameter's path in the network:
-    step                                                   State's count of steps, which the warm-up follows
+Paths of the leaves in such a file, where P is the path of a parameter in the network:
+    step                                                   step of the state, which the warm-up follows
     optimizer/target/P                                     parameters
-    optimizer/state/step                                   Adam's own count
+    optimizer/state/step                                   Adam's own count of steps
     optimizer/state/param_states/P/{grad_ema,grad_sq_ema}  Adam's first and second moments
     params_ema/P                                           averaged parameters
     model_state                                            empty for these networks
-    lr, ema_rate, rng                                      read from the configuration here, and so ignored
+    lr, ema_rate, rng                                      ignored: the configuration sets them here
 """
 
 from collections.abc import Mapping
@@ -25,33 +25,33 @@ from infra.files import write_atomic
 from train_state import TrainState, schedules_at
 
 Leaves: TypeAlias = dict[str, Any]
-"""The leaves of a file or of what it must hold, by path."""
+"""Leaves by path: those found in a file, or those wanted from it."""
 
 READ = ("step", "optimizer", "params_ema", "model_state")
 LISTED = 6
-"""Leaves that a message names of each kind of difference."""
+"""The largest number of leaves that an error message names for each kind of difference."""
 
 
 def read_published_checkpoint(path: Path, like: TrainState) -> TrainState:
-    """The training state in a released file: step, parameters, averaged parameters and Adam's moments.
+    """Reads a training state from a published checkpoint: step, parameters, averaged parameters and Adam's moments.
 
-    The learning rate and the decay of the average are the configuration's, not the file's.
+    The learning rate and the decay of the average come from the configuration, not from the file.
 
     Args:
-        like: a state, or its shapes and dtypes, of this network and of an optimizer with Adam's moments.
+        like: a state of this network, or its shapes and dtypes. Its optimizer must have Adam's moments.
 
     Raises:
         OSError: if the file cannot be read.
-        ValueError: if it is damaged, of another format, or of another network; of the latter, with a list of the leaves
-            that are missing, unexpected or of another shape.
+        ValueError: if the file is damaged, has another format, or is for another network. For another network, the
+            message lists the leaves that are missing, unexpected or of another shape.
     """
-    found, wanted = _read_leaves(path), _flat(_released_tree(like))
+    found, wanted = _read_leaves(path), _flat(_published_tree(like))
     _check_leaves(path, found, wanted)
     leaves = {name: np.asarray(found[name], leaf.dtype).reshape(leaf.shape) for name, leaf in wanted.items()}
     broken = [name for name, leaf in leaves.items() if not np.isfinite(leaf).all()]
     if broken:
         raise ValueError(f"{path} is damaged: not all values are finite in {_listed(broken)}")
-    # Copies: a state that training donates must not alias the file's bytes.
+    # The leaves are copied because training donates the state, which must not share memory with the bytes of the file.
     tree = unflatten_dict({name: jnp.array(leaf) for name, leaf in leaves.items()}, sep="/")
     return like.replace(
         step=tree["step"],
@@ -62,17 +62,17 @@ def read_published_checkpoint(path: Path, like: TrainState) -> TrainState:
 
 
 def write_published_checkpoint(path: Path, state: TrainState, *, lr: float, ema_rate: float) -> None:
-    """Writes a state as a released file, for going on with the published code.
+    """Writes a state as a published checkpoint, from which the published code can resume.
 
     Args:
-        lr, ema_rate: as in optim.lr and model.ema_rate; the published code reads them from the file.
+        lr, ema_rate: the values of optim.lr and model.ema_rate, which the published code reads from the file.
     """
     extra = {"lr": lr, "ema_rate": ema_rate, "model_state": {}, "rng": np.zeros(2, np.uint32)}
-    write_atomic(path, msgpack_serialize(jax.device_get(_released_tree(state)) | extra))
+    write_atomic(path, msgpack_serialize(jax.device_get(_published_tree(state)) | extra))
 
 
-def _released_tree(state: TrainState) -> dict[str, Any]:
-    """The state's arrays, nested as in a released file."""
+def _published_tree(state: TrainState) -> dict[str, Any]:
+    """Returns the arrays of a state, nested as in a published checkpoint."""
     adam = _adam_state(state.opt_state)
     moments = jax.tree.map(lambda mu, nu: {"grad_ema": mu, "grad_sq_ema": nu}, adam.mu, adam.nu)
     return {
@@ -88,7 +88,7 @@ def _adam_state(opt_state: optax.OptState) -> optax.ScaleByAdamState:
 
 
 def _optimizer_state(stored: Mapping[str, Any], step: jax.Array, like: TrainState) -> optax.OptState:
-    """`like.opt_state` with Adam's moments and count as stored, and the schedule at `step`."""
+    """Returns `like.opt_state` with the stored moments and step count of Adam, and with the schedule at `step`."""
     first, second = (
         jax.tree.map(lambda _, moments, name=name: moments[name], like.params, stored["param_states"])
         for name in ("grad_ema", "grad_sq_ema")
@@ -109,9 +109,9 @@ def _read_leaves(path: Path) -> Leaves:
     try:
         tree: Any = msgpack_restore(content)
         return _flat({name: part for name, part in tree.items() if name in READ})
-    except Exception as error:  # bytes of another kind make msgpack, flax and NumPy raise a dozen kinds
+    except Exception as error:  # msgpack, flax and NumPy raise many kinds of errors for bytes of another format
         raise ValueError(
-            f"{path} is no released checkpoint (a training state in msgpack), or is damaged: {error}"
+            f"{path} is not a published checkpoint (a training state in msgpack), or is damaged: {error}"
         ) from error
 
 
@@ -121,7 +121,7 @@ def _flat(tree: dict[str, Any]) -> Leaves:
 
 
 def _check_leaves(path: Path, found: Leaves, wanted: Leaves) -> None:
-    """Raises ValueError with a list of the differences, if there are any."""
+    """Raises ValueError with a list of the differences between `found` and `wanted`, if there are any."""
     differences = {
         "missing": [name for name in wanted if name not in found],
         "unexpected": sorted(found.keys() - wanted.keys(), key=lambda name: ("/state/" in name, name)),  # moments last
@@ -137,7 +137,10 @@ def _check_leaves(path: Path, found: Leaves, wanted: Leaves) -> None:
 
 
 def _fits(found: Any, wanted: Any) -> bool:
-    """Whether a stored leaf is numbers of the wanted kind and shape; older files have GroupNorm's as [1, 1, 1, C]."""
+    """Returns whether a stored leaf holds numbers of the wanted kind and shape.
+
+    Older files store the parameters of GroupNorm with shape [1, 1, 1, C], which fits [C].
+    """
     if not isinstance(found, np.ndarray | np.generic | jax.Array | int | float):
         return False
     kind = jnp.integer if jnp.issubdtype(wanted.dtype, jnp.integer) else jnp.floating
@@ -146,11 +149,11 @@ def _fits(found: Any, wanted: Any) -> bool:
 
 
 def _described(leaf: Any) -> str:
-    """Shape and dtype, or else the type."""
+    """Describes an array by dtype and shape, and anything else by its type."""
     return f"{leaf.dtype}{list(leaf.shape)}" if hasattr(leaf, "shape") else type(leaf).__name__
 
 
 def _listed(names: list[str]) -> str:
-    """The first of them, and how many more there are."""
+    """Joins the first `LISTED` names, and says how many more there are."""
     more = [f"and {len(names) - LISTED} more"] if len(names) > LISTED else []
     return "; ".join(names[:LISTED] + more)

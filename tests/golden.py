@@ -1,9 +1,10 @@
-"""Compares this project with golden data: numbers that the published implementation computed.
+"""Compares this project with golden data, which are numbers computed by the published implementation.
 
     python -m tests.golden FILE...
 
-The first words of a file's name say what it holds; the file may lie anywhere. For each quantity the largest error is
-printed with its tolerance; the exit code is 0 if none is over and every file is of a known kind.
+The first words of a file's name determine its check. The file may be in any folder. For each quantity, the largest
+error is printed with its tolerance. The exit code is 0 if every file has a known kind and all errors are within
+tolerance.
 """
 
 import functools
@@ -42,7 +43,7 @@ from train_state import create_state, optimizer_from_config
 
 
 def check_configs(path: Path) -> Iterator[Result]:
-    """Every field of every configuration; the error counts the fields that differ."""
+    """Compares every field of every configuration. The error is the number of fields that differ."""
     golden = json.loads(path.read_text())
     for name, differences in golden["differences"].items():
         config = load_config(name.replace("/", "."))
@@ -55,7 +56,7 @@ def check_configs(path: Path) -> Iterator[Result]:
 
 
 def check_param_trees(path: Path) -> Iterator[Result]:
-    """Parameter paths and shapes of configurations; the error counts those missing, unexpected or of another shape."""
+    """Compares the parameter paths and shapes of configurations. The error is the number of differences."""
     golden = json.loads(path.read_text())
     same = golden.pop("_same_tree", {})
     for name, tree in golden.items():
@@ -64,10 +65,10 @@ def check_param_trees(path: Path) -> Iterator[Result]:
 
 
 def check_network(path: Path) -> Iterator[Result]:
-    """A network's parameter tree, and its output for given parameters: to 1e-4 of itself plus 1e-5 of the largest."""
+    """Compares the parameter tree of a network, and its output to 1e-4 of its value plus 1e-5 of the largest value."""
     data = np.load(path)
     config = golden_config(data)
-    # whether or not it fits the SDE
+    # build_network would refuse a golden network whose model.scale_by_sigma does not fit the SDE.
     network: Any = ncsnpp_from_fields(config.model, config.data.centered)
     params = golden_params(data)
     differences = tree_differences(tree_shapes(_abstract(network, data["x"].shape[1:])), tree_shapes(params))
@@ -92,8 +93,11 @@ def check_resample(path: Path) -> Iterator[Result]:
         yield Result(name, relative_error(value, data[name], floor=1.0), 1e-5)
 
 
-def check_released(path: Path) -> Iterator[Result]:
-    """A released checkpoint, and the output of its averaged parameters in the .npz beside it; either may be given."""
+def check_published_checkpoint(path: Path) -> Iterator[Result]:
+    """Compares the output of the averaged parameters in a published checkpoint with the .npz file beside it.
+
+    The path is either of the two files.
+    """
     checkpoint = path.with_suffix("") if path.suffix == ".npz" else path
     data = np.load(checkpoint.with_name(f"{checkpoint.name}.npz"))
     config = golden_config(data)
@@ -113,28 +117,28 @@ KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "param_trees": check_param_trees,
     "param_trees_dequantizer": check_dequantizer_trees,
     "network": check_network,
-    "released_checkpoint": check_released,
+    "released_checkpoint": check_published_checkpoint,
     "resample": check_resample,
     "sde": check_sde,
 }
-"""The checks, by how the names of their files begin."""
+"""The checks, by the first words of the names of their files."""
 
 
 def check(path: Path) -> Iterator[Result]:
-    """All results of one file.
+    """Returns all results of one file.
 
     Raises:
-        UnknownKind: the file's name, or what its content names, is not known.
+        UnknownKind: if the name of the file is not known, or its content names something unknown.
     """
     return KINDS[kind_of(path)](path)
 
 
 def kind_of(path: Path) -> str:
-    """The longest of `KINDS` that the name is or begins with, before an underscore."""
+    """Returns the longest of `KINDS` that the file's name equals, or begins with before an underscore."""
     name = path.name.split(".")[0]
     kinds = [kind for kind in KINDS if name == kind or name.startswith(f"{kind}_")]
     if not kinds:
-        raise UnknownKind(f"{path.name}: unknown kind of file; known names begin with {', '.join(KINDS)}")
+        raise UnknownKind(f"{path.name}: unknown kind of file; the name must begin with one of {', '.join(KINDS)}")
     return max(kinds, key=len)
 
 
@@ -144,8 +148,8 @@ def _network_output(network: Any, params: Any, x: jax.Array, labels: jax.Array) 
 
 
 def abstract_params(config: Config) -> Any:
-    """The shapes of a configuration's parameters, without computing any."""
-    config.model.dropout = 0.0  # has no parameters; networks that differ in it share a computation
+    """Returns the shapes of the parameters of a configuration, without computing parameters."""
+    config.model.dropout = 0.0  # Dropout has no parameters, so networks that differ only in it share a cached result.
     size = config.data.image_size
     return _abstract(build_network(config), (size, size, config.data.num_channels))
 
@@ -166,7 +170,7 @@ def main(paths: Sequence[str]) -> int:
             for result in check(Path(path)):
                 sys.stdout.write(f"  {result}\n")
                 failed += not result.passed
-        except Exception as error:  # whatever is wrong with one file, the others are checked
+        except Exception as error:  # The other files are checked even if one cannot be.
             sys.stdout.write(f"  {type(error).__name__}: {error}\n")
             failed += 1
     sys.stdout.write("all within tolerance\n" if not failed else f"{failed} failed\n")

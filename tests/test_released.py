@@ -189,7 +189,7 @@ def test_damaged_files(name: str, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint_26"
     path.write_bytes(DAMAGED[name](GOLDEN["ve"].read_bytes()))
     with pytest.raises(
-        ValueError, match=r"checkpoint_26 is no released checkpoint \(a training state in msgpack\), or"
+        ValueError, match=r"checkpoint_26 is not a published checkpoint \(a training state in msgpack\), or"
     ):
         read_published_checkpoint(path, state_like(config_of("ve")))
 
