@@ -1,7 +1,8 @@
-"""Signal and noise of the gradient of each loss term, at a trained model, and which way each points.
+"""Prints the signal, the noise and the direction of the gradient of each loss term, at a trained model.
 
-For a term with gradient g of one batch, |E g|^2 is estimated without bias from pairs of batches, and the noise is the
-root of E|g - E g|^2. The cosine is that of two terms' mean gradients.
+Let g be the gradient of a term on one batch. The signal |E g| comes from an unbiased estimate of |E g|^2 over pairs of
+batches. The noise is the square root of E|g - E g|^2. The cosine is taken between the mean gradients of a term and of
+the first order.
 
     python -m experiments.gradient_noise --config=configs/digits/ncsnpp.py --workdir=runs/order1
 """
@@ -17,15 +18,13 @@ from ml_collections import config_flags
 
 from build import TRAIN_KEY, Run, build
 from datasets import BatchOrder, source_from_config
-from losses import draw_noise, score_matching_losses
+from losses import TERMS, draw_noise, score_matching_losses
 from report.formatting import text_table
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run whose newest checkpoint is looked at.")
-_BATCHES = flags.DEFINE_integer("batches", 200, "Batches to draw.", lower_bound=2)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "A run; its newest checkpoint is used.")
+_BATCHES = flags.DEFINE_integer("batches", 200, "Number of batches.", lower_bound=2)
 flags.mark_flags_as_required(["config", "workdir"])
-
-TERMS = ("first", "second_frob", "second_trace", "third")
 
 
 def main(argv: list[str]) -> None:
@@ -47,7 +46,10 @@ def main(argv: list[str]) -> None:
 
 
 def term_gradients(run: Run, params: object, batches: int) -> np.ndarray:
-    """[batches, terms, parameters]: the gradient of each term's mean over a batch, each batch with noise of its own."""
+    """Returns the gradient of each term's mean over a batch as [batches, terms, parameters].
+
+    The terms are in the order of `TERMS`. Each batch has its own noise.
+    """
     source = source_from_config(run.config, "train")
     order = BatchOrder(len(source), run.config.training.batch_size, run.config.seed)
 
@@ -69,7 +71,10 @@ def term_gradients(run: Run, params: object, batches: int) -> np.ndarray:
 
 
 def mean_products(gradients: np.ndarray) -> np.ndarray:
-    """[terms, terms]: inner products of mean gradients, from different batches only, so without bias."""
+    """Returns the inner products of mean gradients as [terms, terms].
+
+    The estimate is unbiased, because it pairs different batches only.
+    """
     n = len(gradients)
     total = gradients.sum(0, dtype=np.float64)
     same = np.einsum("nip,njp->ij", gradients, gradients, dtype=np.float64, optimize=True)

@@ -1,4 +1,4 @@
-"""The check of golden losses_*.npz files: losses of every order, and gradients, for given times, noise and probe."""
+"""Check of golden losses_*.npz files: losses of every order and their gradients, for given times, noise and probe."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,29 +10,25 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
-from losses import ORDERS, Noise, Objective, score_matching_losses
+from losses import ORDERS, TERMS, Noise, Objective, score_matching_losses
 from models.score import score_model_from_config
 from tests.golden_common import Result, golden_config, golden_params, relative_error
 
-TERMS = ("first", "second_frob", "second_trace", "third")
-TERMS_OF_ORDER = {1: TERMS[:1], 2: TERMS[:3], 3: TERMS}
-
 
 def check_losses(path: Path) -> Iterator[Result]:
+    """Compares the losses of every order in the file, and their gradients."""
     data = np.load(path)
     orders = [order for order in ORDERS if f"order{order}_losses" in data]
     losses_and_gradient = _losses_and_gradient(data, max(orders))
     for order in orders:
-        weights = {term: float(term in TERMS_OF_ORDER[order]) for term in TERMS_OF_ORDER[max(orders)]}
+        weights = {name: float(term.order <= order) for name, term in TERMS.items() if term.order <= max(orders)}
         means, gradient = losses_and_gradient(golden_params(data), weights)
-        yield from _compare(data, order, {term: float(means[term] * weights[term]) for term in weights}, gradient)
+        yield from _compare(data, order, {name: float(means[name] * weights[name]) for name in weights}, gradient)
 
 
 def _compare(data: Any, order: int, means: dict[str, float], gradient: Any) -> Iterator[Result]:
-    first, third = means["first"], means.get("third", 0.0)
-    second = means.get("second_frob", 0.0) + means.get("second_trace", 0.0)
-    got = (first + second + third, first, second, third)
-    for name, value, want in zip(("total", *ORDERS), got, data[f"order{order}_losses"], strict=True):
+    sums = [sum(mean for name, mean in means.items() if TERMS[name].order == each) for each in ORDERS]
+    for name, value, want in zip(("total", *ORDERS), (sum(sums), *sums), data[f"order{order}_losses"], strict=True):
         yield Result(f"order {order}, loss {name}", relative_error(value, want), 1e-3)
     norm = data[f"order{order}_grad_norm"]
     yield Result(f"order {order}, gradient norm", relative_error(optax.tree.norm(gradient), norm), 1e-2)
@@ -40,13 +36,16 @@ def _compare(data: Any, order: int, means: dict[str, float], gradient: Any) -> I
     prefix = f"order{order}_grad/"
     for key in (key for key in data.files if key.startswith(prefix)):
         leaf = key.removeprefix(prefix)
-        # entries far below the leaf's largest are sums that cancel
+        # The error is relative to the largest entry of the leaf, because far smaller entries are sums that cancel.
         error = relative_error(leaves[leaf], data[key], scale=float(np.abs(data[key]).max()))
         yield Result(f"order {order}, gradient of {leaf}", error, 1e-2)
 
 
 def _losses_and_gradient(data: Any, order: int) -> Callable[[Any, dict[str, float]], tuple[dict[str, Any], Any]]:
-    """(parameters, weights) -> batch means of the terms, gradient of their weighted sum; one program for all orders."""
+    """Returns a function from parameters and weights to the terms' batch means and the gradient of their weighted sum.
+
+    All orders share one compiled program, because the weights are arguments of it.
+    """
     config = golden_config(data)
     model = score_model_from_config(config)
     likelihood_weighting = bool(data["likelihood_weighting"])
@@ -54,7 +53,7 @@ def _losses_and_gradient(data: Any, order: int) -> Callable[[Any, dict[str, floa
         order=order,
         t_min=float(data["smallest_time"]),
         likelihood_weighting=likelihood_weighting,
-        # the published code looks at this only where likelihood_weighting is on
+        # The published code ignores importance_weighting unless likelihood_weighting is on.
         importance_weighting=likelihood_weighting and bool(data["importance_weighting"]),
         reduce_mean=bool(data["reduce_mean"]),
     )
