@@ -1,12 +1,13 @@
-"""Which order of score matching serves bits/dim best on the handwritten digits: docs/results/digits.md.
+"""Compares orders of score matching by bits/dim on the handwritten digits, and writes docs/results/digits.md.
 
-For each seed a first-order model is trained; from it training goes on with each order for the same number of steps,
-and with the first order for as long as the third order took. All are evaluated on the same test images with the same
-dequantization noise and probes, so that differences are taken image by image.
+For each seed, a first-order model is trained. Training then continues from this model with each order for the same
+number of steps, and with the first order for as long as the third order took. All models are evaluated on the same test
+images with the same dequantization noise and probes, so that differences are paired by image.
 
     python -m experiments.digits_orders --runs=runs/digits_orders
 
-Every step is a plain call of main.py, logged as pasted. Interrupted and started again, it goes on.
+Each training and each evaluation is a call of main.py, whose command is printed. If the script is interrupted, run the
+same command again to resume.
 """
 
 import argparse
@@ -38,8 +39,8 @@ EQUAL_TIME = "order 1, as long as order 3"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/digits_orders"))
-    parser.add_argument("--out", type=Path, default=Path("docs/results/digits.md"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/digits_orders"), help="folder of the runs")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/digits.md"), help="page to write")
     arguments = parser.parse_args()
     started = time.time()
     for seed in SEEDS:
@@ -49,7 +50,7 @@ def main() -> None:
 
 
 def run_seed(seed: int, folder: Path) -> None:
-    """The base model of one seed, its continuations, and their evaluations."""
+    """Trains and evaluates the base model of one seed and the models that continue from it."""
     base = folder / "base"
     common = [f"--config.seed={seed}"]
     call("train", base, *common, f"--config.training.n_iters={BASE_STEPS}")
@@ -69,7 +70,7 @@ def run_seed(seed: int, folder: Path) -> None:
 
 
 def steps_of(folder: Path, name: str) -> int:
-    """The steps a continuation takes; at equal time, in proportion to the speeds of the first and third order."""
+    """Returns the number of steps of a branch, for equal time from the speeds of the first and third order."""
     if name != EQUAL_TIME:
         return MORE_STEPS
     ratio = seconds_per_step(folder / slug("order 3, equal steps")) / seconds_per_step(
@@ -79,13 +80,14 @@ def steps_of(folder: Path, name: str) -> int:
 
 
 def seconds_per_step(workdir: Path) -> float:
-    """The median over the records of a run, the first, which holds the compilation, left out."""
+    """Returns the median over the records of a run, without the first record, which includes the compilation."""
     records = [json.loads(line) for line in (workdir / "train" / "metrics.jsonl").read_text().splitlines()]
     rates = [r["steps_per_second"] for r in records if r["split"] == "train"][1:]
     return 1 / float(np.median(rates))
 
 
 def call(mode: str, workdir: Path, *settings: str) -> None:
+    """Calls main.py, unless the training that it asks for is complete."""
     command = ["main.py", "--config=configs/digits/ncsnpp.py", f"--workdir={workdir}", f"--mode={mode}", *settings]
     if mode == "train" and finished(workdir, settings):
         return
@@ -94,7 +96,7 @@ def call(mode: str, workdir: Path, *settings: str) -> None:
 
 
 def finished(workdir: Path, settings: tuple[str, ...]) -> bool:
-    """Whether the run's last checkpoint is there; a run that is can be asked nothing more."""
+    """Returns whether the last checkpoint of a training run exists."""
     last = next(s.split("=")[1] for s in settings if "n_iters" in s)
     return (workdir / "checkpoints" / last).is_dir()
 
@@ -104,7 +106,7 @@ def slug(name: str) -> str:
 
 
 def bits_per_dim_of_images(workdir: Path) -> np.ndarray:
-    """Bits/dim of each test image at the run's newest evaluation."""
+    """Returns the bits/dim of each test image in the newest evaluation of a run."""
     result = newest_result(workdir)
     folder = workdir / "eval" / result["bpd"]["values"]
     parts = sorted(folder.glob("repeat0_batch*.npz"), key=lambda p: int(p.stem.split("batch")[1]))
@@ -112,7 +114,7 @@ def bits_per_dim_of_images(workdir: Path) -> np.ndarray:
 
 
 def newest_result(workdir: Path) -> dict:
-    paths = (workdir / "eval").glob("step_*[0-9].json")  # without those of the seconds
+    paths = (workdir / "eval").glob("step_*[0-9].json")  # excludes the *_seconds.json files
     return json.loads(max(paths, key=lambda p: int(p.stem.split("_")[1])).read_text())
 
 
@@ -154,7 +156,7 @@ def results_page(runs: Path, seconds: float) -> str:
 
 
 def gradient_noise(workdir: Path, seed: int) -> str:
-    """Signal and noise of each term's gradient at a run's newest checkpoint."""
+    """Returns a table with the signal and noise of each term's gradient at the newest checkpoint of a run."""
     settings = [f"--config.seed={seed}", f"--config.training.batch_size={CONTINUED_BATCH}", "--batches=150"]
     command = ["-m", "experiments.gradient_noise", "--config=configs/digits/ncsnpp.py", f"--workdir={workdir}"]
     done = subprocess.run([sys.executable, *command, *settings], check=True, capture_output=True, text=True)
@@ -162,7 +164,7 @@ def gradient_noise(workdir: Path, seed: int) -> str:
 
 
 def gain(reference: list[np.ndarray], model: list[np.ndarray]) -> str:
-    """By how much the model's bits/dim are lower, from the differences of single images, each averaged over seeds."""
+    """Returns how much lower the bits/dim of `model` are, from differences of single images averaged over seeds."""
     difference = mean_estimate(np.array(reference) - np.array(model))
     return f"{difference.mean:+.4f} ± {difference.se:.4f}"
 
@@ -174,36 +176,38 @@ def of_seeds(means: list[float]) -> str:
 
 PAGE = """# Orders of score matching on handwritten digits
 
-Bits/dim of the ODE on the {images} test images of scikit-learn's digits (8x8, 17 levels), uniform dequantization, one
-probe. A first-order model (VE, configs/digits/ncsnpp.py, {base} steps at batch 64) is continued for {more} steps at
-batch {batch} with each order, and with the first order for the time that the third took. Seeds {seeds}.
+This page has bits/dim of the ODE on the {images} test images of scikit-learn's digits (8x8, 17 levels), with uniform
+dequantization and one probe. A first-order model (VE, configs/digits/ncsnpp.py, {base} steps at batch 64) is trained
+for {more} more steps at batch {batch} with each order, and with the first order for the time that the third order
+took. The seeds are {seeds}.
 
 | model | step | s/step | bits/dim of each seed | mean ± s.e. over seeds | below the start, ± s.e. over images |
 |---|---|---|---|---|---|
 {rows}
 
-Third against first order, image by image (positive: the third order is better):
-at equal steps {paired} bits/dim, at equal time {timed} bits/dim.
+The difference between the bits/dim of the first and the third order, paired by image, is {paired} at
+equal steps and {timed} at equal time. A positive difference means that the third order is better.
 
 ## Why
 
-The gradient of each term at the start and after the longest first-order training, of seed {noise_seed}
-(`python -m experiments.gradient_noise`):
+These tables show the gradient of each term for seed {noise_seed}, at the start and after the longest first-order
+training (`python -m experiments.gradient_noise`):
 
 ```
 {noise}
 ```
 
-The published normalisation divides the terms by up to d^3. In 64 dimensions the first second-order term and the
-third-order one are left with a hundredth of the first order's gradient or less: order 3 is order 2 for all that matters
-here. The second-order trace has a gradient of the first order's size. At the start it points much the same way, so it
-tells little that is new, and its noise adds to that of the first order; later its signal, too, is small against its
-noise. At one learning rate that is a noisier first-order step. The runs of the paper start from first-order models
-trained for a hundred times as long, where the error that first-order steps can still remove is small; that is not
+The published normalisation divides the terms by up to d^3. In 64 dimensions, the gradients of the first second-order
+term and of the third-order term are a hundredth of the first order's gradient or less. For all practical purposes,
+order 3 is therefore order 2 here. The gradient of the second-order trace has about the size of the first order's
+gradient. At the start, both point in a similar direction, so the trace adds little information, and its noise adds to
+the noise of the first order. Later, the signal of the trace is small against its noise, too. At the same learning
+rate, the result is a noisier first-order step. The runs of the paper start from first-order models trained for a
+hundred times as long. For such models, the error that first-order steps can still remove is small. That case is not
 tested here.
 
-Command `make digits-orders`, commit {commit}, {machine}; the last call took {minutes} minutes (it resumes).
-Times are of a shared machine: only their ratios mean something.
+Command `make digits-orders`, commit {commit}, {machine}. The last call took {minutes} minutes; an interrupted run
+resumes. The times were measured on a shared machine, so only their ratios are meaningful.
 """
 
 

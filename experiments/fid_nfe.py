@@ -1,14 +1,15 @@
-"""FID against network evaluations of each sampler, on a trained digits model: docs/results/samples.md.
+"""Compares samplers by FID and network evaluations on a trained digits model, and writes docs/results/samples.md.
 
     python -m experiments.fid_nfe --workdir=runs/order1
 
-Each sampler is an evaluation of its own in the workdir, e.g. runs/order1/pc2000, as
+Each sampler has its own evaluation folder in the workdir. For example, runs/order1/pc2000 has the results of
 
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/order1 --mode=eval --eval_folder=pc2000 \
         --config.sampling.method=pc --config.sampling.num_steps=1000 --config.eval.num_samples=10000 \
         --config.eval.enable_bpd=False
 
-would make it. Interrupted and started again, it goes on; with --table-only it makes the page from what has been drawn.
+If the script is interrupted, run the same command again to resume. With --table-only, it writes the page from the
+samples that exist.
 """
 
 import argparse
@@ -46,7 +47,7 @@ FAST: dict[str, dict[str, Any]] = {
     "DPM-Solver++ 3, ODE": {"method": "dpm_solver", "order": 3, "eta": 0.0},
     "Heun, ODE": {"method": "heun"},
 }
-"""Families of samplers, each with every budget of BUDGETS."""
+"""Families of samplers. Each is evaluated with every budget in BUDGETS."""
 
 SLOW: dict[str, dict[str, Any]] = {
     "adaptive, ODE": {"method": "ode"},
@@ -58,12 +59,12 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 FOLDERS = {"adaptive, ODE": "ode", "predictor-corrector, SDE": "pc2000"}
 GROUPS = 16
-"""Parts of the samples, left out one at a time for the standard error."""
+"""The number of parts of the samples. The jackknife leaves out one part at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What a sampler has drawn, and what was measured of it."""
+    """The features of the samples that a sampler has drawn, and the cost of drawing them."""
 
     label: str
     nfe: int
@@ -77,13 +78,15 @@ class Drawn:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/order1"))
-    parser.add_argument("--num-samples", type=int, default=10_000)
-    parser.add_argument("--only", help="draw those only whose name has this in it")
-    parser.add_argument("--table-only", action="store_true", help="draw nothing")
-    parser.add_argument("--at", type=int, nargs="+", default=[10_000], help="compare the first so many samples of each")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/samples.md"))
-    parser.add_argument("--plot", type=Path, default=Path("docs/images/fid_nfe.png"))
+    parser.add_argument("--workdir", type=Path, default=Path("runs/order1"), help="workdir of the trained model")
+    parser.add_argument("--num-samples", type=int, default=10_000, help="samples to draw with each sampler")
+    parser.add_argument("--only", help="draw only with samplers whose name contains this text")
+    parser.add_argument("--table-only", action="store_true", help="write the page without drawing samples")
+    parser.add_argument(
+        "--at", type=int, nargs="+", default=[10_000], metavar="N", help="compare the first N samples of each sampler"
+    )
+    parser.add_argument("--out", type=Path, default=Path("docs/results/samples.md"), help="page to write")
+    parser.add_argument("--plot", type=Path, default=Path("docs/images/fid_nfe.png"), help="figure to write")
     arguments = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", ".cache/jax")
     samplers = all_samplers()
@@ -101,18 +104,18 @@ def main() -> None:
 
 
 def all_samplers() -> dict[str, dict[str, Any]]:
-    """Settings of `sampling` by the samplers' names; the cheap ones first."""
+    """Returns the fields of `sampling` for each sampler by name. The cheap samplers come first."""
     fast = {f"{label}, {n}": settings | {"max_nfe": n} for n in BUDGETS for label, settings in FAST.items()}
     return fast | ABLATION | SLOW
 
 
 def folder_of(label: str) -> str:
-    """The evaluation's folder in the workdir."""
+    """Returns the name of a sampler's evaluation folder in the workdir."""
     return FOLDERS.get(label, label.replace("DPM-Solver++ ", "dpm").replace(", ", "_").replace(" ", "_").lower())
 
 
 def draw(workdir: Path, label: str, settings: Mapping[str, Any], num_samples: int) -> None:
-    """One evaluation; what is there already is not drawn again."""
+    """Runs the evaluation of one sampler. Samples that exist are not drawn again."""
     print(f"{label}: {folder_of(label)}", flush=True)
     config: Config = get_config()
     config.sampling.update(settings)
@@ -121,14 +124,17 @@ def draw(workdir: Path, label: str, settings: Mapping[str, Any], num_samples: in
 
 
 def newest_digest(workdir: Path) -> str:
-    """Of the averaged parameters at the run's newest checkpoint."""
+    """Returns the digest of the averaged parameters at the newest checkpoint of a run."""
     return params_digest(build(get_config()).load_state(workdir).ema_params)
 
 
 def measured(
     workdir: Path, label: str, settings: Mapping[str, Any], digest: str, comparison: Comparison
 ) -> Drawn | None:
-    """The rounds of this sampler that are kept, in order; None if there are none. Of several such sets the longest."""
+    """Returns the stored samples of a sampler, or None if there are none.
+
+    If several sets of rounds were drawn with these settings and parameters, the longest set is read.
+    """
     longest: list[Path] = []
     for path in (workdir / folder_of(label)).glob("samples-*/settings.json"):
         stored = json.loads(path.read_text())
@@ -145,7 +151,7 @@ def measured(
 
 
 class Quality(NamedTuple):
-    """Of the first n samples, with standard errors."""
+    """FID and KID of samples, with standard errors."""
 
     fid: float
     fid_se: float
@@ -154,7 +160,7 @@ class Quality(NamedTuple):
 
 
 def quality(pool: np.ndarray, comparison: Comparison) -> Quality:
-    """FID with its jackknife error over GROUPS parts of the samples, and KID."""
+    """Returns FID with its jackknife error over GROUPS parts of the samples, and KID with its standard error."""
     part = np.arange(len(pool)) * GROUPS // len(pool)
     left_out = [fid(pool[part != k], comparison) for k in range(GROUPS)]
     assert comparison.statistics.pool is not None
@@ -184,7 +190,7 @@ def page(found: Mapping[str, Drawn], comparison: Comparison, at: Sequence[int]) 
 def best_of(found: Mapping[str, Drawn], comparison: Comparison, n: int) -> str:
     fids = {label: fid(each.features.pool[:n], comparison) for label, each in found.items() if each.n >= n}
     best = min(fids, key=lambda label: fids[label])
-    return f"of {n:,} samples {best} ({fids[best]:.3f})"
+    return f"{fids[best]:.3f} for {n:,} samples ({best})"
 
 
 def row(drawn: Drawn, comparison: Comparison, at: Sequence[int]) -> list[str]:
@@ -198,7 +204,7 @@ def row(drawn: Drawn, comparison: Comparison, at: Sequence[int]) -> list[str]:
 
 
 def plot(found: Mapping[str, Drawn], comparison: Comparison, n: int) -> Figure:
-    """FID of the first n samples of each sampler (of fewer where there are fewer) against evaluations."""
+    """Plots FID against network evaluations, for the first n samples of each sampler, or for all if there are fewer."""
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     panel = figure.subplots()
     lines = {label: [f"{label}, {budget}" for budget in BUDGETS] for label in FAST}
@@ -237,26 +243,27 @@ def _style(panel: Axes, n: int) -> None:
 
 PAGE = """# Sample quality against network evaluations
 
-FID and KID of samples from the first-order digits model of the demo (VE, configs/digits/ncsnpp.py, 4000 steps, averaged
-weights), by the features of the classifier trained on the digits, against the {real} training images. They compare with
-nothing but each other. FID falls with the number of samples, so each column compares the same number. ± is the
-jackknife error over {groups} parts of the samples (FID) and that of `evaluation.kernel_distance` (KID). The number
-behind a sampler's name is its budget of evaluations. SDE: `sampling.eta=1`. Fast samplers hold denoised images in the
-data's range but where the name says otherwise; the adaptive solver and predictor-corrector sampling (1000 steps,
-reverse diffusion and Langevin, snr 0.16) work as published.
+This page has FID and KID of samples from the first-order digits model of the demo (VE, configs/digits/ncsnpp.py, 4000
+steps, averaged weights), compared with the {real} training images. The features are those of the classifier trained
+on the digits, so the values are only comparable with each other. FID falls with the number of samples, so each column
+compares equal numbers of samples. ± is the jackknife error over {groups} parts of the samples for FID, and the error
+of `evaluation.kernel_distance` for KID. The number after a sampler's name is its budget of network evaluations. SDE
+means `sampling.eta=1`. The fast samplers clip denoised images to the data's range, except where the name says "not
+clipped". The adaptive solver and predictor-corrector sampling (1000 steps, reverse diffusion and Langevin, snr 0.16)
+follow the published code.
 
 {table}
 
-Best FID {best}.
+The best FID is {best}.
 
 ![FID against evaluations](../images/fid_nfe.png)
 
-The ODE keeps the errors that the score makes at large noise, and solving it better does not help: compare the adaptive
-solver, or the fast one not clipped. The SDE forgets them, and within the data's range they are small. Neither alone is
-enough.
+The ODE keeps the errors that the score makes at large noise. A more accurate solve does not help, as the adaptive
+solver and the fast solver without clipping show. The SDE forgets these errors, and clipping to the data's range keeps
+them small. Neither the SDE nor clipping is enough alone.
 
-Command `make fid-nfe`, commit {commit}, {machine}. It resumes. The times are of a machine shared with other work and
-do not compare.
+Command `make fid-nfe`, commit {commit}, {machine}. An interrupted run resumes. The times were measured on a machine
+shared with other work, so they are not comparable.
 """
 
 

@@ -1,8 +1,8 @@
-"""Evaluations, time and error of every way to solve the likelihood's ODE, against a float64 solve at 1e-7.
+"""Prints evaluations, time and error of each solver of the likelihood's ODE, compared with a float64 solve at 1e-7.
 
-All use the same images, dequantization and probes, in float32. The error of an image is in bits/dim; the estimates are
-what the method itself says of it: the size, averaged over images, and the mean with its sign. Times are without
-compilation. In the last column the same image is solved in the company of others: the largest change, in bits/dim.
+All solvers use the same images, dequantization and probes, in float32. Errors are in bits/dim: the mean absolute error
+over images, the error of the mean (bias), and the solver's own estimates of both. The times exclude compilation. The
+last column is the change of the first image's result, in bits/dim, if noise replaces the other images of its batch.
 
     python -m experiments.likelihood --config=configs/digits/ncsnpp.py --workdir=runs/order1
     python -m experiments.likelihood --golden=tests/golden/likelihood_vpsde.npz
@@ -31,10 +31,10 @@ from ode import require_success
 from report.formatting import text_table
 from tests.golden_common import golden_config, golden_params
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's configuration.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "The run whose newest checkpoint is looked at.")
-_GOLDEN = flags.DEFINE_string("golden", None, "A golden likelihood_*.npz instead of a run.")
-_IMAGES = flags.DEFINE_integer("images", 32, "Test images of a run to use.", lower_bound=2)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration of the run.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "A run; its newest checkpoint is used.")
+_GOLDEN = flags.DEFINE_string("golden", None, "A golden likelihood_*.npz file, in place of a run.")
+_IMAGES = flags.DEFINE_integer("images", 32, "Number of test images of the run.", lower_bound=2)
 
 ADAPTIVE = [("scipy", 1e-3), ("scipy", 1e-4), ("scipy", 1e-5), ("dopri5", 1e-5), ("dopri5_log", 1e-5)]
 FIXED = [("rk4_log", n) for n in (12, 25, 50)] + [("adams_log", n) for n in (32, 48, 64, 82, 98, 106, 126, 198)]
@@ -51,7 +51,7 @@ class Problem(NamedTuple):
 def main(argv: list[str]) -> None:
     del argv
     if not _GOLDEN.value and not (_CONFIG.value and _WORKDIR.value):
-        raise app.UsageError("--config and --workdir are needed, or --golden")
+        raise app.UsageError("No model is given: set --config and --workdir, or --golden")
     problem = golden_problem(Path(_GOLDEN.value)) if _GOLDEN.value else problem_of_run(Path(str(_WORKDIR.value)))
     truth = converged(problem)
     cases = [(method, f"{tol:.0e}", {"rtol": tol, "atol": tol}) for method, tol in ADAPTIVE]
@@ -90,7 +90,7 @@ def golden_problem(path: Path) -> Problem:
 
 
 def converged(problem: Problem) -> np.ndarray:
-    """log2 p of each image for each dimension, from float64 at 1e-7."""
+    """Returns log2 p of each image per dimension, from a float64 solve at tolerance 1e-7."""
     with jax.enable_x64(True):
         precise: Problem = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), problem)
         precise = precise._replace(t_min=problem.t_min)
@@ -104,14 +104,14 @@ def measured(problem: Problem, truth: np.ndarray, **settings: Any) -> tuple[str,
     seconds = time.monotonic() - started
     error = truth - per_dim(result.logp, problem.x)
     estimate = -per_dim(result.solver_error, problem.x)
-    company = solve(in_other_company(problem), **settings)
-    change = per_dim(company.logp, problem.x)[0] - per_dim(result.logp, problem.x)[0]
+    replaced = solve(with_noise_images(problem), **settings)
+    change = per_dim(replaced.logp, problem.x)[0] - per_dim(result.logp, problem.x)[0]
     values = (np.abs(error).mean(), error.mean(), np.abs(estimate).mean(), estimate.mean(), abs(change))
     return str(int(result.info.nfe)), f"{seconds:.2f}", *(f"{value:.1e}" for value in values)
 
 
-def in_other_company(problem: Problem) -> Problem:
-    """The first image, with noise in place of the others."""
+def with_noise_images(problem: Problem) -> Problem:
+    """Returns the problem with noise in place of all images but the first."""
     noise = jax.random.uniform(jax.random.key(0), problem.x[1:].shape, problem.x.dtype)
     return problem._replace(x=problem.x.at[1:].set(noise))
 

@@ -1,4 +1,4 @@
-"""Where the numbers of a page come from: the commit and the machine."""
+"""The commit and the machine that the numbers of a page come from."""
 
 import platform
 import subprocess
@@ -8,7 +8,7 @@ import jax
 
 
 def commit() -> str:
-    """The short hash of the commit that is checked out; "unknown" without git, or outside of a repository."""
+    """Returns the short hash of the current commit, or "unknown" without git or outside a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
@@ -18,5 +18,5 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """The kind of its devices and processor, and the version of jax."""
+    """Describes this machine by its kind of device and processor, and by the version of jax."""
     return f"{jax.devices()[0].device_kind} ({platform.machine()}), jax {jax.__version__}"

@@ -1,13 +1,13 @@
-"""The paper's synthetic experiments, small enough for a CPU: docs/results/synthetic.md and its figures.
+"""Runs the paper's synthetic experiments at a size for a CPU, and writes docs/results/synthetic.md and its figures.
 
-For each of three problems and each seed, a first-order model is trained; from it training goes on with orders 1, 2 and
-3 for the same number of steps, and with order 1 for as long as order 3 took. Every model is evaluated on the same
-points with the same noise, so that differences between them are paired.
+For each of three problems and each seed, a first-order model is trained. Training then continues from this model with
+orders 1, 2 and 3 for the same number of steps, and with order 1 for as long as order 3 took. Every model is evaluated
+on the same points with the same noise, so that differences between models are paired.
 
     python -m experiments.reproduce --runs=runs/synthetic
 
-Training and likelihoods are plain calls of main.py's train and eval, printed as one would type them. Interrupted and
-started again, it goes on where it was.
+Training and likelihoods are the modes train and eval of main.py, and the equivalent commands are printed. If the script
+is interrupted, run the same command again to resume.
 """
 
 import argparse
@@ -55,10 +55,10 @@ from sources.marginals import marginals_of, sample_at
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"))
-    parser.add_argument("--steps", type=float, default=1.0, help="factor on the numbers of steps, to try it out")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
-    parser.add_argument("--page_only", action="store_true", help="write the page from what is there")
+    parser.add_argument("--runs", type=Path, default=Path("runs/synthetic"), help="folder of the runs")
+    parser.add_argument("--steps", type=float, default=1.0, help="factor on the numbers of steps, for a short trial")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page and figures")
+    parser.add_argument("--page_only", action="store_true", help="write the page from the existing results")
     arguments = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     problems = [problem.scaled(arguments.steps) for problem in PROBLEMS]
@@ -71,10 +71,10 @@ def main() -> None:
 
 
 def run_all(problems: list[Problem], runs: Path) -> None:
-    """Trains and evaluates what is not there yet; seed after seed, so that early results cover all problems."""
+    """Trains and evaluates missing comparisons, seed by seed, so that early results cover all problems."""
     left = [(seed, p) for seed in SEEDS for p in problems if not done(runs / p.name / f"seed{seed}")]
     minutes = sum(problem.minutes for _, problem in left)
-    print(f"{len(left)} comparisons to go, about {minutes:.0f} minutes on one idle CPU core", flush=True)
+    print(f"{len(left)} comparisons left, about {minutes:.0f} minutes on an idle CPU core", flush=True)
     for seed, problem in left:
         started, cpu = time.monotonic(), time.process_time()
         folder = runs / problem.name / f"seed{seed}"
@@ -87,7 +87,7 @@ def run_all(problems: list[Problem], runs: Path) -> None:
 
 
 def study_starts(problem: Problem, folder: Path) -> None:
-    """folder/<name>_starts.npz: ln q - ln p of points against the time that the solve starts at ([L22] Fig. 6)."""
+    """Writes folder/<name>_starts.npz: ln q - ln p of points against the start time of the solve ([L22] Fig. 6)."""
     for name in BRANCHES:
         path = folder / f"{name}_starts.npz"
         if path.exists():
@@ -111,7 +111,7 @@ def done(folder: Path) -> bool:
 
 
 def run_seed(problem: Problem, seed: int, folder: Path) -> None:
-    """The first-order model, its continuations, and their evaluations."""
+    """Trains and evaluates the first-order model of a seed and the models that continue from it."""
     settings = problem.settings(seed)
     train(problem, folder / "base", settings | {"training.n_iters": problem.base})
     last = problem.base + problem.steps
@@ -134,7 +134,7 @@ def config_of(problem: Problem, settings: dict[str, Any]) -> Config:
 
 
 def train(problem: Problem, workdir: Path, settings: dict[str, Any], at_least: int | None = None) -> None:
-    """Trains to `training.n_iters`, unless a checkpoint of `at_least` so many steps is there."""
+    """Trains to `training.n_iters`, unless a checkpoint of at least `at_least` steps exists."""
     if max(steps_of(workdir), default=0) >= (at_least or settings["training.n_iters"]):
         return
     print_command(problem, "train", workdir, settings)
@@ -153,7 +153,7 @@ def print_command(problem: Problem, mode: str, workdir: Path, settings: dict[str
 
 
 def seconds_per_step(workdir: Path) -> float:
-    """Of a run's fastest record: others hold the compilation, or ran beside something else."""
+    """Returns the time of a step in the fastest record of a run. Slower records include compilation or other load."""
     rates = read_metrics(workdir / "train")["train"]["steps_per_second"].values
     return 1 / float(np.max(rates))
 
@@ -162,7 +162,7 @@ def seconds_per_step(workdir: Path) -> float:
 
 
 def study(problem: Problem, folder: Path, name: str, workdir: Path, step: int, settings: dict[str, Any]) -> None:
-    """folder/<name>.json and .npz: likelihoods, distances between scores, entropies, and the density on a grid."""
+    """Writes folder/<name>.json and .npz: likelihoods, distances between scores, entropies and a density on a grid."""
     path = folder / f"{name}.json"
     if path.exists():
         return
@@ -194,13 +194,13 @@ def study(problem: Problem, folder: Path, name: str, workdir: Path, step: int, s
 
 
 def paired_kl(workdir: Path, values: str) -> np.ndarray:
-    """ln q - ln p of each test point."""
+    """Returns ln q - ln p of each test point."""
     batches = [read_npz(path) for path in sorted((workdir / "eval" / values).glob("batch*.npz"))]
     return np.concatenate([batch["log_density"] + batch["nll"] for batch in batches])
 
 
 def distances_of(run: Run, score_fn: NetworkScore) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Integrals of the distances over time with standard errors, and the curves themselves."""
+    """Returns the integrals of the distances over time with standard errors, and the curves as arrays."""
     density, sde = run.density, run.sde
     assert density is not None
     marginals = marginals_of(density)
@@ -222,7 +222,7 @@ def distances_of(run: Run, score_fn: NetworkScore) -> tuple[dict[str, Any], dict
 
 
 def entropies_of(run: Run, score_fn: NetworkScore) -> dict[str, Any]:
-    """The entropy in nats of the data at t_min, from the model's score, by both forms."""
+    """Returns the entropy of the data at t_min in nats, from the model's score, for each form of the estimate."""
     density, t_min = run.density, run.config.training.smallest_time
     assert density is not None
     x0 = density.sample(jax.random.key(2), (ENTROPY_POINTS, density.dims))
@@ -233,7 +233,7 @@ def entropies_of(run: Run, score_fn: NetworkScore) -> dict[str, Any]:
 
 
 def density_on_grid(run: Run, score_fn: NetworkScore, problem: Problem) -> np.ndarray:
-    """exp(ln p) of the ODE at the points of the grid."""
+    """Returns the density of the ODE at the points of the grid."""
     assert run.density is not None
     x = jnp.asarray(grid_points(problem.limit, problem.grid, run.density.dims))
     result = ode_log_likelihood(
@@ -251,7 +251,10 @@ def density_on_grid(run: Run, score_fn: NetworkScore, problem: Problem) -> np.nd
 
 
 def save_paths(problem: Problem, folder: Path, path: Path) -> None:
-    """Paths of the SDE and the ODE of the first third-order model, in one dimension, over the deviation of x_t."""
+    """Writes paths of the SDE and the ODE of the first one-dimensional third-order model.
+
+    The paths are divided by the standard deviation of x_t.
+    """
     run = build(config_of(problem, problem.settings(SEEDS[0]) | {"training.score_matching_order": 3}))
     density, sde, paths = run.density, run.sde, 40
     assert density is not None

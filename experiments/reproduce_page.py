@@ -1,4 +1,4 @@
-"""docs/results/synthetic.md and its figures, from what experiments/reproduce.py has left."""
+"""Writes docs/results/synthetic.md and its figures from the results of experiments/reproduce.py."""
 
 import json
 from collections.abc import Sequence
@@ -37,14 +37,14 @@ LABELS = {
 }
 
 ACCOUNT = "## What it shows\n"
-"""From this heading on the page is written by hand, and kept."""
+"""The first line of the hand-written part of the page, which is kept."""
 
 Models = dict[str, list[dict[str, Any]]]
-"""Results of the seeds, by the name of the model."""
+"""The results of each model for all seeds, by the name of the model."""
 
 
 def write_page(problems: Sequence[Problem], runs: Path, docs: Path) -> None:
-    """Writes the page and the figures of all comparisons that are complete."""
+    """Writes the page and the figures for all complete comparisons."""
     sections, took = [], []
     for problem in problems:
         folders = [
@@ -64,7 +64,7 @@ def write_page(problems: Sequence[Problem], runs: Path, docs: Path) -> None:
 
 
 def account(path: Path) -> str:
-    """What was written by hand below the results."""
+    """Returns the hand-written part of an existing page, or an empty one."""
     text = path.read_text() if path.exists() else ""
     return ACCOUNT + text.split(ACCOUNT, 1)[1] if ACCOUNT in text else ACCOUNT
 
@@ -94,7 +94,7 @@ def header(problems: Sequence[Problem], took: list[dict[str, Any]]) -> str:
 
 
 def section(problem: Problem, folders: Sequence[Path]) -> str:
-    """Table, comparisons and figures of one problem."""
+    """Returns the section of one problem, with its table, comparisons and figures."""
     models = {name: [json.loads((f / f"{name}.json").read_text()) for f in folders] for name in BRANCHES}
     rows = "\n".join(table_row(name, models) for name in BRANCHES)
     lines = [comparison(models, worse, better) for worse, better in COMPARED]
@@ -149,7 +149,7 @@ def plus_minus(estimate: MeanEstimate, digits: int = 4, sign: str = "") -> str:
 
 
 def comparison(models: Models, worse: str, better: str) -> str:
-    """By how much the divergence from the data falls from one model to another, from the differences of the seeds."""
+    """States how much the KL divergence falls from one model to another, from the differences of the seeds."""
     fall = mean_estimate(np.array([a["kl"] - b["kl"] for a, b in zip(models[worse], models[better], strict=True)]))
     beyond = "" if fall.n == 1 else ", beyond" if abs(fall.mean) > 2 * fall.se else ", within"
     verdict = beyond and f"{beyond} two standard errors"
@@ -157,7 +157,7 @@ def comparison(models: Models, worse: str, better: str) -> str:
 
 
 def of_points(folders: Sequence[Path], worse: str, better: str) -> str:
-    """The same by test points, each averaged over seeds: the standard error is that of the points."""
+    """Returns the fall of the KL divergence with a standard error over test points, each averaged over seeds."""
     by_point = [read_npz(f / f"{worse}.npz")["points_kl"] - read_npz(f / f"{better}.npz")["points_kl"] for f in folders]
     return plus_minus(mean_estimate(np.array(by_point)), sign="+")
 
@@ -198,7 +198,7 @@ def density_figure(problem: Problem, arrays: dict[str, list[dict[str, np.ndarray
 
 
 def averaged_curves(of_seeds: Sequence[dict[str, np.ndarray]]) -> dict[str, DistanceCurve]:
-    """Means over seeds; the standard error is that of the seeds, or of the points if there is one seed."""
+    """Returns means over seeds. The standard error is over seeds, or over points if there is a single seed."""
     nodes, n = TimeNodes(of_seeds[0]["nodes_t"], of_seeds[0]["nodes_weight"]), len(of_seeds)
     curves = {}
     for name in ("score_matching", "fisher", "difference"):
@@ -221,39 +221,39 @@ def paths_figure(arrays: dict[str, np.ndarray]) -> Figure:
 HEADER = """# The paper's synthetic experiments
 
 Does a diffusion ODE get closer to the data when its score is trained with second and third-order denoising score
-matching? A first-order model is trained; from it training goes on with orders 1, 2 and 3 (exact derivatives, weights of
-the paper) for the same number of steps, and with order 1 for as long as order 3 took. `make reproduce` runs all of it.
+matching? A first-order model is trained. Training then continues from this model with orders 1, 2 and 3 (exact
+derivatives, weights of the paper) for the same number of steps, and with order 1 for as long as order 3 took.
+`make reproduce` runs all experiments.
 
 **Smaller than published.** The paper trains each order for 50,000 to 100,000 steps of batch 5000, with widths 128 and
-512; here
+512. The experiments of this page have these sizes:
 
 | problem | steps: first order + more | batch | widths: branches and trunk | entropy of the data, nats |
 |---|---|---|---|---|
 {sizes}
 
-Time starts at 1e-5, as in the paper. Evaluated on {test} test points, the same for all models; NLL and KL (of the data
-from the model) by the ODE's exact likelihood, in nats. The distances between scores ([L22] Fig. 3), integrated over
-time and in nats, too, are from {times} times with {points} points each: l_SM is what first-order training minimises,
-l_Fisher the distance of the ODE's own score from the data's. The integral of Theorem 3.1 is the KL again, found from
-scores alone, on other points. Entropies of the data are estimated from the model's score ([S21b] Theorem 4,
-{entropy_points} points).
-± is the standard error over seeds.
+Time starts at 1e-5, as in the paper. All models are evaluated on the same {test} test points. NLL and KL (of the data
+from the model) come from the exact likelihood of the ODE, in nats. The distances between scores ([L22] Fig. 3) are
+integrated over time, also in nats, from {times} times with {points} points each. First-order training minimises l_SM.
+l_Fisher is the distance between the score of the ODE's own density and the score of the data. The integral of Theorem
+3.1 is a second estimate of the KL, from scores alone and on other points. Entropies of the data are estimated from the
+model's score ([S21b] Theorem 4, {entropy_points} points). ± is the standard error over seeds.
 
-Command `make reproduce`, commit {commits}, {device}, a machine with other work: {minutes} minutes, {cpu} of CPU time.
-ms/step are of that machine: only their ratios mean something.
+Command `make reproduce`, commit {commits}, {device}: {minutes} minutes, {cpu} of CPU time. Other work shared the
+machine, so only the ratios of ms/step are meaningful.
 """
 
 PATHS = """## Paths
 
-Of the mixture, VE, under a third-order model: Euler's steps of the SDE and the ODE, in both directions, coloured by
-where they are at t = 0.
+The figure shows paths of the mixture (VE) under a third-order model: Euler steps of the SDE and the ODE in both
+directions, coloured by their position at t = 0.
 
 ![Paths](../images/synthetic_paths.png)
 """
 
 SECTION = """## {title}
 
-Seeds {seeds}.
+The seeds are {seeds}.
 
 | model | steps | ms/step | NLL | KL | l_SM | l_Fisher | Theorem 3.1 | entropy, E\\|s\\|² | entropy, -E div s |
 |---|---|---|---|---|---|---|---|---|---|
@@ -261,16 +261,17 @@ Seeds {seeds}.
 
 {lines}
 
-By test points, each averaged over seeds, with the standard error of the points: {points}.
+Paired by test point and averaged over seeds, these falls and their standard errors over points are: {points}.
 
-Of a single model, the points behind them leave a standard error of {own[cross]:.3f} nats in Theorem 3.1's integral, and
-of {own[entropy_score]:.3f} and {own[entropy_divergence]:.3f} in the entropies. It is in common to all models.
+For a single model, the standard error over points is {own[cross]:.3f} nats for the integral of Theorem 3.1, and
+{own[entropy_score]:.3f} and {own[entropy_divergence]:.3f} nats for the entropies. All models share this error.
 
 ![Densities](../images/synthetic_{name}_density.png)
 ![Distances between scores](../images/synthetic_{name}_distances.png)
 
-The NLL of {starting} points of the data, taken to be at the time that the solve starts at ([L22] Fig. 6), above that of
-the data's own density; shaded is the standard error over seeds:
+The last figure shows the NLL of {starting} data points, minus the NLL under the data's own density, against the start
+time of the solve. The points are taken to be at this start time ([L22] Fig. 6). The shaded area is the standard error
+over seeds.
 
 ![NLL against the start](../images/synthetic_{name}_starts.png)
 """

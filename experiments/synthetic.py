@@ -1,4 +1,4 @@
-"""The problems that experiments/reproduce.py compares the orders on, and their sizes."""
+"""Problems on which experiments/reproduce.py compares the orders, and their sizes."""
 
 import dataclasses
 from typing import Any
@@ -8,39 +8,39 @@ import numpy as np
 SEEDS = (1, 2, 3)
 
 BRANCHES = {"order1": 1, "order2": 2, "order3": 3, "order1_long": 1}
-"""The models that are compared, with their orders; the last is the first, trained for as long as the third."""
+"""The orders of the compared models, by name. "order1_long" is "order1", trained for as long as "order3"."""
 
 TEST_POINTS = 2000
 NUM_TIMES, POINTS_AT_TIME = 16, 256
-"""Of the distances between scores against time."""
+"""The number of times for the distances between scores, and of points at each time."""
 ENTROPY_POINTS = 32_768
 STARTS, STARTING_POINTS = np.geomspace(1e-5, 0.3, 12), 500
-"""Times that a likelihood's solve starts at, and the points solved from each."""
+"""The start times of the likelihood's solve, and the number of points for each."""
 TOLERANCE = 1e-3
-"""Of the solves behind the distances."""
+"""The tolerance of the solves that the distances need."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Data, SDE and size of a comparison; `steps` more of each order follow on `base` steps of the first."""
+    """The data, SDE and size of a comparison: `base` steps of the first order, then `steps` steps of each order."""
 
     name: str
-    """Also that of its file in configs/toy."""
+    """The name of the problem and of its file in configs/toy."""
     title: str
     dataset: str
     base: int
     steps: int
     batch_size: int
     widths: tuple[int, int]
-    """Of the network's branches and of its trunk."""
+    """Widths of the branches and of the trunk of the network."""
     limit: float
     """Densities are drawn on [-limit, limit]^d."""
     grid: int
     minutes: float
-    """Of one seed, on one idle CPU core."""
+    """Minutes for one seed on an idle CPU core."""
 
     def settings(self, seed: int) -> dict[str, Any]:
-        """What differs from the configuration."""
+        """Returns the fields that differ from the configuration."""
         branch, trunk = self.widths
         return {
             "seed": seed,
@@ -57,7 +57,7 @@ class Problem:
         }
 
     def scaled(self, factor: float) -> "Problem":
-        """The same with a multiple of the steps."""
+        """Returns the problem with its numbers of steps multiplied by `factor`."""
         return dataclasses.replace(self, base=round(self.base * factor), steps=round(self.steps * factor))
 
 

@@ -1,12 +1,12 @@
-"""Cost of a training step on points for each order, and the share of a training run that is spent inside it.
+"""Prints the cost of a training step on points for each order, and the share of a training run spent in its steps.
 
     python -m experiments.toy_step
     python -m experiments.toy_step --config=mixture_vp --set training.batch_size=1000
 
-For each order, compiled calls of `training.n_jitted_steps` steps are timed alone, right before and right after a run of
-as many calls by `run_lib.train`, which also reads and copies the batches and records the losses. The share is the time
-of the calls alone by that of the run, both on the clock and, which other programs on the machine disturb less, of the
-processor, where that is where the steps run.
+For each order, compiled calls of `training.n_jitted_steps` steps are timed alone, before and after a run of as many
+calls by `run_lib.train`. The run also reads and copies the batches and records the losses. The share is the time of the
+calls alone, divided by the time of the run. It is given for the clock, and for the processor, which other programs on
+the machine disturb less. Processor time is meaningful only if the steps run on the CPU.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from tests.golden_common import load_config
 
 
 class Seconds(NamedTuple):
-    """On the clock, and of the processor."""
+    """Seconds on the clock and of processor time."""
 
     wall: float
     processor: float
@@ -43,8 +43,10 @@ class Seconds(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="checkerboard_ve", help="a file of configs/toy")
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="a field of the config")
-    parser.add_argument("--calls", type=int, default=10, help="of the compiled function, alone and in a run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="changes a field of the config"
+    )
+    parser.add_argument("--calls", type=int, default=10, help="number of compiled calls, alone and in a run")
     arguments = parser.parse_args()
     try:
         config = changed(load_config(f"toy.{arguments.config}"), arguments.set)
@@ -65,18 +67,18 @@ def main() -> None:
             )
         )
     print(f"{arguments.config}, batch {config.training.batch_size}, {config.training.n_jitted_steps} steps a call,")
-    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, shared with whatever runs")
+    print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, possibly shared")
     headers = ("order", "ms a step", "of processor", "ms in a run", "of processor", "x order 1", "of processor")
     print(text_table((*headers, "share in step", "of processor"), rows))
 
 
 def changed(config: Config, changes: Sequence[str]) -> Config:
-    """The configuration with other values of some fields, each change a FIELD=VALUE.
+    """Changes fields of a configuration and returns it. Each change has the form FIELD=VALUE.
 
     Raises:
-        KeyError, TypeError, ValueError, SyntaxError: for one that is none.
+        KeyError, TypeError, ValueError, SyntaxError: if the field does not exist or the value does not fit it.
     """
-    config.lock()  # else a field that is not there would be made
+    config.lock()  # An unlocked configuration would create unknown fields.
     for change in changes:
         field, _, value = change.partition("=")
         config.update_from_flattened_dict({field: ast.literal_eval(value)})
@@ -84,11 +86,11 @@ def changed(config: Config, changes: Sequence[str]) -> Config:
 
 
 def measure(config: Config, calls: int) -> tuple[Seconds, Seconds]:
-    """What `calls` compiled calls take alone, and in a run."""
+    """Returns the time of `calls` compiled calls alone, and in a run."""
     steps = config.training.n_jitted_steps
-    config.training.n_iters = (calls + 1) * steps  # the first call compiles
+    config.training.n_iters = (calls + 1) * steps  # The first call compiles.
     config.training.log_freq = steps
-    config.training.eval_freq = 2 * config.training.n_iters  # no test losses: they are timed aside
+    config.training.eval_freq = 2 * config.training.n_iters  # Test losses are not part of the time.
     config.training.snapshot_freq = config.training.snapshot_freq_for_preemption = config.training.n_iters
     run = build(config)
     repeat = repeated_call(run)
@@ -100,7 +102,7 @@ def measure(config: Config, calls: int) -> tuple[Seconds, Seconds]:
 
 
 def repeated_call(run: Run) -> Callable[[int], None]:
-    """A function of n that calls the compiled training steps n times on one chunk of batches; it is compiled."""
+    """Returns a function of n that calls the compiled training steps n times on the same batches."""
     whole, along = parallel.replicated(run.mesh), parallel.along_batch(run.mesh, axis=1)
     train_steps = jax.jit(run.trainer.train_steps, in_shardings=(whole, along, whole), out_shardings=whole)
     state = jax.device_put(run.fresh_state(), whole)
@@ -118,7 +120,7 @@ def repeated_call(run: Run) -> Callable[[int], None]:
 
 
 class ClockedWriter(MetricsWriter):
-    """Notes when it records."""
+    """Stores the time of each training record."""
 
     def __init__(self, folder: Path):
         super().__init__(folder)
@@ -131,7 +133,7 @@ class ClockedWriter(MetricsWriter):
 
 
 def run_seconds(config: Config, workdir: Path) -> Seconds:
-    """What training takes from its first record to its last: reading, copying, stepping, recording."""
+    """Returns the time of training from its first record to its last: reading, copying, stepping and recording."""
     writer = ClockedWriter(workdir / "train")
     with mock.patch.object(run_lib, "MetricsWriter", return_value=writer):
         run_lib.train(config, workdir)
