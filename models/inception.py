@@ -1,8 +1,8 @@
-"""Inception-2015-12-05, the network behind published FIDs (Szegedy et al., 2016; the weights are those of TensorFlow).
+"""Inception-2015-12-05, the network of published FIDs (Szegedy et al., 2016), with the weights of TensorFlow.
 
 Modules keep the names of the published weights. Batch normalisation has fixed statistics, so it is folded into the
-convolutions when the weights are converted. Where this network differs from later Inception-v3s: average pools do not
-count padding, the last block pools by the maximum, and the resize is TensorFlow 1's.
+convolutions when the weights are converted. This network differs from later versions of Inception-v3 in three points:
+average pools do not count padding, the last block pools by the maximum, and the resize is TensorFlow 1's.
 """
 
 import functools
@@ -27,14 +27,14 @@ Size: TypeAlias = tuple[int, int]
 
 
 class InceptionOutput(NamedTuple):
-    """`pool_3`, which FID and KID compare, and class logits with their bias."""
+    """The features `pool_3`, which FID and KID compare, and the class logits, which include the bias."""
 
     pool: Float[Array, "batch 2048"]
     logits: Float[Array, "batch 1008"]
 
 
 class Inception(nn.Module):
-    """The network, from images in [-1, 1] of 299 x 299 pixels; smaller ones, from 75 x 75, pass through it as well."""
+    """The network, for images in [-1, 1] of 299 x 299 pixels. It accepts images from 75 x 75 pixels on."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "batch height width 3"]) -> InceptionOutput:
@@ -56,15 +56,15 @@ class Inception(nn.Module):
 
 
 def unit(x: Maps, name: str, features: int, size: Size = (1, 1), stride: int = 1, padding: str = "SAME") -> Maps:
-    """A convolution with bias, rectified; those with a stride do not pad."""
+    """Applies a convolution with bias, then a ReLU. A convolution with a stride does not pad."""
     padding = "VALID" if stride > 1 else padding
-    # features are compared across machines, so no reduced precision
+    # Features are compared across machines, so the precision must not be reduced.
     highest = jax.lax.Precision.HIGHEST
     return nn.relu(nn.Conv(features, size, (stride, stride), padding, precision=highest, name=name)(x))
 
 
 def units(x: Maps, name: str, *layers: tuple[int, Size]) -> Maps:
-    """Units one after another, numbered from 1: of so many features, with kernels of these sizes."""
+    """Applies units in sequence, numbered from 1. Each layer gives the features and the kernel size of a unit."""
     for number, (features, size) in enumerate(layers, start=1):
         x = unit(x, f"{name}_{number}", features, size)
     return x
@@ -75,12 +75,12 @@ def halve(x: Maps) -> Maps:
 
 
 def average(x: Maps) -> Maps:
-    """The mean of each pixel's neighbourhood, without what lies outside the image."""
+    """Returns the mean of the 3 x 3 neighbourhood of each pixel, without pixels outside the image."""
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 
 class Mixed5(nn.Module):
-    """At 35 x 35 pixels."""
+    """The block at 35 x 35 pixels."""
 
     pool_features: int
 
@@ -96,7 +96,7 @@ class Mixed5(nn.Module):
 
 
 class Reduction6(nn.Module):
-    """From 35 x 35 pixels to 17 x 17."""
+    """The reduction from 35 x 35 to 17 x 17 pixels."""
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
@@ -110,9 +110,10 @@ class Reduction6(nn.Module):
 
 
 class Mixed6(nn.Module):
-    """At 17 x 17 pixels: 7x7 convolutions as rows and columns."""
+    """The block at 17 x 17 pixels, with 7x7 convolutions split into rows and columns."""
 
-    inner: int  # features between them
+    inner: int
+    """The number of features between the convolutions."""
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
@@ -127,7 +128,7 @@ class Mixed6(nn.Module):
 
 
 class Reduction7(nn.Module):
-    """From 17 x 17 pixels to 8 x 8."""
+    """The reduction from 17 x 17 to 8 x 8 pixels."""
 
     @nn.compact
     def __call__(self, x: Maps) -> Maps:
@@ -142,7 +143,7 @@ class Reduction7(nn.Module):
 
 
 class Mixed7(nn.Module):
-    """At 8 x 8 pixels: 3x3 convolutions that end in a row and a column side by side."""
+    """The block at 8 x 8 pixels, with 3x3 convolutions that end in a row and a column side by side."""
 
     max_pool: bool
 
@@ -163,9 +164,9 @@ class Mixed7(nn.Module):
 
 
 def resize(x: Maps, size: int = INPUT_SIZE) -> Maps:
-    """TensorFlow 1's bilinear resize to size x size: pixel i reads from i * in / out, no half pixel, nothing smoothed.
+    """Applies TensorFlow 1's bilinear resize to size x size: pixel i reads from i * in / out, without antialiasing.
 
-    The arithmetic is TensorFlow's, operation by operation, in float32.
+    There is no offset of half a pixel. Each operation is TensorFlow's, in float32.
     """
     return _resize_axis(_resize_axis(x, 2, size), 1, size)
 
@@ -181,7 +182,7 @@ def _resize_axis(x: Maps, axis: int, size: int) -> Maps:
 
 
 def param_shapes() -> dict[str, tuple[int, ...]]:
-    """The shape of each of the network's parameters, as in `Mixed_5b/branch1x1/kernel`."""
+    """Returns the shape of each parameter by its path, such as `Mixed_5b/branch1x1/kernel`."""
     x = jax.ShapeDtypeStruct((1, INPUT_SIZE, INPUT_SIZE, 3), jnp.float32)
     tree: Any = jax.eval_shape(Inception().init, jax.random.key(0), x)["params"]
     flat: dict[str, Any] = flatten_dict(tree, sep="/")
@@ -190,7 +191,10 @@ def param_shapes() -> dict[str, tuple[int, ...]]:
 
 @functools.cache
 def published_shapes() -> dict[str, tuple[int, ...]]:
-    """The shape of each array of the published weights, as in `Mixed_5b.branch1x1.conv.weight` (PyTorch's order)."""
+    """Returns the shape of each array of the published weights by name, such as `Mixed_5b.branch1x1.conv.weight`.
+
+    The axes are in PyTorch's order.
+    """
     shapes: dict[str, tuple[int, ...]] = {}
     for path, shape in param_shapes().items():
         layer, leaf = path.rsplit("/", 1)
@@ -206,10 +210,10 @@ def published_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def params_from_published(weights: Mapping[str, Shaped[np.ndarray, "..."]]) -> dict[str, Any]:
-    """The network's parameters, from the published weights by name; batch normalisation is folded in, in float64.
+    """Converts the published weights to parameters of the network, and folds in batch normalisation in float64.
 
     Raises:
-        ValueError: if an array is missing, unknown, or of another shape.
+        ValueError: if an array is missing, unknown or of another shape.
     """
     arrays = {name: w for name, w in weights.items() if not name.endswith("num_batches_tracked")}
     got, wanted = {name: np.shape(w) for name, w in arrays.items()}, published_shapes()
@@ -230,7 +234,7 @@ def params_from_published(weights: Mapping[str, Shaped[np.ndarray, "..."]]) -> d
 
 
 def _folded(weights: Mapping[str, np.ndarray], layer: str) -> tuple[np.ndarray, np.ndarray]:
-    """Kernel [height, width, in, out] and bias of a convolution with the batch normalisation after it."""
+    """Returns the kernel [height, width, in, out] and the bias of a convolution and its batch normalisation."""
     normal = {key: weights[f"{layer}.bn.{key}"].astype(np.float64) for key in ("weight", "running_var")}
     scale = normal["weight"] / np.sqrt(normal["running_var"] + BATCH_NORM_EPSILON)
     kernel = weights[f"{layer}.conv.weight"].transpose(2, 3, 1, 0) * scale

@@ -1,4 +1,4 @@
-"""What the checks of golden data share: results, errors, and the configuration and parameters in a file."""
+"""Shared parts of the checks of golden data: results, errors, and the configuration and parameters in a file."""
 
 import importlib
 import json
@@ -11,11 +11,11 @@ from configs.default import Config
 
 
 class UnknownKind(ValueError):
-    """A file that no check is for, by its name or by what its content names."""
+    """A golden file without a check, or with content that names an unknown configuration, network or SDE."""
 
 
 class Result(NamedTuple):
-    """One quantity of a golden file."""
+    """The error of one quantity of a golden file."""
 
     quantity: str
     error: float
@@ -33,17 +33,19 @@ class Result(NamedTuple):
 
 
 def load_config(name: str) -> Config:
-    """The configuration in configs/, its path written with dots."""
+    """Loads a configuration of configs/ by its path, written with dots."""
     try:
         return importlib.import_module(f"configs.{name}").get_config()
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("configs"):
             raise
-        raise UnknownKind(f"no configuration {name!r}") from error
+        raise UnknownKind(
+            f"unknown configuration {name!r}; give the path of a file in configs/, written with dots"
+        ) from error
 
 
 def golden_config(data: Any) -> Config:
-    """The configuration that a golden .npz was made with: a published one and the fields changed in it."""
+    """Returns the configuration of a golden .npz file: a published configuration with some fields changed."""
     description = json.loads(str(data["config"]))
     config = load_config(description["base"])
     for field, value in description["overrides"].items():
@@ -52,30 +54,33 @@ def golden_config(data: Any) -> Config:
 
 
 def golden_params(data: Any) -> Any:
-    """The parameters in a golden .npz, nested as the network's."""
+    """Returns the parameters in a golden .npz file, nested like the network's parameters."""
     flat = {key.removeprefix("params/"): data[key] for key in data.files if key.startswith("params/")}
     return unflatten_dict(flat, sep="/")
 
 
 def relative_error(got: Any, want: Any, floor: float = 0.0, scale: float | None = None) -> float:
-    """The largest |got - want| / (|want| + floor * largest |want|), or / `scale`; infinite if shapes differ."""
+    """Returns the largest |got - want| / (|want| + floor * largest |want|), or infinity if the shapes differ.
+
+    If `scale` is given, it is the denominator.
+    """
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     if got.shape != want.shape:
         return np.inf
     error = np.abs(got - want)
     size = np.abs(want) + floor * np.abs(want).max(initial=0.0) if scale is None else np.full(error.shape, scale)
-    # 0 / 0 is no error
+    # An error of 0 relative to 0 counts as 0.
     return float(np.max(np.divide(error, size, out=np.where(error == 0, 0.0, np.inf), where=size > 0), initial=0.0))
 
 
 def tree_shapes(params: Any) -> dict[str, list[int]]:
-    """The shape of each parameter, by its path."""
+    """Returns the shape of each parameter by its path."""
     leaves: Any = flatten_dict(params, sep="/")
     return {name: list(leaf.shape) for name, leaf in leaves.items()}
 
 
 def tree_differences(got: dict[str, list[int]], want: dict[str, list[int]]) -> list[str]:
-    """What is missing, unexpected or of another shape."""
+    """Lists the parameters that are missing, unexpected or of another shape."""
     missing = [f"{name} is missing" for name in want.keys() - got.keys()]
     unexpected = [f"{name} is unexpected" for name in got.keys() - want.keys()]
     both = got.keys() & want.keys()
@@ -84,6 +89,6 @@ def tree_differences(got: dict[str, list[int]], want: dict[str, list[int]]) -> l
 
 
 def count(quantity: str, wrong: list[str]) -> Result:
-    """A result whose error counts what is wrong."""
+    """Returns a result whose error is the number of differences, and whose detail lists the first three."""
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     return Result(quantity, len(wrong), 0, "; ".join(wrong[:3]) + more)

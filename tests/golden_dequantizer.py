@@ -23,14 +23,17 @@ from tests.golden_common import (
 
 
 def check_dequantizer_trees(path: Path) -> Iterator[Result]:
-    """Parameter paths and shapes of the published dequantizers, by deq.name, for 32x32 images."""
+    """Compares the parameter paths and shapes of the published dequantizers, by deq.name, for 32x32 images."""
     for name, tree in json.loads(path.read_text()).items():
         shapes = _first_shapes(_network(name), (1, 32, 32, 3))
         yield count(name, tree_differences(tree_shapes(shapes), tree))
 
 
 def check_dequantizer(path: Path) -> Iterator[Result]:
-    """Noise and -ln q from given Gaussian noise, images in [0, 1] and parameters, which tell the architecture."""
+    """Compares noise and -ln q for given Gaussian noise, images in [0, 1] and parameters.
+
+    The names of the parameters determine the architecture.
+    """
     data = np.load(path)
     params = golden_params(data)
     name = "flowpp_imagenet32" if "DeepProcessor_0" in params else "flowpp_cifar10"
@@ -49,7 +52,7 @@ def check_dequantizer(path: Path) -> Iterator[Result]:
 def _network(name: str, **sizes: int) -> Flowpp:
     deq = get_config().deq
     if name not in ARCHITECTURES:
-        raise UnknownKind(f"no dequantizer {name!r}")
+        raise UnknownKind(f"unknown dequantizer {name!r}; known names are {', '.join(ARCHITECTURES)}")
     deq.name = name
     deq.update(sizes)
     return flowpp_from_config(deq)

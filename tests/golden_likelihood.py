@@ -1,4 +1,4 @@
-"""The check of golden likelihood_*.npz files: bits/dim, latents, start-time corrections and sampler updates."""
+"""Check of golden likelihood_*.npz files: bits/dim, latents, start-time corrections and sampler updates."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from samplers.predictor_corrector import CORRECTORS, PREDICTORS
 from tests.golden_common import Result, golden_config, golden_params, relative_error
 
 NUM_SCALES = 1000
-"""Steps of the discrete chains that the updates belong to."""
+"""The number of steps of the discrete chains that the sampler updates belong to."""
 
 
 def check_likelihood(path: Path) -> Iterator[Result]:
@@ -44,18 +44,18 @@ def check_likelihood(path: Path) -> Iterator[Result]:
 
 
 def _latent_tolerance(config: Config) -> float:
-    """How well two float32 implementations of the published protocol agree.
+    """Returns the tolerance within which two float32 implementations of the published protocol must agree.
 
-    With positional embeddings they take the same steps, and agree to 2e-4. Fourier features have angles of up to a
-    thousand radians, which float32 rounds to 1e-4, and steps that follow this noise: the published formulas
-    themselves, compiled in four ways, took 1382 to 1448 evaluations where the file has 1412, and differed from its
-    latents by up to 4e-3.
+    With positional embeddings, both take the same steps and agree to 2e-4. Fourier features have angles of up to a
+    thousand radians, which float32 rounds to 1e-4, and the steps of the solver follow this noise. The published
+    formulas, compiled in four ways, took 1382 to 1448 evaluations, where the file has 1412. Their latents differed from
+    those of the file by up to 4e-3.
     """
     return 1e-2 if config.model.embedding_type == "fourier" else 1e-3
 
 
 def _published_offset(score_fn: NetworkScore, x: jax.Array, noise: np.ndarray, t_min: float) -> np.ndarray:
-    """The correction with E ln p(x_{t_min} | x) in closed form in place of its draw."""
+    """Returns the correction with E ln p(x_{t_min} | x) in closed form, in place of a drawn value."""
     draw = np.asarray(start_correction(score_fn, score_fn.model.sde, x, jnp.asarray(noise), t_min))
     return draw + 0.5 * (np.sum(noise**2, axis=(1, 2, 3)) - num_dims(x))
 

@@ -1,4 +1,4 @@
-"""The check of golden sde_*.npz files."""
+"""Check of golden sde_*.npz files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,15 +13,15 @@ from tests.golden_common import Result, UnknownKind, relative_error
 
 
 def check_sde(path: Path) -> Iterator[Result]:
-    """Against the file, and to 1e-5 of each value against the closed forms in float64, which are the truth.
+    """Compares the SDE with the file, and with the exact closed forms in float64 to 1e-5 of each value.
 
-    The file's numbers are float32: at small times its VP and sub-VP ones are first-order expansions; its differences of
-    nearly equal numbers, the chains' steps, carry the rounding of those numbers.
+    The numbers of the file are float32. At small times, those of VP and sub-VP are first-order expansions. The steps of
+    the chains are differences of nearly equal numbers, so they carry the rounding of these numbers.
     """
     data = np.load(path)
     name = path.name.removeprefix("sde_").split(".")[0].split("_")[0]
     if name not in SDES:
-        raise UnknownKind(f"{path.name}: no SDE {name!r}; known are {', '.join(SDES)}")
+        raise UnknownKind(f"{path.name}: unknown SDE {name!r}; known names are {', '.join(SDES)}")
     got, truth = _sde_values(name, data["t"], data["x"]), sde_closed_forms.quantities(name, data["t"], data["x"])
     expanded = ("vp" in name) & (sde_closed_forms.beta_integral(data["t"]) <= 2e-3)
     size = {"discrete_drift": np.abs(data["x"]).max()}
@@ -54,7 +54,7 @@ def _sde_values(name: str, t: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray
 
 
 def _check_quantiles(name: str, data: Any) -> Iterator[Result]:
-    """Importance sampling from each smallest time in the file."""
+    """Compares importance sampling for each smallest time in the file."""
     sde, prefix = SDES[name](), "cum_weight_T_eps"
     for key in data.files:
         if not key.startswith(prefix):

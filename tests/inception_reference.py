@@ -1,9 +1,10 @@
-"""Inception with random weights, and what torch-fidelity's network makes of them.
+"""Inception with random weights, and the outputs of torch-fidelity's network for the same weights.
 
     python -m tests.inception_reference
 
-stores its outputs beside this file, where torch and torch-fidelity are installed; nothing else needs them. The weights
-are drawn anew from their names and shapes.
+The command stores the outputs of torch-fidelity beside this file, and needs torch and torch-fidelity. The tests compare
+with the stored outputs, and also run torch-fidelity where it is installed. The weights are not stored, because they
+follow from their names and shapes.
 """
 
 import tempfile
@@ -21,7 +22,7 @@ STORED = Path(__file__).with_name("inception_torch_fidelity.npz")
 
 
 def random_weights(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Weights for arrays of the published names; signals neither grow nor fade on their way through the network."""
+    """Draws weights of the given names and shapes, scaled so that signals keep their size through the network."""
     return {name: _random_weight(name, shape) for name, shape in shapes.items()}
 
 
@@ -37,14 +38,18 @@ def _random_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def random_images() -> np.ndarray:
-    """Two images of 32 x 32 pixels: noise, and noise upon a slope."""
+    """Draws two images of 32 x 32 pixels: noise, and noise on a slope."""
     noise = np.random.default_rng(0).integers(0, 128, (2, 32, 32, 3))
     slope = np.broadcast_to(4 * np.arange(32).reshape(1, 32, 1), (32, 32, 3))
     return np.stack([2 * noise[0], noise[1] + slope]).astype(np.uint8)
 
 
 def torch_outputs(weights: Mapping[str, np.ndarray], images: np.ndarray) -> dict[str, np.ndarray]:
-    """torch-fidelity's resized images and its features; ImportError where it is not installed."""
+    """Returns the resized images and the features of torch-fidelity.
+
+    Raises:
+        ImportError: if torch or torch-fidelity is not installed.
+    """
     import torch  # pyright: ignore[reportMissingImports]
     from torch_fidelity.feature_extractor_inceptionv3 import (  # pyright: ignore[reportMissingImports]
         FeatureExtractorInceptionV3,
@@ -64,7 +69,11 @@ def torch_outputs(weights: Mapping[str, np.ndarray], images: np.ndarray) -> dict
 
 
 def save_weights(weights: Mapping[str, np.ndarray], path: Path) -> None:
-    """Writes weights as the published file holds them; ImportError where torch is not installed."""
+    """Writes weights in the format of the published file.
+
+    Raises:
+        ImportError: if torch is not installed.
+    """
     import torch  # pyright: ignore[reportMissingImports]
 
     torch.save({name: torch.tensor(array) for name, array in weights.items()}, path)

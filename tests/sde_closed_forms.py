@@ -1,4 +1,4 @@
-"""The SDEs' closed forms in float64 NumPy, apart from sde_lib, with the published constants; t and u are vectors."""
+"""Closed forms of the SDEs in float64 NumPy with the published constants, independent of sde_lib. Times are vectors."""
 
 import math
 
@@ -13,8 +13,8 @@ def beta_integral(t: np.ndarray) -> np.ndarray:
 
 
 def quantities(name: str, t: np.ndarray, x: np.ndarray, num_steps: int = 1000) -> dict[str, np.ndarray]:
-    """What the method says of x at time t: marginal, drift, diffusion, prior, and one step of the discrete chain."""
-    # The index of a step is found in float32, where rounding decides it.
+    """Returns the marginal, drift, diffusion and prior for x at time t, and one step of the discrete chain."""
+    # The index of a step is computed in float32, because the rounding can decide which step it is.
     index = (t.astype(np.float32) * np.float32(num_steps - 1)).astype(int)
     t, x = t.astype(np.float64), x.astype(np.float64)
     forms = {"vesde": _ve, "linearvesde": _linear_ve, "vpsde": _vp, "subvpsde": _sub_vp}[name](t, index, num_steps)
@@ -82,7 +82,7 @@ def _euler_maruyama(
 
 
 def importance_weight(name: str, t: np.ndarray, t_min: float) -> np.ndarray:
-    """Z(t), the integral of g^2 / sigma^2 over [t_min, t]."""
+    """Returns Z(t), the integral of g^2 / sigma^2 over [t_min, t]."""
 
     def primitive(time: np.ndarray) -> np.ndarray:
         if name == "vesde":
@@ -96,7 +96,7 @@ def importance_weight(name: str, t: np.ndarray, t_min: float) -> np.ndarray:
 
 
 def time_of_quantile(name: str, quantile: np.ndarray, t_min: float) -> np.ndarray:
-    """The t with Z(t) = quantile, by bisection: an inverse that needs no formula."""
+    """Returns the t with Z(t) = quantile, by bisection, which needs no formula of the inverse."""
     low, high = np.full(np.shape(quantile), t_min), np.ones(np.shape(quantile))
     for _ in range(60):
         middle = 0.5 * (low + high)

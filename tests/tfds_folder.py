@@ -1,4 +1,4 @@
-"""Data sets of tensorflow-datasets, written on the spot by its own writer; of encoded images it needs no TensorFlow."""
+"""Writes small data sets with the writer of tensorflow-datasets, which needs no TensorFlow for encoded images."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,12 @@ def write_tfds(
     channels: int = 3,
     per_file: int = 4,
 ) -> None:
-    """Encoded images as a prepared data set, in array_record files of a few records; `folder` is of its version."""
+    """Writes encoded images as a prepared data set in array_record files.
+
+    Args:
+        folder: the folder of the version, inside the folder of the data set.
+        per_file: the largest number of records in a file.
+    """
     folder.mkdir(parents=True)
     features = {"id": tfds.features.Text(), "image": tfds.features.Image(shape=(None, None, channels))}
     if labels is not None:
@@ -54,8 +59,8 @@ def write_tfrecords(path: Path, records: Sequence[bytes]) -> None:
 
 
 def raw_example(image: np.ndarray) -> bytes:
-    """An image as FFHQ's and CelebA-HQ's published records hold it: its levels by channel, row and column."""
-    messages: Any = tf_example_pb2  # its classes are made at run time
+    """Returns the record of an image in the format of FFHQ and CelebA-HQ: its levels by channel, row and column."""
+    messages: Any = tf_example_pb2  # The classes of this module are created at run time.
     example = messages.Example()
     example.features.feature["shape"].int64_list.value.extend(image.transpose(2, 0, 1).shape)
     example.features.feature["data"].bytes_list.value.append(image.transpose(2, 0, 1).tobytes())
