@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from arrays import ScoreFn
 from build import Run, build
 from configs.default import Config, get_config
 from datasets import Preprocess, source_from_config
@@ -25,6 +24,7 @@ from infra.console import quiet_libraries
 from infra.image_grid import save_grid
 from infra.workdir import Workdir
 from likelihood import bits_per_dim, draw_probes, ode_log_likelihood
+from models.score import NetworkScore
 from ode import require_success
 from sampling import DPMSolverSampler, image_keys
 
@@ -51,7 +51,7 @@ def load_config(workdir: Path) -> Config:
     return config.lock()
 
 
-def draw_samples(run: Run, score_fn: ScoreFn, count: int) -> np.ndarray:
+def draw_samples(run: Run, score_fn: NetworkScore, count: int) -> np.ndarray:
     """Images as integer levels, from 20 evaluations of the network."""
     if not isinstance(run.preprocess, Preprocess):
         raise ValueError("the model of this run is one of points; give the folder of a run on images")
@@ -61,7 +61,7 @@ def draw_samples(run: Run, score_fn: ScoreFn, count: int) -> np.ndarray:
     return np.asarray(run.preprocess.to_levels(samples.x))
 
 
-def image_bits(run: Run, score_fn: ScoreFn, count: int) -> np.ndarray:
+def image_bits(run: Run, score_fn: NetworkScore, count: int) -> np.ndarray:
     """Bits/dim of each of the first test images under the model's ODE."""
     images = jnp.asarray(source_from_config(run.config, "test").images(np.arange(count)))
     noise_key, probe_key = jax.random.split(jax.random.key(1))
@@ -76,8 +76,8 @@ def image_bits(run: Run, score_fn: ScoreFn, count: int) -> np.ndarray:
     require_success(result.info)
 
     nats = result.terms | {"dequantization": noisy.log_q}
-    levels, unit_scale = dequantizer.bins_per_unit, dequantizer.unit_scale
-    return np.asarray(bits_per_dim(nats, num_dims=images[0].size, levels=levels, unit_scale=unit_scale)["bpd"])
+    bins = {"levels": dequantizer.bins_per_unit, "unit_scale": dequantizer.unit_scale}
+    return np.asarray(bits_per_dim(nats, num_dims=images[0].size, **bins)["bpd"])
 
 
 if __name__ == "__main__":

@@ -15,14 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from arrays import ScoreFn
 from coordinates import GaussianReference
 from evaluation import MeanEstimate, mean_estimate
-from evaluators.points import grid_points
 from likelihood import ode_log_likelihood
 from losses import ORDERS, Objective, draw_noise, score_matching_losses
 from models.mlp import MLP
-from models.score import ScoreModel
+from models.score import NetworkScore, ScoreModel
 from ode import require_success
 from report.density_figures import density_maps
 from sde_lib import VESDE
@@ -39,7 +37,9 @@ def main(
     out: Path, first_steps: int = 2000, more_steps: int = 800, num_points: int = 2000, cells: int = 48
 ) -> dict[str, MeanEstimate]:
     """Trains the models, draws their densities, and returns the negative log-likelihood of each, in nats."""
-    points, grid = np.asarray(DATA.sample(jax.random.key(0), (num_points, 2))), grid_points(LIMIT, cells, dims=2)
+    points = DATA.sample(jax.random.key(0), (num_points, 2))
+    side = LIMIT * jnp.linspace(-1 + 1 / cells, 1 - 1 / cells, cells)
+    grid = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)
     untrained = create_state(MODEL.init(jax.random.key(1), (2,)), OPTIMIZER)
     first = train(untrained, order=1, num_steps=first_steps)
     states = {"untrained": untrained} | {f"order {order}": train(first, order, more_steps) for order in ORDERS}
@@ -47,12 +47,12 @@ def main(
     nll, densities = {}, {}
     for name, state in states.items():
         score_fn = MODEL.score_fn(state.ema_params)  # the parameters, averaged over the last steps
-        logp = log_likelihood(score_fn, np.concatenate([points, grid]))
+        logp = log_likelihood(score_fn, jnp.concatenate([points, grid]))
         nll[name] = mean_estimate(-logp[:num_points])
         print(f"{name:9}  {losses(score_fn, points)}  NLL {nll[name].mean:.3f} +- {nll[name].se:.3f} nats")
         densities[name] = np.exp(logp[num_points:]).reshape(cells, cells)
     del densities["untrained"]  # nearly 0 everywhere on the grid
-    data = np.exp(DATA.log_density_of_data(jnp.asarray(grid))).reshape(cells, cells)
+    data = np.exp(DATA.log_density_of_data(grid)).reshape(cells, cells)
     out.mkdir(parents=True, exist_ok=True)
     density_maps(LIMIT, data, densities).savefig(out / "train_density.png", dpi=120)
     print(f"densities: {out / 'train_density.png'}")
@@ -71,19 +71,19 @@ def train(state: TrainState, order: int, num_steps: int) -> TrainState:
     return state
 
 
-def losses(score_fn: ScoreFn, x: np.ndarray) -> str:
+def losses(score_fn: NetworkScore, x: jax.Array) -> str:
     """The terms of all orders, averaged over the same noisy points for every model."""
     objective = Objective(order=3, t_min=T_MIN, exact=True)
     noise = draw_noise(jax.random.key(3), SDE, objective, x.shape)
-    terms = score_matching_losses(score_fn, SDE, objective, jnp.asarray(x), noise)
+    terms = score_matching_losses(score_fn, SDE, objective, x, noise)
     return "  ".join(f"{name} {np.mean(value):.4f}" for name, value in terms.items() if name != "total")
 
 
-def log_likelihood(score_fn: ScoreFn, x: np.ndarray) -> np.ndarray:
+def log_likelihood(score_fn: NetworkScore, x: jax.Array) -> np.ndarray:
     """ln p(x) of each point under the model's ODE, in nats."""
     data = GaussianReference(std=2.3)  # a value near the data's makes the solve cheap; any value gives the same result
     solver = {"method": "adams_log", "num_steps": 48, "reference": data}
-    result = ode_log_likelihood(score_fn, SDE, jnp.asarray(x), None, t_min=T_MIN, **solver)
+    result = ode_log_likelihood(score_fn, SDE, x, None, t_min=T_MIN, **solver)
     require_success(result.info)
     return np.asarray(result.logp)
 

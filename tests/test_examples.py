@@ -39,7 +39,7 @@ def test_training_on_a_density(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two steps on digits."""
+    """A run of two steps on digits, and its configuration."""
     workdir, config = tmp_path_factory.mktemp("trained") / "run", digits()
     config.training.n_iters = 2
     config.training.eval_freq = 2

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ from jaxtyping import Array
 
 import sampling
 import sde_lib
-from arrays import Batch, ScoreFn
+from arrays import Batch, ReportProgress, ScoreFn
 from build import Run, build
 from configs.default import Config
 from configs.toy.smoke import get_config
@@ -115,7 +114,7 @@ class EulerSampler(Sampler):
 
     num_steps: int
 
-    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: Callable | None = None) -> Samples:
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         del keys, progress  # the ODE has no noise, and short runs need no reports
         first, last = self.sde.log_noise_level(jnp.array([self.sde.t_max, self.smallest_time]))
         times = self.sde.time_of_log_noise_level(jnp.linspace(first, last, self.num_steps + 1))
