@@ -79,6 +79,11 @@ class Sampler(abc.ABC):
         keys = image_keys(key, image_indices)
         return self.solve(ode.as_pytree(score_fn), prior_samples(self.sde, keys, image_shape), keys, progress)
 
+    @property
+    def follows_ode(self) -> bool:
+        """Whether samples follow the probability-flow ODE, without noise after the first."""
+        return False
+
     @abc.abstractmethod
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         """Computes images from x at t_max. The score function is a pytree."""
@@ -143,6 +148,10 @@ class PredictorCorrector(Sampler):
         _check_at_least("sampling.n_steps_each", self.corrector_steps, 1)
         _check_positive("sampling.snr", self.snr)
 
+    @property
+    def follows_ode(self) -> bool:
+        return self.probability_flow and self.corrector == "none"
+
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         """Compiles one program. With `progress`, runs it PROGRESS_REPORTS times, for a part of the steps each time."""
         chunk = self.num_steps if progress is None else -(-self.num_steps // PROGRESS_REPORTS)
@@ -201,6 +210,10 @@ class ODESampler(Sampler):
         ode.check_processes(self.method, "sampling.ode_solver")
         _check_positive("sampling.rtol", self.rtol)
         _check_positive("sampling.atol", self.atol)
+
+    @property
+    def follows_ode(self) -> bool:
+        return True
 
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         flow = _ProbabilityFlow(self.sde, score_fn)
@@ -261,6 +274,10 @@ class HeunSampler(FastSampler):
 
     best_schedule = "power"
 
+    @property
+    def follows_ode(self) -> bool:
+        return True
+
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         num_steps = (self.max_nfe - self.noise_removal) // 2
         log_rhos = jnp.asarray(self.levels(num_steps + 1), x.dtype)
@@ -286,6 +303,10 @@ class DPMSolverSampler(FastSampler):
         _check_choice("sampling.order", self.order, (1, 2, 3))
         if not self.eta >= 0:
             raise ValueError(f"sampling.eta must not be negative, got {self.eta}")
+
+    @property
+    def follows_ode(self) -> bool:
+        return self.eta == 0
 
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         log_rhos = self.levels(self.max_nfe + 1 - self.noise_removal)

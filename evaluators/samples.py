@@ -73,14 +73,7 @@ class SamplesEvaluator:
 
 def _warn_about_ode_samples(run: Run) -> None:
     """Logs a warning if the sampler follows the ODE of a variance exploding SDE."""
-    sampling = run.config.sampling
-    follows_ode = {
-        "pc": sampling.probability_flow and sampling.corrector == "none",
-        "ode": True,
-        "dpm_solver": sampling.eta == 0,
-        "heun": True,
-    }[sampling.method]
-    if follows_ode and run.sde.variance_exploding:
+    if run.sampler().follows_ode and run.sde.variance_exploding:
         logging.warning(
             "Samples from the ODE of a VE model are often poor, because they keep every error of the score at large "
             "noise. --config.sampling.method=dpm_solver --config.sampling.eta=1 follows the SDE instead"
