@@ -297,6 +297,6 @@ def sde_from_config(config: Config) -> SDE:
         ValueError: if training.sde is unknown, or a constant is not allowed.
     """
     if config.training.sde not in SDES:
-        raise ValueError(f"training.sde is {config.training.sde!r}; known SDEs: {', '.join(SDES)}")
+        raise ValueError(f"training.sde is {config.training.sde!r}; known: {', '.join(SDES)}")
     sde, model = SDES[config.training.sde], config.model
     return sde(**{field.name: model[field.name] for field in dataclasses.fields(sde) if field.name in model})

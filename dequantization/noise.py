@@ -242,4 +242,4 @@ def dequantizer_from_config(config: Config, sde: SDE) -> UniformDequantizer | Tr
             smallest_time=t_min,
             truncation=config.eval.truncation,
         )
-    raise ValueError(f"eval.dequantization is {name!r}; known values: {', '.join(DEQUANTIZATIONS)}")
+    raise ValueError(f"eval.dequantization is {name!r}; known: {', '.join(DEQUANTIZATIONS)}")

@@ -180,7 +180,7 @@ def evaluation_source(config: Config) -> Source:
     if settings.max_examples < 0:
         raise ValueError(f"eval.max_examples is {settings.max_examples}; use 0 for all examples, or a positive number")
     if settings.bpd_dataset not in SPLITS:
-        raise ValueError(f"eval.bpd_dataset is {settings.bpd_dataset!r}; known are {', '.join(SPLITS)}")
+        raise ValueError(f"eval.bpd_dataset is {settings.bpd_dataset!r}; known: {', '.join(SPLITS)}")
     parallel.divisible(settings.batch_size, "eval.batch_size")
     return datasets.source_from_config(config, settings.bpd_dataset)
 
@@ -195,9 +195,9 @@ def estimator_from_config(config: Config) -> OdeEstimator | BoundEstimator:
     if settings.bound:
         return _bound_from_config(settings)
     if settings.ode_solver not in METHODS:
-        raise ValueError(f"eval.ode_solver is {settings.ode_solver!r}; known are {', '.join(METHODS)}")
+        raise ValueError(f"eval.ode_solver is {settings.ode_solver!r}; known: {', '.join(METHODS)}")
     if settings.probe not in (*PROBES, "exact"):
-        raise ValueError(f"eval.probe is {settings.probe!r}; known are {', '.join((*PROBES, 'exact'))}")
+        raise ValueError(f"eval.probe is {settings.probe!r}; known: {', '.join((*PROBES, 'exact'))}")
     check_processes(METHODS[settings.ode_solver].solver, "eval.ode_solver")
     for field in ("rtol", "atol", "ode_steps", "num_probes"):
         if not settings[field] > 0:

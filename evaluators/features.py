@@ -107,7 +107,7 @@ def extractor_from_config(config: Config) -> FeatureExtractor:
             f"data.dataset is {config.data.dataset!r}, which has points, but FID, IS and KID compare images"
         )
     if config.eval.features not in EXTRACTORS:
-        raise ValueError(f"eval.features is {config.eval.features!r}; known are {', '.join(EXTRACTORS)}")
+        raise ValueError(f"eval.features is {config.eval.features!r}; known: {', '.join(EXTRACTORS)}")
     return EXTRACTORS[config.eval.features](config)
 
 

@@ -365,7 +365,7 @@ def flowpp_from_config(deq: Config) -> Flowpp:
         ValueError: for an unknown name or a field whose value is not allowed.
     """
     if deq.name not in ARCHITECTURES:
-        raise ValueError(f"deq.name is {deq.name!r}; known are {', '.join(ARCHITECTURES)}")
+        raise ValueError(f"deq.name is {deq.name!r}; known: {', '.join(ARCHITECTURES)}")
     sizes = {"filters": deq.filters, "components": deq.components, "blocks": deq.blocks, "heads": deq.attn_heads}
     fields = ARCHITECTURES[deq.name] | {field: size for field, size in sizes.items() if size != 0}
     try:

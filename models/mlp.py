@@ -62,7 +62,7 @@ def mlp_from_config(config: Config) -> MLP:
     """
     model = config.model
     if model.nonlinearity not in NONLINEARITIES:
-        raise ValueError(f"model.nonlinearity is {model.nonlinearity!r}; known values: {', '.join(NONLINEARITIES)}")
+        raise ValueError(f"model.nonlinearity is {model.nonlinearity!r}; known: {', '.join(NONLINEARITIES)}")
     if model.mlp_embedding < 4 or model.mlp_embedding % 2:
         raise ValueError(f"model.mlp_embedding is {model.mlp_embedding}; it must be even and at least 4")
     for field in ("mlp_time_widths", "mlp_data_widths", "mlp_widths"):

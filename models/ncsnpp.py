@@ -219,7 +219,7 @@ class NCSNpp(nn.Module):
 def _check_fields(network: NCSNpp) -> None:
     for field, known in CHOICES.items():
         if getattr(network, field) not in known:
-            raise ValueError(f"{field} is {getattr(network, field)!r}; known values: {', '.join(known)}")
+            raise ValueError(f"{field} is {getattr(network, field)!r}; known: {', '.join(known)}")
     allowed = {
         "nf": (network.nf >= 4, "at least 4"),
         "ch_mult": (len(network.ch_mult) > 0 and min(network.ch_mult) >= 1, "positive integers, at least one"),

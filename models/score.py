@@ -92,5 +92,5 @@ def build_network(config: Config) -> ScoreNetwork:
         ValueError: if model.name is unknown, or a field has a value that is not allowed.
     """
     if config.model.name not in NETWORKS:
-        raise ValueError(f"model.name is {config.model.name!r}; known names: {', '.join(NETWORKS)}")
+        raise ValueError(f"model.name is {config.model.name!r}; known: {', '.join(NETWORKS)}")
     return NETWORKS[config.model.name](config)

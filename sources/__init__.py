@@ -80,7 +80,7 @@ def source_from_config(config: Config, split: str) -> Source:
     elif data.dataset in CATALOGUE:
         source = load_entry(data, split)
     else:
-        raise ValueError(f"data.dataset is {data.dataset!r}; known are {', '.join((*SOURCES, *CATALOGUE, *DENSITIES))}")
+        raise ValueError(f"data.dataset is {data.dataset!r}; known: {', '.join((*SOURCES, *CATALOGUE, *DENSITIES))}")
     wanted = (data.image_size, data.image_size, data.num_channels)
     if source.image_shape != wanted:
         raise ValueError(

@@ -125,18 +125,18 @@ def other_training_images(source_from_config):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "solver": ({"eval__ode_solver": "euler"}, r"eval.ode_solver is 'euler'; known are dopri5, scipy"),
-    "probe": ({"eval__probe": "cauchy"}, r"eval.probe is 'cauchy'; known are rademacher, gaussian, exact"),
+    "solver": ({"eval__ode_solver": "euler"}, r"eval.ode_solver is 'euler'; known: dopri5, scipy"),
+    "probe": ({"eval__probe": "cauchy"}, r"eval.probe is 'cauchy'; known: rademacher, gaussian, exact"),
     "probes": ({"eval__num_probes": 0}, r"eval.num_probes is 0; it must be positive"),
     "steps": ({"eval__ode_steps": 5}, r"eval.ode_steps is 5; adams_log needs an even number"),
     "tolerance": ({"eval__rtol": -1.0}, r"eval.rtol is -1.0; it must be positive"),
     "repeats": ({"eval__num_repeats": 0}, r"eval.num_repeats is 0; it must be at least 1"),
     "draws": ({"eval__num_importance_samples": 0}, r"eval.num_importance_samples is 0; it must be at least 1"),
     "examples": ({"eval__max_examples": -1}, r"eval.max_examples is -1"),
-    "split": ({"eval__bpd_dataset": "valid"}, r"eval.bpd_dataset is 'valid'; known are train, test"),
+    "split": ({"eval__bpd_dataset": "valid"}, r"eval.bpd_dataset is 'valid'; known: train, test"),
     "batch": ({"eval__batch_size": 6}, r"eval.batch_size is 6, which is not divisible by 4 devices"),
     "levels": ({"data__levels": 256}, r"data.levels is 256, but the brightest pixel"),
-    "dequantization": ({"eval__dequantization": "normal"}, r"eval.dequantization is 'normal'; known are uniform"),
+    "dequantization": ({"eval__dequantization": "normal"}, r"eval.dequantization is 'normal'; known: uniform"),
     "draws of a bound": (
         {"eval__bound": True, "eval__num_importance_samples": 2},
         r"estimates a bound",

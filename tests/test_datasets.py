@@ -148,7 +148,7 @@ def test_mirroring_is_fair_and_left_to_right(digits):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("dataset", "digitz", "data.dataset is 'digitz'; known are .*digits"),
+        ("dataset", "digitz", "data.dataset is 'digitz'; known: .*digits"),
         ("image_size", 16, "data.image_size"),
         ("levels", 256, "data.levels is 256, but the brightest pixel .* has level 16"),
         ("levels", 16, "data.levels is 16"),

@@ -222,5 +222,5 @@ def test_from_a_configuration():
     with pytest.raises(ValueError, match=r"eval.truncation is 1e-09; it must be at least"):
         dequantizer_from_config(config, VPSDE())
     config.eval.dequantization = "gaussian"
-    with pytest.raises(ValueError, match=r"eval.dequantization is 'gaussian'; known are uniform, truncated_normal"):
+    with pytest.raises(ValueError, match=r"eval.dequantization is 'gaussian'; known: uniform, truncated_normal"):
         dequantizer_from_config(config, VPSDE())

@@ -147,7 +147,7 @@ def test_an_odd_number_of_columns_is_refused() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("name", "flow", "deq.name is 'flow'; known are flowpp_cifar10, flowpp_imagenet32"),
+        ("name", "flow", "deq.name is 'flow'; known: flowpp_cifar10, flowpp_imagenet32"),
         ("filters", -8, "deq.filters is -8; it must be at least 1"),
         ("attn_heads", 5, "deq.filters is 96; it must be a multiple of the 5 attention heads"),
         ("dropout", 1.0, r"deq.dropout is 1.0; it must lie in \[0, 1\)"),

@@ -259,7 +259,7 @@ def test_without_weights_evaluation_says_so_before_any_work(tmp_path, monkeypatc
 
 
 BAD_FIELDS = {
-    "unknown features": ({"features": "vgg"}, "eval.features is 'vgg'; known are inception, classifier"),
+    "unknown features": ({"features": "vgg"}, "eval.features is 'vgg'; known: inception, classifier"),
     "unknown split": ({"statistics_split": "dev"}, "eval.statistics_split is 'dev'; it must be train or test"),
     "unknown centre": (
         {"features": "inception", "inception_centre": 1.0},

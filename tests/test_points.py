@@ -182,7 +182,7 @@ BAD = {
     "model__name": ("ncsnpp", "model.name is 'ncsnpp', but checkerboard has points: set it to 'mlp'"),
     "model__mlp_widths": ((16, 0), r"model.mlp_widths is \(16, 0\)"),
     "model__mlp_embedding": (7, "model.mlp_embedding is 7; it must be even"),
-    "model__nonlinearity": ("gelu", "model.nonlinearity is 'gelu'; known are swish"),
+    "model__nonlinearity": ("gelu", "model.nonlinearity is 'gelu'; known: swish"),
     "training__snapshot_sampling": (True, "training.snapshot_sampling is True"),
     "eval__probe": ("rademacher", "eval.probe is 'rademacher'.*set it to 'exact'"),
     "eval__dequantizer": (True, "eval.dequantizer is True, but points have no levels: set it to False"),
@@ -191,7 +191,7 @@ BAD = {
     "eval__batch_size": (6, "eval.batch_size is 6"),
     "eval__max_examples": (-1, "eval.max_examples is -1"),
     "eval__density_grid": (-1, "eval.density_grid is -1; it must be 0"),
-    "eval__bpd_dataset": ("all", "eval.bpd_dataset is 'all'; known are train, test"),
+    "eval__bpd_dataset": ("all", "eval.bpd_dataset is 'all'; known: train, test"),
 }
 
 

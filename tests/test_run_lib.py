@@ -226,7 +226,7 @@ def test_missing_and_unwritable_workdirs(arguments):
         ("training__init_reset", "lr", "init_reset has 'lr'; it takes any of step,opt,ema"),
         ("training__init_reset", "opt", "init_reset is 'opt', but training.init_from names nothing"),
         ("model__ema_rate", 1.0, "model.ema_rate is 1.0"),
-        ("training__sde", "vp", "training.sde is 'vp'; known are vesde"),
+        ("training__sde", "vp", "training.sde is 'vp'; known: vesde"),
     ],
 )
 def test_impossible_configurations_are_refused(field, value, message):
