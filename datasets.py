@@ -7,7 +7,7 @@ hosts. Points of a density are 32-bit floats, which are not changed.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import grain
@@ -121,6 +121,10 @@ def evaluation_batch_sizes(source: Source, batch_size: int, max_examples: int = 
     return [min(batch_size, end - start) for start in range(0, end, batch_size)]
 
 
+ROUNDINGS: dict[str, Callable[[Array], Array]] = {"truncate": jnp.floor, "nearest": jnp.round}
+"""From pixel values to levels, by eval.rounding. The published code truncates."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
     """From integer levels to the data that the score network sees, and back."""
@@ -129,6 +133,12 @@ class Preprocess:
     centered: bool
     random_flip: bool = False
     dequantize: bool = False
+    rounding: str = "truncate"
+    """How samples become levels if the data are bare levels, one of `ROUNDINGS`."""
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS:
+            raise ValueError(f"eval.rounding is {self.rounding!r}; known: {', '.join(ROUNDINGS)}")
 
     def __call__(self, key: Array, images: Array) -> Batch:
         """Mirrors at random and dequantizes, if configured, then scales."""
@@ -162,9 +172,10 @@ class Preprocess:
         return (-1.0, 1.0) if self.centered else (0.0, 1.0)
 
     def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
-        """Samples as integer levels: the bins of dequantized data, otherwise the nearest levels."""
+        """Samples as integer levels: the bins of dequantized data, otherwise levels by `rounding`."""
         unit = self.unscale(x)
-        level = jnp.floor(unit * self.levels) if self.dequantize else jnp.round(unit * (self.levels - 1))
+        to_bare_levels = ROUNDINGS[self.rounding]
+        level = jnp.floor(unit * self.levels) if self.dequantize else to_bare_levels(unit * (self.levels - 1))
         return jnp.clip(level, 0, self.levels - 1).astype(jnp.uint8)
 
 
@@ -208,6 +219,7 @@ def preprocess_from_config(config: Config, *, train: bool) -> Preprocess:
         centered=config.data.centered,
         random_flip=config.data.random_flip and train,
         dequantize=config.data.uniform_dequantization or not train,
+        rounding=config.eval.rounding,
     )
 
 

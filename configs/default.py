@@ -209,6 +209,9 @@ def _eval() -> ConfigDict:
     # draws of the noise averaged inside the logarithm; more draws tighten the bound, but need probe=exact
     evaluate.num_importance_samples = 1
     evaluate.num_samples = 50_000  # samples behind FID, IS and KID
+    # levels of samples from models of bare levels: truncate (as published) or nearest; models of dequantized data: bins
+    evaluate.rounding = "truncate"
+    evaluate.inception_splits = 1  # parts of the samples that the Inception Score is averaged over; published: 1
     evaluate.features = "inception"  # network whose features are compared: inception, or classifier (with labels)
     # weights of Inception, as python -m tools.convert_inception writes them
     evaluate.inception = "assets/inception-2015-12-05.npz"

@@ -182,8 +182,15 @@ ERRORS = ("solver_error", "probe_error", "sampling_error")
 """Values of an image that estimate an error of its bits/dim. All other values, except bpd and the cost, are terms."""
 
 
+MOST_SOLVER_ERROR = 0.005
+"""Bits/dim by which a fixed-step solver may be off, by its own estimate, without a warning."""
+
+
 def summary(repeats: list[list[Values]]) -> dict[str, Any]:
-    """Averages the batches of each repeat over images, with standard errors."""
+    """Averages the batches of each repeat over images, with standard errors.
+
+    The result has a `warning` if the solver's own estimate of its error is not small.
+    """
 
     def per_image(name: str) -> np.ndarray:
         return np.array([np.concatenate([batch[name] for batch in batches]) for batches in repeats])
@@ -191,7 +198,9 @@ def summary(repeats: list[list[Values]]) -> dict[str, Any]:
     every = [batch for batches in repeats for batch in batches]
     total, repeat_means = mean_estimate(per_image("bpd")), per_image("bpd").mean(axis=1)
     terms = [name for name in every[0] if name not in (*ERRORS, "bpd", "nfe", "seconds")]
-    return {
+    errors = _error_of_mean({name: per_image(name) for name in ERRORS if name in every[0]})
+    warning = solver_warning(errors.get("solver_error"), total.se)
+    return ({"warning": warning} if warning else {}) | {
         "mean": total.mean,
         "se": total.se,
         "ci95": total.ci95,
@@ -200,7 +209,7 @@ def summary(repeats: list[list[Values]]) -> dict[str, Any]:
         "mean_of_repeat": repeat_means.tolist(),
         "se_over_repeats": float(repeat_means.std(ddof=1) / math.sqrt(len(repeats))) if len(repeats) > 1 else None,
         "terms": {name: mean_estimate(per_image(name)).mean for name in terms},
-        "errors": _error_of_mean({name: per_image(name) for name in ERRORS if name in every[0]}),
+        "errors": errors,
         "nfe": float(np.mean([batch["nfe"] for batch in every])),
         "seconds": float(np.sum([batch["seconds"] for batch in every])),
     }
@@ -216,3 +225,20 @@ def _error_of_mean(errors: dict[str, np.ndarray]) -> dict[str, float | None]:
         for name, error in errors.items()
     }
     return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+
+
+def solver_warning(solver_error: float | None, se: float) -> str:
+    """Returns and logs a warning if the solver's error is not small; an empty text otherwise.
+
+    Args:
+        solver_error: the solver's estimate of the error of the mean, in bits/dim; None if it makes none.
+        se: the standard error of the mean.
+    """
+    if solver_error is None or abs(solver_error) <= min(MOST_SOLVER_ERROR, 0.5 * se if se > 0 else math.inf):
+        return ""
+    warning = (
+        f"The solver estimates that bits/dim are off by {abs(solver_error):.1g}, but the standard error is {se:.1g}; "
+        "raise eval.ode_steps, or set eval.ode_solver=dopri5"
+    )
+    logging.warning("%s", warning)
+    return warning

@@ -44,6 +44,7 @@ class Comparison:
 
     extractor: FeatureExtractor
     find_statistics: Callable[[], Statistics]
+    inception_splits: int = 1
 
     @functools.cached_property
     def statistics(self) -> Statistics:
@@ -56,7 +57,8 @@ class Comparison:
     def __call__(self, images: Images) -> dict[str, Any]:
         """Computes FID, IS and KID of samples, which are integer levels, with the settings they depend on."""
         batches = all_images(MemorySource(images, "samples"), self.extractor)
-        return evaluate_samples(extract_features(self.extractor, batches), self.extractor, self.statistics)
+        features = extract_features(self.extractor, batches)
+        return evaluate_samples(features, self.extractor, self.statistics, self.inception_splits)
 
 
 def comparison_from_config(config: Config) -> Comparison:
@@ -69,14 +71,18 @@ def comparison_from_config(config: Config) -> Comparison:
     """
     if config.eval.num_samples < 2:
         raise ValueError(f"eval.num_samples is {config.eval.num_samples}; FID needs at least 2")
+    if (splits := config.eval.inception_splits) < 1:
+        raise ValueError(f"eval.inception_splits is {splits}; it must be at least 1")
     split, extractor = compared_split(config), extractor_from_config(config)
     published = published_statistics(config, extractor)
     if published is not None:
-        return Comparison(extractor, lambda: published)
+        return Comparison(extractor, lambda: published, splits)
     source = datasets.source_from_config(config, split)
     path = statistics_path(config, extractor)
     return Comparison(
-        extractor, lambda: dataset_statistics(path, extractor, source.description, all_images(source, extractor))
+        extractor,
+        lambda: dataset_statistics(path, extractor, source.description, all_images(source, extractor)),
+        splits,
     )
 
 
@@ -119,10 +125,15 @@ def all_images(source: Source, extractor: FeatureExtractor) -> Iterator[Images]:
             bar.update(len(images))
 
 
-def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics: Statistics) -> dict[str, Any]:
+def evaluate_samples(
+    features: Features, extractor: FeatureExtractor, statistics: Statistics, splits: int = 1
+) -> dict[str, Any]:
     """Computes FID, IS and KID of samples from their features, with the settings needed to compare results.
 
     KID is left out if the statistics contain no features. Below 50,000 samples the result has a `warning`.
+
+    Args:
+        splits: parts of the samples that the Inception Score is averaged over; published: 1, all samples at once.
 
     Raises:
         ValueError: if the statistics are of another extractor, or there are fewer than two samples.
@@ -133,7 +144,7 @@ def evaluate_samples(features: Features, extractor: FeatureExtractor, statistics
         raise ValueError(f"There are {n} samples, but FID needs at least 2")
     moments = Moments()
     moments.add(features.pool)
-    splits = min(10, n)
+    splits = min(splits, n)
     score = inception_score(features.logits, splits)
     result: dict[str, Any] = {
         "fid": frechet_distance(*moments.mean_and_covariance(), statistics.mu, statistics.sigma),

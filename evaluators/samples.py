@@ -57,7 +57,7 @@ class SamplesEvaluator:
             "sampling": config.sampling.to_dict(),
             "num_scales": config.model.num_scales,
             "seed": config.seed,
-            "rounding": "down" if config.data.uniform_dequantization else "nearest",
+            "rounding": "down" if config.data.uniform_dequantization else config.eval.rounding,
         }
         cache = BatchCache(folder.path, "samples", described | {"network": run.network_description()}, params)
         count, size = config.eval.num_samples, config.sampling.batch_size

@@ -25,7 +25,7 @@ def bits_per_dim(runs: Sequence[RunFiles]) -> list[Block]:
         *_table("bpd", term_fields, runs, "Terms in bits/dim"),
         *_table("bpd", _LIKELIHOOD_SETTINGS, runs, "Settings of the likelihood"),
     ]
-    return [*tables, Note(_ABOUT_BITS_PER_DIM)] if tables else []
+    return [*tables, Note(_ABOUT_BITS_PER_DIM), *_warnings("bpd", runs)] if tables else []
 
 
 def nats(runs: Sequence[RunFiles]) -> list[Block]:
@@ -40,12 +40,17 @@ def nats(runs: Sequence[RunFiles]) -> list[Block]:
 def sample_quality(runs: Sequence[RunFiles]) -> list[Block]:
     """FID, IS and KID."""
     table = _table("samples", _SAMPLE_QUALITY, runs)
-    warnings = dict.fromkeys(result["samples"].get("warning") for result in _results_with("samples", runs))
     return [
         *table,
         *([Note("IS: mean ± standard deviation over splits. KID: mean ± standard error.")] if table else []),
-        *(Note(f"{warning}.", "warning") for warning in warnings if warning),
+        *_warnings("samples", runs),
     ]
+
+
+def _warnings(part: str, runs: Sequence[RunFiles]) -> list[Block]:
+    """The warnings in this part of the evaluations, each once."""
+    warnings = dict.fromkeys(result[part].get("warning") for result in _results_with(part, runs))
+    return [Note(f"{warning}.", "warning") for warning in warnings if warning]
 
 
 def _results_with(part: str, runs: Sequence[RunFiles]) -> list[Result]:

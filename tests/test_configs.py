@@ -1,5 +1,6 @@
 """The published configurations: their networks' sizes, their documentation, and fields that follow other fields."""
 
+import functools
 import math
 import re
 import sys
@@ -59,6 +60,43 @@ def test_docstrings_give_command_and_size(path: Path) -> None:
     assert f"python main.py --config={path} --workdir=WORKDIR --mode=train" in docstring
     millions = re.findall(r"([\d.]+)M\s+parameters", docstring)
     assert millions == [f"{COUNTS['.'.join(path.with_suffix('').parts[1:])] / 1e6:.1f}"]
+
+
+PROTOCOL = {
+    "eval.ode_solver": "dopri5",  # RK45
+    "eval.rtol": 1e-5,
+    "eval.atol": 1e-5,
+    "eval.probe": "rademacher",
+    "eval.num_probes": 1,
+    "eval.dequantization": "uniform",
+    "eval.num_samples": 50_000,
+    "eval.inception_splits": 1,
+    "eval.rounding": "truncate",
+    "eval.features": "inception",
+    "sampling.method": "ode",
+    "sampling.noise_removal": True,
+    "sampling.rtol": 1e-5,
+    "sampling.atol": 1e-5,
+    "sampling.snr": 0.16,
+    "sampling.predictor": "reverse_diffusion",
+    "sampling.corrector": "langevin",
+}
+"""The published protocol of evaluation."""
+
+OTHERWISE = {
+    "ve.church_ncsnpp_continuous": {"sampling.method": "pc", "sampling.snr": 0.075},
+    "ve.cifar10_ncsnpp_deep_continuous": {"sampling.method": "pc"},
+}
+"""Fields of single configurations that differ from `PROTOCOL`."""
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_published_configurations_follow_the_published_protocol(name: str) -> None:
+    """[S21b] compares ImageNet32 with test images, once; CIFAR-10 is compared with training images, five times."""
+    config = load_config(name)
+    repeats, split = (1, "test") if "imagenet32" in name else (5, "train")
+    expected = PROTOCOL | {"eval.num_repeats": repeats, "eval.statistics_split": split} | OTHERWISE.get(name, {})
+    assert {field: functools.reduce(getattr, field.split("."), config) for field in expected} == expected
 
 
 @pytest.fixture

@@ -58,6 +58,8 @@ def get_config() -> Config:
     config.eval.ode_steps = 48
     config.eval.num_probes = 2
     config.eval.features = "classifier"
+    config.eval.inception_splits = 10
+    config.eval.rounding = "nearest"
 
     config.deq.filters = 32
     config.deq.components = 8

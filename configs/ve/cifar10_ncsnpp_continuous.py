@@ -6,10 +6,10 @@
 
     --config.training.score_matching_order=3 --config.training.init_from=FIRST_ORDER_CHECKPOINT
 
-62.8M parameters. Published results: order 1: FID 2.38 by predictor-corrector ([S21a]); order 2: 3.44 bits/dim and FID
-2.37; order 3: 3.38 bits/dim and FID 2.95 ([L22]). Published cost at batch size 48 on 8 RTX 2080 Ti ([L22]): a step of
-order 1, 2, 3 takes 0.28, 0.33, 0.44 s and 26, 29, 49 GiB of memory in total. At that rate, 100,000 steps of order 3
-take 12 hours.
+62.8M parameters. Published results of order 1: FID 2.38 by predictor-corrector ([S21a]), for which add
+--config.sampling.method=pc. Order 2: 3.44 bits/dim and FID 2.37; order 3: 3.38 bits/dim and FID 2.95 ([L22]).
+Published cost at batch size 48 on 8 RTX 2080 Ti ([L22]): a step of order 1, 2, 3 takes 0.28, 0.33, 0.44 s and 26, 29,
+49 GiB of memory in total. At that rate, 100,000 steps of order 3 take 12 hours.
 """
 
 from configs.default import Config

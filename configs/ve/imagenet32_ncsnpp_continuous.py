@@ -21,4 +21,5 @@ def get_config() -> Config:
     config.eval.num_repeats = 1
     config.eval.enable_sampling = False
     config.deq.name = "flowpp_imagenet32"
+    config.eval.statistics_split = "test"  # as [S21b]
     return config

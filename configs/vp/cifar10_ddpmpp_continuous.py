@@ -4,9 +4,10 @@
 
 61.8M parameters. Published, order 1: 3.16 bits/dim, FID 3.93 by the ODE, FID 2.55 by predictor-corrector ([S21a] Tables
 2 and 3). With likelihood weighting, importance sampling and variational dequantization, the best published value is
-2.83 bits/dim ([S21b]):
+2.83 bits/dim, without flips ([S21b]):
 
-    --config.training.likelihood_weighting=True --config.training.importance_weighting=True
+    --config.training.likelihood_weighting=True --config.training.importance_weighting=True \\
+    --config.data.random_flip=False --config.eval.dequantizer=True
 
 Hardware and training time are not published.
 """
