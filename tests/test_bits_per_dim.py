@@ -15,7 +15,7 @@ from build import Run, build
 from configs.digits.smoke import get_config
 from datasets import data_reference
 from dequantization.noise import dequantizer_from_config, log_mean_exp
-from evaluators.bits_per_dim import BitsPerDimEvaluator, importance_weighted, summary
+from evaluators.bits_per_dim import BitsPerDimEvaluator, importance_weighted, solver_warning, summary
 from infra.workdir import EvaluationFolder, Workdir
 
 EXACT = {"eval__max_examples": 8, "eval__batch_size": 8, "eval__ode_steps": 4}
@@ -241,3 +241,20 @@ def test_the_summary_knows_how_sure_it_is():
     alone = [[{**repeats[0][0], "probe_error": np.full(5, np.nan)}]]
     assert summary(alone)["errors"]["probe_error"] is None
     assert summary(alone)["se_over_repeats"] is None
+
+
+@pytest.mark.parametrize(
+    ("solver_error", "se", "warns"),
+    [
+        (None, 0.01, False),  # an adaptive solver
+        (0.001, 0.01, False),
+        (-0.0049, 0.02, False),
+        (-0.0051, 0.02, True),  # above the limit in bits/dim
+        (0.003, 0.004, True),  # not small against the standard error
+        (0.003, math.nan, False),  # a single image
+    ],
+)
+def test_a_solver_that_is_off_by_its_own_estimate_is_warned_about(solver_error, se, warns):
+    warning = solver_warning(solver_error, se)
+    assert warning.startswith("The solver estimates") == warns
+    assert bool(warning) == warns

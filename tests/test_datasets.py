@@ -171,3 +171,12 @@ def test_indivisible_batches_are_refused(size, parts, message):
     assert jax.device_count() == 4
     with pytest.raises(ValueError, match=f"training.batch_size is {size}.*{message}"):
         parallel.divisible(size, "training.batch_size", parts)
+
+
+@pytest.mark.parametrize(("rounding", "expected"), [("truncate", [0, 0, 2, 4]), ("nearest", [0, 1, 3, 4])])
+def test_samples_of_models_of_bare_levels_are_truncated_or_rounded(rounding, expected):
+    preprocess = Preprocess(levels=5, centered=False, rounding=rounding)
+    x = jnp.array([-0.3, 0.15, 0.7, 1.2]).reshape(4, 1, 1, 1)
+    assert preprocess.to_levels(x).ravel().tolist() == expected
+    with pytest.raises(ValueError, match=r"eval.rounding is 'up'; known: truncate, nearest"):
+        Preprocess(levels=5, centered=False, rounding="up")

@@ -345,7 +345,7 @@ def test_evaluation_holds_the_metrics_and_what_they_rest_on():
     extractor = MeanColour()
     real, samples = extractor(random_images(40)), extractor(random_images(25, 1) // 2)
     statistics = statistics_of([real.pool], features=extractor.name, features_hash=extractor.hash, data="noise")
-    result = evaluate_samples(samples, extractor, statistics)
+    result = evaluate_samples(samples, extractor, statistics, splits=10)
     covariance = np.cov(samples.pool.T)
     fid = frechet_distance(samples.pool.mean(0), covariance, real.pool.mean(0), np.cov(real.pool.T))
     assert result["fid"] == pytest.approx(fid, rel=1e-9)
@@ -355,6 +355,8 @@ def test_evaluation_holds_the_metrics_and_what_they_rest_on():
     assert (result["fid_features"], result["features_hash"]) == (extractor.name, extractor.hash)
     assert result["statistics_hash"] == array_hash(statistics.mu, statistics.sigma)
     assert "25 samples" in result["warning"]
+    published = evaluate_samples(samples, extractor, statistics)
+    assert (published["is_mean"], published["is_splits"]) == (inception_score(samples.logits, splits=1).mean, 1)
 
 
 def test_no_warning_at_the_published_number_of_samples(monkeypatch):
