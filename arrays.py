@@ -9,6 +9,9 @@ from jaxtyping import Array, Float
 Batch: TypeAlias = Float[Array, "batch *dims"]
 """Examples along the first axis; the other axes are data dimensions, d of them in total."""
 
+Scalar: TypeAlias = Float[Array, ""]
+"""One number for all examples, such as the time of a solver."""
+
 PerExample: TypeAlias = Float[Array, " batch"]
 """One number for each example: a time, a loss, a log-likelihood in nats."""
 

@@ -27,10 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from arrays import Batch
+from arrays import Batch, Scalar
 from sde_lib import SDE
-
-Scalar: TypeAlias = Float[Array, ""]
 
 Dims: TypeAlias = Float[Array, "1 *dims"]
 """One number for each data dimension, shaped to broadcast with a batch."""

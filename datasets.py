@@ -24,8 +24,8 @@ from sources import MemorySource as MemorySource  # sources are found here, too
 from sources import Source as Source
 from sources import source_from_config as source_from_config
 from sources.densities import DENSITIES
+from sources.source import Examples
 from sources.splits import SPLITS as SPLITS
-from sources.splits import ImageArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +64,11 @@ class _TrainingBatches:
     def __len__(self) -> int:
         return self.num_batches
 
-    def __getitem__(self, index: int) -> ImageArray:
+    def __getitem__(self, index: int) -> Examples:
         return self.source.images(self.order[index][local_rows(self.order.batch_size)])
 
 
-def training_batches(
-    source: Source, batch_size: int, seed: int, first_step: int, num_steps: int
-) -> Iterator[ImageArray]:
+def training_batches(source: Source, batch_size: int, seed: int, first_step: int, num_steps: int) -> Iterator[Examples]:
     """This host's rows of batches first_step, ..., num_steps - 1, read ahead in threads."""
     if first_step >= num_steps:
         return iter(())
@@ -101,7 +99,7 @@ def training_calls(
 class EvaluationBatch(NamedTuple):
     """A batch in the order of the source. Rows past the last example are padding and do not count."""
 
-    images: ImageArray
+    images: Examples
     indices: np.ndarray
     counts: np.ndarray
 

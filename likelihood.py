@@ -250,7 +250,9 @@ def ode_log_likelihood(
     return reference_log_likelihood(score_fn, sde, x, probes, t_min, solve, reference)
 
 
-def draw_probes(key: Array, kind: str, shape: tuple[int, ...], num_probes: int = 1) -> Probes | None:
+def draw_probes(
+    key: Array, kind: str, shape: tuple[int, ...], num_probes: int = 1
+) -> Float[Array, "{num_probes} *shape"] | None:
     """Draws probes of the divergence for a batch of the given shape; returns None for kind "exact".
 
     Raises:

@@ -187,7 +187,7 @@ FIXED_STEP = {"rk4": _FixedStep(rk4_step, 4, 1), "adams": _FixedStep(adams_step,
 
 @partial(jax.jit, static_argnames="method")
 def _fixed_steps(
-    field: Field, y0: State, t0: Float[Array, ""], t1: Float[Array, ""], num_steps: int, *, method: str
+    field: Field, y0: State, t0: Float[Array, ""], t1: Float[Array, ""], num_steps: Int[Array, ""] | int, *, method: str
 ) -> tuple[State, Info]:
     step, evaluations, stride = FIXED_STEP[method]
     dt = (t1 - t0) / num_steps
@@ -228,8 +228,8 @@ def _dopri5(
     y0: State,
     t0: Float[Array, ""],
     t1: Float[Array, ""],
-    rtol: float,
-    atol: float,
+    rtol: float | Float[Array, ""],
+    atol: float | Float[Array, ""],
     max_steps: int,
 ) -> tuple[State, Info]:
     controller = diffrax.PIDController(

@@ -169,7 +169,12 @@ class PredictorCorrector(Sampler):
 
 @functools.partial(jax.jit, static_argnames="sampler")
 def _pc_steps(
-    sampler: PredictorCorrector, score_fn: ScoreFn, keys: ImageKeys, state: Update, first: int, last: int
+    sampler: PredictorCorrector,
+    score_fn: ScoreFn,
+    keys: ImageKeys,
+    state: Update,
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
 ) -> Update:
     """Runs steps first, ..., last - 1. The bounds are traced, so one program can run any part of the steps."""
     sde, num_steps = sampler.sde, sampler.num_steps
@@ -236,7 +241,7 @@ class _ProbabilityFlow:
 
 
 @functools.partial(jax.jit, static_argnames="sde")
-def _denoise(score_fn: ScoreFn, sde: SDE, x: Batch, t: float) -> Batch:
+def _denoise(score_fn: ScoreFn, sde: SDE, x: Batch, t: float | Float[Array, ""]) -> Batch:
     return denoise(score_fn, sde, x, jnp.full(x.shape[0], t))
 
 

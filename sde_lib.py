@@ -76,7 +76,7 @@ class SDE(abc.ABC):
         """div f, in closed form: d f(t)."""
         return num_dims(x) * self.drift_coeff(t)
 
-    def prior_sample(self, key: Array, shape: tuple[int, ...]) -> Batch:
+    def prior_sample(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
         return self.prior_sigma * jax.random.normal(key, shape)
 
     def prior_logp(self, x: Batch) -> PerExample:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
@@ -16,8 +16,9 @@ from losses import Noise, Objective, draw_noise, score_matching_losses
 from models.score import Params, ScoreModel
 
 Metrics = dict[str, Array]
-ImageLevels = UInt8[Array, "batch height width channel"] | Float[Array, "batch d"]
+TrainingBatch: TypeAlias = UInt8[Array, "batch height width channel"] | Float[Array, "batch d"]
 """Images as integer levels, or points."""
+TrainingBatches: TypeAlias = UInt8[Array, "steps batch height width channel"] | Float[Array, "steps batch d"]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -98,11 +99,11 @@ class Trainer:
     model: ScoreModel
     objective: Objective
     optimizer: optax.GradientTransformation
-    preprocess: Callable[[Array, ImageLevels], Batch]
+    preprocess: Callable[[Array, TrainingBatch], Batch]
     ema_rate: float
     accumulation_steps: int = 1
 
-    def train_steps(self, state: TrainState, images: ImageLevels, key: Array) -> tuple[TrainState, Metrics]:
+    def train_steps(self, state: TrainState, images: TrainingBatches, key: Array) -> tuple[TrainState, Metrics]:
         """One step for each batch along the first axis of `images`. Metrics are means over the steps."""
         if len(images) == 1:
             # No loop for a single step: on CPUs, XLA's gradients of convolutions are many times slower in loops.
@@ -110,7 +111,7 @@ class Trainer:
         state, metrics = jax.lax.scan(lambda s, batch: self.train_step(s, batch, key), state, images)
         return state, jax.tree.map(jnp.mean, metrics)
 
-    def train_step(self, state: TrainState, images: ImageLevels, key: Array) -> tuple[TrainState, Metrics]:
+    def train_step(self, state: TrainState, images: TrainingBatch, key: Array) -> tuple[TrainState, Metrics]:
         """One step of the optimizer on a batch of images, as integer levels, or of points.
 
         Args:
@@ -123,7 +124,7 @@ class Trainer:
         metrics = losses | {"grad_norm": optax.tree.norm(gradient)}
         return state.updated(gradient, self.optimizer, self.ema_rate), metrics
 
-    def gradient(self, params: Params, images: ImageLevels, key: Array) -> tuple[Params, Metrics]:
+    def gradient(self, params: Params, images: TrainingBatch, key: Array) -> tuple[Params, Metrics]:
         """Gradient of the mean loss, and the mean of each term, accumulated over equal parts of the batch.
 
         Data and noise are drawn for the whole batch. So the number of parts changes the memory needed, but not the

@@ -18,19 +18,19 @@ for Diffusion ODEs", ICML 2023 (truncated normal).
 import dataclasses
 import math
 from functools import partial
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Integer, Key
 
 from arrays import Batch, PerExample
 from configs.default import Config
 from sde_lib import SDE
 
-Images: TypeAlias = Int[Array, "batch height width channel"]
+Images: TypeAlias = Integer[Array, "batch height width channel"]
 """Integer levels, 0 .. levels-1."""
 
 Keys: TypeAlias = Key[Array, " batch"]
@@ -46,6 +46,7 @@ class Dequantized(NamedTuple):
     """ln q(u | image), in nats; u counts in bins, so that uniform noise has 0."""
 
 
+@runtime_checkable
 class Dequantizer(Protocol):
     """dequantizer(keys, images) -> Dequantized, with everything that bits/dim need to know about the result.
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 import datasets
 from arrays import Batch
@@ -148,7 +148,7 @@ def _keys(key: Array, indices: Array) -> tuple[Array, Array]:
 
 
 @jax.jit
-def _dequantized(dequantizer: Dequantizer, keys: Array, images: Images, draw: int) -> Dequantized:
+def _dequantized(dequantizer: Dequantizer, keys: Array, images: Images, draw: Int[Array, ""] | int) -> Dequantized:
     return dequantizer(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, draw), images)
 
 

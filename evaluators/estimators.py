@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -70,6 +70,7 @@ def as_float64(values: Mapping[str, PerExample | np.ndarray]) -> dict[str, np.nd
     return {name: np.asarray(value, np.float64) for name, value in values.items()}
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """estimator(score_fn, sde, x, keys, t_min, reference) -> Estimate, for data x at t_min."""
 

@@ -1,11 +1,12 @@
 """The interface of all evaluators."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from infra.workdir import EvaluationFolder
 from models.score import Params
 
 
+@runtime_checkable
 class Evaluator(Protocol):
     """Computes one part of the results of a checkpoint, and writes its own artefacts."""
 

@@ -6,7 +6,7 @@ Images are measured in chunks of a fixed size, sharded over all devices of all h
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -26,6 +26,7 @@ class Features(NamedTuple):
     logits: Float[np.ndarray, "n classes"]
 
 
+@runtime_checkable
 class FeatureExtractor(Protocol):
     """A fixed network that measures images. Results are comparable only if their `hash` is the same."""
 

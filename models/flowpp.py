@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from arrays import PerExample, inner
 from configs.default import Config
-from models.resample import FeatureMap
+from models.resample import FeatureMap, Projected, SameSize
 
 Halves: TypeAlias = tuple[FeatureMap, FeatureMap]
 """The even and the odd columns of images, each [batch, height, width / 2, channel]."""
@@ -44,7 +44,9 @@ def concat_elu(x: Array) -> Array:
     return nn.elu(jnp.concatenate([x, -x], axis=-1))
 
 
-def conv3x3(x: FeatureMap, kernel: Float[Array, "3 3 in out"], kernel_axes: str = "HWIO") -> FeatureMap:
+def conv3x3(
+    x: FeatureMap, kernel: Float[Array, "3 3 channels features"], kernel_axes: str = "HWIO"
+) -> Float[Array, "batch height width features"]:
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", kernel_axes, "NHWC"))
 
 
@@ -69,7 +71,7 @@ def linear(
     apply: Callable[[Array, Array], Array],
     size: tuple[int, ...] = (),
     init_scale: float = 1.0,
-) -> FeatureMap:
+) -> Projected:
     """A linear map of the channels, with parameters NAME_W and NAME_b."""
     shape = (*size, x.shape[-1], features)
 
@@ -81,16 +83,16 @@ def linear(
     return _add_bias(scope, name, h)
 
 
-def nin(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> FeatureMap:
+def nin(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> Projected:
     """The same linear map at every pixel."""
     return linear(scope, name, x, features, apply=jnp.matmul, init_scale=init_scale)
 
 
-def conv(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> FeatureMap:
+def conv(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> Projected:
     return linear(scope, name, x, features, apply=swapped_conv3x3, size=(3, 3), init_scale=init_scale)
 
 
-def normed_conv(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> FeatureMap:
+def normed_conv(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> Projected:
     """A convolution with weight normalisation: g V / |V|, parameters NAME_V, NAME_g and NAME_b."""
     direction = scope.param(f"{name}_V", normal_init(0.05), (3, 3, x.shape[-1], features), x.dtype)
     h = conv3x3(x, direction * jax.lax.rsqrt(jnp.sum(jnp.square(direction), axis=(0, 1, 2), keepdims=True)))
@@ -98,7 +100,7 @@ def normed_conv(scope: nn.Module, name: str, x: FeatureMap, features: int, init_
     return _add_bias(scope, name, h)
 
 
-Conv: TypeAlias = Callable[..., FeatureMap]
+Conv: TypeAlias = Callable[..., SameSize]
 """`conv` or `normed_conv`."""
 
 
@@ -123,7 +125,7 @@ def layer_norm(scope: nn.Module, name: str, x: FeatureMap) -> FeatureMap:
     return h * g + scope.param(f"{name}_b", nn.initializers.zeros, shape, x.dtype)
 
 
-def gated(h: FeatureMap) -> FeatureMap:
+def gated(h: FeatureMap) -> Float[Array, "batch height width channels//2"]:
     """The first half of the channels, each times the sigmoid of one of the other half."""
     values, gates = jnp.split(h, 2, axis=-1)
     return values * jax.nn.sigmoid(gates)
@@ -133,7 +135,7 @@ def gated_conv(
     scope: nn.Module,
     name: str,
     x: FeatureMap,
-    context: FeatureMap | None,
+    context: SameSize | None,
     first: Conv,
     second: Conv,
     dropout: nn.Dropout,
@@ -169,7 +171,7 @@ class ShallowProcessor(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, image: FeatureMap, train: bool) -> FeatureMap:
+    def __call__(self, image: FeatureMap, train: bool) -> SameSize:
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         h = conv(self, "proj", image, CONTEXT_CHANNELS)
         for number in range(3):
@@ -183,7 +185,7 @@ class DeepProcessor(nn.Module):
     dropout: float
 
     @nn.compact
-    def __call__(self, image: FeatureMap, train: bool) -> FeatureMap:
+    def __call__(self, image: FeatureMap, train: bool) -> SameSize:
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         h = normed_conv(self, "proj", image, CONTEXT_CHANNELS)
         positions = position_embedding(self, "pos_emb_dq", h, CONTEXT_CHANNELS)
@@ -226,7 +228,9 @@ class Pointwise(nn.Module):
         return (even @ weights[0], odd @ weights[1]), jnp.full(len(even), log_det)
 
 
-def mixture_of_logistics(x: FeatureMap, raw: Float[Array, "*x parameters"]) -> tuple[FeatureMap, PerExample]:
+def mixture_of_logistics(
+    x: FeatureMap, raw: Float[Array, "batch height width channels parameters"]
+) -> tuple[FeatureMap, PerExample]:
     """exp(s) logit(F(x)) + t, F the distribution function of a mixture of logistics; and ln |det| of its Jacobian.
 
     Args:
@@ -256,12 +260,12 @@ class MixLogisticAttnCoupling(nn.Module):
 
     @nn.compact
     def __call__(
-        self, given: FeatureMap, x: FeatureMap, context: FeatureMap, train: bool
+        self, given: FeatureMap, x: FeatureMap, context: SameSize, train: bool
     ) -> tuple[FeatureMap, PerExample]:
         raw = self._network(given, context, train)
         return mixture_of_logistics(x, raw.reshape(*x.shape, -1))
 
-    def _network(self, given: FeatureMap, context: FeatureMap, train: bool) -> FeatureMap:
+    def _network(self, given: FeatureMap, context: SameSize, train: bool) -> SameSize:
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         spatial = normed_conv if self.weight_norm else conv
         positions = position_embedding(self, "pos_emb", given, self.filters)
@@ -315,7 +319,7 @@ class Flowpp(nn.Module):
         log_normal = -0.5 * (inner(gaussian, gaussian) + dims * math.log(2 * math.pi))
         return jax.nn.sigmoid(logits), log_normal - log_det - jnp.sum(slopes, axis=(1, 2, 3))
 
-    def _flow(self, halves: Halves, context: FeatureMap, train: bool) -> tuple[Halves, PerExample]:
+    def _flow(self, halves: Halves, context: SameSize, train: bool) -> tuple[Halves, PerExample]:
         log_det = jnp.zeros(len(context), context.dtype)
         for _ in range(self.couplings):
             for layer in [Norm()] if self.deep else [Norm(), Pointwise()]:
@@ -330,11 +334,11 @@ class Flowpp(nn.Module):
         return halves, log_det
 
 
-def split_columns(images: FeatureMap) -> Halves:
+def split_columns(images: Float[Array, "batch height columns channels"]) -> Halves:
     return images[:, :, 0::2], images[:, :, 1::2]
 
 
-def join_columns(halves: Halves) -> FeatureMap:
+def join_columns(halves: Halves) -> Float[Array, "batch height 2*width channels"]:
     """The inverse of `split_columns`."""
     even, odd = halves
     batch, height, width, channels = even.shape

@@ -17,12 +17,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Shaped
 
+from models.resample import AnySize, FeatureMap, SameSize
+
 INPUT_SIZE = 299
 NUM_FEATURES = 2048
 NUM_CLASSES = 1008
 BATCH_NORM_EPSILON = 1e-3
 
-Maps: TypeAlias = Float[Array, "batch height width channels"]
 Size: TypeAlias = tuple[int, int]
 
 
@@ -55,7 +56,9 @@ class Inception(nn.Module):
         return InceptionOutput(pool, nn.Dense(NUM_CLASSES, precision=jax.lax.Precision.HIGHEST, name="fc")(pool))
 
 
-def unit(x: Maps, name: str, features: int, size: Size = (1, 1), stride: int = 1, padding: str = "SAME") -> Maps:
+def unit(
+    x: FeatureMap, name: str, features: int, size: Size = (1, 1), stride: int = 1, padding: str = "SAME"
+) -> Float[Array, "batch _ _ {features}"]:
     """Applies a convolution with bias, then a ReLU. A convolution with a stride does not pad."""
     padding = "VALID" if stride > 1 else padding
     # Features are compared across machines, so the precision must not be reduced.
@@ -63,18 +66,18 @@ def unit(x: Maps, name: str, features: int, size: Size = (1, 1), stride: int = 1
     return nn.relu(nn.Conv(features, size, (stride, stride), padding, precision=highest, name=name)(x))
 
 
-def units(x: Maps, name: str, *layers: tuple[int, Size]) -> Maps:
+def units(x: FeatureMap, name: str, *layers: tuple[int, Size]) -> AnySize:
     """Applies units in sequence, numbered from 1. Each layer gives the features and the kernel size of a unit."""
     for number, (features, size) in enumerate(layers, start=1):
         x = unit(x, f"{name}_{number}", features, size)
     return x
 
 
-def halve(x: Maps) -> Maps:
+def halve(x: FeatureMap) -> Float[Array, "batch _ _ channels"]:
     return nn.max_pool(x, (3, 3), (2, 2))
 
 
-def average(x: Maps) -> Maps:
+def average(x: FeatureMap) -> FeatureMap:
     """Returns the mean of the 3 x 3 neighbourhood of each pixel, without pixels outside the image."""
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
@@ -85,7 +88,7 @@ class Mixed5(nn.Module):
     pool_features: int
 
     @nn.compact
-    def __call__(self, x: Maps) -> Maps:
+    def __call__(self, x: FeatureMap) -> SameSize:
         branches = (
             unit(x, "branch1x1", 64),
             units(x, "branch5x5", (48, (1, 1)), (64, (5, 5))),
@@ -99,7 +102,7 @@ class Reduction6(nn.Module):
     """The reduction from 35 x 35 to 17 x 17 pixels."""
 
     @nn.compact
-    def __call__(self, x: Maps) -> Maps:
+    def __call__(self, x: FeatureMap) -> AnySize:
         double = units(x, "branch3x3dbl", (64, (1, 1)), (96, (3, 3)))
         branches = (
             unit(x, "branch3x3", 384, (3, 3), stride=2),
@@ -116,7 +119,7 @@ class Mixed6(nn.Module):
     """The number of features between the convolutions."""
 
     @nn.compact
-    def __call__(self, x: Maps) -> Maps:
+    def __call__(self, x: FeatureMap) -> SameSize:
         n, row, column = self.inner, (1, 7), (7, 1)
         branches = (
             unit(x, "branch1x1", 192),
@@ -131,7 +134,7 @@ class Reduction7(nn.Module):
     """The reduction from 17 x 17 to 8 x 8 pixels."""
 
     @nn.compact
-    def __call__(self, x: Maps) -> Maps:
+    def __call__(self, x: FeatureMap) -> AnySize:
         small = units(x, "branch3x3", (192, (1, 1)))
         large = units(x, "branch7x7x3", (192, (1, 1)), (192, (1, 7)), (192, (7, 1)))
         branches = (
@@ -148,7 +151,7 @@ class Mixed7(nn.Module):
     max_pool: bool
 
     @nn.compact
-    def __call__(self, x: Maps) -> Maps:
+    def __call__(self, x: FeatureMap) -> SameSize:
         small = units(x, "branch3x3", (384, (1, 1)))
         double = units(x, "branch3x3dbl", (448, (1, 1)), (384, (3, 3)))
         pooled = nn.max_pool(x, (3, 3), padding="SAME") if self.max_pool else average(x)
@@ -163,7 +166,7 @@ class Mixed7(nn.Module):
         return jnp.concatenate(branches, axis=-1)
 
 
-def resize(x: Maps, size: int = INPUT_SIZE) -> Maps:
+def resize(x: FeatureMap, size: int = INPUT_SIZE) -> Float[Array, "batch {size} {size} channels"]:
     """Applies TensorFlow 1's bilinear resize to size x size: pixel i reads from i * in / out, without antialiasing.
 
     There is no offset of half a pixel. Each operation is TensorFlow's, in float32.
@@ -171,7 +174,7 @@ def resize(x: Maps, size: int = INPUT_SIZE) -> Maps:
     return _resize_axis(_resize_axis(x, 2, size), 1, size)
 
 
-def _resize_axis(x: Maps, axis: int, size: int) -> Maps:
+def _resize_axis(x: FeatureMap, axis: int, size: int) -> Float[Array, "batch _ _ channels"]:
     length = x.shape[axis]
     position = np.arange(size, dtype=np.float32) * np.float32(length / size)
     low = position.astype(np.int32)

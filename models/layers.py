@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arrays import PerExample
-from models.resample import FeatureMap, Taps, conv_downsample, downsample, upsample, upsample_conv
+from models.resample import AnySize, FeatureMap, SameSize, Taps, conv_downsample, downsample, upsample, upsample_conv
 
 Embedding: TypeAlias = Float[Array, "batch embedding"]
 Nonlinearity: TypeAlias = Callable[[Array], Array]
@@ -125,10 +125,10 @@ class Conv2d(nn.Module):
 
     features: int
     taps: Taps
-    resample: Callable[[FeatureMap, Array, Taps], FeatureMap]
+    resample: Callable[[FeatureMap, Array, Taps], AnySize]
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: FeatureMap) -> AnySize:
         weight = self.param("weight", kernel_init(), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         return self.resample(x, weight, self.taps) + _per_channel(bias, x)
@@ -141,7 +141,7 @@ class Downsample(nn.Module):
     taps: Taps | None
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: FeatureMap) -> Float[Array, "batch height//2 width//2 _"]:
         if self.features is None:
             return downsample(x, self.taps)
         if self.taps is None:
@@ -156,7 +156,7 @@ class Upsample(nn.Module):
     taps: Taps | None
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: FeatureMap) -> Float[Array, "batch 2*height 2*width _"]:
         if self.features is None:
             return upsample(x, self.taps)
         if self.taps is None:
@@ -170,7 +170,7 @@ class Combine(nn.Module):
     method: str  # sum or cat
 
     @nn.compact
-    def __call__(self, pyramid: FeatureMap, h: FeatureMap) -> FeatureMap:
+    def __call__(self, pyramid: SameSize, h: FeatureMap) -> SameSize:
         pyramid = conv(h.shape[-1], size=1)(pyramid)
         return pyramid + h if self.method == "sum" else jnp.concatenate([pyramid, h], axis=-1)
 
@@ -202,8 +202,8 @@ class _ResnetBlock(nn.Module):
     features: int | None = None  # channels of the output; None: as many as the input has
 
     def branch(
-        self, x: FeatureMap, embedding: Embedding | None, train: bool, resample: Callable[[FeatureMap], FeatureMap]
-    ) -> FeatureMap:
+        self, x: FeatureMap, embedding: Embedding | None, train: bool, resample: Callable[[FeatureMap], AnySize]
+    ) -> AnySize:
         """Two convolutions; the time embedding shifts the channels between them."""
         features = self.features or x.shape[-1]
         h = resample(self.nonlinearity(GroupNorm()(x)))
@@ -219,7 +219,7 @@ class ResnetBlockDDPMpp(_ResnetBlock):
     """The residual block of DDPM (Ho et al., 2020)."""
 
     @nn.compact
-    def __call__(self, x: FeatureMap, embedding: Embedding | None, train: bool) -> FeatureMap:
+    def __call__(self, x: FeatureMap, embedding: Embedding | None, train: bool) -> SameSize:
         h = self.branch(x, embedding, train, resample=lambda x: x)
         if x.shape[-1] != h.shape[-1]:
             x = NIN(h.shape[-1])(x)
@@ -230,16 +230,16 @@ class ResnetBlockBigGANpp(_ResnetBlock):
     """The residual block of BigGAN (Brock et al., 2019), which can resample inside."""
 
     # A function of models/resample.py; None keeps the resolution.
-    resample: Callable[[FeatureMap, Taps | None], FeatureMap] | None = None
+    resample: Callable[[FeatureMap, Taps | None], AnySize] | None = None
     taps: Taps | None = None
 
     @nn.compact
-    def __call__(self, x: FeatureMap, embedding: Embedding | None, train: bool) -> FeatureMap:
+    def __call__(self, x: FeatureMap, embedding: Embedding | None, train: bool) -> AnySize:
         h = self.branch(x, embedding, train, self._resample)
         x = self._resample(x)
         if x.shape[-1] != h.shape[-1] or self.resample is not None:
             x = conv(h.shape[-1], size=1)(x)
         return residual_sum(x, h, self.skip_rescale)
 
-    def _resample(self, x: FeatureMap) -> FeatureMap:
+    def _resample(self, x: FeatureMap) -> Float[Array, "batch _ _ channels"]:
         return x if self.resample is None else self.resample(x, self.taps)

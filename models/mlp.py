@@ -5,13 +5,11 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
-from arrays import PerExample, append_dims
+from arrays import Batch, PerExample, append_dims
 from configs.default import Config
 from models.layers import NONLINEARITIES, positional_embedding
-
-Points = Float[Array, "batch d"]
 
 
 class MLP(nn.Module):
@@ -33,7 +31,7 @@ class MLP(nn.Module):
     scale_by_sigma: bool = False
 
     @nn.compact
-    def __call__(self, x: Points, labels: PerExample, train: bool = False) -> Points:
+    def __call__(self, x: Batch, labels: PerExample, train: bool = False) -> Batch:
         del train  # there is no dropout, so training and evaluation are the same
         if x.ndim != 2:
             raise ValueError(f"model.name is 'mlp', which is for points, but the data are shaped {x.shape[1:]}")

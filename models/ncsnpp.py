@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from arrays import PerExample, append_dims
 from configs.default import Config
@@ -26,10 +26,10 @@ from models.layers import (
     positional_embedding,
     residual_sum,
 )
-from models.resample import FeatureMap, Taps, downsample, upsample
+from models.resample import AnySize, Doubled, FeatureMap, Halved, Projected, SameSize, Taps, downsample, upsample
 from sde_lib import SDES
 
-Block: TypeAlias = Callable[..., FeatureMap]
+Block: TypeAlias = Callable[..., AnySize]
 """A residual block, called with feature maps and, by name, `features` or `resample` to change their shape."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -99,7 +99,7 @@ class NCSNpp(nn.Module):
         embedding = nn.Dense(4 * self.nf, kernel_init=kernel_init())(embedding)
         return nn.Dense(4 * self.nf, kernel_init=kernel_init())(self._act(embedding))
 
-    def _down_path(self, images: FeatureMap, block: Block) -> list[FeatureMap]:
+    def _down_path(self, images: FeatureMap, block: Block) -> list[AnySize]:
         """The feature maps of the way down, from the highest resolution to the lowest."""
         pyramid = images
         skips = [conv(self.nf)(images)]
@@ -115,7 +115,9 @@ class NCSNpp(nn.Module):
     def _middle(self, h: FeatureMap, block: Block) -> FeatureMap:
         return block(self._attention(block(h)))
 
-    def _up_path(self, h: FeatureMap, skips: list[FeatureMap], block: Block, channels: int) -> FeatureMap:
+    def _up_path(
+        self, h: FeatureMap, skips: list[AnySize], block: Block, channels: int
+    ) -> Float[Array, "batch _ _ {channels}"]:
         """From the lowest resolution to an image with this number of channels, joined by every map of the way down."""
         skips = list(skips)
         pyramid = None
@@ -130,7 +132,7 @@ class NCSNpp(nn.Module):
             return pyramid
         return self._head(h, channels, self.init_scale)
 
-    def _join_input_pyramid(self, pyramid: FeatureMap, h: FeatureMap) -> tuple[FeatureMap, FeatureMap]:
+    def _join_input_pyramid(self, pyramid: AnySize, h: FeatureMap) -> tuple[AnySize, SameSize]:
         """The pyramid at the next lower resolution, and the feature maps joined with it."""
         if self.progressive_input == "none":
             return pyramid, h
@@ -142,8 +144,8 @@ class NCSNpp(nn.Module):
         return h, h
 
     def _join_output_pyramid(
-        self, pyramid: FeatureMap | None, h: FeatureMap, channels: int
-    ) -> tuple[FeatureMap | None, FeatureMap]:
+        self, pyramid: AnySize | None, h: FeatureMap, channels: int
+    ) -> tuple[SameSize | None, FeatureMap]:
         """The pyramid joined with the feature maps, and the maps that the next block gets."""
         if self.progressive == "none":
             return None, h
@@ -156,12 +158,12 @@ class NCSNpp(nn.Module):
         h = residual_sum(pyramid, h, self.skip_rescale)
         return h, h
 
-    def _halve(self, h: FeatureMap, block: Block) -> FeatureMap:
+    def _halve(self, h: FeatureMap, block: Block) -> Halved:
         if self.resblock_type == "ddpm":
             return Downsample(h.shape[-1] if self.resamp_with_conv else None, self.fir_kernel)(h)
         return block(h, resample=downsample)
 
-    def _double(self, h: FeatureMap, block: Block) -> FeatureMap:
+    def _double(self, h: FeatureMap, block: Block) -> Doubled:
         if self.resblock_type == "ddpm":
             return Upsample(h.shape[-1] if self.resamp_with_conv else None, self.fir_kernel)(h)
         return block(h, resample=upsample)
@@ -172,8 +174,8 @@ class NCSNpp(nn.Module):
         embedding: Embedding | None,
         train: bool,
         features: int | None = None,
-        resample: Callable[[FeatureMap, Taps | None], FeatureMap] | None = None,
-    ) -> FeatureMap:
+        resample: Callable[[FeatureMap, Taps | None], AnySize] | None = None,
+    ) -> AnySize:
         """A residual block. `resample` applies to blocks that resample inside."""
         options: dict[str, Any] = {
             "nonlinearity": NONLINEARITIES[self.nonlinearity],
@@ -194,15 +196,15 @@ class NCSNpp(nn.Module):
     def _attention_if_due(self, h: FeatureMap) -> FeatureMap:
         return self._attention(h) if h.shape[1] in self.attn_resolutions else h
 
-    def _head(self, h: FeatureMap, features: int, init_scale: float) -> FeatureMap:
+    def _head(self, h: FeatureMap, features: int, init_scale: float) -> Projected:
         """From feature maps to an image, or to the start of the output pyramid."""
         return conv(features, init_scale=init_scale)(self._act(GroupNorm()(h)))
 
     def _act(self, x: Array) -> Array:
         return NONLINEARITIES[self.nonlinearity](x)
 
-    def _apply(self, layer: Callable[..., FeatureMap], h: FeatureMap, *args: Any) -> FeatureMap:
-        def call(layer: Callable[..., FeatureMap], h: FeatureMap) -> FeatureMap:
+    def _apply(self, layer: Callable[..., AnySize], h: FeatureMap, *args: Any) -> AnySize:
+        def call(layer: Callable[..., AnySize], h: FeatureMap) -> AnySize:
             return layer(h, *args)
 
         return nn.remat(call)(layer, h) if self.remat else call(layer, h)

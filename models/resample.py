@@ -13,13 +13,22 @@ from jax import lax
 from jaxtyping import Array, Float
 
 FeatureMap: TypeAlias = Float[Array, "batch height width channels"]
+"""Feature maps. All that one signature names have the same shape."""
+SameSize: TypeAlias = Float[Array, "batch height width _"]
+"""Feature maps of the same height and width, with any number of channels."""
+AnySize: TypeAlias = Float[Array, "batch _ _ _"]
+"""Feature maps of any height, width and number of channels."""
+Projected: TypeAlias = Float[Array, "batch height width {features}"]
+"""Feature maps with `features` channels, an argument of the function that returns them."""
+Doubled: TypeAlias = Float[Array, "batch 2*height 2*width channels"]
+Halved: TypeAlias = Float[Array, "batch height//2 width//2 channels"]
 Weight: TypeAlias = Float[Array, "size size channels features"]
 
 Taps: TypeAlias = tuple[float, ...]
 """A one-dimensional FIR filter, up to its scale."""
 
 
-def upsample(x: FeatureMap, taps: Taps | None) -> FeatureMap:
+def upsample(x: FeatureMap, taps: Taps | None) -> Doubled:
     """Twice the height and width; `taps` None repeats every pixel."""
     if taps is None:
         return jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
@@ -28,7 +37,7 @@ def upsample(x: FeatureMap, taps: Taps | None) -> FeatureMap:
     return _filter(x, taps, up=2, pad=((excess + 1) // 2 + 1, excess // 2 + 1))
 
 
-def downsample(x: FeatureMap, taps: Taps | None) -> FeatureMap:
+def downsample(x: FeatureMap, taps: Taps | None) -> Halved:
     """Half the height and width, which are even; `taps` None averages squares of four pixels."""
     if taps is None:
         batch, height, width, channels = x.shape
@@ -37,7 +46,7 @@ def downsample(x: FeatureMap, taps: Taps | None) -> FeatureMap:
     return _filter(x, taps, down=2, pad=((excess + 1) // 2, excess // 2))
 
 
-def upsample_conv(x: FeatureMap, weight: Weight, taps: Taps) -> FeatureMap:
+def upsample_conv(x: FeatureMap, weight: Weight, taps: Taps) -> Float[Array, "batch 2*height 2*width features"]:
     """Filtered upsampling joined with a convolution, so that the image's border is padded once.
 
     Published: transposed convolution, then filter. Here the filter goes first, padded so far that the convolution needs
@@ -49,17 +58,19 @@ def upsample_conv(x: FeatureMap, weight: Weight, taps: Taps) -> FeatureMap:
     return _valid_conv(_filter(x, taps, up=2, pad=pad), weight, stride=1)
 
 
-def conv_downsample(x: FeatureMap, weight: Weight, taps: Taps) -> FeatureMap:
+def conv_downsample(x: FeatureMap, weight: Weight, taps: Taps) -> Float[Array, "batch height//2 width//2 features"]:
     """A convolution joined with filtered downsampling, so that the image's border is padded once."""
     excess = len(taps) + weight.shape[0] - 3
     return _valid_conv(_filter(x, taps, pad=((excess + 1) // 2, excess // 2)), weight, stride=2)
 
 
-def _valid_conv(x: FeatureMap, weight: Weight, stride: int) -> FeatureMap:
+def _valid_conv(x: FeatureMap, weight: Weight, stride: int) -> Float[Array, "batch _ _ features"]:
     return lax.conv_general_dilated(x, weight, (stride, stride), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
-def _filter(x: FeatureMap, taps: Taps, pad: tuple[int, int], up: int = 1, down: int = 1) -> FeatureMap:
+def _filter(
+    x: FeatureMap, taps: Taps, pad: tuple[int, int], up: int = 1, down: int = 1
+) -> Float[Array, "batch _ _ channels"]:
     """Inserts up - 1 zeros between pixels, pads with zeros, convolves with the filter, keeps every down-th pixel."""
     rows = _filter_matrix(x.shape[1], taps, pad, up, down)
     columns = _filter_matrix(x.shape[2], taps, pad, up, down)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import flax.struct
 import jax
@@ -19,6 +19,7 @@ Params: TypeAlias = Any
 """A network's parameters: nested dictionaries of arrays."""
 
 
+@runtime_checkable
 class ScoreNetwork(Protocol):
     """A linen module called with (x, labels, train), with one label for each example; its output is shaped as x.
 

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from arrays import Batch, PerExample, ScoreFn
 from sde_lib import SDE
 
 
+@runtime_checkable
 class Density(Protocol):
     """A density q_0 of data points with `dims` dimensions."""
 

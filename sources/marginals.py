@@ -6,7 +6,7 @@ differences of normal distribution functions.
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from sde_lib import SDE
 from sources.densities import Checkerboard, Density, GaussianMixture
 
 
+@runtime_checkable
 class Marginals(Protocol):
     """The density of noisy data at every time of an SDE."""
 

@@ -5,16 +5,20 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 
 from sources.splits import ImageArray
 
 SingleImage = UInt8[np.ndarray, "height width channel"]
 
+Examples = ImageArray | Float[np.ndarray, "batch d"]
+"""Images, or points."""
 
+
+@runtime_checkable
 class Source(Protocol):
     """The images of one split in a fixed order, with a description. The "images" of a density are points."""
 
@@ -30,11 +34,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def images(self, indices: np.ndarray) -> ImageArray:
+    def images(self, indices: np.ndarray) -> Examples:
         """Returns the images at these indices."""
         ...
 
 
+@runtime_checkable
 class Records(Protocol):
     """Byte strings in a fixed order. Several threads may read them at the same time."""
 

@@ -1,4 +1,4 @@
-"""Settings of all tests: four devices on one machine, no silent broadcasting, compiled programs cached on disk."""
+"""Settings of all tests: four devices on one machine, no silent broadcasting, checked annotations, cached programs."""
 
 import os
 from pathlib import Path
@@ -15,7 +15,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 import jax
 import pytest
 
+from tests.type_checks import check_annotations
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+check_annotations()  # before a test imports one of the modules
 
 SLOW = {
     "test_bits_per_dim",
