@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 Batch: TypeAlias = Float[Array, "batch *dims"]
 """Examples along the first axis; the other axes are data dimensions, d of them in total."""
@@ -15,6 +15,9 @@ Scalar: TypeAlias = Float[Array, ""]
 PerExample: TypeAlias = Float[Array, " batch"]
 """One number for each example: a time, a loss, a log-likelihood in nats."""
 
+Factor: TypeAlias = Float[Array, "batch *#dims"]
+"""One number for each example, shaped [batch, 1, ..., 1] to multiply a batch."""
+
 ScoreFn: TypeAlias = Callable[[Batch, PerExample], Batch]
 """score(x, t): an estimate of grad_x ln q_t(x). All that losses, likelihoods and samplers see of a network."""
 
@@ -22,7 +25,7 @@ ReportProgress: TypeAlias = Callable[[int, int], None]
 """report(steps_done, total_steps), called between the compiled calls of a long computation."""
 
 
-def append_dims(values: PerExample, like: Batch) -> Float[Array, "batch *ones"]:
+def append_dims(values: Shaped[Array, " batch"], like: Shaped[Array, "batch *dims"]) -> Shaped[Array, "batch *#dims"]:
     """Reshapes one number for each example so that it multiplies a batch shaped as `like`."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from arrays import Batch, PerExample, ScoreFn, append_dims, inner, num_dims
+from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, num_dims
 from coordinates import GaussianReference
 from derivatives import probe_divergence
 from ode import as_pytree
@@ -188,7 +188,7 @@ def start_correction(
     return -num_dims(x) * jnp.log(alpha) + 0.5 * (sampled + _reference_excess(sigma / alpha, x, reference))
 
 
-def _perturb(sde: SDE, x: Batch, t: PerExample, z: Batch) -> tuple[Batch, Batch]:
+def _perturb(sde: SDE, x: Batch, t: PerExample, z: Batch) -> tuple[Batch, Factor]:
     """x_t, and sigma shaped to multiply a batch."""
     mean, sigma = sde.marginal(x, t)
     sigma = append_dims(sigma, x)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
+from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
 from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
 from sde_lib import SDE
@@ -142,7 +142,7 @@ def weighted_total(terms: Mapping[str, PerExample], objective: Objective) -> Per
 
 
 def _probe_terms(
-    scaled_score: Field, xt: Batch, sigma: Batch, order: int, noise: Noise
+    scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
 ) -> tuple[Batch, dict[str, PerExample]]:
     """sigma times the score, and the terms of orders 2 and 3 as Hutchinson estimates ([L22] App. G)."""
     if order == 2:
@@ -163,7 +163,7 @@ def _probe_terms(
 
 
 def _exact_terms(
-    scaled_score: Field, xt: Batch, sigma: Batch, order: int, noise: Noise
+    scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
 ) -> tuple[Batch, dict[str, PerExample]]:
     """sigma times the score, and the terms of orders 2 and 3 from the whole Jacobian ([L22] Theorems 4.1 and 4.3)."""
     if order == 2:

@@ -33,7 +33,9 @@ def sde_path(score_fn: ScoreFn, sde: SDE, x: Batch, times: TimeGrid, key: Array)
 
 
 @partial(jax.jit, static_argnames="sde")
-def _euler(score_fn: ScoreFn, x: Batch, times: TimeGrid, noise: Path | None, *, sde: SDE) -> Path:
+def _euler(
+    score_fn: ScoreFn, x: Batch, times: TimeGrid, noise: Float[Array, "times-1 batch *dims"] | None, *, sde: SDE
+) -> Path:
     reverse = times[-1] < times[0]
     # The weight of g^2 score in the drift is 0 in the forward SDE, 1 in the reverse SDE, and 1/2 in the ODE.
     weight = 0.5 if noise is None else jnp.where(reverse, 1.0, 0.0)
