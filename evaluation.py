@@ -49,10 +49,10 @@ def mean_estimate(values: Float[np.ndarray, "*repeats n"], mask: Bool[np.ndarray
 
 
 def frechet_distance(
-    mu1: Float[np.ndarray, " d"],
-    sigma1: Float[np.ndarray, "d d"],
-    mu2: Float[np.ndarray, " d"],
-    sigma2: Float[np.ndarray, "d d"],
+    mu1: Float[np.ndarray, " d1"],
+    sigma1: Float[np.ndarray, "d1 d1"],
+    mu2: Float[np.ndarray, " d2"],
+    sigma2: Float[np.ndarray, "d2 d2"],
 ) -> float:
     """Computes the squared Frechet distance |mu1 - mu2|^2 + tr(sigma1 + sigma2 - 2 (sigma1 sigma2)^(1/2)).
 
@@ -115,7 +115,7 @@ class KernelDistance(NamedTuple):
 
 
 def kernel_distance(
-    x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], *, subset_size: int = 1000, seed: int = 0
+    x: Float[np.ndarray, "n d1"], y: Float[np.ndarray, "m d2"], *, subset_size: int = 1000, seed: int = 0
 ) -> KernelDistance:
     """Computes KID: unbiased estimates of the squared MMD for the kernel (x.y / d + 1)^3, averaged over subsets.
 

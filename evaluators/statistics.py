@@ -175,17 +175,21 @@ def load_statistics(path: Path, *, features: str = "inception") -> Statistics:
     if "pool_3" in arrays:
         pool = arrays["pool_3"].reshape(len(arrays["pool_3"]), -1)  # Some files contain the 1 x 1 spatial axes.
         statistics = statistics_of([pool], features=name, features_hash=digest, data=data)
+        _check_moments(path, statistics.mu, statistics.sigma)
     elif {"mu", "sigma"} <= arrays.keys():
         n = int(arrays["n"]) if "n" in arrays else None
+        _check_moments(path, arrays["mu"], arrays["sigma"])
         statistics = Statistics(arrays["mu"], arrays["sigma"], n, name, digest, data, arrays.get("pool"))
     else:
         raise ValueError(f"{path} contains {', '.join(arrays) or 'nothing'}, but needs pool_3, or mu and sigma")
-    mu, sigma = statistics.mu, statistics.sigma
+    return statistics
+
+
+def _check_moments(path: Path, mu: np.ndarray, sigma: np.ndarray) -> None:
     if sigma.shape != mu.shape * 2 or mu.ndim != 1 or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise ValueError(
             f"{path} has mu of shape {mu.shape} and sigma of {sigma.shape}; they must be [d] and [d, d], and finite"
         )
-    return statistics
 
 
 def check_statistics(statistics: Statistics, extractor: FeatureExtractor) -> None:
