@@ -114,6 +114,10 @@ class EulerSampler(Sampler):
 
     num_steps: int
 
+    @property
+    def follows_ode(self) -> bool:
+        return True
+
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         del keys, progress  # the ODE has no noise, and short runs need no reports
         first, last = self.sde.log_noise_level(jnp.array([self.sde.t_max, self.smallest_time]))
