@@ -4,7 +4,7 @@
 
 A first-order model is trained first. Each order then continues from it for the same number of steps, as in the paper.
 The last column of the output is the negative log-likelihood of test points under the model's ODE. On average it cannot
-be below the entropy of the checkerboard, ln 32 = 3.466 nats. The script takes about a minute on one core.
+be below the entropy of the checkerboard, ln 32 = 3.466 nats. The script takes a minute or two on one core.
 """
 
 import argparse

@@ -461,7 +461,7 @@ def test_samplers_from_the_configuration():
     assert sampler == PredictorCorrector(sde=sde, num_steps=50, smallest_time=1e-3)
     for method, kind in (("ode", ODESampler), ("dpm_solver", DPMSolverSampler), ("heun", HeunSampler)):
         config.sampling.method = method
-        sampler = sampler_from_config(config, sde, None)
+        sampler = sampler_from_config(config, sde, (0.0, 1.0))
         assert type(sampler) is kind
         assert sampler.smallest_time == 1e-3
         if isinstance(sampler, FastSampler):
