@@ -1,4 +1,4 @@
-"""Compares samplers by FID and network evaluations on a trained digits model, and writes docs/results/samples.md.
+r"""Compares samplers by FID and network evaluations on a trained digits model, and writes docs/results/samples.md.
 
     python -m experiments.fid_nfe --workdir=runs/order1
 
