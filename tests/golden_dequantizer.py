@@ -52,7 +52,7 @@ def check_dequantizer(path: Path) -> Iterator[Result]:
 def _network(name: str, **sizes: int) -> Flowpp:
     deq = get_config().deq
     if name not in ARCHITECTURES:
-        raise UnknownKind(f"unknown dequantizer {name!r}; known names are {', '.join(ARCHITECTURES)}")
+        raise UnknownKind(f"unknown dequantizer {name!r}; known: {', '.join(ARCHITECTURES)}")
     deq.name = name
     deq.update(sizes)
     return flowpp_from_config(deq)

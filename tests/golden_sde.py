@@ -21,7 +21,7 @@ def check_sde(path: Path) -> Iterator[Result]:
     data = np.load(path)
     name = path.name.removeprefix("sde_").split(".")[0].split("_")[0]
     if name not in SDES:
-        raise UnknownKind(f"{path.name}: unknown SDE {name!r}; known names are {', '.join(SDES)}")
+        raise UnknownKind(f"{path.name}: unknown SDE {name!r}; known: {', '.join(SDES)}")
     got, truth = _sde_values(name, data["t"], data["x"]), sde_closed_forms.quantities(name, data["t"], data["x"])
     expanded = ("vp" in name) & (sde_closed_forms.beta_integral(data["t"]) <= 2e-3)
     size = {"discrete_drift": np.abs(data["x"]).max()}
