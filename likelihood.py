@@ -250,6 +250,10 @@ def ode_log_likelihood(
     return reference_log_likelihood(score_fn, sde, x, probes, t_min, solve, reference)
 
 
+PROBE_KINDS = (*PROBES, "exact")
+"""Kinds of probes of the divergence, and "exact" for the divergence itself."""
+
+
 def draw_probes(
     key: Array, kind: str, shape: tuple[int, ...], num_probes: int = 1
 ) -> Float[Array, "{num_probes} *shape"] | None:
@@ -261,7 +265,7 @@ def draw_probes(
     if kind == "exact":
         return None
     if kind not in PROBES:
-        raise ValueError(f"unknown probe {kind!r}; known: {', '.join((*PROBES, 'exact'))}")
+        raise ValueError(f"unknown probe {kind!r}; known: {', '.join(PROBE_KINDS)}")
     return PROBES[kind](key, (num_probes, *shape))
 
 

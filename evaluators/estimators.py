@@ -15,9 +15,8 @@ from arrays import Batch, PerExample, ScoreFn
 from configs.default import Config
 from coordinates import TAIL_DENSITY, GaussianReference
 from datasets import SPLITS, Source
-from derivatives import PROBES
 from infra import parallel
-from likelihood import METHODS, Probes, draw_probes, ode_log_likelihood
+from likelihood import METHODS, PROBE_KINDS, Probes, draw_probes, ode_log_likelihood
 from ode import FIXED_STEP, Info, check_processes
 from sde_lib import SDE
 
@@ -197,8 +196,8 @@ def estimator_from_config(config: Config) -> OdeEstimator | BoundEstimator:
         return _bound_from_config(settings)
     if settings.ode_solver not in METHODS:
         raise ValueError(f"eval.ode_solver is {settings.ode_solver!r}; known: {', '.join(METHODS)}")
-    if settings.probe not in (*PROBES, "exact"):
-        raise ValueError(f"eval.probe is {settings.probe!r}; known: {', '.join((*PROBES, 'exact'))}")
+    if settings.probe not in PROBE_KINDS:
+        raise ValueError(f"eval.probe is {settings.probe!r}; known: {', '.join(PROBE_KINDS)}")
     check_processes(METHODS[settings.ode_solver].solver, "eval.ode_solver")
     for field in ("rtol", "atol", "ode_steps", "num_probes"):
         if not settings[field] > 0:
