@@ -63,12 +63,12 @@ def _training() -> ConfigDict:
 def _data() -> ConfigDict:
     """The data set, and how its images are scaled. docs/data.md describes the data sets."""
     data = ConfigDict()
-    # name of the data set. Published images: CIFAR10, MNIST, FashionMNIST, KMNIST, EMNIST, SVHN, ImageNet, CelebA, LSUN,
-    # CelebAHQ, FFHQ. No download: digits. Images at data.path: npz, folder. Points of a density: mixture, checkerboard,
-    # swissroll, moons
+    # name of the data set. Published images: CIFAR10, MNIST, FashionMNIST, KMNIST, EMNIST, SVHN, ImageNet, CelebA,
+    # LSUN, CelebAHQ, FFHQ. No download: digits. Images at data.path: npz, folder. Points of a density: mixture,
+    # checkerboard, swissroll, moons
     data.dataset = "CIFAR10"
-    # version of ImageNet: old (the papers' images) or new (image-net.org's of 2021); their results do not compare. Part of
-    # EMNIST: balanced, byclass, bymerge, digits, letters, mnist
+    # version of ImageNet: old (the papers' images) or new (image-net.org's of 2021); their results do not compare. Part
+    # of EMNIST: balanced, letters, digits, mnist, byclass, bymerge
     data.variant = ""
     data.category = ""  # scene of LSUN, such as church_outdoor
     # file of npz, folder of folder, or the original images of CelebA, LSUN, CelebAHQ or FFHQ

@@ -102,7 +102,7 @@ def test_cifar10(tmp_path):
 def idx(array):
     """Returns the content of a compressed IDX file."""
     header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
-    return gzip.compress(header + array.tobytes())
+    return gzip.compress(header + array.tobytes(), mtime=0)
 
 
 def mnist_files(folder):
@@ -156,15 +156,16 @@ def test_emnist(tmp_path, variant, first, classes):
         (0, idx(random_images(5, 32, 32)), r"train-images-idx3-ubyte.gz has images of shape \(5, 32, 32\), not"),
         (0, idx(random_images(5)), "train-images-idx3-ubyte.gz is not an IDX file of unsigned bytes with 3 axes"),
         (0, idx(random_images(0, 28, 28)), r"has images of shape \(0, 28, 28\)"),
-        (0, gzip.compress(bytes([0, 0, 8, 3, 0, 0])), "train-images-idx3-ubyte.gz is not an IDX file"),
+        (0, gzip.compress(bytes([0, 0, 8, 3, 0, 0]), mtime=0), "train-images-idx3-ubyte.gz is not an IDX file"),
         (1, idx(np.zeros(4, np.uint8)), "train-images-idx3-ubyte.gz has 5 images, but 4 labels"),
         (1, idx(np.full(5, 10, np.uint8)), "has labels from 10 to 10, not from 0 to 9"),
         (
             3,
-            gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 3, 1])),
+            gzip.compress(bytes([0, 0, 8, 1, 0, 0, 0, 3, 1]), mtime=0),
             r"t10k-labels-idx1-ubyte.gz has 1 bytes for an array of shape \(3,\), which needs 3",
         ),
     ],
+    ids=range(9),
 )
 def test_idx_files_are_checked(tmp_path, number, content, message):
     files, _ = mnist_files(tmp_path)
