@@ -1,6 +1,7 @@
 """Settings of all tests: four devices on one machine, no silent broadcasting, checked annotations, cached programs."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # JAX reads these when it first looks at its devices. The programs of the tests are small, so LLVM's optimisations would
@@ -13,6 +14,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.par
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
+import jaxtyping
 import pytest
 
 from tests.type_checks import check_annotations
@@ -46,6 +48,14 @@ SLOW = {
     "test_train_state",
 }
 """Files whose tests compile much, or run main.py. `make check` leaves them out."""
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Switches the checks of annotations off, for tests that pass wrong types to see how they are refused."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

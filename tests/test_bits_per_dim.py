@@ -180,6 +180,7 @@ def test_missing_data_of_the_reference_are_said_before_any_work(monkeypatch):
         (lambda images: np.where(np.arange(len(images))[:, None, None, None] == 3, 40, images), "pixel of level 40"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_images_that_are_no_levels_are_refused(change, message, monkeypatch):
     source = datasets.source_from_config(get_config(), "test")
     changed = dataclasses.replace(source, levels_array=change(source.levels_array))  # pyright: ignore[reportArgumentType, reportAttributeAccessIssue, reportCallIssue]
