@@ -24,9 +24,9 @@ check_annotations()  # before a test imports one of the modules
 
 SLOW = {
     "test_bits_per_dim",
-    "test_bounds",
+    "test_bound_likelihood",
     "test_density_grid",
-    "test_deq_training",
+    "test_dequantizer_training",
     "test_derivatives",
     "test_entropy",
     "test_examples",
@@ -37,14 +37,14 @@ SLOW = {
     "test_likelihood",
     "test_losses",
     "test_models",
+    "test_ode_score",
     "test_points",
-    "test_released",
+    "test_published_checkpoints",
     "test_run_lib",
-    "test_sample_runs",
+    "test_samples",
     "test_sampling",
-    "test_score_ode",
     "test_sde_lib",
-    "test_tfds",
+    "test_tfds_folders",
     "test_train_state",
 }
 """Files whose tests compile much, or run main.py. `make check` leaves them out."""
