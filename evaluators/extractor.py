@@ -6,7 +6,7 @@ Images are measured in chunks of a fixed size, sharded over all devices of all h
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import numpy as np
@@ -17,6 +17,9 @@ from infra import parallel
 
 Images = UInt8[np.ndarray, "n height width channels"]
 """Images as the integer levels 0, ..., levels - 1 of each channel."""
+
+ImageBatches: TypeAlias = Iterable[UInt8[np.ndarray, "_ height width channels"]]
+"""Batches of images, which may have different sizes."""
 
 
 class Features(NamedTuple):
@@ -48,7 +51,7 @@ class FeatureExtractor(Protocol):
     def __call__(self, images: Images) -> Features: ...
 
 
-def extract_features(extractor: FeatureExtractor, batches: Iterable[Images]) -> Features:
+def extract_features(extractor: FeatureExtractor, batches: ImageBatches) -> Features:
     """Extracts the features of all images of all batches, in order."""
     parts = [extractor(images) for images in batches]
     if not parts:

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from evaluators.extractor import FeatureExtractor, Images, array_hash
+from evaluators.extractor import FeatureExtractor, ImageBatches, array_hash
 from infra import parallel
 from infra.files import read_npz, write_npz
 
@@ -89,7 +89,7 @@ class _RandomSubset:
 
 
 def statistics_of(
-    pools: Iterable[Float[np.ndarray, "n d"]],
+    pools: Iterable[Float[np.ndarray, "_ d"]],
     *,
     features: str,
     features_hash: str,
@@ -110,13 +110,13 @@ def statistics_of(
     return Statistics(*moments.mean_and_covariance(), moments.n, features, features_hash, data, subset.vectors())
 
 
-def measured_statistics(extractor: FeatureExtractor, data: str, batches: Iterable[Images]) -> Statistics:
+def measured_statistics(extractor: FeatureExtractor, data: str, batches: ImageBatches) -> Statistics:
     """Computes the statistics of images that arrive in batches, without holding the features of all of them."""
     pools = (extractor(images).pool for images in batches)
     return statistics_of(pools, features=extractor.name, features_hash=extractor.hash, data=data)
 
 
-def dataset_statistics(path: Path, extractor: FeatureExtractor, data: str, batches: Iterable[Images]) -> Statistics:
+def dataset_statistics(path: Path, extractor: FeatureExtractor, data: str, batches: ImageBatches) -> Statistics:
     """Reads the statistics of a data set from `path`, or measures and saves them if the file has other ones.
 
     `data` must identify the images. `batches` is only read if the images have to be measured. If the statistics cannot

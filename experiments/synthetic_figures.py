@@ -18,7 +18,7 @@ DISTANCES = {
 """Titles of the panels, by the names of the fields of `score_distances.Distances`."""
 
 
-def trajectories(t: Float[np.ndarray, " times"], panels: Mapping[str, Float[np.ndarray, "times paths"]]) -> Figure:
+def trajectories(t: Float[np.ndarray, " times"], panels: Mapping[str, Float[np.ndarray, "times _"]]) -> Figure:
     """Draws paths in one dimension against time, two panels in a row. Paths of VE must be divided by their scale."""
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(9.2, 2.9 * rows), layout="constrained")

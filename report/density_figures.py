@@ -66,7 +66,7 @@ def density_maps(
     return figure
 
 
-def point_figure(clouds: Mapping[str, Float[np.ndarray, "n d"]]) -> Figure:
+def point_figure(clouds: Mapping[str, Float[np.ndarray, "_ d"]]) -> Figure:
     """Draws points around the range of the first cloud: histograms in one dimension, else the first two coordinates."""
     limit = 1.5 * float(np.abs(next(iter(clouds.values()))).max()) or 1.0
     figure = Figure(figsize=(2.9 * len(clouds) + 0.7, 3.2), layout="constrained")

@@ -156,7 +156,7 @@ def test_resumed_training_is_bit_for_bit_that_of_one_run(trained, tmp_path):
 
 def test_noise_stays_in_its_bin_and_depends_on_its_image_only(trained):
     config = config_with(eval__dequantizer=True)
-    dequantizer = evaluation_dequantizer(build(config), trained / "deq")
+    dequantizer = evaluation_dequantizer(build(config), Workdir(trained / "deq"))
     keys = jax.random.split(jax.random.key(0), 4)
     images = jax.random.randint(jax.random.key(1), (4, 8, 8, 1), 0, 17)
     apply = jax.jit(lambda dequantizer, keys, images: dequantizer(keys, images))
@@ -192,7 +192,7 @@ def test_what_is_missing_is_said_before_any_work(trained, tmp_path):
         run_lib.evaluate(config, trained, "none")
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         run_lib.train_deq(config_with(), tmp_path / "empty", "deq")
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 8, which eval.ckpt_id asks for; there are 4"):
+    with pytest.raises(FileNotFoundError, match=r"ckpt_id is 2, .* no checkpoint for step 8; available steps: 4"):
         run_lib.train_deq(config_with(eval__ckpt_id=2), trained, "deq")
     with pytest.raises(ValueError, match=r"--deq_folder=\. is the workdir"):
         run_lib.train_deq(config_with(), trained, ".")
@@ -216,7 +216,7 @@ def test_a_dequantizer_goes_on_with_its_own_score_model_only(trained, tmp_path):
         ("deq__name", "glow", "deq.name is 'glow'; known: "),
         ("training__accumulation_steps", 2, "training.accumulation_steps is 2, but --mode=train_deq .*: set it to 1"),
         ("training__n_jitted_steps", 5, "training.n_jitted_steps is 5, but --mode=train_deq .*: set it to 1"),
-        ("deq__filters", 8, "another network: deq.filters is 4 there, 8 in the configuration"),
+        ("deq__filters", 8, "another network: deq.filters is 4 there, but 8 in the configuration"),
     ],
 )
 def test_bad_fields_are_named(trained, field, value, message):
@@ -229,4 +229,4 @@ def test_bad_fields_are_named(trained, field, value, message):
 def test_a_dequantizer_folder_without_a_checkpoint_is_none(trained, tmp_path):
     (tmp_path / "deq" / "checkpoints").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no dequantizer in"):
-        evaluation_dequantizer(build(config_with(eval__dequantizer=True)), tmp_path / "deq")
+        evaluation_dequantizer(build(config_with(eval__dequantizer=True)), Workdir(tmp_path / "deq"))
