@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from arrays import PerExample, inner
+from arrays import Batch, PerExample, inner
 from configs.default import Config
 from models.resample import FeatureMap, Projected, SameSize
 
@@ -228,9 +228,7 @@ class Pointwise(nn.Module):
         return (even @ weights[0], odd @ weights[1]), jnp.full(len(even), log_det)
 
 
-def mixture_of_logistics(
-    x: FeatureMap, raw: Float[Array, "batch height width channels parameters"]
-) -> tuple[FeatureMap, PerExample]:
+def mixture_of_logistics(x: Batch, raw: Float[Array, "batch *dims parameters"]) -> tuple[Batch, PerExample]:
     """exp(s) logit(F(x)) + t, F the distribution function of a mixture of logistics; and ln |det| of its Jacobian.
 
     Args:
