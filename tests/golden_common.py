@@ -4,6 +4,7 @@ import importlib
 import json
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -55,7 +56,7 @@ def golden_config(data: Any) -> Config:
 
 def golden_params(data: Any) -> Any:
     """Returns the parameters in a golden .npz file, nested like the network's parameters."""
-    flat = {key.removeprefix("params/"): data[key] for key in data.files if key.startswith("params/")}
+    flat = {key.removeprefix("params/"): jnp.asarray(data[key]) for key in data.files if key.startswith("params/")}
     return unflatten_dict(flat, sep="/")
 
 
