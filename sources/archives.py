@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 import numpy as np
 from PIL import Image
@@ -93,7 +92,7 @@ def read_emnist(files: Files, variant: str, classes: int, first_label: int) -> d
                 if name not in members:
                     raise ValueError(f"{archive} has no {name}")
                 with zipped.open(members[name]) as file:
-                    arrays.append(_read_idx(file, axes, f"{name} in {archive}"))
+                    arrays.append(_read_idx(file.read(), axes, f"{name} in {archive}"))
             images, labels = arrays
             splits[split] = _mnist_split(images, labels.astype(np.int64) - first_label, classes, str(archive))
     return splits
@@ -107,15 +106,13 @@ def _mnist_split(images: np.ndarray, labels: np.ndarray, classes: int, name: str
 
 
 def _read_idx_file(path: Path, axes: int) -> np.ndarray:
-    with path.open("rb") as file:
-        return _read_idx(file, axes, str(path))
+    return _read_idx(path.read_bytes(), axes, str(path))
 
 
-def _read_idx(compressed: IO[bytes], axes: int, name: str) -> np.ndarray:
+def _read_idx(compressed: bytes, axes: int, name: str) -> np.ndarray:
     """Reads an array in the IDX format: two zero bytes, its type (8 is uint8), its axes, its shape, and its bytes."""
     try:
-        with gzip.open(compressed) as file:
-            data = file.read()
+        data = gzip.decompress(compressed)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"Cannot read {name} as a .gz file: {error}") from error
     if data[:4] != bytes([0, 0, 8, axes]) or len(data) < 4 + 4 * axes:
