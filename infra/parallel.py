@@ -57,9 +57,8 @@ def join_processes(coordinator: str, num_processes: int | None, process_id: int 
     given = coordinator != "auto"
     if given and (num_processes is None or process_id is None or not 0 <= process_id < num_processes):
         raise ValueError(
-            f"--coordinator={coordinator} needs --num_processes and a --process_id from 0 up to that number, got "
-            f"{num_processes} and {process_id}; under SLURM, Open MPI, Kubernetes or on a TPU pod, --coordinator=auto "
-            "needs neither"
+            f"--coordinator={coordinator} needs --num_processes and a --process_id below it, got {num_processes} and "
+            f"{process_id}; under SLURM, Open MPI, Kubernetes or on a TPU pod, --coordinator=auto needs neither"
         )
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, which is a request to stop
     try:

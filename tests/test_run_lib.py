@@ -97,7 +97,7 @@ def test_continuing_with_a_higher_order(trained, tmp_path):
     run_lib.train(config, tmp_path / "kept")
     config.training.init_from = str(trained)
     config.training.n_iters = 12
-    with pytest.raises(ValueError, match=r"training.n_iters is 12, but .* is of step 12: nothing would be trained"):
+    with pytest.raises(ValueError, match=r"training.n_iters is 12, but .* is at step 12: nothing would be trained"):
         run_lib.train(config, tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
     config.training.init_reset = "step,opt,ema"
