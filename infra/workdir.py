@@ -153,7 +153,14 @@ class Workdir:
         }
         write_atomic(self.environment, json.dumps(environment, indent=1))
 
-    def write_samples(self, images: NumpyImages, real: NumpyImages, label: str, levels: int, step: int) -> None:
+    def write_samples(
+        self,
+        images: NumpyImages,
+        real: UInt8[np.ndarray, "_ height width channels"],
+        label: str,
+        levels: int,
+        step: int,
+    ) -> None:
         """Writes all samples of a checkpoint as arrays and pictures, and real images to compare them with.
 
         Args:

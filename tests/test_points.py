@@ -111,6 +111,7 @@ class ShiftedModel:
         return ShiftedScore(params, self.sde)
 
 
+@pytest.mark.usefixtures("unchecked")  # the model has no network
 def test_the_divergence_is_that_of_the_models_density(tmp_path):
     """0 for the data's own score; for the data's density moved by c, the mean of ln q(x) - ln q(x - c)."""
     config = config_with(mixture_vp, data__num_test_points=200, eval__batch_size=100, data__num_points=2000)

@@ -173,7 +173,7 @@ def test_missing_checkpoints_are_named(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         run_lib.evaluate(config_with(), tmp_path, "eval")
     config = config_with(eval__begin_ckpt=1, eval__end_ckpt=3)
-    with pytest.raises(FileNotFoundError, match="no checkpoint of step 18; there are those of 6, 12"):
+    with pytest.raises(FileNotFoundError, match="no checkpoint for step 18; available steps: 6, 12"):
         run_lib.evaluate(config, trained, "eval")
 
 
@@ -223,8 +223,8 @@ def test_missing_and_unwritable_workdirs(arguments):
         ("seed", -1, r"seed is -1; it must lie in \[0, 2\^32\)"),
         ("training__n_iters", 0, "training.n_iters is 0; it must be at least 1"),
         ("training__continuous", False, "training.continuous is False"),
-        ("training__init_reset", "lr", "init_reset has 'lr'; it takes any of step,opt,ema"),
-        ("training__init_reset", "opt", "init_reset is 'opt', but training.init_from names nothing"),
+        ("training__init_reset", "lr", "init_reset names 'lr'; it takes any of step,opt,ema"),
+        ("training__init_reset", "opt", "init_reset is 'opt', but training.init_from is empty"),
         ("model__ema_rate", 1.0, "model.ema_rate is 1.0"),
         ("training__sde", "vp", "training.sde is 'vp'; known: vesde"),
     ],
@@ -279,7 +279,7 @@ def test_an_evaluation_of_nothing_is_refused(trained):
 
 @pytest.mark.parametrize("name", ["", ".", "checkpoints", "samples/eval", "../eval", "/eval"])
 def test_results_have_a_folder_of_their_own(trained, name):
-    with pytest.raises(ValueError, match="must be a folder of its own inside the workdir"):
+    with pytest.raises(ValueError, match="must name a subfolder of the workdir for results only"):
         run_lib.evaluate(config_with(), trained, name)
 
 
@@ -293,7 +293,7 @@ def test_a_folder_without_a_run_gets_no_report(trained, tmp_path):
 
 def test_a_checkpoint_of_another_network_is_refused(trained):
     before = (trained / "config.json").read_bytes()
-    with pytest.raises(ValueError, match=r"another network: model.nf is 8 there, 16 in the configuration"):
+    with pytest.raises(ValueError, match=r"another network: model.nf is 8 there, but 16 in the configuration"):
         run_lib.train(config_with(model__nf=16), trained)
     assert (trained / "config.json").read_bytes() == before
 
@@ -317,13 +317,13 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(tmp_path):
     stopped.send_signal(signal.SIGINT)
     _, said = stopped.communicate(timeout=300)
     assert stopped.returncode == 130, said
-    assert "goes on from here" in said
+    assert "Run the same command again to resume" in said
     (step,) = (int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
     assert 0 < step < 300
 
     _, said = (again := start()).communicate(timeout=600)
     assert again.returncode == 0, said
-    assert f"going on from step {step}" in said
+    assert f"Resuming from step {step} in" in said
     config = config_with(**{f"training__{name}": value for name, value in settings.items()})
     run_lib.train(config, tmp_path / "whole")
     assert same_bits(state_of(config, workdir), state_of(config, tmp_path / "whole"))

@@ -202,7 +202,8 @@ def test_correctors_leave_the_marginal_invariant(sde, corrector):
             invariant = marginal @ np.linalg.inv(np.eye(2) - 0.5 * step * np.linalg.inv(marginal))
             normal = np.random.default_rng(0).normal(size=(2, 50_000, 2))
             x = alpha * DATA.mean + normal[0] @ np.linalg.cholesky(invariant).T
-            moved, _ = CORRECTORS[corrector](score_fn, sde, jnp.asarray(x), jnp.full(50_000, t[i]), normal[1], 50, snr)
+            noise, times = jnp.asarray(normal[1]), jnp.full(50_000, t[i])
+            moved, _ = CORRECTORS[corrector](score_fn, sde, jnp.asarray(x), times, noise, 50, snr)
             assert_moments(moved, alpha * DATA.mean, invariant)
             assert float(jnp.mean((moved - x) ** 2)) > step
 
