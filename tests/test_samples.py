@@ -239,7 +239,7 @@ def test_a_run_leaves_snapshots_of_its_kept_checkpoints(trained):
 
 def test_the_report_shows_snapshots(trained):
     page = (trained / "report.html").read_text()
-    assert "While training" in page
+    assert "Samples during training" in page
     assert all(f"{weights} weights, steps 6, 12" in page for weights in ("averaged", "last"))
     first, second = read_run(trained).snapshots
     assert (first.ema.step, second.raw.step) == (6, 12)
