@@ -18,7 +18,7 @@ from sources.archives import read_cifar10
 from sources.source import RecordSource
 from sources.tfds_folders import TfdsSet, load_tfds
 from sources.tfrecord import TFRecords, decode_raw
-from tests.test_published import cifar10_archive, sha256
+from tests.test_published_data import cifar10_archive, sha256
 from tests.tfds_folder import encoded, raw_example, write_tfds, write_tfrecords
 
 ROOT = Path(__file__).parent.parent
