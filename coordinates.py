@@ -8,7 +8,7 @@ x_t = alpha x_0 + sigma z, with noise level rho = sigma / alpha. Four steps star
 2. If the data were Gaussian with mean m and standard deviation c, u would be N(m, c^2 + rho^2), and the flow would only
    stretch u - m in proportion to sqrt(c^2 + rho^2). Dividing by this gives y = (u - m) / sqrt(c^2 + rho^2), that is,
    x = alpha m + a y with a = sqrt(alpha^2 c^2 + sigma^2).
-3. dy/dlambda = -(sigma / a)^2 (a score(x, t) + y) is the difference between the score and that of the Gaussian. It is
+3. dy/dlambda = -(sigma / a)^2 (a score(x, t) + y) is the difference between the model's and the Gaussian's score. It is
    exactly 0 for Gaussian data, small where the noise hides the shape of the data, and proportional to rho where the
    noise is small. Its divergence is -(sigma^2 div_x score + sum_i (sigma / a_i)^2), and ln |dx/dy| is sum_i ln a_i.
 4. Steps should be short where the data have structure, at noise levels below their scale c. The variable of the solve,

@@ -1,6 +1,6 @@
 """The entropy of data, estimated from a score model alone ([S21b] Theorem 4).
 
-Along a forward SDE the entropy of x_t grows by dH/dt = E[div f] + g^2 / 2 E|grad ln q_t|^2. So that of the data is
+Along a forward SDE the entropy of x_t grows by dH/dt = E[div f] + g^2 / 2 E|grad ln q_t|^2. So the data's is
 
     H(q_min) = H(q_T) - integral over [t_min, T] of (E[div f] + g^2 / 2 E|s|^2) dt,           the form "score",
 
@@ -8,8 +8,8 @@ and, since E|grad ln q|^2 = -E[div grad ln q], the same with -E[div s] for E|s|^
 score, both are exact except for H(q_T). With the score of a model they differ, and neither is a bound.
 
 - H(q_min) is the entropy of x_t at t_min: of the data with that little noise, scaled by alpha.
-- H(q_T) is taken to be that of the prior, d / 2 ln(2 pi e prior_sigma^2), as in the theorem. For VE it is too low by
-  about half the ratio of the variance of the data to that of the prior.
+- H(q_T) is taken to be the entropy of the prior, d / 2 ln(2 pi e prior_sigma^2), as in the theorem. For VE it is too
+  low by about half the variance of the data divided by the variance of the prior.
 
 Times are drawn in proportion to g^2 / sigma^2, that is, uniformly in ln rho, rho = sigma / alpha, and stratified. In
 ln rho the integrand is (sigma |s|)^2, which stays finite. At large noise it is d, plus sampling noise. Therefore the

@@ -82,7 +82,7 @@ def _data() -> ConfigDict:
     data.num_test_points = 10_000  # test points drawn from a density
     data.image_size = 32  # height and width of the images
     data.num_channels = 3  # channels of the images
-    data.levels = 256  # grey levels of a channel; bits/dim are those of images with this many levels
+    data.levels = 256  # grey levels of a channel; bits/dim are computed for this number of levels
     data.centered = False  # scale images to [-1, 1] (True) or to [0, 1] (False) for the network
     data.random_flip = True  # mirror training images left to right at random
     data.uniform_dequantization = False  # add uniform noise of one grey level to training images
@@ -136,7 +136,7 @@ def _optim() -> ConfigDict:
     optim = ConfigDict()
     optim.optimizer = "Adam"  # the only choice
     optim.lr = 2e-4  # learning rate after the warm-up
-    optim.beta1 = 0.9  # decay of the first moment; that of the second is 0.999
+    optim.beta1 = 0.9  # decay of the first moment; the second moment's decay is 0.999
     optim.eps = 1e-8  # constant added to the denominator of an update
     optim.weight_decay = 0.0  # decoupled weight decay, as a multiple of the learning rate
     optim.warmup = 5000  # steps over which the learning rate rises linearly from 0

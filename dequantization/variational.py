@@ -2,7 +2,7 @@
 
 The bound of dequantization/noise.py holds for any q. It is tightest if q(u | k) is the model's own density in the bin
 of k, normalised. So with the score model fixed, q is trained to minimise E_q[ bound(x) + ln q(u | k) ]. The bound on
--ln p(x) is that of bound_likelihood.py, with one importance-sampled time for each image ([S21b] Sec. 5.2).
+-ln p(x) comes from bound_likelihood.py, with one importance-sampled time for each image ([S21b] Sec. 5.2).
 """
 
 import dataclasses

@@ -3,7 +3,7 @@
     python main.py --config=configs/subvp/cifar10_ddpmpp_deep_continuous.py --workdir=WORKDIR --mode=train
 
 106.6M parameters. Published, order 1: 2.99 bits/dim, FID 2.92 by the ODE, FID 2.41 by predictor-corrector ([S21a]
-Tables 2 and 3). The 2.99 bits/dim are those of a smallest time of 1e-5 (--config.training.smallest_time=1e-5).
+Tables 2 and 3). The 2.99 bits/dim need a smallest time of 1e-5 (--config.training.smallest_time=1e-5).
 Hardware and training time are not published.
 """
 
