@@ -19,7 +19,7 @@ from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values, draw_in_rounds
 from evaluators.estimators import Estimate, as_float64, estimator_from_config, evaluation_source, fetch_and_check
 from infra import parallel
-from infra.workdir import DensityGrid, EvaluationFolder, PointCloud
+from infra.workdir import DATA, DensityGrid, EvaluationFolder, PointCloud
 from models.score import Params
 from sampling import image_keys
 
@@ -232,5 +232,5 @@ class PointSamplesEvaluator:
         source = datasets.source_from_config(self.run.config, "test")
         data = source.images(np.arange(min(len(source), self.num_samples)))
         if jax.process_index() == 0:
-            PointCloud(data, 0).write(folder.workdir.points / "data.npz")
+            PointCloud(data, 0).write(folder.workdir.points / f"{DATA}.npz")
             PointCloud(points, folder.step).write(folder.workdir.points / f"{folder.artefact_label}.npz")

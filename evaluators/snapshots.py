@@ -53,7 +53,7 @@ class Snapshots:
         step = int(state.step)
         if not self.due(step):
             return
-        path, digest = self.folder / f"step_{step}.npz", params_digest(state.params)
+        path, digest = Snapshot.file(self.folder, step), params_digest(state.params)
         if parallel.agree(_stored_digest(path) == digest):
             return
         try:

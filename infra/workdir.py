@@ -41,6 +41,9 @@ from infra.image_grid import save_grid
 
 NumpyImages = UInt8[np.ndarray, "n height width channels"]
 
+DATA = "data"
+"""The name, without its ending, of the files in samples/ and samples/points/ that hold data instead of samples."""
+
 PER_GRID = 64
 """Images in a picture, at most."""
 
@@ -167,7 +170,7 @@ class Workdir:
             images, real: integers from 0 to `levels` - 1.
             step: the training step of the checkpoint.
         """
-        ImageGrid(real[:PER_GRID], levels, 0).write(self.samples / "data.npz")
+        ImageGrid(real[:PER_GRID], levels, 0).write(self.samples / f"{DATA}.npz")
         ImageGrid(images[:PER_GRID], levels, step).write(self.samples / f"{label}.npz")
         save_grid(self.samples / f"{label}.png", images[:PER_GRID], levels)
         for path in (self.samples / label).glob("images_*"):  # an earlier evaluation may have drawn more
@@ -274,6 +277,11 @@ class Snapshot:
     def step(self) -> int:
         return self.ema.step
 
+    @staticmethod
+    def file(folder: Path, step: int) -> Path:
+        """The file with the arrays of the snapshot at this step."""
+        return folder / f"step_{step}.npz"
+
     def write(self, folder: Path) -> None:
         """Writes two pictures, then the arrays, whose file says that the snapshot is complete."""
         grids = {"ema": self.ema, "raw": self.raw}
@@ -281,7 +289,7 @@ class Snapshot:
             save_grid(folder / f"step_{self.step}_{weights}.png", grid.images, grid.levels)
         arrays = {weights: grid.images for weights, grid in grids.items()}
         write_npz(
-            folder / f"step_{self.step}.npz",
+            self.file(folder, self.step),
             **arrays,
             levels=self.ema.levels,
             step=self.step,

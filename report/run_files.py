@@ -7,10 +7,7 @@ from typing import Any
 
 from infra.metrics import RunCurves, read_metrics, value_at
 from infra.results import evaluations, seconds_file
-from infra.workdir import Artefact, DensityGrid, ImageGrid, PointCloud, Snapshot, Workdir, read_all, read_json
-
-DATA = "data"
-"""The name of the files in samples/ that have data instead of samples."""
+from infra.workdir import DATA, Artefact, DensityGrid, ImageGrid, PointCloud, Snapshot, Workdir, read_all, read_json
 
 
 @dataclasses.dataclass(frozen=True)
