@@ -16,6 +16,10 @@ D = 3
 DENSITY = asymmetric_mixture(D)
 VP = VPSDE()
 
+# One compilation each: operation by operation, they would take a hundred.
+compiled_losses = jax.jit(score_matching_losses, static_argnums=(0, 1, 2))
+compiled_noise = jax.jit(draw_noise, static_argnums=(1, 2, 3))
+
 
 def mixture_score(sde):
     return DENSITY.score_fn(sde)
@@ -46,21 +50,24 @@ def test_terms_average_over_probes_to_what_the_paper_derives():
     """
     sde, d = VP, D
     x0 = DENSITY.sample(jax.random.key(0), (5, d))
-    noise = draw_noise(jax.random.key(1), sde, Objective(order=3, t_min=1e-2), x0.shape)
+    noise = compiled_noise(jax.random.key(1), sde, Objective(order=3, t_min=1e-2), x0.shape)
     score_fn = wrong_score(sde, (0.3, 0.2, 0.1))
-    mean, sigma = sde.marginal(x0, noise.t)
-    sigma = sigma[:, None]
-    value, jacobian, trace_gradient = exact_trace_gradient(lambda x: score_fn(x, noise.t), mean + sigma * noise.z)
-    u = noise.z + sigma * value
-    scaled = sigma[..., None] ** 2 * jacobian
-    a = scaled + jnp.eye(d)[None] - u[:, :, None] * u[:, None, :]
     probes = all_sign_vectors(d)
 
-    terms = jax.vmap(
-        lambda v: score_matching_losses(
-            score_fn, sde, Objective(order=3, t_min=1e-2), x0, noise._replace(probe=jnp.broadcast_to(v, x0.shape))
-        )
-    )(probes)
+    @jax.jit
+    def values():
+        mean, sigma = sde.marginal(x0, noise.t)
+        sigma = sigma[:, None]
+        exact = exact_trace_gradient(lambda x: score_fn(x, noise.t), mean + sigma * noise.z)
+        objective = Objective(order=3, t_min=1e-2)
+        draws = jax.vmap(lambda v: noise._replace(probe=jnp.broadcast_to(v, x0.shape)))(probes)
+        terms = jax.vmap(lambda draw: score_matching_losses(score_fn, sde, objective, x0, draw))(draws)
+        return sigma, exact, terms, third_order_vector(score_fn, sde, x0, noise, probes)
+
+    sigma, (value, jacobian, trace_gradient), terms, quadratic = values()
+    u = noise.z + sigma * value
+    scaled = sigma[..., None] ** 2 * jacobian
+    a = scaled + np.eye(d)[None] - u[:, :, None] * u[:, None, :]
     frob = jnp.sum(a**2, axis=(1, 2)) / d**2
     np.testing.assert_allclose(jnp.mean(terms["second_frob"], 0), frob, rtol=1e-4)
     symmetric = 0.5 * (a + a.transpose(0, 2, 1))
@@ -70,7 +77,6 @@ def test_terms_average_over_probes_to_what_the_paper_derives():
 
     exact = sigma**3 * trace_gradient + (jnp.sum(u**2, 1) - jnp.trace(scaled, axis1=1, axis2=2) - d)[:, None] * u
     exact -= 2 * jnp.einsum("bij,bj->bi", scaled + jnp.eye(d)[None], u)
-    quadratic = third_order_vector(score_fn, sde, x0, noise, probes)
     np.testing.assert_allclose(jnp.mean(quadratic, 0), exact, rtol=1e-3, atol=1e-4)
     expected = (jnp.sum(exact**2, 1) + jnp.sum(jnp.var(quadratic, axis=0), 1)) / d**3
     np.testing.assert_allclose(jnp.mean(terms["third"], 0), expected, rtol=1e-4)
@@ -101,33 +107,39 @@ def third_order_vector(score_fn, sde, x0, noise, probes):
 def test_exact_terms_are_those_of_the_whole_jacobian():
     """Losses of the exact form equal those written out for the whole Jacobian, and their sum has their weights."""
     x0 = DENSITY.sample(jax.random.key(0), (4, D))
-    noise = draw_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
+    noise = compiled_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
     score_fn = wrong_score(VP, (0.3, 0.2, 0.1))
     weights = {"second_weight": 0.5, "third_weight": 0.1, "exact": True, "t_min": 1e-2}
-    terms = score_matching_losses(score_fn, VP, Objective(order=3, **weights), x0, noise)
-    expected = score_matching_losses(score_fn, VP, Objective(t_min=1e-2), x0, noise)
+    terms = compiled_losses(score_fn, VP, Objective(order=3, **weights), x0, noise)
+    expected = compiled_losses(score_fn, VP, Objective(t_min=1e-2), x0, noise)
     np.testing.assert_allclose(terms["first"], expected["first"], rtol=1e-5)
-    mean, sigma = VP.marginal(x0, noise.t)
-    xt, sigma = mean + sigma[:, None] * noise.z, sigma[:, None]
 
     def one(x, t):
         return score_fn(x[None], t[None])[0]
 
-    spread = sigma[..., None] ** 2 * jax.vmap(jax.jacrev(one))(xt, noise.t) + jnp.eye(D)[None]
-    u = noise.z + sigma * score_fn(xt, noise.t)
-    trace = jnp.trace(spread, axis1=1, axis2=2)
-    norm = jnp.sum(u**2, axis=1)
-    gradient = jax.vmap(jax.grad(lambda x, t: jnp.trace(jax.jacrev(one)(x, t))))(xt, noise.t)
-    third = sigma**3 * gradient + (norm - trace)[:, None] * u - 2 * jnp.einsum("bij,bj->bi", spread, u)
-    second = jnp.mean((spread - u[:, :, None] * u[:, None, :]) ** 2, axis=(1, 2))
+    @jax.jit
+    def derivatives():
+        mean, sigma = VP.marginal(x0, noise.t)
+        xt, sigma = mean + sigma[:, None] * noise.z, sigma[:, None]
+        gradient = jax.vmap(jax.grad(lambda x, t: jnp.trace(jax.jacrev(one)(x, t))))(xt, noise.t)
+        return sigma, score_fn(xt, noise.t), jax.vmap(jax.jacrev(one))(xt, noise.t), gradient
+
+    sigma, score, jacobian, gradient = map(np.asarray, derivatives())
+    spread = sigma[..., None] ** 2 * jacobian + np.eye(D)
+    u = np.asarray(noise.z) + sigma * score
+    trace = np.trace(spread, axis1=1, axis2=2)
+    norm = np.sum(u**2, axis=1)
+    third = sigma**3 * gradient + (norm - trace)[:, None] * u - 2 * np.einsum("bij,bj->bi", spread, u)
+    second = np.mean((spread - u[:, :, None] * u[:, None, :]) ** 2, axis=(1, 2))
     np.testing.assert_allclose(terms["second_frob"], second, rtol=1e-4)
     np.testing.assert_allclose(terms["third"], jnp.mean(third**2, axis=1), rtol=1e-3)
     np.testing.assert_allclose(terms["total"], terms["first"] + 0.5 * second + 0.1 * terms["third"], rtol=1e-4)
-    second_order = score_matching_losses(score_fn, VP, Objective(order=2, **weights), x0, noise)
+    second_order = compiled_losses(score_fn, VP, Objective(order=2, **weights), x0, noise)
     np.testing.assert_allclose(second_order["total"], terms["first"] + 0.5 * second, rtol=1e-4)
     assert set(second_order) == {"total", "first", "second_frob"}
-    jacobian = spread - jnp.eye(D)[None]
-    np.testing.assert_allclose(exact_second_order_trace(jacobian, u), (trace - norm) ** 2 / D, rtol=1e-4)
+    np.testing.assert_allclose(
+        exact_second_order_trace(jnp.asarray(spread - np.eye(D)), jnp.asarray(u)), (trace - norm) ** 2 / D, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize("d", [1, 2])
@@ -160,7 +172,6 @@ def test_true_score_is_stationary_for_every_order(name):
     objective = Objective(order=3, t_min=0.05)
     batch, repeats = 4000, 40
 
-    @jax.jit
     def gradients(params, key):
         data_key, noise_key = jax.random.split(key)
         x0 = DENSITY.sample(data_key, (batch, D))
@@ -172,6 +183,7 @@ def test_true_score_is_stationary_for_every_order(name):
 
         return jax.jacrev(terms)(params)
 
+    @jax.jit
     def z_scores(params):
         keys = jax.random.split(jax.random.key(3), repeats)
         values = jax.lax.map(lambda key: gradients(params, key), keys)
@@ -187,14 +199,14 @@ def test_true_score_is_stationary_for_every_order(name):
 def test_bars_carry_no_gradient():
     """The second order does not move the score's value, nor the third its Jacobian."""
     x0 = DENSITY.sample(jax.random.key(0), (4, D))
-    noise = draw_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
+    noise = compiled_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
 
     def term(name):
         def of_params(params):
             losses = score_matching_losses(wrong_score(VP, params), VP, Objective(order=3, t_min=1e-2), x0, noise)
             return jnp.mean(losses[name])
 
-        return jax.grad(of_params)((0.1, 0.1, 0.1))
+        return jax.jit(jax.grad(of_params))((0.1, 0.1, 0.1))
 
     value, slope, curvature = term("second_frob")
     assert value == 0
@@ -244,16 +256,16 @@ def test_times_have_their_density():
 
 def test_half_sum_and_weights():
     x0 = DENSITY.sample(jax.random.key(0), (4, D))
-    noise = draw_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
+    noise = compiled_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
     score_fn = mixture_score(VP)
-    mean = score_matching_losses(score_fn, VP, Objective(t_min=1e-2), x0, noise)
-    half = score_matching_losses(score_fn, VP, Objective(t_min=1e-2, reduce_mean=False), x0, noise)
+    mean = compiled_losses(score_fn, VP, Objective(t_min=1e-2), x0, noise)
+    half = compiled_losses(score_fn, VP, Objective(t_min=1e-2, reduce_mean=False), x0, noise)
     np.testing.assert_allclose(half["total"], 0.5 * D * mean["total"], rtol=1e-6)
     weighted = Objective(order=3, t_min=1e-2, second_weight=0.5, third_weight=0.1)
-    third = score_matching_losses(score_fn, VP, weighted, x0, noise)
+    third = compiled_losses(score_fn, VP, weighted, x0, noise)
     total = third["first"] + 0.5 * (third["second_frob"] + third["second_trace"]) + 0.1 * third["third"]
     np.testing.assert_allclose(third["total"], total, rtol=1e-6)
-    second = score_matching_losses(score_fn, VP, Objective(order=2, t_min=1e-2), x0, noise)
+    second = compiled_losses(score_fn, VP, Objective(order=2, t_min=1e-2), x0, noise)
     np.testing.assert_allclose(second["second_frob"], third["second_frob"], rtol=1e-5)
     assert set(second) == {"total", "first", "second_frob", "second_trace"}
 
