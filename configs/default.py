@@ -22,6 +22,7 @@ def get_config() -> Config:
     config.sampling = _sampling()
     config.eval = _eval()
     config.deq = _deq()
+    config.cost = _cost()
     return config
 
 
@@ -239,3 +240,15 @@ def _deq() -> ConfigDict:
     deq.ema_rate = 0.99  # decay of the averaged parameters, which evaluation uses
     deq.offset = True  # train on the bound with its start-time correction
     return deq
+
+
+def _cost() -> ConfigDict:
+    """What `--mode=cost` measures: a training step of every order with every batch size and memory setting."""
+    cost = ConfigDict()
+    cost.orders = (1, 2, 3)  # orders of score matching
+    cost.batch_sizes = ()  # batch sizes, over all devices; none means training.batch_size
+    # memory settings: none, or FIELD=VALUE for training.accumulation_steps and model.remat, with spaces between several
+    cost.memory = ("none", "training.accumulation_steps=2", "model.remat=True")
+    cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
+    cost.memory_gb = 0.0  # memory in GB that a batch has to fit; 0 means the memory of the device
+    return cost
