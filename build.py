@@ -148,6 +148,7 @@ def build(config: Config) -> Run:
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,
         accumulation_steps=training.accumulation_steps,
+        unroll_parts=jax.default_backend() == "cpu",
     )
     return Run(config, parallel.device_mesh(), model, trainer, preprocess)
 

@@ -110,7 +110,7 @@ def _advice(error: Exception) -> str:
     if "RESOURCE_EXHAUSTED" not in str(error):
         return ""
     return (
-        "out of memory: for training, raise training.accumulation_steps, set model.remat=True, or lower "
+        "out of memory: for training, raise training.accumulation_steps, set model.remat=block, or lower "
         "training.batch_size; for evaluation, lower eval.batch_size or sampling.batch_size\n"
     )
 

@@ -102,11 +102,13 @@ class Trainer:
     preprocess: Callable[[Array, TrainingBatch], Batch]
     ema_rate: float
     accumulation_steps: int = 1
+    unroll_parts: bool = False
+    """Unroll the loop over the parts of a batch: for CPUs, where XLA's gradients of convolutions are slow in loops."""
 
     def train_steps(self, state: TrainState, images: TrainingBatches, key: Array) -> tuple[TrainState, Metrics]:
         """One step for each batch along the first axis of `images`. Metrics are means over the steps."""
         if len(images) == 1:
-            # No loop for a single step: on CPUs, XLA's gradients of convolutions are many times slower in loops.
+            # No loop for a single step, see `unroll_parts`.
             return self.train_step(state, images[0], key)
         state, metrics = jax.lax.scan(lambda s, batch: self.train_step(s, batch, key), state, images)
         return state, jax.tree.map(jnp.mean, metrics)
@@ -137,12 +139,15 @@ class Trainer:
             return self.loss_gradient(params, x0, noise, dropout_key)
 
         def accumulate(total: Params, part: tuple[Batch, Noise, Array]) -> tuple[Params, Metrics]:
-            gradient, metrics = self.loss_gradient(params, *part)
+            # The parameters of a part are read after the previous part is added, so that unrolled parts do not overlap.
+            now, total = jax.lax.optimization_barrier((params, total))
+            gradient, metrics = self.loss_gradient(now, *part)
             return jax.tree.map(jnp.add, total, gradient), metrics
 
         batches = jax.tree.map(self._split, (x0, noise))
         parts = (*batches, jax.random.split(dropout_key, self.accumulation_steps))
-        total, metrics = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, params), parts)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, metrics = jax.lax.scan(accumulate, zeros, parts, unroll=self.unroll_parts)
         return jax.tree.map(lambda g: g / self.accumulation_steps, total), jax.tree.map(jnp.mean, metrics)
 
     def loss_gradient(self, params: Params, x0: Batch, noise: Noise, dropout_key: Array) -> tuple[Params, Metrics]:

@@ -19,7 +19,7 @@ Row: TypeAlias = Mapping[str, Any]
 UNCHANGED = "none"
 """The memory setting that leaves the configuration as it is."""
 
-MEMORY_FIELDS = ("training.accumulation_steps", "model.remat")
+MEMORY_FIELDS = ("training.accumulation_steps", "training.residual_first", "model.remat")
 """Fields of the configuration that a memory setting may change. They change the cost of a step, but not the state."""
 
 OUT_OF_MEMORY = "out of memory"
@@ -78,7 +78,7 @@ def contraction_flop(jaxpr: Any, *, repeat_loops: bool = True) -> float:
     once only, and lacks calls of libraries, which are the convolutions on GPUs. On CPUs the two agree within 3 %.
 
     Args:
-        repeat_loops: count the body of a loop as often as it runs, instead of once.
+        repeat_loops: count the body of a loop as often as it runs, instead of once. Unrolled loops count in full.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -90,7 +90,8 @@ def contraction_flop(jaxpr: Any, *, repeat_loops: bool = True) -> float:
         elif name == "dot_general":
             contracted = params["dimension_numbers"][0][0]
             total += 2.0 * math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
-        repeats = params["length"] if name == "scan" and repeat_loops else 1
+        unrolled = params.get("unroll") == params.get("length")
+        repeats = params["length"] if name == "scan" and (repeat_loops or unrolled) else 1
         inner = (contraction_flop(part, repeat_loops=repeat_loops) for part in _inner_programs(params))
         total += repeats * sum(inner)
     return total
