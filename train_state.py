@@ -139,9 +139,10 @@ class Trainer:
             return self.loss_gradient(params, x0, noise, dropout_key)
 
         def accumulate(total: Params, part: tuple[Batch, Noise, Array]) -> tuple[Params, Metrics]:
-            # The parameters of a part are read after the previous part is added, so that unrolled parts do not overlap.
-            now, total = jax.lax.optimization_barrier((params, total))
-            gradient, metrics = self.loss_gradient(now, *part)
+            x0, noise, key = part
+            if self.unroll_parts:
+                x0 = _once_known(x0, total)
+            gradient, metrics = self.loss_gradient(params, x0, noise, key)
             return jax.tree.map(jnp.add, total, gradient), metrics
 
         batches = jax.tree.map(self._split, (x0, noise))
@@ -164,6 +165,16 @@ class Trainer:
     def _split(self, a: Array) -> Array:
         """[batch, ...] to [parts, batch / parts, ...]. Each part has rows from every device."""
         return a.reshape(-1, self.accumulation_steps, *a.shape[1:]).swapaxes(0, 1)
+
+
+def _once_known(x0: Batch, total: Params) -> Batch:
+    """Returns x0, or NaN if the total is not finite, computed after the total.
+
+    Otherwise XLA computes unrolled parts at the same time, and needs the memory of the whole batch. An optimization
+    barrier in its place has no effect on CPUs.
+    """
+    probe = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(total))
+    return x0 + jnp.where(jnp.isfinite(probe), 0.0, jnp.nan)
 
 
 RESETTABLE = ("step", "opt", "ema")
