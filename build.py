@@ -85,6 +85,17 @@ class Run:
         """The shapes of the training state, replicated over all devices."""
         return abstract_state(jax.eval_shape(self.fresh_state), parallel.replicated(self.mesh))
 
+    def train_steps(self) -> jax.stages.Wrapped:
+        """The compiled call of training: from a state, `training.n_jitted_steps` batches and the run's key to the next
+        state and the mean metrics. It donates the state."""
+        replicated, along = parallel.replicated(self.mesh), parallel.along_batch(self.mesh, axis=1)
+        return jax.jit(
+            self.trainer.train_steps,
+            in_shardings=(replicated, along, replicated),
+            out_shardings=replicated,
+            donate_argnums=0,
+        )
+
     def load_state(self, path: Path) -> TrainState:
         """The state in a published checkpoint file, in one step's folder among a run's checkpoints, or a run's newest.
 
@@ -137,6 +148,7 @@ def build(config: Config) -> Run:
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,
         accumulation_steps=training.accumulation_steps,
+        unroll_parts=jax.default_backend() == "cpu",
     )
     return Run(config, parallel.device_mesh(), model, trainer, preprocess)
 

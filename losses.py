@@ -68,6 +68,8 @@ class Objective:
     second_weight: float = 1.0
     third_weight: float = 1.0
     exact: bool = False
+    residual_first: bool = False
+    """Compute the third order as `_residual_first_terms` does, for less memory; values and gradients are the same."""
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -78,6 +80,8 @@ class Objective:
             )
         if self.importance_weighting and not self.likelihood_weighting:
             raise ValueError("training.importance_weighting needs training.likelihood_weighting=True")
+        if self.residual_first and self.exact:
+            raise ValueError("training.residual_first needs training.exact_derivatives=False: it is for probes")
         if not 0 < self.t_min < SDE.t_max:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
 
@@ -120,14 +124,17 @@ def score_matching_losses(
     sigma = append_dims(sigma, x0)
     xt = mean + sigma * noise.z
 
-    def scaled_score(x: Batch) -> Batch:
-        return sigma * score_fn(x, noise.t)
+    def scaled(score_fn: ScoreFn) -> Field:
+        return lambda x: sigma * score_fn(x, noise.t)
 
-    higher_orders = _exact_terms if objective.exact else _probe_terms
     if objective.order == 1:
-        score, terms = scaled_score(xt), {}
+        score, terms = scaled(score_fn)(xt), {}
+    elif objective.exact:
+        score, terms = _exact_terms(scaled(score_fn), xt, sigma, objective.order, noise)
+    elif objective.order == 3 and objective.residual_first:
+        score, terms = _residual_first_terms(scaled(score_fn), scaled(_constant(score_fn)), xt, sigma, noise)
     else:
-        score, terms = higher_orders(scaled_score, xt, sigma, objective.order, noise)
+        score, terms = _probe_terms(scaled(score_fn), xt, sigma, objective.order, noise)
     terms = {"first": first_order(score, sde, objective, noise)} | terms
     return {"total": weighted_total(terms, objective)} | terms
 
@@ -152,14 +159,52 @@ def _probe_terms(
         score, jacobian_probe, trace_gradient = probe_trace_gradient(scaled_score, xt, noise.probe)
     # scaled_score already holds one factor of sigma
     jacobian_probe = sigma * jacobian_probe
+    terms = _second_order_terms(score, jacobian_probe, noise)
+    if trace_gradient is not None:
+        u = noise.z + stop_gradient(score)
+        terms["third"] = third_order(sigma**2 * trace_gradient, stop_gradient(jacobian_probe), u, noise.probe)
+    return score, terms
+
+
+def _second_order_terms(score: Batch, jacobian_probe: Batch, noise: Noise) -> dict[str, PerExample]:
+    """The terms of order 2. Args: score: sigma s. jacobian_probe: sigma^2 J v."""
     u = noise.z + stop_gradient(score)
-    terms = {
+    return {
         "second_frob": second_order_frob(jacobian_probe, u, noise.probe),
         "second_trace": second_order_trace(jacobian_probe, u, noise.probe),
     }
-    if trace_gradient is not None:
-        terms["third"] = third_order(sigma**2 * trace_gradient, stop_gradient(jacobian_probe), u, noise.probe)
+
+
+def _residual_first_terms(
+    scaled_score: Field, constant_score: Field, xt: Batch, sigma: Factor, noise: Noise
+) -> tuple[Batch, dict[str, PerExample]]:
+    """The values and gradients of `_probe_terms` of order 3, without a reverse pass inside the one for the gradient.
+
+    The third term is the mean square of a residual r, so its gradient is that of <w, sigma^2 grad_x (v.Jv)> with the
+    constant w = 2 r / d, and <w, grad_x (v.Jv)> = v.D^2 field [v, w] is a forward derivative along v and then w. The
+    gradient runs through forward derivatives only, all of which can be recomputed block by block, as with model.remat.
+
+    Args:
+        constant_score: the same field, without a gradient for its parameters.
+    """
+    value, tangent, trace_gradient = probe_trace_gradient(constant_score, xt, noise.probe)
+    u, d = noise.z + value, num_dims(xt)
+    residual = stop_gradient(third_order_residual(sigma**2 * trace_gradient, sigma * tangent, u, noise.probe))
+    direction = 2 * sigma**2 * residual / d**2
+
+    def along_probe(x: Batch) -> tuple[Batch, Batch]:
+        return jax.jvp(scaled_score, (x,), (noise.probe,))
+
+    (score, jacobian_probe), (_, second_derivative) = jax.jvp(along_probe, (xt,), (direction,))
+    terms = _second_order_terms(score, sigma * jacobian_probe, noise)
+    gradient_carrier = inner(noise.probe, second_derivative)
+    terms["third"] = mean_square(residual) + (gradient_carrier - stop_gradient(gradient_carrier))
     return score, terms
+
+
+def _constant(score_fn: ScoreFn) -> ScoreFn:
+    """The score function without a gradient for the parameters in it, if it is a pytree that holds them."""
+    return jax.tree.map(lambda leaf: stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, score_fn)
 
 
 def _exact_terms(
@@ -216,6 +261,14 @@ def third_order(trace_gradient: Batch, jacobian_probe_bar: Batch, u: Batch, prob
 
     |sigma^3 grad(v.J v) + (u.v)^2 u - (sigma^2 v.J-bar v + |v|^2) u - 2 (u.v) (sigma^2 J-bar v + v)|^2 / d^3
 
+    Arguments as in `third_order_residual`.
+    """
+    return mean_square(third_order_residual(trace_gradient, jacobian_probe_bar, u, probe))
+
+
+def third_order_residual(trace_gradient: Batch, jacobian_probe_bar: Batch, u: Batch, probe: Batch) -> Batch:
+    """The vector of `third_order` whose mean square is the term: the one between the bars there, over d.
+
     Args:
         trace_gradient: sigma^3 grad_x (v.J v).
         jacobian_probe_bar: sigma^2 J-bar v.
@@ -229,7 +282,7 @@ def third_order(trace_gradient: Batch, jacobian_probe_bar: Batch, u: Batch, prob
         + append_dims(along**2 - spread, u) * u
         - 2 * append_dims(along, u) * (jacobian_probe_bar + probe)
     )
-    return mean_square(error / num_dims(u))
+    return error / num_dims(u)
 
 
 def exact_second_order(jacobian: Float[Array, "batch d d"], u: Float[Array, "batch d"]) -> PerExample:
@@ -282,4 +335,5 @@ def objective_from_config(training: Config) -> Objective:
         second_weight=training.second_order_weight,
         third_weight=training.third_order_weight,
         exact=training.exact_derivatives,
+        residual_first=training.residual_first,
     )

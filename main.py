@@ -11,6 +11,7 @@ resumes when it is run again. The other modes:
                 python main.py --config=configs/vp/cifar10_ddpmpp_continuous.py --mode=prepare \
                     --config.data.archive=PATH
     stats       measures the real images that samples are compared with, and prints the FIDs of real images
+    cost        measures memory and time of a training step before a run starts, as --config.cost.* ask
     train_deq   trains a dequantizer for a trained score model; --mode=eval uses it with --config.eval.dequantizer=True
 
 Errors are one line. Use --verbosity=1 to print the full traceback. docs/ describes everything else.
@@ -28,7 +29,7 @@ from ml_collections import config_flags
 
 from infra import parallel
 
-MODES = ("train", "train_deq", "eval", "report", "prepare", "stats")
+MODES = ("train", "train_deq", "eval", "report", "prepare", "stats", "cost")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes other than 0."""
 
@@ -58,7 +59,8 @@ def main(argv: Sequence[str]) -> int:
         return _complain("--num_processes and --process_id need --coordinator; without it, each process runs alone")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+    if _MODE.value != "cost":  # which measures how long a program takes to compile
+        jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     try:
         if _COORDINATOR.value:
             parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
@@ -92,6 +94,8 @@ def _run(mode: str, workdir: Path) -> None:
         run_lib.prepare(_CONFIG.value)
     elif mode == "stats":
         run_lib.stats(_CONFIG.value)
+    elif mode == "cost":
+        run_lib.cost(_CONFIG.value, workdir)
     else:
         run_lib.report(workdir, [Path(other) for other in _COMPARE.value or []])
 
@@ -106,7 +110,7 @@ def _advice(error: Exception) -> str:
     if "RESOURCE_EXHAUSTED" not in str(error):
         return ""
     return (
-        "out of memory: for training, raise training.accumulation_steps, set model.remat=True, or lower "
+        "out of memory: for training, raise training.accumulation_steps, set model.remat=block, or lower "
         "training.batch_size; for evaluation, lower eval.batch_size or sampling.batch_size\n"
     )
 

@@ -3,16 +3,31 @@
 infra/workdir.py describes the folder.
 """
 
+import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 
 import datasets
+from analysis.cost import (
+    HEADERS,
+    OUT_OF_MEMORY,
+    Case,
+    all_cases,
+    cells,
+    device_memory,
+    error_text,
+    fitting_text,
+    peak_memory,
+    program_cost,
+    step_seconds,
+)
 from build import TRAIN_KEY, Run, build
 from configs.default import Config
 from datasets import Source
@@ -38,6 +53,7 @@ from infra.training_loop import (
 )
 from infra.workdir import EvaluationFolder, Workdir
 from report.comparison import comparison_table
+from report.formatting import text_table
 from report.page import write_report
 from report.run_files import read_run
 from sources import prepare_from_config
@@ -112,14 +128,7 @@ def initial_state(run: Run) -> TrainState:
 def score_training(run: Run, source: Source) -> Training:
     """The training of the score model on this source."""
     training = run.config.training
-    replicated, along = parallel.replicated(run.mesh), parallel.along_batch(run.mesh, axis=1)
-    train_steps = jax.jit(
-        run.trainer.train_steps,
-        in_shardings=(replicated, along, replicated),
-        out_shardings=replicated,
-        donate_argnums=0,
-    )
-    key = run.key(TRAIN_KEY)
+    train_steps, key = run.train_steps(), run.key(TRAIN_KEY)
 
     def calls(first_step: int) -> Iterator[tuple[int, jax.Array]]:
         # Checkpoints are kept permanently at multiples of snapshot_freq, so calls end there, too.
@@ -278,6 +287,94 @@ def stats(config: Config) -> None:
         FileNotFoundError, ValueError: if the data, the network or the statistics are missing, before any work.
     """
     print(json.dumps(prepare_statistics(config), indent=1))
+
+
+def cost(config: Config, path: Path) -> None:
+    """Measures the cost of a training step as `cost` asks, prints it as a table, and writes it to the workdir.
+
+    Each row is written as soon as it is known. Rows of the same program on the same devices are not measured again.
+    The last lines name, for each order, the largest batch that fits `cost.memory_gb`.
+
+    Raises:
+        ValueError, OSError: for bad input, before anything is measured or written.
+    """
+    fields = config.cost
+    sizes = fields.batch_sizes or (config.training.batch_size,)
+    if fields.measure_steps < 0 or fields.memory_gb < 0:
+        raise ValueError(
+            f"cost.measure_steps is {fields.measure_steps} and cost.memory_gb is {fields.memory_gb}; they must not be "
+            "negative"
+        )
+    runs = {case: build(_changed(config, case)) for case in all_cases(fields.orders, sizes, fields.memory)}
+    workdir, rows = Workdir(path), []
+    workdir.prepare()
+    known = {json.dumps(row["program"]): row for row in workdir.read_costs()}
+    # The cases differ in their steps, not in their states. The copy on the host is put on the devices for each case.
+    state = functools.cache(lambda: jax.device_get(next(iter(runs.values())).fresh_state()))
+    for case, run in runs.items():
+        program = _program(run, fields.measure_steps)
+        row = known.get(json.dumps(program))
+        if row is None:
+            logging.info("Measuring order %d, batch size %d, memory setting %s", *case)
+            row = case._asdict() | {"program": program} | case_cost(run, state, fields.measure_steps)
+            known[json.dumps(program)] = row
+            if jax.process_index() == 0:
+                workdir.write_costs(list(known.values()))
+        rows.append(row | case._asdict())  # two settings may lead to the same program
+        logging.info("%s", ", ".join(f"{name} {cell}" for name, cell in zip(HEADERS, cells(rows[-1]), strict=True)))
+    print(text_table(HEADERS, [cells(row) for row in rows]))
+    limit = fields.memory_gb or device_memory()
+    for order in fields.orders:
+        print(fitting_text(order, rows, limit))
+
+
+def _changed(config: Config, case: Case) -> Config:
+    """A copy of the configuration with the fields that the case sets."""
+    changed = config.copy_and_resolve_references()
+    try:
+        changed.update_from_flattened_dict(case.changes())
+    except TypeError as error:
+        raise ValueError(f"cost.memory has the setting {case.memory!r}: {error}") from error
+    return changed
+
+
+def _program(run: Run, measure_steps: int) -> dict[str, Any]:
+    """Everything that a row depends on, besides the code: configuration, devices, and version of JAX."""
+    fields = json.loads(run.config.to_json_best_effort())
+    relevant = json.dumps({part: fields[part] for part in ("model", "training", "data", "optim")}, sort_keys=True)
+    return {
+        "configuration": hashlib.sha256(relevant.encode()).hexdigest()[:16],
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "measure_steps": measure_steps,
+    }
+
+
+def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int) -> dict[str, Any]:
+    """The cost of a training step of this run on random data; with `error` if it fails, or does not fit.
+
+    Args:
+        state: returns the state to start from.
+        measure_steps: compiled calls that are timed; with 0, the program is only compiled.
+    """
+    steps, size = run.config.training.n_jitted_steps, run.config.training.batch_size
+    rows = (steps, size // jax.process_count(), *run.data_shape)
+    random = np.random.default_rng(0)
+    images = random.integers(run.config.data.levels, size=rows, dtype=np.uint8)
+    local = images if run.density is None else random.standard_normal(rows, np.float32)
+    batches, key, cost = parallel.global_array(run.mesh, local, axis=1), run.key(TRAIN_KEY), {}
+    try:
+        cost, train_steps = program_cost(run.train_steps(), (run.abstract_state(), batches, key), steps)
+        if measure_steps and cost["total_gb"] > device_memory():
+            return cost | {"error": OUT_OF_MEMORY}
+        if measure_steps:
+            first = jax.device_put(state(), parallel.replicated(run.mesh))
+            cost |= step_seconds(lambda state: train_steps(state, batches, key)[0], first, measure_steps, steps)
+            cost |= {"images_per_second": size / cost["step_seconds"], "peak_gb": peak_memory()}
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        return cost | {"error": error_text(error)}
+    return cost
 
 
 def report(path: Path, others: Sequence[Path] = ()) -> None:

@@ -22,6 +22,7 @@ def get_config() -> Config:
     config.sampling = _sampling()
     config.eval = _eval()
     config.deq = _deq()
+    config.cost = _cost()
     return config
 
 
@@ -42,6 +43,9 @@ def _training() -> ConfigDict:
     training.third_order_weight = 1.0  # weight of the third-order term
     # compute orders 2 and 3 from the exact Jacobian instead of probes; only for points of few dimensions
     training.exact_derivatives = False
+    # compute the gradient of order 3 from its residual and forward derivatives only. Together with model.remat=block,
+    # this needs the least memory, for a third more arithmetic besides that of model.remat
+    training.residual_first = False
     training.likelihood_weighting = False  # weight the first order by g^2 (True) or by sigma^2 (False)
     # draw times with density proportional to g^2 / sigma^2; needs likelihood_weighting
     training.importance_weighting = False
@@ -127,7 +131,9 @@ def _model() -> ConfigDict:
     model.mlp_time_widths = (128, 128, 128)  # widths of the mlp's layers that see only the time
     model.mlp_data_widths = (128, 128, 128)  # widths of the mlp's layers that see only the point
     model.mlp_widths = (512, 512)  # widths of the mlp's layers that see both
-    model.remat = False  # recompute each block in the backward pass, for less memory and more time
+    # what the backward pass recomputes, for less memory and more time: none; block, everything inside each block; conv,
+    # everything but convolutions and matrix products. True of older configurations means block, False means none
+    model.remat = "none"
     return model
 
 
@@ -239,3 +245,16 @@ def _deq() -> ConfigDict:
     deq.ema_rate = 0.99  # decay of the averaged parameters, which evaluation uses
     deq.offset = True  # train on the bound with its start-time correction
     return deq
+
+
+def _cost() -> ConfigDict:
+    """What `--mode=cost` measures: a training step of every order with every batch size and memory setting."""
+    cost = ConfigDict()
+    cost.orders = (1, 2, 3)  # orders of score matching
+    cost.batch_sizes = ()  # batch sizes, over all devices; none means training.batch_size
+    # memory settings: none, or FIELD=VALUE, with spaces between several, for training.accumulation_steps,
+    # training.residual_first and model.remat
+    cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
+    cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
+    cost.memory_gb = 0.0  # memory in GB that a batch has to fit; 0 means the memory of the device
+    return cost

@@ -10,6 +10,7 @@
     samples/points/LABEL.npz          points drawn from a model; data.npz: test points
     samples/snapshots/step_STEP.npz   samples drawn during training, with pictures in .png files
     density/LABEL.npz                 the density of a model of points on a grid
+    cost.json                         costs of a training step, from --mode=cost
     report.html, figures/             the report
     log.txt                           the log; further hosts write log_1.txt, ...
 
@@ -24,7 +25,7 @@ import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeVar
 
@@ -102,6 +103,10 @@ class Workdir:
         return self.path / "figures"
 
     @property
+    def cost(self) -> Path:
+        return self.path / "cost.json"
+
+    @property
     def log(self) -> Path:
         """The log of this host."""
         host = jax.process_index()
@@ -155,6 +160,22 @@ class Workdir:
             "num_parameters": num_parameters,
         }
         write_atomic(self.environment, json.dumps(environment, indent=1))
+
+    def write_costs(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes the rows of --mode=cost, in place of those in the file."""
+        write_atomic(self.cost, json.dumps({"rows": rows}, indent=1))
+
+    def read_costs(self) -> list[dict[str, Any]]:
+        """The rows in the file, none if there is no file.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        problems: list[str] = []
+        rows = (read_json(self.cost, problems) or {"rows": []}).get("rows")
+        if problems or not isinstance(rows, list) or not all("program" in row for row in rows):
+            raise ValueError(f"cannot read {self.cost} as the rows of --mode=cost; delete it to measure again")
+        return rows
 
     def write_samples(
         self,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -39,8 +40,18 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "progressive": ("none", "output_skip", "residual"),
     "progressive_input": ("none", "input_skip", "residual"),
     "progressive_combine": ("sum", "cat"),
+    "remat": ("none", "block", "conv"),
 }
 """The allowed values of those fields of `NCSNpp` that are names."""
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "block": None,
+    "conv": jax.checkpoint_policies.dots_saveable,  # the results of convolutions and matrix products
+}
+"""The values inside a block that are saved for the backward pass, by `remat`; None saves nothing."""
+
+REMAT_SYNONYMS: dict[Any, str] = {False: "none", "False": "none", True: "block", "True": "block"}
+"""Older values of model.remat."""
 
 
 class NCSNpp(nn.Module):
@@ -73,7 +84,7 @@ class NCSNpp(nn.Module):
     init_scale: float = 0.0
     scale_by_sigma: bool = False
     centered: bool = True  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
-    remat: bool = False  # recompute each block in the backward pass: less memory, more time
+    remat: str = "none"  # what the backward pass recomputes of each block; see `REMAT_POLICIES`
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -204,10 +215,7 @@ class NCSNpp(nn.Module):
         return NONLINEARITIES[self.nonlinearity](x)
 
     def _apply(self, layer: Callable[..., AnySize], h: FeatureMap, *args: Any) -> AnySize:
-        def call(layer: Callable[..., AnySize], h: FeatureMap) -> AnySize:
-            return layer(h, *args)
-
-        return nn.remat(call)(layer, h) if self.remat else call(layer, h)
+        return apply_with_remat(self.remat, layer, h, *args)
 
     def _check_size(self, x: FeatureMap) -> None:
         height, width, multiple = x.shape[1], x.shape[2], 2 ** (len(self.ch_mult) - 1)
@@ -216,6 +224,17 @@ class NCSNpp(nn.Module):
                 f"images of {height}x{width} pixels cannot be halved {len(self.ch_mult) - 1} times: "
                 f"height and width must be multiples of {multiple}, or ch_mult shorter"
             )
+
+
+def apply_with_remat(remat: str, layer: Callable[..., AnySize], h: FeatureMap, *args: Any) -> AnySize:
+    """Applies a module, in whose backward pass the values that `REMAT_POLICIES` does not save are recomputed."""
+
+    def call(layer: Callable[..., AnySize], h: FeatureMap) -> AnySize:
+        return layer(h, *args)
+
+    if remat == "none":
+        return call(layer, h)
+    return nn.remat(call, policy=REMAT_POLICIES[remat])(layer, h)
 
 
 def _check_fields(network: NCSNpp) -> None:
@@ -285,5 +304,5 @@ def ncsnpp_from_fields(model: Config, centered: bool) -> NCSNpp:
         init_scale=model.init_scale,
         scale_by_sigma=model.scale_by_sigma,
         centered=centered,
-        remat=model.remat,
+        remat=REMAT_SYNONYMS.get(model.remat, model.remat),
     )

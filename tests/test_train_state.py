@@ -1,6 +1,7 @@
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +13,10 @@ from build import TRAIN_KEY, build
 from configs.digits.smoke import get_config
 from datasets import source_from_config, training_batches
 from infra import parallel
+from models.layers import ResnetBlockDDPMpp, conv
+from models.ncsnpp import apply_with_remat
+from models.score import ScoreModel
+from sde_lib import VPSDE
 from train_state import create_state, optimizer_from_config
 
 
@@ -70,6 +75,51 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(batches):
     parts, metrics_of_parts = jax.jit(split.gradient)(params, batches[0], key)
     assert relative_distance(parts, whole) < 1e-4
     np.testing.assert_allclose(metrics_of_parts["total"], metrics["total"], rtol=1e-5)
+
+
+MEMORY = {
+    "block, parts in a loop": {"remat": "block", "accumulation_steps": 2},
+    "conv, parts unrolled": {"remat": "conv", "accumulation_steps": 2, "unroll_parts": True},
+    "residual first, block": {"remat": "block", "residual_first": True},
+}
+
+
+class OneBlock(nn.Module):
+    """The smallest score network with a residual block: larger ones take minutes to compile at order 3."""
+
+    remat: str
+    scale_by_sigma: bool = False
+
+    @nn.compact
+    def __call__(self, x, labels, train):
+        block = ResnetBlockDDPMpp(nn.swish, dropout=0.0, init_scale=1.0, skip_rescale=True)
+        h = apply_with_remat(self.remat, block, conv(4)(x), labels[:, None] / 999, train)
+        return conv(x.shape[-1])(h)
+
+
+def gradient_with(order, remat="none", residual_first=False, **options):
+    """The gradient of a trainer with these memory settings, on the smallest network, and the metrics."""
+    run = run_of_order(order)
+    trainer = dataclasses.replace(
+        run.trainer,
+        model=ScoreModel(OneBlock(remat), VPSDE()),
+        objective=dataclasses.replace(run.trainer.objective, residual_first=residual_first, third_weight=20.0),
+        **options,
+    )
+    params = trainer.model.init(jax.random.key(0), (4, 4, 1))
+    images = jax.random.randint(jax.random.key(1), (4, 4, 4, 1), 0, 17, jnp.uint8)
+    return jax.jit(trainer.gradient)(params, images, jax.random.key(0))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_memory_settings_do_not_change_the_gradient(order):
+    expected, expected_metrics = gradient_with(order)
+    for name, options in MEMORY.items():
+        if order == 3 or "residual_first" not in options:
+            gradient, metrics = gradient_with(order, **options)
+            assert relative_distance(gradient, expected) < 1e-5, name
+            for term in expected_metrics:
+                np.testing.assert_allclose(metrics[term], expected_metrics[term], rtol=1e-5, err_msg=f"{name}: {term}")
 
 
 def test_several_steps_in_one_call(batches):

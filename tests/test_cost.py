@@ -1,0 +1,143 @@
+"""The cost of a training step, as --mode=cost measures it on the smallest networks."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import run_lib
+from analysis.cost import Case, all_cases, contraction_flop, error_text, fitting_text
+from build import TRAIN_KEY, build
+from configs.toy.smoke import get_config as points_config
+from infra.workdir import Workdir
+
+
+def config_with(**fields):
+    config = points_config()
+    config.training.n_jitted_steps = 1
+    config.training.exact_derivatives = False
+    config.cost.measure_steps = 1
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory):
+    """The rows of a measurement of points, and its workdir."""
+    workdir = tmp_path_factory.mktemp("cost")
+    run_lib.cost(config_with(cost__memory=("none",)), workdir)
+    return Workdir(workdir).read_costs(), workdir
+
+
+def test_every_case_has_a_row(costs):
+    rows, _ = costs
+    assert [(row["order"], row["memory"]) for row in rows] == [(order, "none") for order in (1, 2, 3)]
+    for row in rows:
+        assert row["total_gb"] > row["temporary_gb"] > 0
+        assert row["compile_seconds"] > 0
+        assert row["gb_accessed"] > 0
+        assert row["images_per_second"] == pytest.approx(64 / row["step_seconds"])
+
+
+def test_arithmetic_grows_with_the_order(costs):
+    """A forward derivative costs as much as the network, and the gradient of order 3 doubles both."""
+    gflop = [row["gflop"] for row in costs[0]]
+    assert 1.8 < gflop[1] / gflop[0] < 2.3
+    assert 3.2 < gflop[2] / gflop[0] < 5
+
+
+def test_arithmetic_does_not_grow_with_parts():
+    def traced_flop(parts, **options):
+        run = build(config_with(training__accumulation_steps=parts))
+        batches = jax.ShapeDtypeStruct((1, 64, 2), jnp.float32)
+        traced = run.train_steps().trace(run.abstract_state(), batches, run.key(TRAIN_KEY))
+        return contraction_flop(traced.jaxpr, **options)
+
+    assert traced_flop(4) == traced_flop(1)
+
+
+def test_known_rows_are_not_measured_again(costs, monkeypatch, capsys):
+    rows, workdir = costs
+    measured = []
+
+    def case_cost(run, state, measure_steps):
+        measured.append(run.config.training.score_matching_order)
+        return {"error": "out of memory"}
+
+    monkeypatch.setattr(run_lib, "case_cost", case_cost)
+    run_lib.cost(config_with(cost__memory=("none",), cost__orders=(2, 3), cost__memory_gb=1e-9), workdir)
+    assert measured == []
+    table = capsys.readouterr().out
+    assert f"{rows[1]['temporary_gb']:.4g}" in table
+    assert "order 2: none of the batches fits 0.0 GB" in table
+    run_lib.cost(config_with(cost__memory=("none",), cost__orders=(2, 3), training__batch_size=128), workdir)
+    assert measured == [2, 3]
+    assert "out of memory" in capsys.readouterr().out
+    assert len(Workdir(workdir).read_costs()) == 5
+
+
+def test_a_full_device_is_a_row(tmp_path, monkeypatch):
+    def step_seconds(*arguments):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    monkeypatch.setattr(run_lib, "step_seconds", step_seconds)
+    run_lib.cost(config_with(cost__memory=("none", "training.accumulation_steps=1"), cost__orders=(1,)), tmp_path)
+    rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
+    (row,) = rows  # both settings lead to the same program
+    assert row["error"] == "out of memory"
+    assert row["total_gb"] > 0
+    assert error_text(RuntimeError("INTERNAL: no such algorithm\nand more")) == "failed: INTERNAL: no such algorithm"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"cost__orders": (1, 4)}, "training.score_matching_order is 4"),
+        ({"cost__orders": ()}, "cost.orders is .*at least one"),
+        ({"cost__batch_sizes": (64, 64)}, "cost.batch_sizes is .*none twice"),
+        ({"cost__batch_sizes": (63,)}, "training.batch_size is 63.*use 60 or 64"),
+        ({"cost__memory": ("none", "remat")}, "cost.memory has the setting 'remat'"),
+        ({"cost__memory": ("model.nf=2",)}, "cost.memory has the setting 'model.nf=2'"),
+        ({"cost__memory": ("training.accumulation_steps=x",)}, "cost.memory has the setting .*=x'"),
+        ({"cost__measure_steps": -1}, "cost.measure_steps is -1"),
+    ],
+)
+def test_nonsense_is_refused_before_anything_is_written(fields, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        run_lib.cost(config_with(**fields), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_operations_of_loops_and_convolutions_are_counted():
+    x, kernel = jnp.zeros((2, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+
+    def convolve(x):
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    def loop(a):
+        return jax.lax.scan(lambda a, _: (a @ a, None), a, length=7)[0]
+
+    assert contraction_flop(jax.make_jaxpr(convolve)(x).jaxpr) == 2 * (2 * 4 * 4) * 5 * (3 * 3 * 3)
+    program = jax.make_jaxpr(jax.jit(loop))(jnp.zeros((4, 4))).jaxpr
+    assert contraction_flop(program) == 7 * 2 * 4**3
+    assert contraction_flop(program, repeat_loops=False) == 2 * 4**3
+
+
+def test_the_fastest_setting_of_the_largest_batch_is_named():
+    rows = [
+        {"order": 3, "batch_size": 48, "memory": "none", "total_gb": 8.0, "gflop": 1.0, "step_seconds": 1.0},
+        {"order": 3, "batch_size": 128, "memory": "none", "total_gb": 20.0, "gflop": 3.0, "step_seconds": 2.0},
+        {"order": 3, "batch_size": 128, "memory": "slow", "total_gb": 7.0, "gflop": 4.0, "step_seconds": 3.0},
+        {"order": 3, "batch_size": 128, "memory": "fast", "total_gb": 9.0, "gflop": 5.0, "step_seconds": 2.5},
+        {"order": 3, "batch_size": 256, "memory": "none", "error": "out of memory"},
+    ]
+    assert fitting_text(3, rows, 10) == "order 3: batch 128 fits with fast and needs 9.00 of 10.0 GB"
+    assert "with no memory setting" in fitting_text(3, rows, 30)
+
+
+def test_settings_may_be_joined():
+    (case,) = all_cases((3,), (8,), ("training.accumulation_steps=2 model.remat=block",))
+    assert case == Case(3, 8, "training.accumulation_steps=2 model.remat=block")
+    assert case.changes()["model.remat"] == "block"
+    assert case.changes()["training.accumulation_steps"] == 2
