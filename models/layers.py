@@ -19,8 +19,26 @@ from models.resample import AnySize, FeatureMap, SameSize, Taps, conv_downsample
 Embedding: TypeAlias = Float[Array, "batch embedding"]
 Nonlinearity: TypeAlias = Callable[[Array], Array]
 
+
+@jax.custom_jvp
+def swish(x: Array) -> Array:
+    """x sigmoid(x). For its derivative, a backward pass needs x only.
+
+    The derivative has the sigmoid in another form, 0.5 (1 + tanh(x / 2)). XLA would save the sigmoid of the forward
+    pass, as large as x, if it recognised it in the backward pass.
+    """
+    return x * jax.nn.sigmoid(x)
+
+
+@swish.defjvp
+def _swish_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (tangent,) = primals, tangents
+    sigmoid = 0.5 * (1 + jnp.tanh(0.5 * x))
+    return swish(x), tangent * (sigmoid * (1 + x * (1 - sigmoid)))
+
+
 NONLINEARITIES: dict[str, Nonlinearity] = {
-    "swish": nn.swish,
+    "swish": swish,
     "elu": nn.elu,
     "relu": nn.relu,
     "lrelu": lambda x: nn.leaky_relu(x, negative_slope=0.2),
@@ -48,6 +66,7 @@ class GroupNorm(nn.Module):
     """Group normalisation (Wu & He, 2018): at most 32 groups of equal size, each of at least 4 channels.
 
     Pixels are averaged first, and the rest works on one number for each channel: this makes third derivatives cheaper.
+    The result is one multiplication and one addition for each pixel, so a backward pass needs x only.
     """
 
     epsilon: float = 1e-6
@@ -58,9 +77,14 @@ class GroupNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         groups = num_groups(channels)
-        centered = x - _group_mean(x, groups)
-        variance = _group_mean(jnp.square(centered), groups)
-        return centered * (jax.lax.rsqrt(variance + self.epsilon) * _per_channel(scale, x)) + _per_channel(bias, x)
+        # One pass over the pixels gives both moments. They are moments about the first pixel: about zero, the variance
+        # of values far from zero would cancel.
+        anchor = jax.lax.stop_gradient(_group_mean(x[:, :1, :1], groups))
+        offset = _group_mean(x - anchor, groups)
+        variance = jnp.maximum(_group_mean(jnp.square(x - anchor), groups) - jnp.square(offset), 0)
+        mean = anchor + offset
+        factor = jax.lax.rsqrt(variance + self.epsilon) * _per_channel(scale, x)
+        return x * factor + (_per_channel(bias, x) - mean * factor)
 
 
 def num_groups(channels: int) -> int:
