@@ -120,7 +120,7 @@ class Run:
 
     def network_description(self) -> dict[str, Any]:
         """The fields that a checkpoint must agree with: of the network, the SDE, and the kind of data."""
-        free = ("ema_rate", "dropout", "num_scales", "remat")
+        free = ("ema_rate", "dropout", "num_scales", "remat", "dtype")
         model = {f"model.{k}": v for k, v in self.config.model.to_dict().items() if k not in free}
         if self.density is not None:
             data = {"data dimensions": self.density.dims}

@@ -19,7 +19,7 @@ Row: TypeAlias = Mapping[str, Any]
 UNCHANGED = "none"
 """The memory setting that leaves the configuration as it is."""
 
-MEMORY_FIELDS = ("training.accumulation_steps", "training.residual_first", "model.remat")
+MEMORY_FIELDS = ("training.accumulation_steps", "training.residual_first", "model.remat", "model.dtype")
 """Fields of the configuration that a memory setting may change. They change the cost of a step, but not the state."""
 
 OUT_OF_MEMORY = "out of memory"

@@ -131,6 +131,9 @@ def _model() -> ConfigDict:
     model.mlp_time_widths = (128, 128, 128)  # widths of the mlp's layers that see only the time
     model.mlp_data_widths = (128, 128, 128)  # widths of the mlp's layers that see only the point
     model.mlp_widths = (512, 512)  # widths of the mlp's layers that see both
+    # precision of the feature maps of ncsnpp: float32 or bfloat16. Parameters, their gradients, the moments of feature
+    # maps and losses have 32 bits in any case. A model trained with bfloat16 can be evaluated with float32
+    model.dtype = "float32"
     # what the backward pass recomputes, for less memory and more time: none; block, everything inside each block; conv,
     # everything but convolutions and matrix products. True of older configurations means block, False means none
     model.remat = "none"
@@ -253,7 +256,7 @@ def _cost() -> ConfigDict:
     cost.orders = (1, 2, 3)  # orders of score matching
     cost.batch_sizes = ()  # batch sizes, over all devices; none means training.batch_size
     # memory settings: none, or FIELD=VALUE, with spaces between several, for training.accumulation_steps,
-    # training.residual_first and model.remat
+    # training.residual_first, model.remat and model.dtype
     cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
     cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
     cost.memory_gb = 0.0  # memory in GB that a batch has to fit; 0 means the memory of the device

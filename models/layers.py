@@ -22,20 +22,39 @@ Nonlinearity: TypeAlias = Callable[[Array], Array]
 
 @jax.custom_jvp
 def swish(x: Array) -> Array:
-    """x sigmoid(x). For its derivative, a backward pass needs x only.
+    """x sigmoid(x). Each of its first three derivatives is a function of x alone, so a backward pass saves only x.
 
-    The derivative has the sigmoid in another form, 0.5 (1 + tanh(x / 2)). XLA would save the sigmoid of the forward
+    The derivatives have the sigmoid in another form, 0.5 (1 + tanh(x / 2)). XLA would save the sigmoid of the forward
     pass, as large as x, if it recognised it in the backward pass.
     """
     return x * jax.nn.sigmoid(x)
 
 
-@swish.defjvp
-def _swish_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (tangent,) = primals, tangents
-    sigmoid = 0.5 * (1 + jnp.tanh(0.5 * x))
-    return swish(x), tangent * (sigmoid * (1 + x * (1 - sigmoid)))
+@jax.custom_jvp
+def _first_derivative(x: Array) -> Array:
+    s = _sigmoid(x)
+    return s * (1 + x * (1 - s))
 
+
+@jax.custom_jvp
+def _second_derivative(x: Array) -> Array:
+    s = _sigmoid(x)
+    return s * (1 - s) * (2 + x * (1 - 2 * s))
+
+
+def _third_derivative(x: Array) -> Array:
+    s = _sigmoid(x)
+    slope, odd = s * (1 - s), 1 - 2 * s
+    return slope * (odd * (3 + x * odd) - 2 * x * slope)
+
+
+def _sigmoid(x: Array) -> Array:
+    return 0.5 * (1 + jnp.tanh(0.5 * x))
+
+
+swish.defjvps(lambda tangent, _, x: tangent * _first_derivative(x))
+_first_derivative.defjvps(lambda tangent, _, x: tangent * _second_derivative(x))
+_second_derivative.defjvps(lambda tangent, _, x: tangent * _third_derivative(x))
 
 NONLINEARITIES: dict[str, Nonlinearity] = {
     "swish": swish,
@@ -58,15 +77,24 @@ def kernel_init(scale: float = 1.0) -> nn.initializers.Initializer:
     return init
 
 
-def conv(features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0) -> nn.Conv:
-    return nn.Conv(features, (size, size), (stride, stride), kernel_init=kernel_init(init_scale))
+def conv(
+    features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0
+) -> Callable[[FeatureMap], Float[Array, "batch _ _ {features}"]]:
+    """A convolution, in the precision of the feature maps that it is applied to."""
+
+    def apply(x: FeatureMap) -> AnySize:
+        init = kernel_init(init_scale)
+        return nn.Conv(features, (size, size), (stride, stride), kernel_init=init, dtype=x.dtype)(x)
+
+    return apply
 
 
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He, 2018): at most 32 groups of equal size, each of at least 4 channels.
 
     Pixels are averaged first, and the rest works on one number for each channel: this makes third derivatives cheaper.
-    The result is one multiplication and one addition for each pixel, so a backward pass needs x only.
+    The result is one multiplication and one addition for each pixel, so a backward pass needs x only. Moments are in
+    32-bit floats also for feature maps of 16 bits.
     """
 
     epsilon: float = 1e-6
@@ -76,7 +104,8 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        groups = num_groups(channels)
+        groups, precision = num_groups(channels), x.dtype
+        x = x.astype(jnp.promote_types(precision, jnp.float32))
         # One pass over the pixels gives both moments. They are moments about the first pixel: about zero, the variance
         # of values far from zero would cancel.
         anchor = jax.lax.stop_gradient(_group_mean(x[:, :1, :1], groups))
@@ -84,7 +113,7 @@ class GroupNorm(nn.Module):
         variance = jnp.maximum(_group_mean(jnp.square(x - anchor), groups) - jnp.square(offset), 0)
         mean = anchor + offset
         factor = jax.lax.rsqrt(variance + self.epsilon) * _per_channel(scale, x)
-        return x * factor + (_per_channel(bias, x) - mean * factor)
+        return (x * factor + (_per_channel(bias, x) - mean * factor)).astype(precision)
 
 
 def num_groups(channels: int) -> int:
@@ -141,7 +170,8 @@ class NIN(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         weight = self.param("W", kernel_init(self.init_scale), (x.shape[-1], self.features))
-        return x @ weight + _per_channel(self.param("b", nn.initializers.zeros, (self.features,)), x)
+        bias = self.param("b", nn.initializers.zeros, (self.features,))
+        return x @ weight.astype(x.dtype) + _per_channel(bias, x).astype(x.dtype)
 
 
 class Conv2d(nn.Module):
@@ -155,7 +185,7 @@ class Conv2d(nn.Module):
     def __call__(self, x: FeatureMap) -> AnySize:
         weight = self.param("weight", kernel_init(), (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return self.resample(x, weight, self.taps) + _per_channel(bias, x)
+        return self.resample(x, weight.astype(x.dtype), self.taps) + _per_channel(bias, x).astype(x.dtype)
 
 
 class Downsample(nn.Module):
@@ -210,8 +240,9 @@ class AttnBlockpp(nn.Module):
         channels = x.shape[-1]
         h = GroupNorm()(x).reshape(len(x), -1, channels)
         query, key, value = NIN(channels)(h), NIN(channels)(h), NIN(channels)(h)
-        logits = jnp.einsum("bqc,bkc->bqk", query, key) / math.sqrt(channels)
-        h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits), value)
+        precision = jnp.promote_types(x.dtype, jnp.float32)
+        logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=precision) / math.sqrt(channels)
+        h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits).astype(x.dtype), value)
         h = NIN(channels, init_scale=self.init_scale)(h)
         return residual_sum(x, h.reshape(x.shape), self.skip_rescale)
 
@@ -233,7 +264,8 @@ class _ResnetBlock(nn.Module):
         h = resample(self.nonlinearity(GroupNorm()(x)))
         h = conv(features)(h)
         if embedding is not None:
-            h += nn.Dense(features, kernel_init=kernel_init())(self.nonlinearity(embedding))[:, None, None, :]
+            shift = nn.Dense(features, kernel_init=kernel_init())(self.nonlinearity(embedding))
+            h += shift.astype(h.dtype)[:, None, None, :]
         h = self.nonlinearity(GroupNorm()(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         return conv(features, init_scale=self.init_scale)(h)

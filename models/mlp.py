@@ -58,6 +58,8 @@ def mlp_from_config(config: Config) -> MLP:
     Raises:
         ValueError: a field of config.model has a value that is not allowed.
     """
+    if config.model.dtype != "float32":
+        raise ValueError(f"model.dtype is {config.model.dtype!r}, but points need 'float32'")
     model = config.model
     if model.nonlinearity not in NONLINEARITIES:
         raise ValueError(f"model.nonlinearity is {model.nonlinearity!r}; known: {', '.join(NONLINEARITIES)}")

@@ -41,6 +41,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "progressive_input": ("none", "input_skip", "residual"),
     "progressive_combine": ("sum", "cat"),
     "remat": ("none", "block", "conv"),
+    "dtype": ("float32", "bfloat16"),
 }
 """The allowed values of those fields of `NCSNpp` that are names."""
 
@@ -84,6 +85,7 @@ class NCSNpp(nn.Module):
     init_scale: float = 0.0
     scale_by_sigma: bool = False
     centered: bool = True  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
+    dtype: str = "float32"  # of feature maps; parameters, moments, embeddings and the output keep the images' precision
     remat: str = "none"  # what the backward pass recomputes of each block; see `REMAT_POLICIES`
 
     def __post_init__(self) -> None:
@@ -94,10 +96,12 @@ class NCSNpp(nn.Module):
     def __call__(self, x: FeatureMap, labels: PerExample, train: bool) -> FeatureMap:
         self._check_size(x)
         images = x if self.centered else 2 * x - 1
+        if self.dtype == "bfloat16":
+            images = images.astype(jnp.bfloat16)
         block = functools.partial(self._block, embedding=self._embed(labels), train=train)
         skips = self._down_path(images, block)
         h = self._middle(skips[-1], block)
-        h = self._up_path(h, skips, block, channels=x.shape[-1])
+        h = self._up_path(h, skips, block, channels=x.shape[-1]).astype(x.dtype)
         return h / append_dims(labels, h) if self.scale_by_sigma else h
 
     def _embed(self, labels: PerExample) -> Embedding | None:
@@ -304,5 +308,6 @@ def ncsnpp_from_fields(model: Config, centered: bool) -> NCSNpp:
         init_scale=model.init_scale,
         scale_by_sigma=model.scale_by_sigma,
         centered=centered,
+        dtype=model.dtype,
         remat=REMAT_SYNONYMS.get(model.remat, model.remat),
     )

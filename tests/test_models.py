@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import pytest
 
 from configs.ve.cifar10_ncsnpp_continuous import get_config
 from models import resample
-from models.layers import NIN, GroupNorm, kernel_init, num_groups, positional_embedding
+from models.layers import NIN, NONLINEARITIES, GroupNorm, kernel_init, num_groups, positional_embedding
 from models.ncsnpp import CHOICES, NCSNpp
 from models.score import ScoreModel, build_network
 from sde_lib import VESDE, VPSDE, sde_from_config
@@ -145,6 +146,61 @@ def test_resampling_convolutions_reduce_to_resampling() -> None:
 @pytest.mark.parametrize(("channels", "groups"), [(4, 1), (6, 1), (10, 2), (14, 2), (128, 32), (136, 17), (256, 32)])
 def test_groups_are_of_equal_size(channels: int, groups: int) -> None:
     assert num_groups(channels) == groups
+
+
+def test_derivatives_of_swish() -> None:
+    x = jnp.linspace(-20.0, 20.0, 81)
+    ours, theirs = NONLINEARITIES["swish"], jax.nn.silu
+    for _ in range(5):
+        np.testing.assert_allclose(jax.vmap(ours)(x), jax.vmap(theirs)(x), atol=2e-6)
+        ours, theirs = jax.grad(ours), jax.grad(theirs)
+
+
+def operations(jaxpr: Any) -> Iterator[Any]:
+    """All operations of a traced program, those of inner programs too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                yield from operations(inner) if hasattr(inner, "eqns") else ()
+
+
+@pytest.mark.parametrize("resblock_type", ["biggan", "ddpm"])
+def test_bfloat16_is_for_feature_maps_only(resblock_type: str) -> None:
+    fields: dict[str, Any] = SMALL | {"resblock_type": resblock_type, "fir_kernel": TAPS, "init_scale": 1.0}
+    fields |= {"progressive": "residual", "progressive_input": "residual", "dtype": "bfloat16"}
+    network = NCSNpp(**fields)
+    x, labels = images(2, 4, 4, 3), jnp.array([1.0, 500.0])
+    params = ScoreModel(network, VPSDE()).init(KEY, x.shape[1:])
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float32)}
+
+    traced = jax.make_jaxpr(lambda x: network.apply({"params": params}, x, labels, False))(x)
+    convolutions = [e for e in operations(traced.jaxpr) if e.primitive.name == "conv_general_dilated"]
+    assert len(convolutions) > 10
+    assert {v.aval.dtype for e in convolutions for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_bfloat16_changes_the_output_by_its_rounding() -> None:
+    network = NCSNpp(nf=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), init_scale=1.0, dtype="bfloat16")
+    x, labels = images(2, 4, 4, 1), jnp.array([1.0, 500.0])
+    params = ScoreModel(network, VPSDE()).init(KEY, x.shape[1:])
+    outputs = [
+        jnp.asarray(jax.jit(each.apply, static_argnums=3)({"params": params}, x, labels, False))
+        for each in (network, dataclasses.replace(network, dtype="float32"))
+    ]
+    half, full = outputs
+    assert half.dtype == full.dtype == jnp.float32
+    error = jnp.linalg.norm(half - full) / jnp.linalg.norm(full)
+    assert 1e-4 < error < 3e-2
+
+
+def test_moments_of_bfloat16_have_32_bits() -> None:
+    x = (10 + images(2, 8, 8, 8)).astype(jnp.bfloat16)
+    normalized, _ = GroupNorm().init_with_output(KEY, x)
+    expected, _ = GroupNorm().init_with_output(KEY, x.astype(jnp.float32))
+    assert jnp.asarray(normalized).dtype == jnp.bfloat16
+    np.testing.assert_allclose(jnp.asarray(normalized, jnp.float32), jnp.asarray(expected), rtol=2**-8)
 
 
 def test_group_norm_whitens_groups() -> None:
