@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
-.PHONY: setup setup-dev demo test check lint clean digits-orders reproduce fid-nfe sample-devices
+.PHONY: setup setup-dev demo test check lint clean digits-orders reproduce fid-nfe sample-devices cost
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -62,6 +62,13 @@ fid-nfe: setup
 sample-devices: setup
 	$(DIGITS) --workdir=runs/order1 --mode=train
 	$(BIN)/python -m experiments.sample_devices
+
+# Measures a training step of a small network for every order, for docs/results/cost.md. It takes a quarter of an hour on
+# two idle cores, mostly to compile, and resumes.
+cost: setup
+	$(BIN)/python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py --config.model.nf=32 \
+		--config.model.num_res_blocks=1 --config.model.ch_mult="(1, 2)" --config.training.batch_size=8 \
+		--workdir=runs/cost --mode=cost
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -309,5 +309,5 @@ def ncsnpp_from_fields(model: Config, centered: bool) -> NCSNpp:
         scale_by_sigma=model.scale_by_sigma,
         centered=centered,
         dtype=model.dtype,
-        remat=REMAT_SYNONYMS.get(model.remat, model.remat),
+        remat=str(REMAT_SYNONYMS.get(model.remat, model.remat)),
     )
