@@ -1,8 +1,10 @@
 """The vocabulary of the project: types of batches, per-example numbers, score functions and progress reports."""
 
+import time
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
@@ -22,7 +24,43 @@ ScoreFn: TypeAlias = Callable[[Batch, PerExample], Batch]
 """score(x, t): an estimate of grad_x ln q_t(x). All that losses, likelihoods and samplers see of a network."""
 
 ReportProgress: TypeAlias = Callable[[int, int], None]
-"""report(steps_done, total_steps), called between the compiled calls of a long computation."""
+"""report(steps_done, total_steps), called between the compiled calls of a long computation. It raises to stop it."""
+
+State = TypeVar("State")
+
+PART_SECONDS = 1.0
+"""The time that one part of a long computation should take."""
+
+
+def in_parts(
+    advance: Callable[[State, int, int], State],
+    state: State,
+    steps: int,
+    progress: ReportProgress | None,
+    done: Callable[[State], tuple[int, int]] | None = None,
+) -> State:
+    """Runs steps 0, ..., `steps` - 1 of a computation in parts, so that it can be watched and stopped between them.
+
+    The parts grow until each takes about `PART_SECONDS`. Several hosts, whose clocks differ, take single steps.
+
+    Args:
+        advance: advance(state, first, last) runs steps first, ..., last - 1. It is compiled for any bounds.
+        progress: None: all steps are one part.
+        done: computes what to report from the state, if that is not the number of steps. A report that everything is
+            done ends the computation.
+    """
+    if progress is None:
+        return advance(state, 0, steps)
+    first, size, report = 0, 1, (0, steps)
+    while first < steps and report[0] < report[1]:
+        started, last = time.monotonic(), min(first + size, steps)
+        state = jax.block_until_ready(advance(state, first, last))
+        report = (last, steps) if done is None else done(state)
+        progress(*report)
+        seconds, first = time.monotonic() - started, last
+        if jax.process_count() == 1:
+            size = 2 * size if seconds < PART_SECONDS / 2 else max(1, int(size * min(1, PART_SECONDS / seconds)))
+    return state
 
 
 def append_dims(values: Shaped[Array, " batch"], like: Shaped[Array, "batch *dims"]) -> Shaped[Array, "batch *#dims"]:

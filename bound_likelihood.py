@@ -23,6 +23,7 @@ Without a reference, c is infinite, the score of the Gaussian is 0, and the esti
 Sources: [S21b] Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", NeurIPS 2021.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, num_dims
+from arrays import Batch, Factor, PerExample, ReportProgress, ScoreFn, append_dims, in_parts, inner, num_dims
 from coordinates import GaussianReference
 from derivatives import probe_divergence
 from ode import as_pytree
@@ -80,6 +81,7 @@ def likelihood_bound(
     num_times: int = 1000,
     num_starts: int = 0,
     reference: GaussianReference | None = None,
+    progress: ReportProgress | None = None,
 ) -> Bound:
     """Estimates an upper bound on -ln p(x) of each example, in nats, for every SDE ([S21b] Theorems 3 and 6).
 
@@ -92,6 +94,7 @@ def likelihood_bound(
         num_starts: draws of x_{t_min} for the start-time correction. 0: no correction, which is right for data that
             are x_{t_min}.
         reference: the Gaussian of the control variate. None: no control variate, as published.
+        progress: called between parts of the draws. It cannot be used under jit.
 
     Raises:
         ValueError: unknown form, or fewer than 2 times.
@@ -104,11 +107,13 @@ def likelihood_bound(
     time_keys, start_keys = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n) for n in range(2))
     with jax.default_matmul_precision("highest"):
         times = _StratifiedTimes(t_min, num_times, importance_sampling)
-        integral, error = _integral(score_fn, x, time_keys, reference, sde=sde, times=times, form=form)
+        draw = _IntegralDraw(score_fn, x, time_keys, reference, sde, times, form)
+        integral, error = _mean_and_error(draw, num_times, progress)
+        integral += _reference_integral(sde, x, t_min, reference) - _drift_integral(sde, x, t_min)
         start = jnp.zeros_like(integral)
         if num_starts:
-            draws = {"sde": sde, "t_min": t_min, "num": num_starts}
-            start, start_error = _mean_start_correction(score_fn, x, start_keys, reference, **draws)
+            draw = _StartDraw(score_fn, x, start_keys, reference, sde, t_min)
+            start, start_error = _mean_and_error(draw, num_starts, progress)
             error = jnp.hypot(error, start_error)
     return Bound(-expected_prior_logp(sde, x), integral, start, error, num_times + num_starts)
 
@@ -233,10 +238,32 @@ def _drift_integral(sde: SDE, x: Batch, t_min: float) -> Float[Array, ""]:
     return num_dims(x) * jnp.log(last / first)
 
 
-def _mean_and_error(draw: Callable[[Int[Array, ""]], PerExample], num: int) -> tuple[PerExample, PerExample]:
+Draw = Callable[[Int[Array, ""]], PerExample]
+"""The draw with a number, one value for each example. A pytree."""
+
+
+def _mean_and_error(draw: Draw, num: int, progress: ReportProgress | None) -> tuple[PerExample, PerExample]:
     """Mean and standard error of the draws with numbers 0 to num - 1."""
-    draws = jax.lax.map(draw, jnp.arange(num))
+
+    def advance(draws: Float[Array, "num batch"], first: int, last: int) -> Float[Array, "num batch"]:
+        return _draws(draw, draws, first, last)
+
+    draws = in_parts(advance, _no_draws(draw, num), num, progress)
     return jnp.mean(draws, axis=0), jnp.std(draws, axis=0) / math.sqrt(max(num - 1, 1))
+
+
+@partial(jax.jit, static_argnames="num")
+def _no_draws(draw: Draw, num: int) -> Float[Array, "num batch"]:
+    like = jax.eval_shape(draw, jnp.int32(0))
+    return jnp.zeros((num, *like.shape), like.dtype)
+
+
+@jax.jit
+def _draws(
+    draw: Draw, draws: Float[Array, "num batch"], first: Int[Array, ""] | int, last: Int[Array, ""] | int
+) -> Float[Array, "num batch"]:
+    """Fills in the draws first, ..., last - 1. The bounds are traced, so one program can fill in any part."""
+    return jax.lax.fori_loop(first, last, lambda number, draws: draws.at[number].set(draw(number)), draws)
 
 
 def _draw_noise(keys: Keys, number: Int[Array, ""], like: Batch) -> tuple[PerExample, Batch, Batch]:
@@ -252,6 +279,10 @@ def _draw_noise(keys: Keys, number: Int[Array, ""], like: Batch) -> tuple[PerExa
         )
 
     return jax.vmap(draw_one)(keys)
+
+
+SHARED = ("score_fn", "x", "keys", "reference")
+"""The arrays of a draw."""
 
 
 class _StratifiedTimes(NamedTuple):
@@ -272,37 +303,39 @@ class _StratifiedTimes(NamedTuple):
         return t, 0.5 * (sde.t_max - self.t_min) * rate
 
 
-@partial(jax.jit, static_argnames=("sde", "times", "form"))
-def _integral(
-    score_fn: ScoreFn,
-    x: Batch,
-    keys: Keys,
-    reference: GaussianReference | None,
-    *,
-    sde: SDE,
-    times: _StratifiedTimes,
-    form: str,
-) -> tuple[PerExample, PerExample]:
-    """The integral of the bound, and its standard error."""
+@partial(jax.tree_util.register_dataclass, data_fields=SHARED, meta_fields=("sde", "times", "form"))
+@dataclasses.dataclass(frozen=True)
+class _IntegralDraw:
+    """A draw of the integral of the bound, without the integral of the reference."""
 
-    def draw(number: Int[Array, ""]) -> PerExample:
-        uniform, z, probe = _draw_noise(keys, number, x)
-        t, weight = times.at(sde, number, uniform)
-        if form == "dsm":
-            return weight * dsm_integrand(score_fn, sde, x, t, z, reference)
-        return weight * sm_integrand(score_fn, sde, x, t, z, probe, reference)
+    score_fn: ScoreFn
+    x: Batch
+    keys: Keys
+    reference: GaussianReference | None
+    sde: SDE
+    times: _StratifiedTimes
+    form: str
 
-    mean, error = _mean_and_error(draw, times.num)
-    return mean + _reference_integral(sde, x, times.t_min, reference) - _drift_integral(sde, x, times.t_min), error
+    def __call__(self, number: Int[Array, ""]) -> PerExample:
+        uniform, z, probe = _draw_noise(self.keys, number, self.x)
+        t, weight = self.times.at(self.sde, number, uniform)
+        if self.form == "dsm":
+            return weight * dsm_integrand(self.score_fn, self.sde, self.x, t, z, self.reference)
+        return weight * sm_integrand(self.score_fn, self.sde, self.x, t, z, probe, self.reference)
 
 
-@partial(jax.jit, static_argnames=("sde", "t_min", "num"))
-def _mean_start_correction(
-    score_fn: ScoreFn, x: Batch, keys: Keys, reference: GaussianReference | None, *, sde: SDE, t_min: float, num: int
-) -> tuple[PerExample, PerExample]:
-    """The start-time correction, averaged over `num` draws, and its standard error."""
+@partial(jax.tree_util.register_dataclass, data_fields=SHARED, meta_fields=("sde", "t_min"))
+@dataclasses.dataclass(frozen=True)
+class _StartDraw:
+    """A draw of the start-time correction."""
 
-    def draw(number: Int[Array, ""]) -> PerExample:
-        return start_correction(score_fn, sde, x, _draw_noise(keys, number, x)[1], t_min, reference)
+    score_fn: ScoreFn
+    x: Batch
+    keys: Keys
+    reference: GaussianReference | None
+    sde: SDE
+    t_min: float
 
-    return _mean_and_error(draw, num)
+    def __call__(self, number: Int[Array, ""]) -> PerExample:
+        z = _draw_noise(self.keys, number, self.x)[1]
+        return start_correction(self.score_fn, self.sde, self.x, z, self.t_min, self.reference)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ScoreFn
+from arrays import Batch, PerExample, ReportProgress, ScoreFn
 from coordinates import GaussianReference, ReferencePath
 from derivatives import PROBES, divergence_estimates
 from ode import Info, as_pytree, integrate
@@ -216,6 +216,7 @@ def ode_log_likelihood(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     num_steps: int = 100,
+    progress: ReportProgress | None = None,
 ) -> LogLikelihood:
     """Computes ln p(x) of each example under the probability-flow ODE by the named method.
 
@@ -236,6 +237,7 @@ def ode_log_likelihood(
         reference: for the methods whose names end in "_log"; see coordinates.py.
         rtol, atol: tolerances of the adaptive methods; see `ode.integrate`.
         num_steps: for the fixed-step methods; see `ode.integrate`.
+        progress: called between parts of the solve; see `ode.integrate`.
 
     Raises:
         ValueError: unknown method, or as in `ode.integrate`. A failed solve does not raise, but its numbers are not
@@ -244,7 +246,8 @@ def ode_log_likelihood(
     if method not in METHODS:
         raise ValueError(f"unknown likelihood method {method!r}; known: {', '.join(METHODS)}")
     coordinates, solver = METHODS[method]
-    solve = functools.partial(integrate, method=solver, rtol=rtol, atol=atol, num_steps=num_steps)
+    settings = {"rtol": rtol, "atol": atol, "num_steps": num_steps, "progress": progress}
+    solve = functools.partial(integrate, method=solver, **settings)
     if coordinates == "time":
         return published_log_likelihood(score_fn, sde, x, probes, t_min, solve)
     return reference_log_likelihood(score_fn, sde, x, probes, t_min, solve, reference)

@@ -14,24 +14,26 @@ resumes when it is run again. The other modes:
     cost        measures memory and time of a training step before a run starts, as --config.cost.* ask
     train_deq   trains a dequantizer for a trained score model; --mode=eval uses it with --config.eval.dequantizer=True
 
+Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are requests to stop, in every mode: the state is saved within seconds, and the exit
+code is 75. The same command then resumes. A second Ctrl-C stops at once, with code 130. Other exit codes: 0 after
+success, 2 for bad input, 1 for a failure of the computation. Schedulers may requeue on 75; see docs/cluster.md.
+
 Errors are one line. Use --verbosity=1 to print the full traceback. docs/ describes everything else.
 """
 
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from infra import parallel
+from infra import stop  # JAX is imported late, so that --help, mistyped flags and signals are answered at once
 
 MODES = ("train", "train_deq", "eval", "report", "prepare", "stats", "cost")
-BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
-"""Exit codes other than 0."""
+BAD_INPUT, FAILED = 2, 1
+"""Exit codes other than 0, stop.STOPPED and stop.KILLED."""
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration: a file in configs/.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: checkpoints, metrics, results, report.")
@@ -59,16 +61,17 @@ def main(argv: Sequence[str]) -> int:
         return _complain("--num_processes and --process_id need --coordinator; without it, each process runs alone")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
-    if _MODE.value != "cost":  # which measures how long a program takes to compile
-        jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+    with stop.on_signals():
+        return _run_and_report(str(_MODE.value), Path(_WORKDIR.value or "").absolute())
+
+
+def _run_and_report(mode: str, workdir: Path) -> int:
+    """Runs a mode, and turns its exceptions into messages and exit codes."""
     try:
-        if _COORDINATOR.value:
-            parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # schedulers send SIGTERM; treat it like Ctrl-C
-        _run(str(_MODE.value), Path(_WORKDIR.value or "").absolute())
+        _run(mode, workdir)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted. Run the same command again to resume.\n")
-        return INTERRUPTED
+        return stop.STOPPED
     except (ValueError, OSError) as error:
         logging.debug("bad input", exc_info=True)
         return _complain(str(error))
@@ -80,8 +83,17 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(mode: str, workdir: Path) -> None:
-    import run_lib  # imported late, so that --help and mistyped flags are answered at once
-    from infra import console
+    import jax
+
+    from infra import console, parallel
+
+    if mode != "cost":  # which measures how long a program takes to compile
+        jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+    if _COORDINATOR.value:
+        parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    import run_lib
+
+    stop.check()
 
     console.quiet_libraries()
     if mode == "train":

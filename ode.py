@@ -18,6 +18,8 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 from scipy.integrate import RK45
 
+from arrays import ReportProgress, in_parts
+
 State = TypeVar("State", bound=PyTree)
 Function = TypeVar("Function", bound=Callable)
 Field: TypeAlias = Callable[[Float[Array, ""], State], State]
@@ -60,6 +62,7 @@ def integrate(
     atol: float = 1e-5,
     num_steps: int = 100,
     max_steps: int = 10_000,
+    progress: ReportProgress | None = None,
 ) -> tuple[State, Info]:
     """Solves dy/dt = field(t, y) from y(t0) = y0 to t1, forward or backward.
 
@@ -76,6 +79,8 @@ def integrate(
             steps of 1 evaluation, useful if dy/dt is rougher than y and has to be evaluated often.
         rtol, atol: tolerances of the adaptive methods.
         max_steps: the number of attempted steps after which an adaptive method fails.
+        progress: called between parts of the solve, with the number of fixed steps, or the percentage of the interval
+            that an adaptive method has passed. It cannot be used under jit.
 
     Returns:
         y at the time at which the solve stopped, and the report of the solve. A failed solve does not raise, so that
@@ -98,10 +103,10 @@ def integrate(
     dtype = jnp.result_type(*jax.tree.leaves(y0), jnp.float32)
     start, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
     if method in FIXED_STEP:
-        return _fixed_steps(field, y0, start, end, num_steps, method=method)
+        return _fixed_steps(field, y0, start, end, num_steps, method, progress)
     if method == "dopri5":
-        return _dopri5(field, y0, start, end, rtol, atol, max_steps)
-    return _scipy_rk45(field, y0, float(t0), float(t1), rtol, atol, max_steps)
+        return _dopri5(field, y0, start, end, rtol, atol, max_steps, progress)
+    return _scipy_rk45(field, y0, float(t0), float(t1), rtol, atol, max_steps, progress)
 
 
 def check_processes(method: str, field: str) -> None:
@@ -185,30 +190,84 @@ class _FixedStep(NamedTuple):
 FIXED_STEP = {"rk4": _FixedStep(rk4_step, 4, 1), "adams": _FixedStep(adams_step, 1, 2)}
 
 
-@partial(jax.jit, static_argnames="method")
+class _FixedSolve(NamedTuple):
+    """A solve with fixed steps between two parts."""
+
+    number: Int[Array, ""]
+    """Steps taken."""
+    node: _Node
+    sampled: PyTree
+    """The integral of dy/dt by the rule of the error estimate, so far."""
+
+
 def _fixed_steps(
-    field: Field, y0: State, t0: Float[Array, ""], t1: Float[Array, ""], num_steps: Int[Array, ""] | int, *, method: str
+    field: Field,
+    y0: State,
+    t0: Float[Array, ""],
+    t1: Float[Array, ""],
+    num_steps: int,
+    method: str,
+    progress: ReportProgress | None,
 ) -> tuple[State, Info]:
-    step, evaluations, stride = FIXED_STEP[method]
+    def advance(solve: _FixedSolve, first: int, last: int) -> _FixedSolve:
+        del first
+        return _fixed_steps_until(field, solve, t0, t1, num_steps, last, method=method)
+
+    solve = in_parts(advance, _first_node(field, y0, t0, t1, num_steps, method=method), num_steps, progress)
+    return _end_of_fixed_steps(field, solve, t0, t1, num_steps, method=method)
+
+
+@partial(jax.jit, static_argnames="method")
+def _first_node(
+    field: Field, y0: State, t0: Float[Array, ""], t1: Float[Array, ""], num_steps: Int[Array, ""] | int, *, method: str
+) -> _FixedSolve:
+    stride, slope = FIXED_STEP[method].stride, field(t0, y0)
+    weight = stride * (t1 - t0) / num_steps
+    sampled = _combine(y0, weight, [_gregory_weight(0, num_steps // stride)], [slope])
+    return _FixedSolve(jnp.int32(0), _Node(t0, y0, (slope,) * 3), sampled)
+
+
+@partial(jax.jit, static_argnames="method")
+def _fixed_steps_until(
+    field: Field,
+    solve: _FixedSolve,
+    t0: Float[Array, ""],
+    t1: Float[Array, ""],
+    num_steps: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
+    *,
+    method: str,
+) -> _FixedSolve:
+    step, _, stride = FIXED_STEP[method]
     dt = (t1 - t0) / num_steps
-    slope = field(t0, y0)
-    sampled = _combine(y0, stride * dt, [_gregory_weight(0, num_steps // stride)], [slope])
 
-    def healthy(loop: tuple[Int[Array, ""], _Node, State]) -> Bool[Array, ""]:
-        return (loop[0] < num_steps) & _is_finite(loop[1].y)
+    def healthy(solve: _FixedSolve) -> Bool[Array, ""]:
+        return (solve.number < last) & _is_finite(solve.node.y)
 
-    def advance(loop: tuple[Int[Array, ""], _Node, State]) -> tuple[Int[Array, ""], _Node, State]:
-        number, node, sampled = loop
+    def advance(solve: _FixedSolve) -> _FixedSolve:
+        number, node, sampled = solve
         y, slope = step(field, node, dt, number)
         number = number + 1
         weight = jnp.where(number % stride == 0, _gregory_weight(number // stride, num_steps // stride), 0)
         sampled = _combine(sampled, stride * dt, [weight], [slope])
-        return number, _Node(t0 + number * dt, y, (slope, *node.slopes[:2])), sampled
+        return _FixedSolve(number, _Node(t0 + number * dt, y, (slope, *node.slopes[:2])), sampled)
 
-    start = (jnp.int32(0), _Node(t0, y0, (slope,) * 3), sampled)
-    steps, node, sampled = jax.lax.while_loop(healthy, advance, start)
+    return jax.lax.while_loop(healthy, advance, solve)
+
+
+@partial(jax.jit, static_argnames="method")
+def _end_of_fixed_steps(
+    field: Field,
+    solve: _FixedSolve,
+    t0: Float[Array, ""],
+    t1: Float[Array, ""],
+    num_steps: Int[Array, ""] | int,
+    *,
+    method: str,
+) -> tuple[State, Info]:
+    steps, node, sampled = solve
     solved = (steps == num_steps) & _is_finite(node.y)
-    info = _info(field, node.t, node.y, t1 - t0, solved, evaluations * steps + 1, steps)
+    info = _info(field, node.t, node.y, t1 - t0, solved, FIXED_STEP[method].evaluations * steps + 1, steps)
     return node.y, info._replace(error_estimate=jax.tree.map(jnp.subtract, node.y, sampled))
 
 
@@ -222,54 +281,165 @@ def _gregory_weight(node: Int[Array, ""] | int, last: Int[Array, ""] | int) -> F
     return jnp.where(last >= 5, gregory, jnp.where(from_end == 0, 0.5, 1.0))
 
 
-@partial(jax.jit, static_argnames="max_steps")
+class _AdaptiveSolve(NamedTuple):
+    """A solve with adaptive steps between two parts. Times are multiplied by the direction of time, and so increase."""
+
+    steps: Int[Array, ""]
+    """Attempted steps."""
+    t: Float[Array, ""]
+    t_next: Float[Array, ""]
+    """The end of the step to attempt."""
+    y: PyTree
+    healthy: Bool[Array, ""]
+    solver_state: PyTree
+    controller_state: PyTree
+
+
+class _Interval(NamedTuple):
+    """What the parts of an adaptive solve have in common."""
+
+    field: Field
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    rtol: float | Float[Array, ""]
+    atol: float | Float[Array, ""]
+
+    @property
+    def direction(self) -> Float[Array, ""]:
+        return jnp.where(self.t0 < self.t1, 1, -1).astype(self.t0.dtype)
+
+    @property
+    def end(self) -> Float[Array, ""]:
+        return self.direction * self.t1
+
+    def term(self) -> diffrax.ODETerm:
+        return diffrax.ODETerm(lambda s, y, _: jax.tree.map(self._directed, self.field(self.direction * s, y)))
+
+    def _directed(self, slope: Array) -> Array:
+        return self.direction.astype(slope.dtype) * slope
+
+    def controller(self) -> diffrax.PIDController:
+        """The step-size rules of SciPy's RK45."""
+        return diffrax.PIDController(
+            rtol=self.rtol,
+            atol=self.atol,
+            pcoeff=0.0,
+            icoeff=1.0,
+            dcoeff=0.0,
+            safety=0.9,
+            factormin=0.2,
+            factormax=10.0,
+            # A step below the rounding error of t does not change t.
+            dtmin=0.1 * jnp.finfo(self.t0.dtype).eps * jnp.abs(self.t1 - self.t0),
+            force_dtmin=False,
+        )
+
+
+_DOPRI5 = diffrax.Dopri5()
+
+
 def _dopri5(
     field: Field,
     y0: State,
     t0: Float[Array, ""],
     t1: Float[Array, ""],
-    rtol: float | Float[Array, ""],
-    atol: float | Float[Array, ""],
+    rtol: float,
+    atol: float,
     max_steps: int,
+    progress: ReportProgress | None,
 ) -> tuple[State, Info]:
-    controller = diffrax.PIDController(
-        rtol=rtol,
-        atol=atol,
-        pcoeff=0.0,
-        icoeff=1.0,
-        dcoeff=0.0,
-        safety=0.9,
-        factormin=0.2,
-        factormax=10.0,
-        # A step below the rounding error of t does not change t.
-        dtmin=0.1 * jnp.finfo(t0.dtype).eps * jnp.abs(t1 - t0),
-        force_dtmin=False,
-    )
-    solution = diffrax.diffeqsolve(
-        diffrax.ODETerm(lambda t, y, field: field(t, y)),
-        diffrax.Dopri5(),
-        t0,
-        t1,
-        None,
-        y0,
-        args=field,
-        stepsize_controller=controller,
-        adjoint=diffrax.ForwardMode(),
-        max_steps=max_steps,
-        throw=False,  # The host callbacks of True would gather a sharded state.
-    )
-    assert solution.ys is not None
-    assert solution.ts is not None
-    y = jax.tree.map(lambda a: a[-1], solution.ys)
-    t = solution.ts[-1]
-    solved = solution.result == diffrax.RESULTS.successful
-    steps = solution.stats["num_steps"]
+    """Runs diffrax's steps in a loop of our own, which can be left and entered again between steps."""
+    interval = _Interval(field, t0, t1, rtol, atol)
+    solve = _before_first_step(interval, y0)
+    first, length = solve.t, interval.end - solve.t
+
+    def advance(solve: _AdaptiveSolve, _: int, last: int) -> _AdaptiveSolve:
+        return _adaptive_steps_until(interval, solve, last)
+
+    def percentage(solve: _AdaptiveSolve) -> tuple[int, int]:
+        return (int(100 * (solve.t - first) / length) if solve.healthy else 100), 100
+
+    solve = in_parts(advance, solve, max_steps, progress, percentage)
+    return _end_of_adaptive_steps(interval, solve)
+
+
+@jax.jit
+def _before_first_step(interval: _Interval, y0: State) -> _AdaptiveSolve:
+    term, controller, start = interval.term(), interval.controller(), interval.direction * interval.t0
+    slope = term.vf(start, y0, None)
+    size = _first_step_size(interval, y0, slope)
+    order = _DOPRI5.error_order(term)
+    t_next, controller_state = controller.init(term, start, interval.end, y0, size, None, _DOPRI5.func, order)
+    # The state of the solver says that this is not a step without a derivative, because there is one: `slope`.
+    solver_state = jnp.asarray(False), slope
+    t_next = jnp.minimum(t_next, interval.end)
+    return _AdaptiveSolve(jnp.int32(0), start, t_next, y0, jnp.isfinite(t_next), solver_state, controller_state)
+
+
+def _first_step_size(interval: _Interval, y0: State, slope: State) -> Float[Array, ""]:
+    """The size of the first step by the rule of SciPy's RK45 (Hairer, Norsett and Wanner, Sec. II.4)."""
+    term, start, norm = interval.term(), interval.direction * interval.t0, diffrax.PIDController(1, 1).norm
+    scaled = partial(jax.tree.map, lambda y, a: a / (interval.atol + interval.rtol * jnp.abs(y)), y0)
+    d0, d1 = norm(scaled(y0)), norm(scaled(slope))
+    h0 = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+    h0 = jnp.minimum(h0, interval.end - start)
+    slope1 = term.vf(start + h0, _combine(y0, h0, [1], [slope]), None)
+    d2 = norm(scaled(jax.tree.map(jnp.subtract, slope1, slope))) / h0
+    largest = jnp.maximum(d1, d2)
+    h1 = jnp.where(largest <= 1e-15, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / largest) ** (1 / 5))
+    return jnp.minimum(100 * h0, h1).astype(start.dtype)
+
+
+@jax.jit
+def _adaptive_steps_until(
+    interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Array, ""] | int
+) -> _AdaptiveSolve:
+    """Attempts steps until the end of the interval, or until `most_steps` were attempted since its beginning."""
+    term, controller, end = interval.term(), interval.controller(), interval.end
+    nearly_end = end - 100 * jnp.finfo(end.dtype).eps * jnp.abs(end)
+
+    def unfinished(solve: _AdaptiveSolve) -> Bool[Array, ""]:
+        return (solve.steps < most_steps) & (solve.t < end) & solve.healthy
+
+    def attempt(solve: _AdaptiveSolve) -> _AdaptiveSolve:
+        y, error, _, solver_state, solved = _DOPRI5.step(
+            term, solve.t, solve.t_next, solve.y, None, solve.solver_state, made_jump=False
+        )
+        error = jax.tree.map(lambda a: jnp.where(jnp.isnan(a), jnp.inf, a), error)
+        accepted, t, t_next, _, controller_state, controlled = controller.adapt_step_size(
+            solve.t, solve.t_next, solve.y, y, None, error, _DOPRI5.error_order(term), solve.controller_state
+        )
+        t = jnp.minimum(t, end)
+        # A rejected step near the end must become shorter, too.
+        t_next = jnp.where(t_next > nearly_end, jnp.where(accepted, end, t + 0.5 * (end - t)), t_next)
+        y, solver_state = jax.tree.map(
+            lambda new, old: jnp.where(accepted, new, old), (y, solver_state), (solve.y, solve.solver_state)
+        )
+        successful = diffrax.RESULTS.successful
+        healthy = (~accepted | (solved == successful)) & (controlled == successful)
+        return _AdaptiveSolve(solve.steps + 1, t, t_next, y, healthy, solver_state, controller_state)
+
+    return jax.lax.while_loop(unfinished, attempt, solve)
+
+
+@jax.jit
+def _end_of_adaptive_steps(interval: _Interval, solve: _AdaptiveSolve) -> tuple[State, Info]:
+    field, t0, t1 = interval[:3]
+    solved = solve.healthy & (solve.t >= interval.end) & _is_finite(solve.y)
     # Six new stages in each step, one at the start, and one to choose the first step.
-    return y, _info(field, t, y, t1 - t0, solved & _is_finite(y), 6 * steps + 2, steps)
+    nfe, t = 6 * solve.steps + 2, interval.direction * solve.t
+    return solve.y, _info(field, t, solve.y, t1 - t0, solved, nfe, solve.steps)
 
 
 def _scipy_rk45(
-    field: Field, y0: State, t0: float, t1: float, rtol: float, atol: float, max_steps: int
+    field: Field,
+    y0: State,
+    t0: float,
+    t1: float,
+    rtol: float,
+    atol: float,
+    max_steps: int,
+    progress: ReportProgress | None,
 ) -> tuple[State, Info]:
     """Runs SciPy's RK45 step by step, because solve_ivp would store every intermediate state."""
     flat0, unravel = ravel_pytree(y0)
@@ -289,6 +459,8 @@ def _scipy_rk45(
     healthy = bool(np.isfinite(solver.f).all())
     while healthy and solver.status == "running" and _attempted_steps(solver) < max_steps:
         solver.step()
+        if progress is not None:
+            progress(int(100 * (solver.t - t0) / (t1 - t0)), 100)
     y = state(solver.y)
     solved = jnp.asarray(solver.status == "finished" and bool(_is_finite(y)))
     nfe, steps = jnp.int32(solver.nfev), jnp.int32(_attempted_steps(solver))

@@ -36,9 +36,8 @@ from evaluators import Evaluator, evaluators_from_config
 from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
-from infra import parallel
+from infra import parallel, stop
 from infra.checkpoints import Checkpoints, params_digest
-from infra.console import StopRequest, stop_on_signal
 from infra.metrics import MetricsWriter, trained_order
 from infra.results import Results
 from infra.training_loop import (
@@ -64,7 +63,7 @@ def train(config: Config, path: Path) -> None:
     """Trains to step `training.n_iters`, from the newest checkpoint if there is one.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the state is saved. The same call resumes.
+        KeyboardInterrupt: after a request to stop, once the state is saved. The same call resumes.
         ValueError, OSError: for bad input, before anything is written.
         FloatingPointError: if the loss is not finite.
     """
@@ -80,18 +79,17 @@ def train(config: Config, path: Path) -> None:
         if checkpoints.newest() is None and init_state is not None:
             checkpoints.save(state)  # the checkpoint that the run starts from may be gone when the run is resumed
         workdir.write_description(config, num_parameters(state))
-        with MetricsWriter(workdir.train) as metrics, stop_on_signal() as stop:
-            snapshots.draw(state, stop)  # unless it was drawn before an interruption
+        with MetricsWriter(workdir.train) as metrics:
+            snapshots.draw(state)  # unless it was drawn before an interruption
             callbacks = [
                 record_metrics(metrics, order),
                 record_test_loss(LossEvaluator(run, test_source).first_batches, metrics, order),
                 save_checkpoints(checkpoints),
-                draw_snapshots(snapshots, metrics, stop),
+                draw_snapshots(snapshots, metrics),
             ]
             if not stop.now():
-                training_loop(score_training(run, train_source), state, config.training, callbacks, stop)
-    if stop.requested:
-        raise KeyboardInterrupt
+                training_loop(score_training(run, train_source), state, config.training, callbacks)
+    stop.check()
     if jax.process_index() == 0:
         write_report(path)
         logging.info("Report: %s", workdir.report)
@@ -144,11 +142,11 @@ def score_training(run: Run, source: Source) -> Training:
     return Training(f"order {training.score_matching_order}", training.n_iters, calls, update)
 
 
-def draw_snapshots(snapshots: Snapshots, metrics: MetricsWriter, stop: StopRequest) -> Callback:
+def draw_snapshots(snapshots: Snapshots, metrics: MetricsWriter) -> Callback:
     def draw(call: Call) -> None:
         if call.saving:
             with metrics.aside():
-                snapshots.draw(call.state, stop)
+                snapshots.draw(call.state)
 
     return draw
 
@@ -159,7 +157,7 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
     Batch size, optimizer, records and checkpoints are configured as for the score model, see `score_params`.
 
     Raises:
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the state is saved. The same call resumes.
+        KeyboardInterrupt: after a request to stop, once the state is saved. The same call resumes.
         ValueError, OSError: for bad input, before anything is written.
         FloatingPointError: if the loss is not finite.
     """
@@ -173,15 +171,15 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
     with folder.lock(), training.open_checkpoints(folder, params) as checkpoints:
         state = checkpoints.resume() or training.first_state()
         folder.write_description(config, num_parameters(state))
-        with MetricsWriter(folder.train) as metrics, stop_on_signal() as stop:
+        with MetricsWriter(folder.train) as metrics:
             callbacks = [
                 record_metrics(metrics, order, shown="bpd"),
                 record_test_loss(lambda params: training.test_bound(score_fn, params), metrics, order),
                 save_checkpoints(checkpoints),
             ]
-            training_loop(training.training(score_fn), state, config.training, callbacks, stop)
-    if stop.requested:
-        raise KeyboardInterrupt
+            if not stop.now():
+                training_loop(training.training(score_fn), state, config.training, callbacks)
+    stop.check()
 
 
 def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "deq") -> None:
@@ -192,6 +190,7 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
     it was computing. Earlier results of evaluators that are not asked for are kept.
 
     Raises:
+        KeyboardInterrupt: after a request to stop.
         FileNotFoundError: if there is no such checkpoint.
         ValueError, OSError: for bad input, before anything is written.
         RuntimeError: if an ODE solve fails.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 import ode
-from arrays import Batch, ReportProgress, ScoreFn
+from arrays import Batch, ReportProgress, ScoreFn, in_parts
 from configs.default import Config
 from samplers.few_step import SCHEDULES, DataRange, LogNoiseLevels, denoise, dpm_solver, heun, noise_levels
 from samplers.predictor_corrector import CORRECTORS, PREDICTORS, Update, check_ancestral
@@ -27,9 +27,6 @@ from sde_lib import SDE
 
 ImageKeys = Key[Array, " batch"]
 """One random key for each image."""
-
-PROGRESS_REPORTS = 20
-"""The number of progress reports of a predictor-corrector run."""
 
 
 class Samples(NamedTuple):
@@ -73,8 +70,7 @@ class Sampler(abc.ABC):
     ) -> Samples:
         """Draws the images with these numbers, sharded over devices as the numbers are.
 
-        The predictor-corrector sampler calls `progress` between its compiled calls. The other samplers are short and
-        do not report.
+        Calls `progress` between the parts of the computation, so that it can be watched and stopped.
         """
         keys = image_keys(key, image_indices)
         return self.solve(ode.as_pytree(score_fn), prior_samples(self.sde, keys, image_shape), keys, progress)
@@ -153,15 +149,12 @@ class PredictorCorrector(Sampler):
         return self.probability_flow and self.corrector == "none"
 
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
-        """Compiles one program. With `progress`, runs it PROGRESS_REPORTS times, for a part of the steps each time."""
-        chunk = self.num_steps if progress is None else -(-self.num_steps // PROGRESS_REPORTS)
-        state = x, x
-        for first in range(0, self.num_steps, chunk):
-            last = min(first + chunk, self.num_steps)
-            state = _pc_steps(self, score_fn, keys, state, first, last)
-            if progress is not None:
-                jax.block_until_ready(state)
-                progress(last, self.num_steps)
+        """Compiles one program for any part of the steps."""
+
+        def advance(state: Update, first: int, last: int) -> Update:
+            return _pc_steps(self, score_fn, keys, state, first, last)
+
+        state = in_parts(advance, (x, x), self.num_steps, progress)
         x, x_mean = state
         each = (self.predictor != "none") + self.corrector_steps * (self.corrector != "none")
         return Samples(x_mean if self.noise_removal else x, self.num_steps * each)
@@ -223,7 +216,8 @@ class ODESampler(Sampler):
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         flow = _ProbabilityFlow(self.sde, score_fn)
         times = self.sde.t_max, self.smallest_time
-        x, info = ode.integrate(flow, x, *times, method=self.method, rtol=self.rtol, atol=self.atol)
+        settings = {"method": self.method, "rtol": self.rtol, "atol": self.atol}
+        x, info = ode.integrate(flow, x, *times, **settings, progress=progress)
         ode.require_success(info)
         if self.noise_removal:
             x = _denoise(score_fn, self.sde, x, self.smallest_time)
@@ -286,7 +280,7 @@ class HeunSampler(FastSampler):
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         num_steps = (self.max_nfe - self.noise_removal) // 2
         log_rhos = jnp.asarray(self.levels(num_steps + 1), x.dtype)
-        x = heun(score_fn, self.sde, x, log_rhos, self.noise_removal, self.data_range)
+        x = heun(score_fn, self.sde, x, log_rhos, self.noise_removal, self.data_range, progress)
         return Samples(x, 2 * num_steps + self.noise_removal)
 
 
@@ -317,7 +311,8 @@ class DPMSolverSampler(FastSampler):
         log_rhos = self.levels(self.max_nfe + 1 - self.noise_removal)
         noise = jax.tree_util.Partial(_first_noise, keys)
         order, to_zero = self.order, self.noise_removal
-        x = dpm_solver(score_fn, self.sde, x, log_rhos, order, to_zero, self.eta, noise, self.data_range)
+        settings = {"eta": self.eta, "noise": noise, "data_range": self.data_range, "progress": progress}
+        x = dpm_solver(score_fn, self.sde, x, log_rhos, order, to_zero, **settings)
         return Samples(x, self.max_nfe)
 
 

@@ -57,6 +57,8 @@ def _training() -> ConfigDict:
     training.snapshot_freq = 50_000  # steps between checkpoints that are kept permanently
     training.snapshot_freq_for_preemption = 10_000  # steps between checkpoints that are only kept to resume from
     training.snapshot_sampling = True  # draw a grid of samples at every permanent checkpoint
+    # sampler of these grids: few_step (dpm_solver with 20 network evaluations) or configured (as `sampling` says)
+    training.snapshot_sampler = "few_step"
     # checkpoint to start a new run from: a workdir, one step's folder in its checkpoints, or a published file
     training.init_from = ""
     # parts of init_from to start anew, joined by commas: step (and with it the warm-up), opt, ema

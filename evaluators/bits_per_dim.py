@@ -12,7 +12,7 @@ from absl import logging
 from jaxtyping import Array, Int
 
 import datasets
-from arrays import Batch
+from arrays import Batch, ReportProgress
 from build import EVAL_KEY, Run
 from coordinates import GaussianReference
 from datasets import REFERENCE_EXAMPLES, EvaluationBatch, data_reference, evaluation_batch, evaluation_batch_sizes
@@ -80,7 +80,9 @@ class BitsPerDimEvaluator:
         num_repeats, per_repeat = self.run.config.eval.num_repeats, len(self.sizes)
         each = list(itertools.product(range(num_repeats), range(per_repeat)))
         sizes = {f"repeat{repeat}_batch{number}": self.sizes[number] for repeat, number in each}
-        batches = cache.all(sizes, lambda position, _: self._batch(params, *each[position]), "bits/dim", "image")
+        batches = cache.all(
+            sizes, lambda position, show: self._batch(params, *each[position], show), "bits/dim", "image"
+        )
         repeats = [batches[r * per_repeat : (r + 1) * per_repeat] for r in range(num_repeats)]
         return summary(repeats) | self.description | {"values": cache.folder.name}
 
@@ -106,7 +108,7 @@ class BitsPerDimEvaluator:
         settings = self.run.config.eval
         return evaluation_batch(self.source, settings.batch_size, number, settings.max_examples)
 
-    def _batch(self, params: Params, repeat: int, number: int) -> Values:
+    def _batch(self, params: Params, repeat: int, number: int, show: ReportProgress | None = None) -> Values:
         """Computes bits/dim, the terms and the estimated errors of the images of one batch, and measures the cost."""
         started = time.monotonic()
         batch, size = self._images(number), self.sizes[number]
@@ -119,7 +121,7 @@ class BitsPerDimEvaluator:
             # All draws use the same keys for the estimator, for the reason given in importance_weighted.
             noisy = _dequantized(self.dequantizer, noise_keys, images, draw)
             log_q = np.asarray(parallel.fetch(noisy.log_q), np.float64)
-            estimate = self._estimate(params, noisy.x, estimator_keys, batch)
+            estimate = self._estimate(params, noisy.x, estimator_keys, batch, show)
             draws.append((estimate.terms | {"dequantization": log_q}, estimate.errors))
             nfe += estimate.nfe
         values = importance_weighted(
@@ -131,10 +133,12 @@ class BitsPerDimEvaluator:
         cost = {"nfe": np.asarray(nfe), "seconds": np.asarray(time.monotonic() - started)}
         return {name: value[:size] for name, value in values.items()} | cost
 
-    def _estimate(self, params: Params, x: Batch, keys: Array, batch: EvaluationBatch) -> HostEstimate:
+    def _estimate(
+        self, params: Params, x: Batch, keys: Array, batch: EvaluationBatch, show: ReportProgress | None
+    ) -> HostEstimate:
         """Estimates -ln p(x). Raises RuntimeError if the solve failed or a value is not finite."""
         score_fn, t_min = self.run.score_fn(params), self.dequantizer.t_min
-        estimate = self.estimator(score_fn, self.run.sde, x, keys, t_min, self._reference)
+        estimate = self.estimator(score_fn, self.run.sde, x, keys, t_min, self._reference, show)
         context = f"Cannot compute bits/dim for {self.source.description} with {self.estimator.description}"
         return fetch_and_check(estimate, batch.indices, "image", context)
 

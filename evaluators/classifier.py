@@ -22,6 +22,7 @@ import datasets
 from configs.default import Config
 from datasets import Source
 from evaluators.extractor import Features, Images, array_hash, flat_params, in_chunks, params_hash
+from infra import stop
 from infra.files import read_npz, write_npz
 
 
@@ -158,16 +159,25 @@ def _train(network: Classifier, train: LabelledImages, levels: int, recipe: Clas
     labels = jnp.asarray(train.labels, jnp.int32)
     init_key, order_key = jax.random.split(jax.random.key(recipe.seed))
     params = network.init(init_key, images[:1])["params"]
-    params = _fit(network, recipe, params, order_key, images, labels)
-    return jax.tree.map(np.asarray, params)
+    state = params, _classifier_optimizer(recipe, len(images)).init(params)
+    for key in jax.random.split(order_key, recipe.num_epochs):
+        stop.check()
+        state = jax.block_until_ready(_fit_epoch(network, recipe, state, key, images, labels))
+    return jax.tree.map(np.asarray, state[0])
+
+
+def _classifier_optimizer(recipe: ClassifierRecipe, num_images: int) -> optax.GradientTransformation:
+    steps = recipe.num_epochs * (num_images // min(recipe.batch_size, num_images))
+    return optax.adam(optax.cosine_decay_schedule(recipe.learning_rate, steps))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _fit(network: Classifier, recipe: ClassifierRecipe, params: dict, key: Array, images: Array, labels: Array) -> dict:
+def _fit_epoch(
+    network: Classifier, recipe: ClassifierRecipe, state: tuple, key: Array, images: Array, labels: Array
+) -> tuple:
+    """Trains for one epoch. The state holds the parameters and the state of the optimizer."""
     batch_size = min(recipe.batch_size, len(images))
-    steps_per_epoch = len(images) // batch_size
-    schedule = optax.cosine_decay_schedule(recipe.learning_rate, recipe.num_epochs * steps_per_epoch)
-    optimizer = optax.adam(schedule)
+    optimizer = _classifier_optimizer(recipe, len(images))
     targets = optax.smooth_labels(jax.nn.one_hot(labels, network.num_classes), recipe.label_smoothing)
 
     def cross_entropy(params: dict, batch: Array) -> Array:
@@ -179,10 +189,9 @@ def _fit(network: Classifier, recipe: ClassifierRecipe, params: dict, key: Array
         updates, opt_state = optimizer.update(jax.grad(cross_entropy)(params, batch), opt_state)
         return (optax.apply_updates(params, updates), opt_state), None
 
-    orders = jax.vmap(lambda k: jax.random.permutation(k, len(images)))(jax.random.split(key, recipe.num_epochs))
-    batches = orders[:, : steps_per_epoch * batch_size].reshape(-1, batch_size)
-    (params, _), _ = jax.lax.scan(step, (params, optimizer.init(params)), batches)
-    return params
+    order = jax.random.permutation(key, len(images))
+    batches = order[: len(images) // batch_size * batch_size].reshape(-1, batch_size)
+    return jax.lax.scan(step, state, batches)[0]
 
 
 def _normalize(images: Array, levels: int) -> Float[Array, "n height width channels"]:

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 import bound_likelihood
 import datasets
-from arrays import Batch, PerExample, ScoreFn
+from arrays import Batch, PerExample, ReportProgress, ScoreFn
 from configs.default import Config
 from coordinates import TAIL_DENSITY, GaussianReference
 from datasets import SPLITS, Source
@@ -71,7 +71,10 @@ def as_float64(values: Mapping[str, PerExample | np.ndarray]) -> dict[str, np.nd
 
 @runtime_checkable
 class Estimator(Protocol):
-    """estimator(score_fn, sde, x, keys, t_min, reference) -> Estimate, for data x at t_min."""
+    """estimator(score_fn, sde, x, keys, t_min, reference, progress) -> Estimate, for data x at t_min.
+
+    Calls `progress` between parts of the computation.
+    """
 
     @property
     def description(self) -> dict[str, Any]:
@@ -84,7 +87,14 @@ class Estimator(Protocol):
         ...
 
     def __call__(
-        self, score_fn: ScoreFn, sde: SDE, x: Batch, keys: Array, t_min: float, reference: GaussianReference
+        self,
+        score_fn: ScoreFn,
+        sde: SDE,
+        x: Batch,
+        keys: Array,
+        t_min: float,
+        reference: GaussianReference,
+        progress: ReportProgress | None = None,
     ) -> Estimate: ...
 
 
@@ -111,7 +121,14 @@ class OdeEstimator:
         return {"solver": self.method, "steps": self.num_steps, "tail_density": TAIL_DENSITY} | probes
 
     def __call__(
-        self, score_fn: ScoreFn, sde: SDE, x: Batch, keys: Array, t_min: float, reference: GaussianReference
+        self,
+        score_fn: ScoreFn,
+        sde: SDE,
+        x: Batch,
+        keys: Array,
+        t_min: float,
+        reference: GaussianReference,
+        progress: ReportProgress | None = None,
     ) -> Estimate:
         result = ode_log_likelihood(
             score_fn,
@@ -124,6 +141,7 @@ class OdeEstimator:
             rtol=self.rtol,
             atol=self.atol,
             num_steps=self.num_steps,
+            progress=progress,
         )
         errors = {"solver_error": -result.solver_error, "probe_error": result.probe_error}
         return Estimate(result.terms, errors, result.info.nfe, result.info)
@@ -152,7 +170,14 @@ class BoundEstimator:
         return {"bound": self.form} | {name: getattr(self, name) for name in names}
 
     def __call__(
-        self, score_fn: ScoreFn, sde: SDE, x: Batch, keys: Array, t_min: float, reference: GaussianReference
+        self,
+        score_fn: ScoreFn,
+        sde: SDE,
+        x: Batch,
+        keys: Array,
+        t_min: float,
+        reference: GaussianReference,
+        progress: ReportProgress | None = None,
     ) -> Estimate:
         bound = bound_likelihood.likelihood_bound(
             score_fn,
@@ -165,6 +190,7 @@ class BoundEstimator:
             num_times=self.num_times,
             num_starts=self.num_starts,
             reference=reference,
+            progress=progress,
         )
         return Estimate(bound.terms, {"sampling_error": bound.error}, bound.nfe, None)
 

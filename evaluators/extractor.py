@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
-from infra import parallel
+from infra import parallel, stop
 
 Images = UInt8[np.ndarray, "n height width channels"]
 """Images as the integer levels 0, ..., levels - 1 of each channel."""
@@ -83,11 +83,16 @@ def in_chunks(measure: Callable[[Array], tuple[Array, Array]], images: Images, p
     """Applies `measure` to images in chunks of `per_device` images for each device; the last chunk is padded.
 
     Each chunk is dispatched before the features of the previous one are fetched.
+
+    Raises:
+        KeyboardInterrupt: after a request to stop.
+        ValueError: if there are no images.
     """
     mesh, size = parallel.device_mesh(), per_device * jax.device_count()
     parts: list[Features] = []
     pending: tuple[tuple[Array, Array], int] | None = None
     for start in range(0, len(images), size):
+        stop.check()
         chunk = images[start : start + size]
         (padded,) = parallel.pad_rows(size, chunk)
         outputs = measure(parallel.global_array(mesh, padded[parallel.local_rows(size)]))

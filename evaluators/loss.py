@@ -1,5 +1,6 @@
 """Evaluator of the training objective on test data."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jaxtyping import Array
 from build import EVAL_KEY, Run
 from datasets import Source, evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
-from infra import parallel
+from infra import parallel, stop
 from infra.workdir import EvaluationFolder
 from losses import draw_noise, score_matching_losses
 from models.score import Params
@@ -30,16 +31,20 @@ class LossEvaluator:
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
         """Computes means over all examples, with standard errors."""
         del folder  # Nothing is cached, because the evaluation takes only as long as one record of training.
-        return self._means(params, self.num_batches)
+        return self._means(params, self.num_batches, stop.check)
 
     def first_batches(self, params: Params) -> dict[str, float]:
         """Computes means over the first `training.eval_batches` batches, always with the same noise."""
-        means = self._means(params, min(self.run.config.training.eval_batches, self.num_batches))
+        # Without a check for requests to stop, because training answers them after this, with the state saved.
+        means = self._means(params, min(self.run.config.training.eval_batches, self.num_batches), lambda: None)
         return {name: mean["mean"] for name, mean in means.items()}
 
-    def _means(self, params: Params, num_batches: int) -> dict[str, dict[str, float]]:
+    def _means(self, params: Params, num_batches: int, check: Callable[[], None]) -> dict[str, dict[str, float]]:
         key = self.run.key(EVAL_KEY)
-        parts = [self._values(params, number, jax.random.fold_in(key, number)) for number in range(num_batches)]
+        parts = []
+        for number in range(num_batches):
+            check()
+            parts.append(self._values(params, number, jax.random.fold_in(key, number)))
         names = parts[0][0]
         return {name: mean_estimate(np.concatenate([v[name][c] for v, c in parts]))._asdict() for name in names}
 

@@ -18,7 +18,7 @@ from datasets import evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values, draw_in_rounds
 from evaluators.estimators import Estimate, as_float64, estimator_from_config, evaluation_source, fetch_and_check
-from infra import parallel
+from infra import parallel, stop
 from infra.workdir import DATA, DensityGrid, EvaluationFolder, PointCloud
 from models.score import Params
 from sampling import image_keys
@@ -84,7 +84,7 @@ class PointLikelihoodEvaluator:
             described |= {"reference_points": REFERENCE_POINTS, "num_points": self.run.config.data.num_points}
         cache = BatchCache(folder.path, "nll", self.description | batching | described, params)
         sizes = {f"batch{number}": size for number, size in enumerate(self.sizes)}
-        batches = cache.all(sizes, lambda number, _: self._batch(params, number), "likelihood", "point")
+        batches = cache.all(sizes, lambda number, show: self._batch(params, number, show), "likelihood", "point")
         assert self.run.density is not None
         self._draw_density(params, folder)
         return summary(batches, self.run.density.entropy) | self.description | {"values": cache.folder.name}
@@ -97,12 +97,12 @@ class PointLikelihoodEvaluator:
         points = source.images(np.arange(min(len(source), REFERENCE_POINTS)))
         return GaussianReference(points.mean(axis=0), points.std(axis=0))
 
-    def _batch(self, params: Params, number: int) -> Values:
+    def _batch(self, params: Params, number: int, show: ReportProgress) -> Values:
         """Computes -ln p, its terms and errors for the points of one batch, and ln q if the density is known."""
         started = time.monotonic()
         batch = evaluation_batch(self.source, self.settings.batch_size, number, self.settings.max_examples)
         context = f"Cannot compute the likelihood of {self.source.description} with {self.estimator.description}"
-        estimate = self._estimate_points(params, batch.images, batch.indices)
+        estimate = self._estimate_points(params, batch.images, batch.indices, show)
         estimate = fetch_and_check(estimate, batch.indices, "point", context)
         values = estimate.terms | {"nll": np.sum(list(estimate.terms.values()), axis=0)}
         density = self.run.density
@@ -112,13 +112,19 @@ class PointLikelihoodEvaluator:
         cost = {"nfe": np.asarray(estimate.nfe), "seconds": np.asarray(time.monotonic() - started)}
         return {name: value[: self.sizes[number]] for name, value in values.items()} | cost
 
-    def _estimate_points(self, params: Params, points: Float[np.ndarray, "n d"], indices: np.ndarray) -> Estimate:
+    def _estimate_points(
+        self,
+        params: Params,
+        points: Float[np.ndarray, "n d"],
+        indices: np.ndarray,
+        show: ReportProgress | None = None,
+    ) -> Estimate:
         """Estimates -ln p on the devices, for points with these indices in their source."""
         rows = parallel.local_rows(len(points))
         x, numbers = (parallel.global_array(self.run.mesh, a[rows]) for a in (points, indices))
         keys = image_keys(self.run.key(EVAL_KEY), numbers)
         t_min = self.run.config.training.smallest_time
-        return self.estimator(self.run.score_fn(params), self.run.sde, x, keys, t_min, self.reference)
+        return self.estimator(self.run.score_fn(params), self.run.sde, x, keys, t_min, self.reference, show)
 
     def _draw_density(self, params: Params, folder: EvaluationFolder) -> None:
         """Writes the densities of the model and of the data on a grid for the report, in one or two dimensions."""
@@ -144,7 +150,9 @@ class PointLikelihoodEvaluator:
         densities = []
         for first in range(0, len(x), size):
             indices = np.minimum(np.arange(first, first + size), len(x) - 1)
-            terms = as_float64(parallel.fetch(self._estimate_points(params, x[indices], indices).terms))
+            terms = as_float64(
+                parallel.fetch(self._estimate_points(params, x[indices], indices, lambda *_: stop.check()).terms)
+            )
             densities.append(np.exp(-np.sum(list(terms.values()), axis=0)))
         return np.concatenate(densities)[: len(x)]
 

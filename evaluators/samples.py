@@ -25,6 +25,7 @@ from evaluators.fid import Comparison
 from infra import parallel
 from infra.workdir import PER_GRID, EvaluationFolder
 from models.score import Params
+from sampling import Sampler
 
 
 class SamplesEvaluator:
@@ -81,13 +82,18 @@ def _warn_about_ode_samples(run: Run) -> None:
 
 
 def draw_images(
-    run: Run, params: Params, numbers: np.ndarray, show: ReportProgress | None = None
+    run: Run,
+    params: Params,
+    numbers: np.ndarray,
+    show: ReportProgress | None = None,
+    sampler: Sampler | None = None,
 ) -> tuple[UInt8[np.ndarray, "batch height width channel"], int]:
-    """Draws the images with these numbers together by the configured sampler, as integer levels.
+    """Draws the images with these numbers together, as integer levels.
 
     Args:
         numbers: their count must be divisible by the number of devices.
-        show: called between the compiled calls of a long sampler.
+        show: called between the compiled calls of the sampler.
+        sampler: None: the configured one.
 
     Returns:
         The images, on every host, and the network evaluations for each.
@@ -96,14 +102,15 @@ def draw_images(
         RuntimeError: if an image is not finite, or the solve of the ODE sampler fails.
     """
     local = numbers[parallel.local_rows(len(numbers))]
-    samples = run.sampler()(
+    sampler = sampler or run.sampler()
+    samples = sampler(
         run.score_fn(params), run.key(SAMPLE_KEY), parallel.global_array(run.mesh, local), run.data_shape, show
     )
     images, finite = parallel.fetch(_levels(run.preprocess, samples.x))
     if not finite.all():
         raise RuntimeError(
             f"Sample {numbers[np.argmin(finite)]} is not finite ({np.sum(~finite)} of {len(numbers)} are not). The "
-            f"model diverged, or sampling.method={run.config.sampling.method} diverges; try other settings of sampling"
+            f"model diverged, or {type(sampler).__name__} diverges; try other settings of sampling"
         )
     return np.asarray(images), samples.nfe
 

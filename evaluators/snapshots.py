@@ -8,10 +8,11 @@ from absl import logging
 
 from build import Run
 from evaluators.samples import draw_images
-from infra import parallel
+from infra import parallel, stop
 from infra.checkpoints import params_digest
-from infra.console import StopRequest
+from infra.console import progress
 from infra.workdir import PER_GRID, ImageGrid, Snapshot, Workdir
+from sampling import DPMSolverSampler, Sampler
 from train_state import TrainState
 
 
@@ -31,7 +32,7 @@ class Snapshots:
         self.run, self.folder = run, workdir.snapshots
         self.shown = min(PER_GRID, run.config.sampling.batch_size)
         if run.config.training.snapshot_sampling:
-            run.sampler()
+            self.sampler = snapshot_sampler(run)
             if self.shown < 1:
                 raise ValueError(f"sampling.batch_size is {self.shown}; it must be at least 1")
             if len(run.data_shape) != 3:
@@ -45,7 +46,7 @@ class Snapshots:
         permanent = step % training.snapshot_freq == 0 or step >= training.n_iters
         return training.snapshot_sampling and step > 0 and permanent
 
-    def draw(self, state: TrainState, stop: StopRequest) -> None:
+    def draw(self, state: TrainState) -> None:
         """Draws the snapshot of this state if it is due and missing.
 
         Returns early on a request to stop. Only warns if sampling fails, because training does not need snapshots.
@@ -57,8 +58,8 @@ class Snapshots:
         if parallel.agree(_stored_digest(path) == digest):
             return
         try:
-            grids = {"ema": self._grid(state.ema_params, stop), "raw": self._grid(state.params, stop)}
-        except _StoppedError:
+            grids = {"ema": self._grid(state.ema_params), "raw": self._grid(state.params)}
+        except KeyboardInterrupt:
             return
         except RuntimeError as error:
             logging.warning("Cannot draw a snapshot of step %d: %s", step, error)
@@ -69,19 +70,32 @@ class Snapshots:
         ema, raw = (ImageGrid(grids[weights], levels, step) for weights in ("ema", "raw"))
         Snapshot(ema, raw, digest).write(self.folder)
 
-    def _grid(self, params: object, stop: StopRequest) -> np.ndarray:
-        def check_stop(step: int, steps: int) -> None:
-            del step, steps
-            if stop.now():
-                raise _StoppedError
-
+    def _grid(self, params: object) -> np.ndarray:
         devices = self.run.mesh.size
         numbers = np.arange(-(-self.shown // devices) * devices)
-        return draw_images(self.run, params, numbers, check_stop)[0][: self.shown]
+        with progress(100, "snapshot", "%") as bar:
+
+            def show(step: int, steps: int) -> None:
+                stop.check()
+                bar.update(100 * step // steps - bar.n)
+
+            return draw_images(self.run, params, numbers, show, self.sampler)[0][: self.shown]
 
 
-class _StoppedError(Exception):
-    """A stop was requested while a snapshot was being drawn."""
+def snapshot_sampler(run: Run) -> Sampler:
+    """The sampler of snapshots that `training.snapshot_sampler` names.
+
+    Raises:
+        ValueError: for an unknown name, or a field of `sampling` whose value is not allowed.
+    """
+    name = run.config.training.snapshot_sampler
+    if name == "configured":
+        return run.sampler()
+    if name != "few_step":
+        raise ValueError(f"training.snapshot_sampler is {name!r}; it must be few_step or configured")
+    # Samples from the ODE of a VE model keep every error of the score at large noise.
+    eta = 1.0 if run.sde.variance_exploding else 0.0
+    return DPMSolverSampler(sde=run.sde, eta=eta, data_range=run.preprocess.data_range)
 
 
 def _stored_digest(path: Path) -> str | None:

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import numpy as np
 
+from infra import stop
 from infra.files import read_npz
 
 DEVICES = (1, 4)
 BATCH = 256
 LARGEST_SHARE = 1e-3
 SAMPLER = ("method=dpm_solver", "order=2", "eta=1.0", "max_nfe=20", f"batch_size={BATCH}")
-INTERRUPTED = {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}
+INTERRUPTED = {signal.SIGINT: stop.STOPPED, signal.SIGKILL: -signal.SIGKILL}
 """The exit status of a working process that received the signal."""
 
 

@@ -1,18 +1,12 @@
-"""What a person sees of a running program: progress bars, log lines, and the answer to Ctrl-C."""
+"""What a person sees of a running program: progress bars and log lines."""
 
-import contextlib
 import logging
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 
 import jax
 from absl import logging as absl_logging
 from tqdm import tqdm
-
-from infra import parallel
 
 
 def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
@@ -60,41 +54,3 @@ def _of_interest(record: logging.LogRecord) -> bool:
     if "orbax" in record.pathname:  # orbax warns about every folder that it opens for reading only
         return record.levelno >= logging.ERROR
     return record.levelno >= logging.WARNING or "-packages" not in record.pathname
-
-
-class StopRequest:
-    """A request to stop, by SIGTERM or a first Ctrl-C. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def now(self, may_wait: bool = True) -> bool:
-        """Whether any host was asked to stop. All hosts get the same answer and must call this together.
-
-        Args:
-            may_wait: several hosts must wait for each other to agree; if they should not, the answer is no.
-        """
-        if jax.process_count() > 1:
-            if not may_wait:
-                return False
-            self.requested = parallel.any_host(self.requested)
-        return self.requested
-
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
-        sys.stderr.write("\nStopping after this step; saving the state first.\n")
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Turns SIGINT and SIGTERM into a request that a loop checks between steps."""
-    request = StopRequest()
-    previous = {number: signal.signal(number, request.handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 from jaxtyping import Array
 
 from configs.default import Config
+from infra import stop
 from infra.checkpoints import Checkpoints
-from infra.console import StopRequest, progress
+from infra.console import progress
 from infra.metrics import MetricsWriter
 from models.score import Params
 from train_state import TrainState
@@ -51,10 +52,10 @@ Callback = Callable[[Call], Mapping[str, str] | None]
 """Called after each compiled call, in order. It may return text for the progress bar, by name."""
 
 
-def training_loop(
-    training: Training, state: TrainState, config: Config, callbacks: Sequence[Callback], stop: StopRequest
-) -> TrainState:
+def training_loop(training: Training, state: TrainState, config: Config, callbacks: Sequence[Callback]) -> TrainState:
     """Updates the state until `training.last_step`, or until asked to stop. The last call is always recorded and saved.
+
+    A request to stop is answered after the call that is running.
 
     Args:
         config: config.training, for the numbers of steps between records, tests and checkpoints.

@@ -19,9 +19,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from arrays import Batch, PerExample, ScoreFn, append_dims
+from arrays import Batch, PerExample, ReportProgress, ScoreFn, append_dims, in_parts
 from sde_lib import SDE
 
 SCHEDULES = ("log_snr", "power", "time")
@@ -60,7 +60,6 @@ def noise_levels(sde: SDE, smallest_time: float, num_levels: int, schedule: str,
     raise ValueError(f"unknown schedule {schedule!r}; known: {', '.join(SCHEDULES)}")
 
 
-@functools.partial(jax.jit, static_argnames=("sde", "to_zero", "data_range"))
 def heun(
     score_fn: ScoreFn,
     sde: SDE,
@@ -68,16 +67,37 @@ def heun(
     log_rhos: Float[Array, " levels"],
     to_zero: bool,
     data_range: DataRange = None,
+    progress: ReportProgress | None = None,
 ) -> Batch:
     """Heun's second-order method in rho ([K22] Alg. 1), from x at the first level to the last or to zero.
 
     Evaluations: 2 (levels - 1), and one more for the step to zero.
     """
+
+    def advance(y: Batch, first: int, last: int) -> Batch:
+        return _heun_steps(score_fn, sde, y, log_rhos, data_range, first, last)
+
+    y = in_parts(advance, _scale_down(sde, x, log_rhos[0]), log_rhos.shape[0] - 1, progress)
+    if to_zero:
+        return _denoise_scaled(score_fn, sde, data_range, y, log_rhos[-1])
+    return _scale_up(sde, y, log_rhos[-1])
+
+
+@functools.partial(jax.jit, static_argnames=("sde", "data_range"))
+def _heun_steps(
+    score_fn: ScoreFn,
+    sde: SDE,
+    y: Batch,
+    log_rhos: Float[Array, " levels"],
+    data_range: DataRange,
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
+) -> Batch:
+    """Steps first, ..., last - 1. The bounds are traced, so one program can run any part of the steps."""
     rhos = jnp.exp(log_rhos)
-    denoiser = functools.partial(_denoise_scaled, score_fn, sde, data_range)
 
     def slope(y: Batch, i: Array) -> Batch:
-        return (y - denoiser(y, log_rhos[i])) / rhos[i]
+        return (y - _denoise_scaled(score_fn, sde, data_range, y, log_rhos[i])) / rhos[i]
 
     def step(i: Array, y: Batch) -> Batch:
         d_rho = rhos[i + 1] - rhos[i]
@@ -85,10 +105,7 @@ def heun(
         there = slope(y + d_rho * here, i + 1)
         return y + 0.5 * d_rho * (here + there)
 
-    y = jax.lax.fori_loop(0, log_rhos.shape[0] - 1, step, _scale_down(sde, x, log_rhos[0]))
-    if to_zero:
-        return denoiser(y, log_rhos[-1])
-    return _scale_up(sde, y, log_rhos[-1])
+    return jax.lax.fori_loop(first, last, step, y)
 
 
 def dpm_solver(
@@ -101,6 +118,7 @@ def dpm_solver(
     eta: float = 0.0,
     noise: StepNoise | None = None,
     data_range: DataRange = None,
+    progress: ReportProgress | None = None,
 ) -> Batch:
     """DPM-Solver++ multistep of the given order ([LZ22]), from x at the first level to the last or to zero.
 
@@ -125,8 +143,15 @@ def dpm_solver(
     if eta and noise is None:
         raise ValueError(f"eta is {eta}, but noise is None; pass the noise that eta > 0 needs")
     coefficients = multistep_coefficients(log_rhos, order, to_zero, eta)
-    noise = noise if eta else None
-    return _multistep(score_fn, sde, x, jnp.asarray(log_rhos, x.dtype), coefficients, to_zero, noise, data_range)
+    noise, levels = noise if eta else None, jnp.asarray(log_rhos, x.dtype)
+
+    def advance(state: _MultistepState, first: int, last: int) -> _MultistepState:
+        return _multistep(score_fn, sde, state, levels, coefficients, noise, data_range, first, last)
+
+    y = _scale_down(sde, x, levels[0])
+    state = y, (jnp.zeros_like(y),) * (order - 1)
+    y, _ = in_parts(advance, state, len(coefficients.decay), progress)
+    return y if to_zero else _scale_up(sde, y, levels[-1])
 
 
 class Multistep(NamedTuple):
@@ -167,21 +192,27 @@ def _adams_weights(h: float, nodes: Float[np.ndarray, " q"]) -> Float[np.ndarray
     return np.linalg.solve((nodes[None, :] / h) ** powers[:, None], np.array(moments) / h**powers)
 
 
-@functools.partial(jax.jit, static_argnames=("sde", "to_zero", "data_range"))
+_MultistepState = tuple[Batch, tuple[Batch, ...]]
+"""y, and the earlier values of D, newest first."""
+
+
+@functools.partial(jax.jit, static_argnames=("sde", "data_range"))
 def _multistep(
     score_fn: ScoreFn,
     sde: SDE,
-    x: Batch,
+    state: _MultistepState,
     log_rhos: Float[Array, " levels"],
     coefficients: Multistep,
-    to_zero: bool,
     noise: StepNoise | None,
     data_range: DataRange,
-) -> Batch:
-    decay, weights, noise_scale = (jnp.asarray(c, x.dtype) for c in coefficients)
-    steps, order = weights.shape
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
+) -> _MultistepState:
+    """Steps first, ..., last - 1. The bounds are traced, so one program can run any part of the steps."""
+    decay, weights, noise_scale = (jnp.asarray(c, state[0].dtype) for c in coefficients)
+    order = weights.shape[1]
 
-    def step(i: Array, state: tuple[Batch, tuple[Batch, ...]]) -> tuple[Batch, tuple[Batch, ...]]:
+    def step(i: Array, state: _MultistepState) -> _MultistepState:
         y, older = state
         values = (_denoise_scaled(score_fn, sde, data_range, y, log_rhos[i]), *older)
         y = decay[i] * y + sum(weights[i, j] * values[j] for j in range(order))
@@ -189,23 +220,24 @@ def _multistep(
             y = y + noise_scale[i] * noise(y.shape[1:], i)
         return y, values[: order - 1]
 
-    y = _scale_down(sde, x, log_rhos[0])
-    y, _ = jax.lax.fori_loop(0, steps, step, (y, (jnp.zeros_like(y),) * (order - 1)))
-    return y if to_zero else _scale_up(sde, y, log_rhos[-1])
+    return jax.lax.fori_loop(first, last, step, state)
 
 
 def _alpha(sde: SDE, log_rho: Array) -> Array:
     return sde.alpha_sigma(sde.time_of_log_noise_level(log_rho))[0]
 
 
+@functools.partial(jax.jit, static_argnames="sde")
 def _scale_down(sde: SDE, x: Batch, log_rho: Array) -> Batch:
     return x / _alpha(sde, log_rho)
 
 
+@functools.partial(jax.jit, static_argnames="sde")
 def _scale_up(sde: SDE, y: Batch, log_rho: Array) -> Batch:
     return y * _alpha(sde, log_rho)
 
 
+@functools.partial(jax.jit, static_argnames=("sde", "data_range"))
 def _denoise_scaled(score_fn: ScoreFn, sde: SDE, data_range: DataRange, y: Batch, log_rho: Array) -> Batch:
     """D(y, rho), clipped to the range of the data."""
     t = jnp.full(y.shape[0], sde.time_of_log_noise_level(log_rho))

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
+from infra import stop
 from infra.console import progress
 from sources.image_files import ImageFiles, find_images
 from sources.resizing import CHANNELS, Framing, decode_image, shorter_side
@@ -227,6 +228,7 @@ def _decode_files(
                 else:
                     images[row], done[row] = image, True
                 bar.update()
+                stop.check_this_host()
     finally:
         pool.shutdown(cancel_futures=True)
         np.save(rows / "hashes.npy", hashes * done[:, None])

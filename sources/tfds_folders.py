@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from infra import stop
 from infra.console import progress
 from sources.resizing import Framing, decode_image, exact
 from sources.source import MemorySource, Records, RecordSource, SingleImage, records_digest
@@ -132,6 +133,7 @@ def _in_memory(source: RecordSource, title: str, split: str, labelled: bool) -> 
                 records = source.records.__getitems__(source.positions[rows].tolist())
                 labels[rows] = [decode_label(record) for record in records]
             bar.update(len(rows))
+            stop.check_this_host()
     return MemorySource(images, describe(title, split, images), labels)
 
 

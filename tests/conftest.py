@@ -58,6 +58,16 @@ def unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def stop_requested() -> Iterator[None]:
+    """Asks the loops to stop, as a signal does."""
+    from infra import stop
+
+    stop.request()
+    yield
+    stop.clear()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.stem in SLOW:

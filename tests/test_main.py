@@ -38,18 +38,3 @@ def test_where_an_error_comes_from_is_shown_on_demand(tmp_path):
     assert result.returncode == 2
     assert "Traceback" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: seed is -1")
-
-
-def test_told_to_end_it_says_how_to_go_on(tmp_path):
-    program = """if True:
-        import os, signal, sys, time, main
-        def terminated(mode, workdir):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(60)
-        main._run = terminated
-        sys.exit(main.main(main._parse_flags(sys.argv)))
-    """
-    arguments = ["--mode=eval", "--config=configs/toy/smoke.py", f"--workdir={tmp_path}"]
-    result = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 130
-    assert result.stderr == "Interrupted. Run the same command again to resume.\n"

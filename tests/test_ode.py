@@ -184,6 +184,31 @@ def test_inside_jit(method):
     np.testing.assert_allclose(y["x"], spiral_solution(1.5)["x"], atol=2e-4)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_solve_in_parts_is_the_same_and_can_be_stopped(method, monkeypatch):
+    monkeypatch.setattr("arrays.PART_SECONDS", 0.0)  # single steps
+    reports = []
+    whole = integrate(spiral, START, 1.5, 0.0, method=method, num_steps=20)
+    parts = integrate(spiral, START, 1.5, 0.0, method=method, num_steps=20, progress=lambda *n: reports.append(n))
+    jax.tree.map(np.testing.assert_array_equal, parts, whole)
+    assert len(reports) > 10
+    assert [done for done, _ in reports] == sorted(done for done, _ in reports)
+    assert reports[-1][0] == reports[-1][1] == (20 if method in FIXED_STEP else 100)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        integrate(spiral, START, 0.0, 1.5, method=method, progress=stop)
+
+
+def test_a_failed_solve_in_parts_ends():
+    _, info = integrate(not_a_number_after_half, jnp.ones((3, 2)), 0.0, 1.0, progress=lambda *_: None)
+    assert not info.success
+    _, info = integrate(spiral, START, 0.0, 1.5, max_steps=4, progress=lambda *_: None)
+    assert (bool(info.success), int(info.steps)) == (False, 4)
+
+
 def test_several_processes_cannot_share_scipys_solver(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match=r"method asks for SciPy's solver, .* but there are 2: use dopri5"):

@@ -1,5 +1,6 @@
 """The loops as their users run them, on the smallest network, and what they say to bad input."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -17,7 +18,7 @@ import run_lib
 from build import build
 from configs.digits.smoke import get_config
 from evaluators.bits_per_dim import BitsPerDimEvaluator
-from infra import console, training_loop
+from infra import console, stop, training_loop
 from infra.workdir import Workdir
 from report.run_files import read_run
 
@@ -299,31 +300,71 @@ def test_a_checkpoint_of_another_network_is_refused(trained):
 
 
 def test_stopped_by_a_signal_it_saves_and_goes_on(tmp_path):
-    """Ctrl-C in the middle, then the same command: the result is that of a run never interrupted."""
+    """A signal in the middle, then the same command: the result is that of a run never interrupted.
+
+    This is the only test of signals from another process. The other tests set the flag.
+    """
     settings = {"n_iters": 300, "snapshot_freq": 300, "snapshot_freq_for_preemption": 300}
     flags = [f"--config.training.{name}={value}" for name, value in settings.items()]
     flags.append("--config.data.random_flip=True")  # as in config_with
     workdir = tmp_path / "stopped"
-
-    def start():
-        arguments = command("--mode=train", f"--workdir={workdir}", *flags)
-        return subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-
-    stopped = start()
+    arguments = command("--mode=train", f"--workdir={workdir}", *flags)
+    stopped = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     metrics = workdir / "train" / "metrics.jsonl"
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and stopped.poll() is None and not (metrics.exists() and metrics.read_text()):
         time.sleep(0.02)
-    stopped.send_signal(signal.SIGINT)
+    stopped.send_signal(signal.SIGUSR1)
     _, said = stopped.communicate(timeout=300)
-    assert stopped.returncode == 130, said
-    assert "Run the same command again to resume" in said
+    assert stopped.returncode == 75, said
+    assert said.endswith("Interrupted. Run the same command again to resume.\n")
     (step,) = (int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
     assert 0 < step < 300
-
-    _, said = (again := start()).communicate(timeout=600)
-    assert again.returncode == 0, said
-    assert f"Resuming from step {step} in" in said
     config = config_with(**{f"training__{name}": value for name, value in settings.items()})
+    run_lib.train(config, workdir)
     run_lib.train(config, tmp_path / "whole")
     assert same_bits(state_of(config, workdir), state_of(config, tmp_path / "whole"))
+
+
+def test_a_request_during_a_step_is_answered_after_it(trained, tmp_path, monkeypatch):
+    update = run_lib.score_training
+
+    def score_training(run, source):
+        training = update(run, source)
+
+        def update_and_request(state, batches):
+            if int(state.step) == 6:
+                stop.request()
+            return training.update(state, batches)
+
+        return dataclasses.replace(training, update=update_and_request)
+
+    monkeypatch.setattr(run_lib, "score_training", score_training)
+    with pytest.raises(KeyboardInterrupt):
+        run_lib.train(config_with(), tmp_path)
+    stop.clear()
+    assert state_of(config_with(), tmp_path).step == 7
+    monkeypatch.undo()
+    run_lib.train(config_with(), tmp_path)
+    assert same_bits(state_of(config_with(), tmp_path), state_of(config_with(), trained))
+
+
+def test_a_request_before_the_first_step_starts_nothing(tmp_path, stop_requested):
+    with pytest.raises(KeyboardInterrupt):
+        run_lib.train(config_with(), tmp_path)
+    assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
+
+
+def test_a_request_during_a_solve_is_answered_within_it(trained, monkeypatch):
+    monkeypatch.setattr("arrays.PART_SECONDS", 0.0)  # single steps
+    reports = []
+
+    def check():
+        reports.append(None)
+        if len(reports) == 4:  # before the batch, and after three of its eight steps
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stop, "check", check)
+    with pytest.raises(KeyboardInterrupt):
+        run_lib.evaluate(config_with(eval__enable_sampling=False), trained, "stopped")
+    assert not list((trained / "stopped").glob("*/*.npz"))

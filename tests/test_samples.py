@@ -16,15 +16,15 @@ from evaluators.cache import BatchCache, draw_in_rounds
 from evaluators.extractor import Features
 from evaluators.fid import Comparison
 from evaluators.samples import SamplesEvaluator, draw_images
-from evaluators.snapshots import Snapshots
+from evaluators.snapshots import Snapshots, snapshot_sampler
 from evaluators.statistics import statistics_of
 from infra import console, workdir
-from infra.console import StopRequest
 from infra.files import read_npz
 from infra.image_grid import image_grid
 from infra.workdir import EvaluationFolder, Workdir
 from report.figures import snapshot_grid
 from report.run_files import read_run
+from sampling import DPMSolverSampler
 
 
 def config_with(**fields):
@@ -252,8 +252,10 @@ def test_the_report_shows_snapshots(trained):
 def test_a_snapshot_shows_its_weights_by_the_same_noise(params, tmp_path):
     """The images are those that evaluation numbers 0 to 7, of each set of weights."""
     run = build(pc_config())
+    assert snapshot_sampler(run) == DPMSolverSampler(sde=run.sde, eta=1.0, data_range=run.preprocess.data_range)
+    run = build(pc_config(training__snapshot_sampler="configured"))
     state = run.fresh_state().replace(step=np.int32(6), ema_params=params)
-    Snapshots(run, Workdir(tmp_path)).draw(state, StopRequest())
+    Snapshots(run, Workdir(tmp_path)).draw(state)
     snapshot = read_npz(tmp_path / "samples" / "snapshots" / "step_6.npz")
     for weights, of in (("ema", state.ema_params), ("raw", state.params)):
         np.testing.assert_array_equal(snapshot[weights], draw_images(run, of, np.arange(8))[0])
@@ -280,15 +282,13 @@ def test_snapshots_of_other_weights_are_replaced(trained, params):
     state = run.fresh_state().replace(step=np.int32(6), params=params)
     path = trained / "samples" / "snapshots" / "step_6.npz"
     before = read_npz(path)
-    Snapshots(run, Workdir(trained)).draw(state, StopRequest())
+    Snapshots(run, Workdir(trained)).draw(state)
     assert np.any(read_npz(path)["raw"] != before["raw"])
 
 
-def test_asked_to_stop_it_gives_up(tmp_path):
+def test_asked_to_stop_it_gives_up(tmp_path, stop_requested):
     run = build(pc_config())
-    stop = StopRequest()
-    stop.requested = True
-    Snapshots(run, Workdir(tmp_path)).draw(run.fresh_state().replace(step=np.int32(6)), stop)
+    Snapshots(run, Workdir(tmp_path)).draw(run.fresh_state().replace(step=np.int32(6)))
     assert not (tmp_path / "samples").exists()
 
 
@@ -296,7 +296,7 @@ def test_failing_to_sample_does_not_end_training(tmp_path):
     run = build(pc_config())
     state = run.fresh_state()
     broken = jax.tree.map(lambda p: p * np.nan, state.params)
-    Snapshots(run, Workdir(tmp_path)).draw(state.replace(step=np.int32(6), params=broken), StopRequest())
+    Snapshots(run, Workdir(tmp_path)).draw(state.replace(step=np.int32(6), params=broken))
     assert not (tmp_path / "samples").exists()
 
 

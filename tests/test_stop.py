@@ -1,0 +1,92 @@
+"""Requests to stop: every signal sets the flag, wherever it arrives, and loops look at the flag."""
+
+import gc
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+
+from evaluators.classifier import ClassifierRecipe, LabelledImages, trained_classifier
+from infra import stop
+
+
+def wait_for_request() -> None:
+    deadline = time.monotonic() + 10
+    while not stop.requested() and time.monotonic() < deadline:
+        time.sleep(0.001)
+
+
+@pytest.mark.parametrize("number", stop.SIGNALS)
+def test_every_signal_is_a_request_and_raises_nothing(number, capsys):
+    handlers = [signal.getsignal(each) for each in stop.SIGNALS]
+    with stop.on_signals(), stop.on_signals():  # main.py and a mode may both ask for it
+        assert not stop.requested()
+        os.kill(os.getpid(), number)
+        wait_for_request()
+        assert stop.requested()
+        with pytest.raises(KeyboardInterrupt):
+            stop.check()
+    assert not stop.requested()
+    assert [signal.getsignal(each) for each in stop.SIGNALS] == handlers
+    assert "Stopping after this step" in capsys.readouterr().err
+
+
+def test_a_signal_in_a_callback_of_the_garbage_collector_is_not_lost():
+    """Where JAX has a callback of its own, an exception from a handler would be printed and forgotten."""
+
+    def kill(phase, _):
+        if phase == "start":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with stop.on_signals():
+        gc.callbacks.append(kill)
+        try:
+            gc.collect()
+        finally:
+            gc.callbacks.remove(kill)
+        wait_for_request()
+        assert stop.requested()
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop.on_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+            assert not stop.requested()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "ended"),
+    [
+        ((signal.SIGINT,), []),
+        ((signal.SIGINT, signal.SIGINT), [130]),
+        ((signal.SIGTERM, signal.SIGINT), [130]),
+        ((signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1), []),
+        ((signal.SIGCHLD,), []),
+    ],
+)
+def test_only_a_second_ctrl_c_ends_the_process_at_once(numbers, ended, monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    reading, writing = os.pipe()
+    os.write(writing, bytes(numbers))
+    os.close(writing)
+    stop._listen(reading)
+    os.close(reading)
+    assert codes == ended
+    assert stop.requested() == (numbers != (signal.SIGCHLD,))
+    stop.clear()
+
+
+def test_training_the_classifier_can_be_stopped(tmp_path, stop_requested):
+    data = LabelledImages(np.zeros((8, 4, 4, 1), np.uint8), np.arange(8) % 2)
+    with pytest.raises(KeyboardInterrupt):
+        trained_classifier(data, data, levels=2, cache_dir=tmp_path, recipe=ClassifierRecipe(num_epochs=1))
+    assert not list(tmp_path.iterdir())
