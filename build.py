@@ -31,6 +31,7 @@ AT_LEAST_ONE = (
     "eval_batches",
     "snapshot_freq",
     "snapshot_freq_for_preemption",
+    "max_nonfinite",
 )
 """Integer fields of `training` that must be at least 1."""
 

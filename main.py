@@ -75,7 +75,11 @@ def _run_and_report(mode: str, workdir: Path) -> int:
     except (ValueError, OSError) as error:
         logging.debug("bad input", exc_info=True)
         return _complain(str(error))
-    except (FloatingPointError, RuntimeError) as error:
+    except FloatingPointError as error:
+        logging.debug("not finite", exc_info=True)
+        _complain(str(error))
+        return FAILED
+    except RuntimeError as error:
         logging.exception("failed")
         sys.stderr.write(f"error: {error}\n{_advice(error)}")
         return FAILED

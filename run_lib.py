@@ -48,6 +48,7 @@ from infra.training_loop import (
     record_metrics,
     record_test_loss,
     save_checkpoints,
+    stop_after_failures,
     training_loop,
 )
 from infra.workdir import EvaluationFolder, Workdir
@@ -65,7 +66,7 @@ def train(config: Config, path: Path) -> None:
     Raises:
         KeyboardInterrupt: after a request to stop, once the state is saved. The same call resumes.
         ValueError, OSError: for bad input, before anything is written.
-        FloatingPointError: if the loss is not finite.
+        FloatingPointError: after `training.max_nonfinite` steps in a row whose loss or gradient is not finite.
     """
     run, workdir = build(config), Workdir(path)
     train_source, test_source = (datasets.source_from_config(config, split) for split in datasets.SPLITS)
@@ -83,6 +84,7 @@ def train(config: Config, path: Path) -> None:
             snapshots.draw(state)  # unless it was drawn before an interruption
             callbacks = [
                 record_metrics(metrics, order),
+                stop_after_failures(config.training.max_nonfinite, workdir),
                 record_test_loss(LossEvaluator(run, test_source).first_batches, metrics, order),
                 save_checkpoints(checkpoints),
                 draw_snapshots(snapshots, metrics),
@@ -159,7 +161,7 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
     Raises:
         KeyboardInterrupt: after a request to stop, once the state is saved. The same call resumes.
         ValueError, OSError: for bad input, before anything is written.
-        FloatingPointError: if the loss is not finite.
+        FloatingPointError: after `training.max_nonfinite` steps in a row whose loss or gradient is not finite.
     """
     run, folder = build(config), Workdir(path / deq_folder)
     if folder.path == path:
@@ -174,6 +176,7 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
         with MetricsWriter(folder.train) as metrics:
             callbacks = [
                 record_metrics(metrics, order, shown="bpd"),
+                stop_after_failures(config.training.max_nonfinite, folder),
                 record_test_loss(lambda params: training.test_bound(score_fn, params), metrics, order),
                 save_checkpoints(checkpoints),
             ]
@@ -202,8 +205,7 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
         return evaluate_other_checkpoint(run, evaluators, workdir, eval_folder)
     with run.existing_checkpoints(workdir) as checkpoints:
         workdir.prepare()
-        for step in chosen_steps(config, checkpoints.steps()):
-            state = checkpoints.restore(step)
+        for step, state in chosen_states(config, checkpoints):
             order = trained_order(workdir.train, step)  # the configuration may name another
             metadata = {} if order is None else {"order": order}
             folder = EvaluationFolder(workdir, eval_folder, f"step_{step}", step)
@@ -235,20 +237,24 @@ def evaluate_other_checkpoint(run: Run, evaluators: Sequence[Evaluator], workdir
     evaluate_checkpoint(evaluators, state, EvaluationFolder(workdir, eval_folder, label, int(state.step)), metadata)
 
 
-def chosen_steps(config: Config, steps: Sequence[int]) -> Sequence[int]:
-    """The steps of the checkpoints from `eval.begin_ckpt` to `eval.end_ckpt`, or the newest step.
+def chosen_states(config: Config, checkpoints: Checkpoints) -> Iterator[tuple[int, TrainState]]:
+    """The steps and states of the checkpoints from `eval.begin_ckpt` to `eval.end_ckpt`, or the newest.
 
     Raises:
-        FileNotFoundError: if a checkpoint is missing.
+        FileNotFoundError: if a checkpoint is missing, before the first is read.
+        ValueError: as `Checkpoints.restore`.
     """
+    steps = checkpoints.steps()
     begin, end, every = config.eval.begin_ckpt, config.eval.end_ckpt, config.training.snapshot_freq
     if end < begin:
-        return steps[-1:]
+        yield checkpoints.restore_newest()
+        return
     wanted = [number * every for number in range(begin, end + 1)]
     missing = sorted(set(wanted) - set(steps))
     if missing:
         raise FileNotFoundError(f"no checkpoint for step {missing[0]}; available steps: {', '.join(map(str, steps))}")
-    return wanted
+    for step in wanted:
+        yield step, checkpoints.restore(step)
 
 
 def evaluate_checkpoint(

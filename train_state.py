@@ -8,9 +8,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from arrays import Batch
+from arrays import Batch, PerExample
 from configs.default import Config
 from losses import Noise, Objective, draw_noise, score_matching_losses
 from models.score import Params, ScoreModel
@@ -21,6 +21,10 @@ TrainingBatch: TypeAlias = UInt8[Array, "batch height width channel"] | Float[Ar
 TrainingBatches: TypeAlias = UInt8[Array, "steps batch height width channel"] | Float[Array, "steps batch d"]
 
 
+NUM_LARGEST = 3
+"""The number of examples with the largest losses whose times a step reports."""
+
+
 class TrainState(flax.struct.PyTreeNode):
     """Everything that training changes. The order of the data, noise and learning rate follow from step and seed."""
 
@@ -29,12 +33,20 @@ class TrainState(flax.struct.PyTreeNode):
     ema_params: Params
     opt_state: optax.OptState
 
-    def updated(self, gradient: Params, optimizer: optax.GradientTransformation, ema_rate: float) -> "TrainState":
-        """The state after one step of the optimizer."""
+    def updated(
+        self,
+        gradient: Params,
+        optimizer: optax.GradientTransformation,
+        ema_rate: float,
+        failed: Bool[Array, ""] | bool = False,
+    ) -> "TrainState":
+        """The state after one step of the optimizer. A step that failed changes nothing but the number of the step."""
         updates, opt_state = optimizer.update(gradient, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
         ema_params = optax.incremental_update(params, self.ema_params, 1 - ema_rate)
-        return TrainState(self.step + 1, params, ema_params, opt_state)
+        updated = TrainState(self.step + 1, params, ema_params, opt_state)
+        skipped = self.replace(step=self.step + 1)
+        return jax.tree.map(lambda new, old: jnp.where(failed, old, new), updated, skipped)
 
 
 def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
@@ -106,12 +118,19 @@ class Trainer:
     """Unroll the loop over the parts of a batch: for CPUs, where XLA's gradients of convolutions are slow in loops."""
 
     def train_steps(self, state: TrainState, images: TrainingBatches, key: Array) -> tuple[TrainState, Metrics]:
-        """One step for each batch along the first axis of `images`. Metrics are means over the steps."""
+        """One step for each batch along the first axis of `images`.
+
+        Metrics are means over the steps that did not fail. `failed` and `largest_times` have a row for each step.
+        """
         if len(images) == 1:
             # No loop for a single step, see `unroll_parts`.
             return self.train_step(state, images[0], key)
         state, metrics = jax.lax.scan(lambda s, batch: self.train_step(s, batch, key), state, images)
-        return state, jax.tree.map(jnp.mean, metrics)
+        kept, weights = {}, 1 - metrics["failed"]
+        for name in ("failed", "largest_times"):
+            kept[name] = metrics.pop(name)
+        succeeded = jnp.sum(weights)  # 0 / 0 is the mean over no step
+        return state, kept | {k: jnp.sum(jnp.where(weights > 0, v, 0)) / succeeded for k, v in metrics.items()}
 
     def train_step(self, state: TrainState, images: TrainingBatch, key: Array) -> tuple[TrainState, Metrics]:
         """One step of the optimizer on a batch of images, as integer levels, or of points.
@@ -120,14 +139,19 @@ class Trainer:
             key: of the run. The random numbers of a step follow from the key and the number of the step.
 
         Returns:
-            The next state; the batch means of the loss and its terms, and the global norm of the gradient.
+            The next state; the batch means of the loss and its terms; `grad_norm`, the global norm of the gradient;
+            `failed`, 1 if the loss or the gradient is not finite, which changes nothing but the step, otherwise 0; and
+            `largest_times`, the times of the examples with the largest losses.
         """
         gradient, losses = self.gradient(state.params, images, jax.random.fold_in(key, state.step))
+        del losses["largest_losses"]
         metrics = losses | {"grad_norm": optax.tree.norm(gradient)}
-        return state.updated(gradient, self.optimizer, self.ema_rate), metrics
+        failed = not_finite(metrics)
+        metrics["failed"] = failed.astype(jnp.int32)
+        return state.updated(gradient, self.optimizer, self.ema_rate, failed), metrics
 
     def gradient(self, params: Params, images: TrainingBatch, key: Array) -> tuple[Params, Metrics]:
-        """Gradient of the mean loss, and the mean of each term, accumulated over equal parts of the batch.
+        """Gradient of the mean loss, and the metrics of `loss_gradient`, accumulated over equal parts of the batch.
 
         Data and noise are drawn for the whole batch. So the number of parts changes the memory needed, but not the
         result, except for the choice of the units that dropout leaves out.
@@ -149,16 +173,17 @@ class Trainer:
         parts = (*batches, jax.random.split(dropout_key, self.accumulation_steps))
         zeros = jax.tree.map(jnp.zeros_like, params)
         total, metrics = jax.lax.scan(accumulate, zeros, parts, unroll=self.unroll_parts)
-        return jax.tree.map(lambda g: g / self.accumulation_steps, total), jax.tree.map(jnp.mean, metrics)
+        worst = largest(metrics.pop("largest_losses").ravel(), metrics.pop("largest_times").ravel())
+        return jax.tree.map(lambda g: g / self.accumulation_steps, total), jax.tree.map(jnp.mean, metrics) | worst
 
     def loss_gradient(self, params: Params, x0: Batch, noise: Noise, dropout_key: Array) -> tuple[Params, Metrics]:
-        """Gradient of the mean total loss over x0, and the mean of each term."""
+        """Gradient of the mean total loss over x0; the mean of each term, and the `largest` losses with their times."""
 
         def mean_loss(params: Params) -> tuple[Array, Metrics]:
             score_fn = self.model.score_fn(params, dropout_key)
             losses = score_matching_losses(score_fn, self.model.sde, self.objective, x0, noise)
             metrics = {name: jnp.mean(value) for name, value in losses.items()}
-            return metrics["total"], metrics
+            return metrics["total"], metrics | largest(jax.lax.stop_gradient(losses["total"]), noise.t)
 
         return jax.grad(mean_loss, has_aux=True)(params)
 
@@ -175,6 +200,18 @@ def _once_known(x0: Batch, total: Params) -> Batch:
     """
     probe = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(total))
     return x0 + jnp.where(jnp.isfinite(probe), 0.0, jnp.nan)
+
+
+def not_finite(metrics: Metrics) -> Bool[Array, ""]:
+    """Whether the loss or the norm of the gradient of a step is not finite."""
+    return ~(jnp.isfinite(metrics["total"]) & jnp.isfinite(metrics["grad_norm"]))
+
+
+def largest(losses: PerExample, times: PerExample) -> Metrics:
+    """The largest losses in a batch, up to `NUM_LARGEST`, and their times. Losses that are not finite come first."""
+    order = jnp.where(jnp.isfinite(losses), losses, jnp.inf)
+    _, where = jax.lax.top_k(order, min(NUM_LARGEST, len(losses)))
+    return {"largest_losses": losses[where], "largest_times": times[where]}
 
 
 RESETTABLE = ("step", "opt", "ema")

@@ -54,6 +54,8 @@ def _training() -> ConfigDict:
     training.log_freq = 100  # steps between records of the training loss
     training.eval_freq = 100  # steps between records of the test loss
     training.eval_batches = 1  # test batches per test loss; every record uses the same batches and noise
+    # steps in a row whose loss or gradient is not finite after which training stops; such steps change no parameters
+    training.max_nonfinite = 10
     training.snapshot_freq = 50_000  # steps between checkpoints that are kept permanently
     training.snapshot_freq_for_preemption = 10_000  # steps between checkpoints that are only kept to resume from
     training.snapshot_sampling = True  # draw a grid of samples at every permanent checkpoint

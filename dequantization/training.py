@@ -111,7 +111,9 @@ def score_params(run: Run, workdir: Workdir) -> Params:
         return run.load_state(Path(settings.checkpoint)).ema_params
     with run.existing_checkpoints(workdir) as checkpoints:
         steps = checkpoints.steps()
-        step = settings.ckpt_id * run.config.training.snapshot_freq or steps[-1]
+        step = settings.ckpt_id * run.config.training.snapshot_freq
+        if step == 0:
+            return checkpoints.restore_newest()[1].ema_params
         if step not in steps:
             available = ", ".join(map(str, steps))
             raise FileNotFoundError(
@@ -144,8 +146,7 @@ def evaluation_dequantizer(run: Run, folder: Workdir) -> Dequantizer:
             f"no dequantizer in {folder.checkpoints}; train one with --mode=train_deq, or set eval.dequantizer=False"
         ) from error
     with opened as checkpoints:
-        newest = checkpoints.steps()[-1]
-        state = checkpoints.restore(newest)
+        newest, state = checkpoints.restore_newest()
     origin = f"{config.deq.name}, step {newest}, {params_digest(state.ema_params)}"
     return VariationalDequantizer(state.ema_params, trainer.network, trainer.bins, trainer.t_min, origin)
 

@@ -24,7 +24,7 @@ from likelihood import bits_per_dim
 from models.flowpp import Flowpp, flowpp_from_config
 from models.score import Params
 from sde_lib import SDE
-from train_state import TrainState, create_state, optimizer_from_config
+from train_state import TrainState, create_state, not_finite, optimizer_from_config
 
 Parts: TypeAlias = dict[str, PerExample]
 """Numbers for each image in bits/dim, by name."""
@@ -106,7 +106,8 @@ class DequantizerTrainer:
             key: of the run. The random numbers of a step follow from the key and the number of the step.
 
         Returns:
-            The next state; the batch means of the bits/dim and their parts, and the global norm of the gradient.
+            The next state; the batch means of the bits/dim and their parts, the global norm of the gradient, and
+            `failed`, as for score models.
         """
         flip_key, loss_key = jax.random.split(jax.random.fold_in(key, state.step))
         if self.random_flip:
@@ -119,7 +120,9 @@ class DequantizerTrainer:
 
         gradient, means = jax.grad(mean_loss, has_aux=True)(state.params)
         metrics = means | {"grad_norm": optax.tree.norm(gradient)}
-        return state.updated(gradient, self.optimizer, self.ema_rate), metrics
+        failed = not_finite(metrics)
+        metrics["failed"] = failed.astype(jnp.int32)
+        return state.updated(gradient, self.optimizer, self.ema_rate, failed), metrics
 
     def bits_per_dim(
         self,

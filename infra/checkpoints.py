@@ -1,16 +1,19 @@
 """Checkpoints of the training state: saved so that nothing is lost, restored on any number of devices.
 
 A checkpoint is either complete or absent: orbax writes to a temporary folder and renames it. Beside the state it holds
-a description of the network, so that a state of another network is refused with one line.
+a description of the network, so that a state of another network is refused with one line, and checksums of all arrays
+and of the description, so that a changed byte is found. Checkpoints of older versions have no checksums.
 """
 
 import hashlib
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -26,6 +29,14 @@ from train_state import TrainState
 def abstract_state(state: TrainState, sharding: Sharding) -> TrainState:
     """The shapes, dtypes and placement of a state, given the state or its shapes."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state)
+
+
+class DamagedCheckpointError(ValueError):
+    """The checkpoint cannot be read, or its contents are not those that were written."""
+
+
+CHECKSUMS = "checksums"
+"""The key in a checkpoint's description that holds the CRC-32 of each array, by its path, and of the description."""
 
 
 class Checkpoints:
@@ -94,28 +105,80 @@ class Checkpoints:
         step = int(state.step)
         if step == self.newest():
             return
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(self.description)
-        )
+        described = self.description | {CHECKSUMS: _checksums(state, self.description)}
+        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(described))
         self._manager.save(step, args=arguments)
 
     def restore(self, step: int) -> TrainState:
         """The state at `step`.
 
         Raises:
-            ValueError: if the checkpoint belongs to another network, naming the first difference, or is damaged.
+            DamagedCheckpointError: if the checkpoint is damaged.
+            ValueError: if it belongs to another network, naming the first difference, or has parameters that are not
+                finite.
         """
+        name = self._name(step)
         description = self._read(step, description=ocp.args.JsonRestore())
-        _check_same_network(description, self.description, self._name(step))
-        return self._read(step, state=ocp.args.StandardRestore(self.like))
+        checksums = description.pop(CHECKSUMS, None)
+        if checksums is not None and checksums.get(_DESCRIPTION) != _checksum_of_text(description):
+            raise DamagedCheckpointError(f"{name} is damaged: its description has changed since it was written")
+        _check_same_network(description, self.description, name)
+        state = self._read(step, state=ocp.args.StandardRestore(self.like))
+        if checksums is not None:
+            found = _checksums(state, description)
+            changed = [path for path in found.keys() | checksums.keys() if found.get(path) != checksums.get(path)]
+            if parallel.any_host(bool(changed)):
+                raise DamagedCheckpointError(
+                    f"{name} is damaged: {len(changed)} of its arrays have changed on the disk"
+                )
+        if not bool(_all_finite((state.params, state.ema_params))):
+            raise ValueError(
+                f"{name} has parameters that are not finite: its training has diverged; remove it to use an earlier one"
+            )
+        return state
 
     def resume(self) -> TrainState | None:
-        """The newest state, or None if there is no checkpoint yet."""
-        newest = self.newest()
-        if newest is None:
+        """The newest state that can be read, or None if there is no checkpoint yet.
+
+        Newer checkpoints that are damaged are named in the log and renamed to STEP.damaged.
+
+        Raises:
+            ValueError: as for `restore`, if the newest checkpoint is of another network or not finite, or if no
+                checkpoint can be read.
+        """
+        if self.newest() is None:
             return None
-        logging.info("Resuming from step %d in %s", newest, self._manager.directory)
-        return self.restore(newest)
+        step, state = self.restore_newest()
+        logging.info("Resuming from step %d in %s", step, self._manager.directory)
+        for damaged in self.steps():
+            if damaged > step and jax.process_index() == 0:
+                path = Path(self._manager.directory / str(damaged))
+                path.rename(path.with_name(f"{damaged}.damaged"))
+        self._manager.reload()
+        return state
+
+    def restore_newest(self) -> tuple[int, TrainState]:
+        """The newest state that can be read, and its step.
+
+        A training that runs beside this may remove a checkpoint at any time, when it has written a newer one.
+
+        Raises:
+            FileNotFoundError: if there is no checkpoint.
+            ValueError: as for `restore`, if the newest checkpoint is of another network or not finite, or if no
+                checkpoint can be read.
+        """
+        failures: dict[int, DamagedCheckpointError] = {}
+        while left := [step for step in self.steps() if step not in failures]:
+            try:
+                return left[-1], self.restore(left[-1])
+            except DamagedCheckpointError as error:
+                failures[left[-1]] = error
+                if (self._manager.directory / str(left[-1])).exists():
+                    logging.warning("%s; trying an earlier one", error)
+            self._manager.reload()  # there may be a newer one
+        if failures:
+            raise failures[max(failures)]
+        raise FileNotFoundError(f"no checkpoint in {self._manager.directory}")
 
     def _name(self, step: int) -> str:
         return f"the checkpoint {self._manager.directory / str(step)}"
@@ -126,9 +189,8 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
         except Exception as error:  # damaged files make orbax, tensorstore and JAX raise a dozen kinds of errors
-            raise ValueError(
-                f"{self._name(step)} is damaged, or comes from another kind of training; "
-                f"remove it to resume from an earlier one: {str(error)[:300]}"
+            raise DamagedCheckpointError(
+                f"{self._name(step)} is damaged, or comes from another kind of training: {str(error)[:300]}"
             ) from error
 
 
@@ -154,7 +216,29 @@ def load_state(path: Path, description: dict[str, Any], like: TrainState) -> Tra
         )
     one_step = path.parent.name == Workdir.CHECKPOINTS and path.name.isdigit()
     with Checkpoints.existing(path.parent if one_step else Workdir(path).checkpoints, description, like) as checkpoints:
-        return checkpoints.restore(int(path.name) if one_step else checkpoints.steps()[-1])
+        return checkpoints.restore(int(path.name)) if one_step else checkpoints.restore_newest()[1]
+
+
+_DESCRIPTION = "description"
+
+
+def _checksums(state: TrainState, description: dict[str, Any]) -> dict[str, int]:
+    """The CRC-32 of each array of a state, by its path, and of the description. Each host has all arrays."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    for _, leaf in leaves:
+        leaf.addressable_data(0).copy_to_host_async()
+    arrays = {jax.tree_util.keystr(path): np.asarray(leaf.addressable_data(0)) for path, leaf in leaves}
+    sums = {path: zlib.crc32(np.ascontiguousarray(array)) for path, array in arrays.items()}
+    return sums | {_DESCRIPTION: _checksum_of_text(description)}
+
+
+def _checksum_of_text(description: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(description, sort_keys=True).encode())
+
+
+@jax.jit
+def _all_finite(params: Params) -> jax.Array:
+    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.isfinite(a).all(), params), jnp.asarray(True))
 
 
 def params_digest(params: Params) -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,10 +10,14 @@ from typing import Any, TextIO
 
 import jax
 import numpy as np
+from absl import logging
 from jaxtyping import Array, Float, Int
 from tensorboardX import SummaryWriter
 
 FILE = "metrics.jsonl"
+
+FAILED = "failed"
+"""The name of the metric that is 1 for each step whose loss or gradient is not finite."""
 
 
 class MetricsWriter:
@@ -53,24 +56,24 @@ class MetricsWriter:
         self.pending_steps.append(steps)
 
     def record_train(self, step: int, order: int) -> dict[str, float]:
-        """Writes and returns the means over all steps since the last record.
+        """Writes and returns the means over all steps since the last record, without those that failed.
 
-        Raises:
-            FloatingPointError: if a mean is not finite.
+        The number of these is written as `skipped_steps` if it is not 0. Without any other step, means are NaN.
         """
         collected, steps = jax.device_get(self.pending), self.pending_steps
         now = time.monotonic()
         rate = sum(steps) / max(now - self.recorded, 1e-9)
         self.pending, self.pending_steps, self.recorded = [], [], now
-        means = {name: float(np.average([c[name] for c in collected], weights=steps)) for name in collected[0]}
-        self.write(step, "train", order=order, **means, steps_per_second=rate)
-        bad = [name for name, value in means.items() if not math.isfinite(value)]
-        if bad:
-            raise FloatingPointError(
-                f"{', '.join(bad)} not finite between steps {step - sum(steps)} and {step}; lower optim.lr or "
-                "optim.grad_clip, or raise training.smallest_time, and run the command again to resume from the last "
-                "checkpoint"
-            )
+        failed = [int(np.sum(call.get(FAILED, 0))) for call in collected]
+        weights = np.subtract(steps, failed)
+        counted = [call for call, weight in zip(collected, weights, strict=True) if weight] or collected[:1]
+        weights = weights[weights > 0] if weights.any() else None
+        names = [name for name in collected[0] if np.ndim(collected[0][name]) == 0 and name != FAILED]
+        means = {name: float(np.average([call[name] for call in counted], weights=weights)) for name in names}
+        skipped = {"skipped_steps": sum(failed)} if any(failed) else {}
+        self.write(step, "train", order=order, **means, **skipped, steps_per_second=rate)
+        if skipped:
+            logging.warning("%d steps up to %d were skipped: loss or gradient not finite", sum(failed), step)
         return means
 
     @contextlib.contextmanager

@@ -4,13 +4,17 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from jaxtyping import Array
 
 from configs.default import Config
-from infra import stop
+from infra import parallel, stop
 from infra.checkpoints import Checkpoints
 from infra.console import progress
-from infra.metrics import MetricsWriter
+from infra.files import write_npz
+from infra.metrics import FAILED, MetricsWriter
+from infra.workdir import Workdir
 from models.score import Params
 from train_state import TrainState
 
@@ -36,6 +40,8 @@ class Call(NamedTuple):
     before: int
     """The step before the call."""
     step: int
+    batches: Any
+    """The batches of the call, on the devices."""
     state: TrainState
     metrics: Metrics
     """Means over the steps of the call, on the devices."""
@@ -74,7 +80,7 @@ def training_loop(training: Training, state: TrainState, config: Config, callbac
                 due(step, before, every) for every in (config.snapshot_freq, config.snapshot_freq_for_preemption)
             )
             testing = due(step, before, config.eval_freq)
-            call = Call(before, step, state, metrics, recording, testing, saving, last)
+            call = Call(before, step, batches, state, metrics, recording, testing, saving, last)
             for callback in callbacks:
                 if (shown := callback(call)) is not None:
                     bar.set_postfix(shown, refresh=False)
@@ -123,3 +129,44 @@ def save_checkpoints(checkpoints: Checkpoints) -> Callback:
             checkpoints.save(call.state)
 
     return save
+
+
+def stop_after_failures(limit: int, workdir: Workdir) -> Callback:
+    """Stops training after this many steps in a row whose loss or gradient is not finite, which change no parameters.
+
+    Looks at a call when the next one has started, so that the devices do not wait. Saves the batches of the call that
+    reaches the limit.
+
+    Raises:
+        FloatingPointError: from the callback; it names the step and the times of the largest losses.
+    """
+    waiting: list[Call] = []
+    in_a_row = 0
+
+    def check(call: Call) -> None:
+        nonlocal in_a_row
+        waiting.append(call._replace(state=None))
+        while len(waiting) > 1 or (waiting and call.last):
+            done = waiting.pop(0)
+            for number, failed in enumerate(np.atleast_1d(jax.device_get(done.metrics[FAILED]))):
+                in_a_row = in_a_row + 1 if failed else 0
+                if in_a_row >= limit:
+                    raise FloatingPointError(_explain(done, number, limit, workdir))
+
+    return check
+
+
+def _explain(call: Call, number: int, limit: int, workdir: Workdir) -> str:
+    """Saves the batches of the call, whose step with this number failed. Returns the message for the user."""
+    step = call.before + number + 1
+    times = np.atleast_2d(jax.device_get(call.metrics.get("largest_times", np.empty(0))))
+    times = times[min(number, len(times) - 1)]
+    batches = parallel.fetch(call.batches)
+    if jax.process_index() == 0:
+        write_npz(workdir.failed_batch, batches=batches, first_step=call.before + 1, step=step, times=times)
+    where = f"; the largest losses of this step are at t = {', '.join(f'{t:.3g}' for t in times)}" if len(times) else ""
+    return (
+        f"loss or gradient not finite in {limit} steps in a row, the last of which is step {step}{where}; its batch is "
+        f"in {workdir.failed_batch}. Lower optim.lr or optim.grad_clip, or raise training.smallest_time, and run the "
+        "command again to resume from the last checkpoint"
+    )

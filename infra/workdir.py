@@ -11,6 +11,7 @@
     samples/snapshots/step_STEP.npz   samples drawn during training, with pictures in .png files
     density/LABEL.npz                 the density of a model of points on a grid
     cost.json                         costs of a training step, from --mode=cost
+    failed_batch.npz                  the batches in which losses were not finite too often: training_loop.py
     report.html, figures/             the report
     log.txt                           the log; further hosts write log_1.txt, ...
 
@@ -93,6 +94,11 @@ class Workdir:
     @property
     def density(self) -> Path:
         return self.path / "density"
+
+    @property
+    def failed_batch(self) -> Path:
+        """The batches of the call in which training stopped because losses were not finite."""
+        return self.path / "failed_batch.npz"
 
     @property
     def report(self) -> Path:

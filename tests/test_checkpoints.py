@@ -1,14 +1,17 @@
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
 
 from configs.digits.smoke import get_config
 from infra import parallel
-from infra.checkpoints import Checkpoints, abstract_state
+from infra.checkpoints import Checkpoints, DamagedCheckpointError, abstract_state
 from train_state import TrainState, create_state, optimizer_from_config, reset_parts
 
 OPTIMIZER = optax.adam(1e-3)
@@ -93,6 +96,108 @@ def test_a_checkpoint_that_cannot_be_read_is_named(tmp_path):
         (tmp_path / "1" / "description" / "metadata").write_bytes(b"{")
         with pytest.raises(ValueError, match=rf"the checkpoint {tmp_path}/1 is damaged"):
             checkpoints.restore(1)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x55
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # from tensorstore, after a failure
+def test_a_flipped_byte_is_found_or_harmless(tmp_path):
+    """In three places of each file of a checkpoint. Most files are metadata, parts of which nobody reads."""
+    with Checkpoints(tmp_path / "run", {"nf": 8}, like()) as checkpoints:
+        checkpoints.save(state_at(1, 0.7))
+    found = set()
+    for path in files_of(tmp_path / "run" / "1"):
+        for position in {0, path.stat().st_size // 2, path.stat().st_size - 1}:
+            flip(path, position)
+            with Checkpoints(tmp_path / "run", {"nf": 8}, like(), read_only=True) as checkpoints:
+                try:
+                    state = checkpoints.restore(1)
+                except DamagedCheckpointError:
+                    found.add(path.name)
+                else:
+                    jax.tree.map(np.testing.assert_array_equal, state, state_at(1, 0.7))
+            flip(path, position)
+    assert len(found) >= 3
+
+
+def test_arrays_that_changed_are_found(tmp_path, monkeypatch):
+    """As if the file system had returned other numbers, in files whose format has no checksums."""
+    with Checkpoints(tmp_path, {}, like()) as checkpoints:
+        checkpoints.save(state_at(1))
+    read = Checkpoints._read
+
+    def changed(self, step, **item):
+        content = read(self, step, **item)
+        return content if "description" in item else content.replace(params={"w": content.params["w"] + 1e-7})
+
+    monkeypatch.setattr(Checkpoints, "_read", changed)
+    damaged = pytest.raises(DamagedCheckpointError, match=f"{tmp_path}/1 is damaged: 1 of its arrays have changed")
+    with Checkpoints(tmp_path, {}, like(), read_only=True) as checkpoints, damaged:
+        checkpoints.restore(1)
+
+
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog):
+    with Checkpoints(tmp_path, {}, like()) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(state_at(step))
+    for step in (2, 3):
+        (tmp_path / str(step) / "description" / "metadata").write_bytes(b"{")
+    with Checkpoints(tmp_path, {}, like(), read_only=True) as checkpoints:
+        assert checkpoints.restore_newest()[0] == 1
+    with caplog.at_level("WARNING"), Checkpoints(tmp_path, {}, like()) as checkpoints:
+        state = checkpoints.resume()
+        assert state is not None
+        assert state.step == 1
+        checkpoints.save(state_at(2, 0.5))  # the run comes to these steps again
+    assert f"{tmp_path}/3 is damaged" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "2.damaged", "3.damaged"}
+    for step in (1, 2):
+        (tmp_path / str(step) / "description" / "metadata").write_bytes(b"{")
+    with (
+        Checkpoints(tmp_path, {}, like()) as checkpoints,
+        pytest.raises(ValueError, match=f"{tmp_path}/2 is damaged"),
+    ):
+        checkpoints.resume()
+    assert (tmp_path / "2").exists(), "nothing is set aside if nothing can be read"
+
+
+def test_a_checkpoint_removed_by_a_training_beside_is_no_failure(tmp_path):
+    with Checkpoints(tmp_path, {}, like(), keep_every=100) as training:
+        training.save(state_at(1))
+        training._manager.wait_until_finished()
+        with Checkpoints.existing(tmp_path, {}, like()) as checkpoints:
+            assert list(checkpoints.steps()) == [1]
+            training.save(state_at(2))
+            training._manager.wait_until_finished()
+            assert not (tmp_path / "1").exists()
+            assert checkpoints.restore_newest()[0] == 2
+
+
+def test_parameters_that_are_not_finite_are_refused(tmp_path):
+    with Checkpoints(tmp_path, {}, like()) as checkpoints:
+        checkpoints.save(state_at(1))
+        checkpoints.save(state_at(2, jnp.inf))
+        with pytest.raises(ValueError, match=f"{tmp_path}/2 has parameters that are not finite: its training has div"):
+            checkpoints.resume()
+        assert checkpoints.restore(1).step == 1
+
+
+def test_checkpoints_without_checksums_are_read(tmp_path, monkeypatch):
+    """As older versions wrote them."""
+    with Checkpoints(tmp_path, {"nf": 8}, like()) as checkpoints:
+        checkpoints.save(state_at(1))
+    path = tmp_path / "1" / "description" / "metadata"
+    path.write_text(json.dumps({"nf": 8}))
+    with Checkpoints(tmp_path, {"nf": 8}, like()) as checkpoints:
+        assert checkpoints.restore(1).step == 1
 
 
 @pytest.mark.parametrize(("parts", "warm"), [("", 0.7), ("opt", 0.7), ("ema", 0.7), ("step", 0.0), ("step,opt", 0.0)])

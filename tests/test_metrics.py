@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
-import pytest
+import numpy as np
 from absl import logging as absl_logging
 
 from infra.console import log_to_file, progress
@@ -26,12 +26,18 @@ def test_means_and_rates_count_steps_not_calls(tmp_path, monkeypatch):
     assert record["steps_per_second"] == 2.0
 
 
-def test_what_is_not_finite_is_named_with_its_steps(tmp_path):
+def test_steps_that_failed_do_not_count(tmp_path):
     with MetricsWriter(tmp_path) as metrics:
-        metrics.collect({"total": jnp.asarray(1.0), "third": jnp.asarray(jnp.nan)}, steps=6)
-        metrics.collect({"total": jnp.asarray(1.0), "third": jnp.asarray(1.0)}, steps=2)
-        with pytest.raises(FloatingPointError, match="third not finite between steps 92 and 100"):
-            metrics.record_train(100, order=3)
+        metrics.collect({"total": jnp.asarray(1.0), "failed": jnp.array([0, 1, 0])}, steps=3)
+        metrics.collect({"total": jnp.asarray(jnp.nan), "failed": jnp.array([1])}, steps=1)
+        metrics.collect({"total": jnp.asarray(4.0), "failed": jnp.asarray(0)}, steps=1)
+        assert metrics.record_train(100, order=3) == {"total": 2.0}
+        metrics.collect({"total": jnp.asarray(jnp.nan), "failed": jnp.asarray(1)}, steps=1)
+        assert np.isnan(metrics.record_train(101, order=3)["total"])
+    assert [json.loads(line)["skipped_steps"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [
+        2,
+        1,
+    ]
 
 
 def test_a_log_shows_a_bar_now_and_then_whatever_it_is_told(monkeypatch):

@@ -19,6 +19,7 @@ from build import build
 from configs.digits.smoke import get_config
 from evaluators.bits_per_dim import BitsPerDimEvaluator
 from infra import console, stop, training_loop
+from infra.files import read_npz
 from infra.workdir import Workdir
 from report.run_files import read_run
 
@@ -111,11 +112,21 @@ def test_continuing_with_a_higher_order(trained, tmp_path):
     assert record["third"] > 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    config = config_with(optim__lr=1e30, optim__warmup=0, optim__grad_clip=-1.0)
-    with pytest.raises(FloatingPointError, match="not finite between steps 0 and"):
-        run_lib.train(config, tmp_path / "run")
-    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*")), "a broken state was saved"
+def test_losses_that_are_not_finite_stop_the_run(tmp_path):
+    config = config_with(optim__lr=1e30, optim__warmup=0, optim__grad_clip=-1.0, training__max_nonfinite=2)
+    config.training.n_jitted_steps = 2
+    message = (
+        r"not finite in 2 steps in a row, the last of which is step 3; the largest losses of this step are at t = .*"
+        rf"its batch is in {tmp_path}/failed_batch.npz"
+    )
+    with pytest.raises(FloatingPointError, match=message):
+        run_lib.train(config, tmp_path)
+    saved = read_npz(tmp_path / "failed_batch.npz")
+    assert saved["step"] == 3
+    assert saved["batches"].shape == (2, 16, 8, 8, 1)
+    source = datasets.source_from_config(config, "train")
+    expected = list(datasets.training_batches(source, 16, config.seed, 2, 4))
+    np.testing.assert_array_equal(saved["batches"], expected)
 
 
 def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypatch):

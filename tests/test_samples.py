@@ -253,7 +253,9 @@ def test_a_snapshot_shows_its_weights_by_the_same_noise(params, tmp_path):
     """The images are those that evaluation numbers 0 to 7, of each set of weights."""
     run = build(pc_config())
     assert snapshot_sampler(run) == DPMSolverSampler(sde=run.sde, eta=1.0, data_range=run.preprocess.data_range)
-    run = build(pc_config(training__snapshot_sampler="configured"))
+    config = pc_config()
+    config.training.snapshot_sampler = "configured"
+    run = build(config)
     state = run.fresh_state().replace(step=np.int32(6), ema_params=params)
     Snapshots(run, Workdir(tmp_path)).draw(state)
     snapshot = read_npz(tmp_path / "samples" / "snapshots" / "step_6.npz")
@@ -308,7 +310,9 @@ def test_when_snapshots_are_due(run, tmp_path, step, due):
 
 def test_a_bad_sampler_is_found_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"sampling\.order must be one of"):
-        run_lib.train(config_with(sampling__order=4), tmp_path / "run")
+        run_lib.train(config_with(sampling__order=4, training__snapshot_sampler="configured"), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"snapshot_sampler is 'pc'; it must be few_step or configured"):
+        run_lib.train(config_with(training__snapshot_sampler="pc"), tmp_path / "run")
     with pytest.raises(ValueError, match=r"sampling\.batch_size is 0; it must be at least 1"):
         run_lib.train(config_with(sampling__batch_size=0), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -17,6 +17,7 @@ from models.layers import ResnetBlockDDPMpp, conv
 from models.ncsnpp import apply_with_remat
 from models.score import ScoreModel
 from sde_lib import VPSDE
+from losses import draw_noise
 from train_state import create_state, optimizer_from_config
 
 
@@ -61,7 +62,7 @@ def test_four_devices_train_as_one(order, batches):
     terms = {1: {"first"}, 2: {"first", "second_frob", "second_trace"}}.get(
         order, {"first", "second_frob", "second_trace", "third"}
     )
-    assert set(metrics_of_one) == terms | {"total", "grad_norm"}
+    assert set(metrics_of_one) == terms | {"total", "grad_norm", "failed", "largest_times"}
     for name in metrics_of_one:
         np.testing.assert_allclose(metrics_of_four[name], metrics_of_one[name], rtol=1e-3)
 
@@ -152,6 +153,33 @@ def test_optimizer_is_the_published_one():
         rate = 0.1 * min(step / 2, 1)
         w = w - rate * (m / (1 - 0.9 ** (step + 1))) / (np.sqrt(v / (1 - 0.999 ** (step + 1))) + 1e-8)
         np.testing.assert_allclose(np.asarray(params["w"]), w, rtol=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_only_the_step(batches):
+    """In a call of three steps, the second fails. Its metrics do not count, and its largest loss has its time."""
+    run = run_of_order(1)
+    key, before = run.key(TRAIN_KEY), run.fresh_state()
+
+    def preprocess(key, images):
+        x = run.trainer.preprocess(key, images)
+        return x.at[5].multiply(jnp.where(images[0, 0, 0, 0] == 255, jnp.nan, 1.0))
+
+    trainer = dataclasses.replace(run.trainer, preprocess=preprocess)
+    images = np.stack(batches[:3])
+    images[1, 0, 0, 0] = 255
+    after, metrics = jax.jit(trainer.train_steps)(before, images, key)
+    assert metrics["failed"].tolist() == [0, 1, 0]
+    assert all(np.isfinite(value).all() for value in metrics.values())
+    first, _ = jax.jit(trainer.train_step)(before, images[0], key)
+    skipped, failure = jax.jit(trainer.train_step)(first, images[1], key)
+    assert failure["failed"] == 1
+    noise_key = jax.random.split(jax.random.fold_in(key, 1), 3)[1]
+    noise = draw_noise(noise_key, run.sde, trainer.objective, images[1].shape)
+    assert failure["largest_times"][0] == pytest.approx(noise.t[5], rel=1e-5)
+    unchanged = first.replace(step=first.step + 1)
+    jax.tree.map(np.testing.assert_array_equal, skipped, unchanged)
+    third, _ = jax.jit(trainer.train_step)(skipped, images[2], key)
+    assert relative_distance(after.params, third.params) < 1e-5
 
 
 def test_average_of_parameters(batches):
