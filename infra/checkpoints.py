@@ -5,10 +5,11 @@ a description of the network, so that a state of another network is refused with
 and of the description, so that a changed byte is found. Checkpoints of older versions have no checksums.
 """
 
+import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +91,25 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            with self._writing():
+                self._manager.wait_until_finished()
+                self._manager.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            logging.debug("after another error: %s", error)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turns the errors of writing, of which orbax, tensorstore and JAX raise many kinds, into an OSError."""
+        try:
+            yield
+        except Exception as error:
+            full = "No space left on device"
+            reason = full if full in str(error) else str(error)[:300]
+            raise OSError(f"cannot write a checkpoint to {self._manager.directory}: {reason}") from error
 
     def steps(self) -> Sequence[int]:
         return sorted(self._manager.all_steps())
@@ -107,7 +124,8 @@ class Checkpoints:
             return
         described = self.description | {CHECKSUMS: _checksums(state, self.description)}
         arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(described))
-        self._manager.save(step, args=arguments)
+        with self._writing():
+            self._manager.save(step, args=arguments)
 
     def restore(self, step: int) -> TrainState:
         """The state at `step`.

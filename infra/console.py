@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from pathlib import Path
 
 import jax
@@ -46,8 +47,29 @@ class _LogFile(logging.FileHandler):
 
 
 def quiet_libraries() -> None:
-    """Hides messages of libraries below warnings from standard error."""
-    absl_logging.get_absl_handler().addFilter(_of_interest)
+    """Hides messages of libraries below warnings from standard error, and tracebacks of other threads.
+
+    If a disk is full, several threads of orbax, tensorstore and TensorBoard fail beside the main thread, whose error is
+    the one that main.py prints. The others are logged for --verbosity=1. Orbax logs errors that it raises, too.
+    """
+    handler = absl_logging.get_absl_handler()
+    handler.addFilter(_of_interest)
+    handler.addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    threading.excepthook = _log_thread_error
+    sys.unraisablehook = _log_unraisable
+
+
+def _log_thread_error(error: threading.ExceptHookArgs) -> None:
+    absl_logging.debug("error in a thread", exc_info=error.exc_value)
+
+
+def _log_unraisable(error: "sys.UnraisableHookArgs") -> None:
+    absl_logging.debug("error in a callback", exc_info=error.exc_value)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname or absl_logging.level_debug()
 
 
 def _of_interest(record: logging.LogRecord) -> bool:

@@ -43,10 +43,13 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self.active:
-            self.lines.close()
-            self.board.close()
+            # A disk that is full has made a write fail already, and makes closing fail, too.
+            with contextlib.suppress(*([OSError] if kind else [])):
+                self.lines.close()
+            with contextlib.suppress(*([OSError] if kind else [])):
+                self.board.close()
 
     def collect(self, metrics: Mapping[str, Array], steps: int) -> None:
         """Collects means over this number of steps."""

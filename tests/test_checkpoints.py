@@ -181,6 +181,24 @@ def test_a_checkpoint_removed_by_a_training_beside_is_no_failure(tmp_path):
             assert checkpoints.restore_newest()[0] == 2
 
 
+def test_a_full_disk_is_one_line_also_at_the_end(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise ValueError('RESOURCE_EXHAUSTED: Error writing "params.w/0" in OCDBT database: No space left on device [')
+
+    full = pytest.raises(OSError, match=f"^cannot write a checkpoint to {tmp_path}: No space left on device$")
+    with full, Checkpoints(tmp_path, {}, like()) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        checkpoints.save(state_at(1))
+    with full, Checkpoints(tmp_path, {}, like()) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", fail)
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        checkpoints.save(state_at(2))
+    interrupted = pytest.raises(KeyboardInterrupt)
+    with interrupted, Checkpoints(tmp_path, {}, like()) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "wait_until_finished", fail)
+        raise KeyboardInterrupt
+
+
 def test_parameters_that_are_not_finite_are_refused(tmp_path):
     with Checkpoints(tmp_path, {}, like()) as checkpoints:
         checkpoints.save(state_at(1))

@@ -4,6 +4,8 @@ import contextlib
 import io
 import json
 import logging
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging as absl_logging
 
-from infra.console import log_to_file, progress
+from infra.console import log_to_file, progress, quiet_libraries
 from infra.metrics import MetricsWriter
 
 
@@ -82,4 +84,28 @@ def test_a_log_on_a_full_disk_is_no_traceback(capsys):
         logger.removeHandler(added)
         with contextlib.suppress(OSError):  # what could not be written is tried once more
             added.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_tracebacks_of_other_threads_are_not_printed(capsys, monkeypatch):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
+    handler = absl_logging.get_absl_handler()
+    filters = list(handler.filters)
+    quiet_libraries()
+    try:
+        thread = threading.Thread(target=lambda: 1 / 0)
+        thread.start()
+        thread.join()
+
+        class Broken:
+            def __del__(self):
+                raise OSError
+
+        Broken()
+        record = logging.LogRecord("absl", logging.ERROR, "/lib/orbax/manager.py", 1, "failed", None, None)
+        assert not handler.filter(record)
+    finally:
+        for added in set(handler.filters) - set(filters):
+            handler.removeFilter(added)
     assert capsys.readouterr().err == ""
