@@ -1,13 +1,17 @@
 """From a configuration to the objects of a run. Configurations are checked by building these objects."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from configs.checks import check_config
 from configs.default import Config
+from configs.usage import record_reads, unrecorded
 from datasets import PointPreprocess, Preprocess, training_preprocess
 from infra import parallel
 from infra.checkpoints import Checkpoints, abstract_state, load_state
@@ -22,19 +26,6 @@ from train_state import Trainer, TrainState, create_state, optimizer_from_config
 INIT_KEY, TRAIN_KEY, EVAL_KEY, SAMPLE_KEY = range(4)
 """The seed is folded with one of these for each purpose, so that no two purposes share random numbers."""
 
-AT_LEAST_ONE = (
-    "n_iters",
-    "n_jitted_steps",
-    "accumulation_steps",
-    "log_freq",
-    "eval_freq",
-    "eval_batches",
-    "snapshot_freq",
-    "snapshot_freq_for_preemption",
-    "max_nonfinite",
-)
-"""Integer fields of `training` that must be at least 1."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -43,9 +34,13 @@ class Run:
     config: Config
     mesh: Mesh
     model: ScoreModel
-    trainer: Trainer
     preprocess: Preprocess | PointPreprocess
     """From training data, as sources hold them, to the data that the score network sees."""
+
+    @functools.cached_property
+    def trainer(self) -> Trainer:
+        """What training needs. The fields of `optim` have an effect only if this is used."""
+        return _trainer(self.config, self.model, self.preprocess)
 
     @property
     def sde(self) -> SDE:
@@ -78,9 +73,19 @@ class Run:
         """
         return sampler_from_config(self.config, self.sde, self.preprocess.data_range)
 
+    def sampling_description(self) -> dict[str, Any]:
+        """The fields of `sampling` that samples depend on, with their values: those that the sampler reads."""
+        copy = ConfigDict(self.config.to_dict())
+        recorder = record_reads(copy)
+        sampler_from_config(copy, self.sde, self.preprocess.data_range)
+        used = {field.removeprefix("sampling.") for field in recorder.read if field.startswith("sampling.")}
+        return {name: self.config.sampling[name] for name in sorted(used | {"batch_size"})}
+
     def fresh_state(self) -> TrainState:
         """The state at step 0, with initial parameters."""
-        return create_state(self.model.init(self.key(INIT_KEY), self.data_shape), self.trainer.optimizer)
+        with unrecorded(self.config):  # the state has the same structure for all values of the fields
+            optimizer = optimizer_from_config(self.config.optim)
+        return create_state(self.model.init(self.key(INIT_KEY), self.data_shape), optimizer)
 
     def abstract_state(self) -> TrainState:
         """The shapes of the training state, replicated over all devices."""
@@ -136,35 +141,30 @@ def build(config: Config) -> Run:
     Raises:
         ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
     """
-    training = config.training
-    _check_numbers(config)
-    _check_init(training)
-    parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps)
-    _check_kind_of_data(config)
-    model, preprocess = score_model_from_config(config), training_preprocess(config)
-    trainer = Trainer(
+    with unrecorded(config):  # a field that is only checked has no effect
+        check_config(config)
+        training = config.training
+        if not training.continuous:
+            raise ValueError(
+                "training.continuous is False, but training in discrete time is not supported: set it to True"
+            )
+        _check_init(training)
+        parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps)
+        _check_kind_of_data(config)
+        _trainer(config, score_model_from_config(config), training_preprocess(config))
+    return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
+
+
+def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPreprocess) -> Trainer:
+    return Trainer(
         model=model,
-        objective=objective_from_config(training),
+        objective=objective_from_config(config.training),
         optimizer=optimizer_from_config(config.optim),
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,
-        accumulation_steps=training.accumulation_steps,
+        accumulation_steps=config.training.accumulation_steps,
         unroll_parts=jax.default_backend() == "cpu",
     )
-    return Run(config, parallel.device_mesh(), model, trainer, preprocess)
-
-
-def _check_numbers(config: Config) -> None:
-    training = config.training
-    for field in AT_LEAST_ONE:
-        if training[field] < 1:
-            raise ValueError(f"training.{field} is {training[field]}; it must be at least 1")
-    if not 0 <= config.model.ema_rate < 1:
-        raise ValueError(f"model.ema_rate is {config.model.ema_rate}; it must lie in [0, 1)")
-    if not 0 <= config.seed < 2**32:
-        raise ValueError(f"seed is {config.seed}; it must lie in [0, 2^32)")
-    if not training.continuous:
-        raise ValueError("training.continuous is False, but training in discrete time is not supported: set it to True")
 
 
 def _check_init(training: Config) -> None:

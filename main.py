@@ -29,6 +29,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from configs.default import Config
+from configs.usage import record_reads
 from infra import stop  # JAX is imported late, so that --help, mistyped flags and signals are answered at once
 
 MODES = ("train", "train_deq", "eval", "report", "prepare", "stats", "cost")
@@ -48,6 +50,19 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the numbe
 _COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows next to this one.")
 
 
+EFFECT = {
+    "config": tuple(mode for mode in MODES if mode != "report"),
+    "workdir": tuple(mode for mode in MODES if mode not in ("prepare", "stats")),
+    "eval_folder": ("eval",),
+    "deq_folder": ("train_deq", "eval"),
+    "coordinator": ("train", "train_deq", "eval", "stats"),
+    "num_processes": ("train", "train_deq", "eval", "stats"),
+    "process_id": ("train", "train_deq", "eval", "stats"),
+    "compare": ("report",),
+}
+"""The modes in which each flag has an effect."""
+
+
 def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         return _complain(f"unexpected argument {argv[1]!r}; flags begin with --")
@@ -57,12 +72,17 @@ def main(argv: Sequence[str]) -> int:
         missing.append(_CONFIG.name)
     if missing:
         return _complain(f"--{missing[0]} is missing; see python main.py --help")
+    for name, modes in EFFECT.items():
+        if flags.FLAGS[name].present and _MODE.value not in modes:
+            return _complain(
+                f"--{name} has no effect with --mode={_MODE.value}, only with {', '.join(modes)}; leave it out"
+            )
     if not _COORDINATOR.value and (_NUM_PROCESSES.present or _PROCESS_ID.present):
         return _complain("--num_processes and --process_id need --coordinator; without it, each process runs alone")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     with stop.on_signals():
-        return _run_and_report(str(_MODE.value), Path(_WORKDIR.value or "").absolute())
+        return _run_and_report(str(_MODE.value), Path(_WORKDIR.value or "").expanduser().absolute())
 
 
 def _run_and_report(mode: str, workdir: Path) -> int:
@@ -91,15 +111,19 @@ def _run(mode: str, workdir: Path) -> None:
 
     from infra import console, parallel
 
+    console.quiet_libraries()
     if mode != "cost":  # which measures how long a program takes to compile
         jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     if _COORDINATOR.value:
         parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    parallel.check_devices()
     import run_lib
 
     stop.check()
+    if _CONFIG.value is not None:
+        _expand_home(_CONFIG.value)
+        record_reads(_CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
 
-    console.quiet_libraries()
     if mode == "train":
         run_lib.train(_CONFIG.value, workdir)
     elif mode == "eval":
@@ -113,7 +137,18 @@ def _run(mode: str, workdir: Path) -> None:
     elif mode == "cost":
         run_lib.cost(_CONFIG.value, workdir)
     else:
-        run_lib.report(workdir, [Path(other) for other in _COMPARE.value or []])
+        run_lib.report(workdir, [Path(other).expanduser() for other in _COMPARE.value or []])
+    if _CONFIG.value is not None:
+        run_lib.warn_unused(_CONFIG.value, mode)
+
+
+def _expand_home(config: Config) -> None:
+    """Replaces a leading ~ in the text of any field, which can only be a path, as a shell does before an argument."""
+    for name, value in config.to_dict().items():
+        if isinstance(value, dict):
+            _expand_home(config[name])
+        elif isinstance(value, str) and value.startswith("~"):
+            config[name] = str(Path(value).expanduser())
 
 
 def _complain(message: str) -> int:

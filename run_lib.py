@@ -3,6 +3,7 @@
 infra/workdir.py describes the folder.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -29,10 +30,14 @@ from analysis.cost import (
     step_seconds,
 )
 from build import TRAIN_KEY, Run, build
+from configs.checks import check_config
 from configs.default import Config
+from configs.usage import alternatives, record_reads, recorder_of, unrecorded
 from datasets import Source
+from dequantization.noise import dequantizer_from_config
 from dequantization.training import DequantizerTraining, evaluation_dequantizer, score_params
 from evaluators import Evaluator, evaluators_from_config
+from evaluators.estimators import estimator_from_config
 from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
@@ -77,6 +82,7 @@ def train(config: Config, path: Path) -> None:
     workdir.prepare()
     with workdir.lock(), run.open_checkpoints(workdir) as checkpoints:
         state = resume_or_init(run, checkpoints, init_state)
+        _check_not_beyond(int(state.step), config.training.n_iters, "training.n_iters", workdir)
         if checkpoints.newest() is None and init_state is not None:
             checkpoints.save(state)  # the checkpoint that the run starts from may be gone when the run is resumed
         workdir.write_description(config, num_parameters(state))
@@ -88,6 +94,7 @@ def train(config: Config, path: Path) -> None:
                 record_test_loss(LossEvaluator(run, test_source).first_batches, metrics, order),
                 save_checkpoints(checkpoints),
                 draw_snapshots(snapshots, metrics),
+                warn_after_first_call(config, "train"),
             ]
             if not stop.now():
                 training_loop(score_training(run, train_source), state, config.training, callbacks)
@@ -95,6 +102,64 @@ def train(config: Config, path: Path) -> None:
     if jax.process_index() == 0:
         write_report(path)
         logging.info("Report: %s", workdir.report)
+
+
+def warn_unused(config: Config, mode: str) -> None:
+    """Warns once about each field that was given on the command line but has not been read, and says why.
+
+    Does nothing for a configuration whose reads are not recorded, see `configs.usage.record_reads`.
+    """
+    if (recorder := recorder_of(config)) is None:
+        return
+    for field in recorder.unused():
+        logging.warning("--config.%s has no effect %s", field, _reason(config, field, mode))
+    recorder.given = ()
+
+
+def _reason(config: Config, field: str, mode: str) -> str:
+    """Names the setting that keeps a field from having an effect: if it changes, a run of this mode reads the field."""
+    section = field.split(".")[0]
+    found = sorted(alternatives(config), key=lambda each: not each[0].startswith(f"{section}."))
+    for name, _, changed in found:
+        recorder = record_reads(changed)
+        with contextlib.suppress(ValueError, OSError):
+            _build_settings(changed, mode)
+        if field in recorder.read:
+            with unrecorded(config):
+                return f"with {name}={functools.reduce(getattr, name.split('.'), config)!r}"
+    return f"with the other settings of --mode={mode}"
+
+
+def _build_settings(config: Config, mode: str) -> None:
+    """Builds all that a mode needs except data, networks of evaluators, and checkpoints."""
+    run = build(config)
+    if mode == "train":
+        _ = run.trainer, initial_state if config.training.init_from and config.training.init_reset else None
+        Snapshots(run, Workdir(Path()))
+    elif mode == "eval":
+        if config.eval.enable_loss:
+            _ = run.trainer
+        if config.eval.enable_sampling:
+            run.sampler()
+        if config.eval.enable_bpd:
+            estimator_from_config(config)
+            dequantizer_from_config(config, run.sde)
+        if config.eval.end_ckpt:
+            _ = config.eval.begin_ckpt
+
+
+def warn_after_first_call(config: Config, mode: str) -> Callback:
+    """Warns as `warn_unused` does, when everything that training reads has been read."""
+    return lambda call: warn_unused(config, mode)
+
+
+def _check_not_beyond(step: int, n_iters: int, field: str, workdir: Workdir) -> None:
+    """Raises ValueError if the newest checkpoint is past the step at which training would end."""
+    if step > n_iters:
+        raise ValueError(
+            f"{field} is {n_iters}, but the newest checkpoint in {workdir.checkpoints} is at step {step}: nothing to "
+            f"train; raise {field}, or use another workdir"
+        )
 
 
 def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | None) -> TrainState:
@@ -172,6 +237,7 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
     folder.prepare()
     with folder.lock(), training.open_checkpoints(folder, params) as checkpoints:
         state = checkpoints.resume() or training.first_state()
+        _check_not_beyond(int(state.step), config.deq.n_iters, "deq.n_iters", folder)
         folder.write_description(config, num_parameters(state))
         with MetricsWriter(folder.train) as metrics:
             callbacks = [
@@ -179,6 +245,7 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
                 stop_after_failures(config.training.max_nonfinite, folder),
                 record_test_loss(lambda params: training.test_bound(score_fn, params), metrics, order),
                 save_checkpoints(checkpoints),
+                warn_after_first_call(config, "train_deq"),
             ]
             if not stop.now():
                 training_loop(training.training(score_fn), state, config.training, callbacks)
@@ -245,10 +312,12 @@ def chosen_states(config: Config, checkpoints: Checkpoints) -> Iterator[tuple[in
         ValueError: as `Checkpoints.restore`.
     """
     steps = checkpoints.steps()
-    begin, end, every = config.eval.begin_ckpt, config.eval.end_ckpt, config.training.snapshot_freq
-    if end < begin:
+    if config.eval.end_ckpt == 0:
         yield checkpoints.restore_newest()
         return
+    begin, end, every = config.eval.begin_ckpt, config.eval.end_ckpt, config.training.snapshot_freq
+    if end < begin:
+        raise ValueError(f"eval.end_ckpt is {end}, but eval.begin_ckpt is {begin}; use 0 for the newest checkpoint")
     wanted = [number * every for number in range(begin, end + 1)]
     missing = sorted(set(wanted) - set(steps))
     if missing:
@@ -282,6 +351,7 @@ def prepare(config: Config) -> None:
     Raises:
         FileNotFoundError, ValueError: if a file is missing, is not the published one, or is damaged.
     """
+    check_config(config)
     print(prepare_from_config(config))
 
 
@@ -291,6 +361,7 @@ def stats(config: Config) -> None:
     Raises:
         FileNotFoundError, ValueError: if the data, the network or the statistics are missing, before any work.
     """
+    check_config(config)
     print(json.dumps(prepare_statistics(config), indent=1))
 
 

@@ -76,7 +76,7 @@ def optimizer_from_config(optim: Config) -> optax.GradientTransformation:
     for field in ("warmup", "weight_decay"):
         if optim[field] < 0:
             raise ValueError(f"optim.{field} is {optim[field]}; it must not be negative")
-    clip = optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip >= 0 else optax.identity()
+    clip = optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip > 0 else optax.identity()
     adam = optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps)
     rate = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optax.constant_schedule(optim.lr)
     return optax.chain(clip, _with_decay(adam, optim.weight_decay), optax.scale_by_learning_rate(rate))

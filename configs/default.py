@@ -153,7 +153,7 @@ def _optim() -> ConfigDict:
     optim.eps = 1e-8  # constant added to the denominator of an update
     optim.weight_decay = 0.0  # decoupled weight decay, as a multiple of the learning rate
     optim.warmup = 5000  # steps over which the learning rate rises linearly from 0
-    optim.grad_clip = 1.0  # largest global norm of the gradient; a negative value means no limit
+    optim.grad_clip = 1.0  # largest global norm of the gradient; 0 or a negative value means no limit
     return optim
 
 
@@ -190,7 +190,7 @@ def _eval() -> ConfigDict:
     """What `--mode=eval` computes, and how. docs/evaluation.md describes the choices."""
     evaluate = ConfigDict()
     evaluate.begin_ckpt = 1  # first permanent checkpoint to evaluate, in units of training.snapshot_freq
-    evaluate.end_ckpt = 0  # last one; if it is smaller than begin_ckpt, only the newest checkpoint is evaluated
+    evaluate.end_ckpt = 0  # last one; 0: only the newest checkpoint is evaluated, whatever begin_ckpt says
     # checkpoint to evaluate instead of the run's own: a workdir, one step's folder, or a published file
     evaluate.checkpoint = ""
     # checkpoint that --mode=train_deq trains a dequantizer for, in units of training.snapshot_freq; 0 means the newest

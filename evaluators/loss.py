@@ -24,6 +24,7 @@ class LossEvaluator:
     def __init__(self, run: Run, source: Source):
         self.run, self.source = run, source
         self.batch_size = run.config.training.batch_size
+        self.eval_batches = run.config.training.eval_batches
         self.num_batches = len(evaluation_batch_sizes(source, self.batch_size))
         self.preprocess = run.preprocess.without_flip()
         self._losses = jax.jit(self._per_example)
@@ -36,7 +37,7 @@ class LossEvaluator:
     def first_batches(self, params: Params) -> dict[str, float]:
         """Computes means over the first `training.eval_batches` batches, always with the same noise."""
         # Without a check for requests to stop, because training answers them after this, with the state saved.
-        means = self._means(params, min(self.run.config.training.eval_batches, self.num_batches), lambda: None)
+        means = self._means(params, min(self.eval_batches, self.num_batches), lambda: None)
         return {name: mean["mean"] for name, mean in means.items()}
 
     def _means(self, params: Params, num_batches: int, check: Callable[[], None]) -> dict[str, dict[str, float]]:

@@ -210,7 +210,8 @@ class PointSamplesEvaluator:
             RuntimeError: if a point is not finite, or the solve of the ODE sampler fails.
         """
         config = self.run.config
-        described = {"sampling": config.sampling.to_dict(), "num_scales": config.model.num_scales, "seed": config.seed}
+        sampling = self.run.sampling_description()
+        described = {"sampling": sampling, "num_scales": config.model.num_scales, "seed": config.seed}
         cache = BatchCache(folder.path, "points", described | {"network": self.run.network_description()}, params)
         draw = functools.partial(self._draw, params)
         drawn = draw_in_rounds(cache, "point", self.num_samples, config.sampling.batch_size, draw)

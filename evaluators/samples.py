@@ -55,7 +55,7 @@ class SamplesEvaluator:
         _warn_about_ode_samples(run)
         self.comparison.prepare()  # Errors in the real images are reported before any sample is drawn.
         described = {
-            "sampling": config.sampling.to_dict(),
+            "sampling": run.sampling_description(),
             "num_scales": config.model.num_scales,
             "seed": config.seed,
             "rounding": "down" if config.data.uniform_dequantization else config.eval.rounding,

@@ -30,8 +30,8 @@ class Snapshots:
 
     def __init__(self, run: Run, workdir: Workdir):
         self.run, self.folder = run, workdir.snapshots
-        self.shown = min(PER_GRID, run.config.sampling.batch_size)
         if run.config.training.snapshot_sampling:
+            self.shown = min(PER_GRID, run.config.sampling.batch_size)
             self.sampler = snapshot_sampler(run)
             if self.shown < 1:
                 raise ValueError(f"sampling.batch_size is {self.shown}; it must be at least 1")

@@ -6,6 +6,7 @@ random numbers do not depend on the number of devices.
 
 import hashlib
 import math
+import os
 from typing import TypeVar
 
 import jax
@@ -55,6 +56,12 @@ def join_processes(coordinator: str, num_processes: int | None, process_id: int 
         ValueError: if an argument is missing or the other processes do not connect.
     """
     given = coordinator != "auto"
+    if given and not coordinator.rpartition(":")[2].isdigit():
+        raise ValueError(
+            f"--coordinator={coordinator} has no port; name address:port of the first process, as host0:1234"
+        )
+    if not given:
+        _check_slurm_devices()
     if given and (num_processes is None or process_id is None or not 0 <= process_id < num_processes):
         raise ValueError(
             f"--coordinator={coordinator} needs --num_processes and a --process_id below it, got {num_processes} and "
@@ -67,6 +74,37 @@ def join_processes(coordinator: str, num_processes: int | None, process_id: int 
         multihost_utils.sync_global_devices("joined")
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"--coordinator={coordinator}: cannot connect to the other processes: {error}") from error
+
+
+def _check_slurm_devices() -> None:
+    """Raises ValueError if SLURM gives a task more GPUs than there are tasks on a node: JAX would use only one each."""
+    names = ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES", "CUDA_VISIBLE_DEVICES")
+    tasks, nodes, visible = (os.environ.get(name, "") for name in names)
+    if not tasks.isdigit() or not nodes.isdigit() or not visible:
+        return
+    on_node, gpus = math.ceil(int(tasks) / max(1, int(nodes))), len(visible.split(","))
+    if gpus > on_node:
+        raise ValueError(
+            f"this SLURM task has {gpus} GPUs, but with --coordinator=auto each task uses one, and there are {on_node} "
+            f"tasks on a node: start {gpus} tasks on each node (srun --ntasks-per-node={gpus}), or leave out "
+            "--coordinator if there is one task only, which then uses all its GPUs"
+        )
+
+
+def check_devices() -> None:
+    """Looks for the devices that the environment asks for.
+
+    Raises:
+        ValueError: if there are none, with what to do.
+    """
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # AssertionError if the plugin is not installed
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        raise ValueError(
+            f"JAX_PLATFORMS={platforms}, but there is no such device, or JAX is installed without support for it: "
+            f"unset JAX_PLATFORMS, or install requirements-gpu.txt on a machine with an NVIDIA driver"
+        ) from error
 
 
 def any_host(value: bool) -> bool:

@@ -5,6 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+import main
+import run_lib
+from infra import console
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,3 +44,54 @@ def test_where_an_error_comes_from_is_shown_on_demand(tmp_path):
     assert result.returncode == 2
     assert "Traceback" in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: seed is -1")
+
+
+@pytest.fixture
+def flags_of_main():
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["main.py"])
+    return flagsaver.as_parsed
+
+
+CONFIG = str(ROOT / "configs" / "toy" / "smoke.py")
+
+REFUSED = {
+    "compare": (
+        {"mode": "eval", "config": CONFIG, "workdir": "x", "compare": "y"},
+        "--compare has no effect with --mode",
+    ),
+    "workdir": ({"mode": "stats", "config": CONFIG, "workdir": "x"}, "--workdir has no effect with --mode=stats"),
+    "eval_folder": ({"mode": "train", "config": CONFIG, "workdir": "x", "eval_folder": "e"}, "only with eval"),
+    "config": ({"mode": "report", "config": CONFIG, "workdir": "x"}, "--config has no effect with --mode=report"),
+    "no coordinator": ({"mode": "eval", "config": CONFIG, "workdir": "x", "process_id": "0"}, "need --coordinator"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_flags_without_effect_are_refused(name, flags_of_main, capsys):
+    values, message = REFUSED[name]
+    with flags_of_main(**values):
+        assert main.main(["main.py"]) == main.BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_exit_codes_and_paths(flags_of_main, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(console, "quiet_libraries", lambda: None)  # which would stay for other tests
+    seen = []
+
+    def train(config, workdir):
+        seen.append((config.data.path, workdir))
+        raise errors.pop(0)
+
+    errors = [KeyboardInterrupt(), FloatingPointError("loss\nnot finite"), OSError("disk full")]
+    monkeypatch.setattr(run_lib, "train", train)
+    values = {"mode": "train", "config": CONFIG, "workdir": "~/run"}
+    lines = ["Interrupted. Run the same command again to resume.", "error: loss not finite", "error: disk full"]
+    for code, line in zip((75, 1, 2), lines, strict=True):
+        with flags_of_main(**values):
+            flags.FLAGS["config"].value.data.path = "~/data"
+            assert main.main(["main.py"]) == code
+        assert capsys.readouterr().err.splitlines()[-1] == line
+    assert seen == [(str(tmp_path / "data"), tmp_path / "run")] * 3

@@ -232,7 +232,7 @@ def test_missing_and_unwritable_workdirs(arguments):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("seed", -1, r"seed is -1; it must lie in \[0, 2\^32\)"),
+        ("seed", -1, r"seed is -1; it must lie in \[0, 4294967295\]"),
         ("training__n_iters", 0, "training.n_iters is 0; it must be at least 1"),
         ("training__continuous", False, "training.continuous is False"),
         ("training__init_reset", "lr", "init_reset names 'lr'; it takes any of step,opt,ema"),

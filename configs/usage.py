@@ -1,0 +1,110 @@
+"""Records which fields of a configuration are read, to find fields that were given but have no effect."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from configs.default import Config
+
+CHOICES = {
+    "training.sde": ("vesde", "linearvesde", "vpsde", "subvpsde"),
+    "training.score_matching_order": (1, 2, 3),
+    "training.init_from": ("", "PATH"),
+    "training.snapshot_sampler": ("few_step", "configured"),
+    "model.name": ("ncsnpp", "mlp"),
+    "model.embedding_type": ("fourier", "positional"),
+    "sampling.method": ("pc", "ode", "dpm_solver", "heun"),
+    "sampling.schedule": ("auto", "log_snr", "power", "time"),
+    "sampling.num_steps": (0, 10),
+    "eval.ode_solver": ("dopri5", "adams_log"),
+    "eval.probe": ("rademacher", "exact"),
+    "eval.end_ckpt": (0, 1),
+    "eval.dequantization": ("uniform", "truncated_normal"),
+}
+"""Fields that decide which other fields have an effect, besides those that are True or False, with values to try."""
+
+
+class Recorder:
+    """The fields that were read, by their names such as `training.batch_size`."""
+
+    def __init__(self, given: Iterable[str] = ()):
+        self.given = tuple(given)
+        """The fields given on the command line."""
+        self.read: set[str] = set()
+        self.paused = False
+
+    def unused(self) -> list[str]:
+        """The given fields that were not read."""
+        return [field for field in self.given if field not in self.read]
+
+
+class RecordedConfig(ConfigDict):
+    """A ConfigDict that tells its recorder which fields are read. Conversions of the whole do not count."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        recorder, prefix = self.__dict__["_recorder"], self.__dict__["_prefix"]
+        if not recorder.paused and not isinstance(value, ConfigDict):
+            recorder.read.add(f"{prefix}{key}")
+        return value
+
+    def to_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        with unrecorded(self):
+            return super().to_dict(*arguments, **options)
+
+    def to_json_best_effort(self, *arguments: Any, **options: Any) -> str:
+        with unrecorded(self):
+            return super().to_json_best_effort(*arguments, **options)
+
+
+def record_reads(config: Config, given: Iterable[str] = ()) -> Recorder:
+    """Records the reads of the fields of this configuration from now on."""
+    recorder = Recorder(given)
+    sections = [(name, value) for name, value in config.items() if isinstance(value, ConfigDict)]
+    for prefix, section in [("", config), *((f"{name}.", section) for name, section in sections)]:
+        object.__setattr__(section, "_recorder", recorder)
+        object.__setattr__(section, "_prefix", prefix)
+        object.__setattr__(section, "__class__", RecordedConfig)
+    return recorder
+
+
+def recorder_of(config: Config) -> Recorder | None:
+    """The recorder of the configuration; None if it has none."""
+    return config.__dict__.get("_recorder")
+
+
+@contextlib.contextmanager
+def unrecorded(config: Config) -> Iterator[None]:
+    """A context in which reads do not count, for checks of fields that may have no other effect."""
+    recorder = recorder_of(config)
+    before = recorder.paused if recorder else False
+    if recorder:
+        recorder.paused = True
+    try:
+        yield
+    finally:
+        if recorder:
+            recorder.paused = before
+
+
+def alternatives(config: Config) -> Iterator[tuple[str, Any, Config]]:
+    """Copies of the configuration in which one field that decides about others has another value.
+
+    Yields the name of the field, the other value, and the copy.
+    """
+    with unrecorded(config):
+        values = {
+            f"{section}.{name}": v
+            for section, fields in config.to_dict().items()
+            if isinstance(fields, dict)
+            for name, v in fields.items()
+        }
+    for field, value in values.items():
+        others = (not value,) if isinstance(value, bool) else CHOICES.get(field, ())
+        for other in others:
+            if other != value:
+                changed = ConfigDict(config.to_dict())
+                changed.update_from_flattened_dict({field: other})
+                yield field, other, changed
