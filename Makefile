@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
-.PHONY: setup setup-dev demo test check lint clean digits-orders reproduce fid-nfe sample-devices cost
+.PHONY: setup setup-dev demo test check lint clean digits-orders reproduce fid-nfe sample-devices cost faults
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -69,6 +69,10 @@ cost: setup
 	$(BIN)/python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py --config.model.nf=32 \
 		--config.model.num_res_blocks=1 --config.model.ch_mult="(1, 2)" --config.training.batch_size=8 \
 		--workdir=runs/cost --mode=cost
+
+# Kills small trainings of each order at 30 random moments, and compares them with uninterrupted ones. It resumes.
+faults: setup
+	$(BIN)/python -m experiments.faults --kills=30
 
 lint: setup-dev
 	$(BIN)/ruff check .

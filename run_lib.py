@@ -111,23 +111,27 @@ def warn_unused(config: Config, mode: str) -> None:
     """
     if (recorder := recorder_of(config)) is None:
         return
-    for field in recorder.unused():
-        logging.warning("--config.%s has no effect %s", field, _reason(config, field, mode))
-    recorder.given = ()
+    unused, recorder.given = recorder.unused(), ()
+    read_with = _reads_of_alternatives(config, mode) if unused else []
+    for field in unused:
+        reason = next((setting for setting, read in _same_section_first(read_with, field) if field in read), None)
+        logging.warning("--config.%s has no effect with %s", field, reason or f"the other settings of --mode={mode}")
 
 
-def _reason(config: Config, field: str, mode: str) -> str:
-    """Names the setting that keeps a field from having an effect: if it changes, a run of this mode reads the field."""
-    section = field.split(".")[0]
-    found = sorted(alternatives(config), key=lambda each: not each[0].startswith(f"{section}."))
-    for name, _, changed in found:
+def _reads_of_alternatives(config: Config, mode: str) -> list[tuple[str, set[str]]]:
+    """For each setting that decides about others, in words, the fields that are read if it has another value."""
+    reads = []
+    for name, _, changed in alternatives(config):
         recorder = record_reads(changed)
         with contextlib.suppress(ValueError, OSError):
             _build_settings(changed, mode)
-        if field in recorder.read:
-            with unrecorded(config):
-                return f"with {name}={functools.reduce(getattr, name.split('.'), config)!r}"
-    return f"with the other settings of --mode={mode}"
+        with unrecorded(config):
+            reads.append((f"{name}={functools.reduce(getattr, name.split('.'), config)!r}", recorder.read))
+    return reads
+
+
+def _same_section_first(read_with: list[tuple[str, set[str]]], field: str) -> list[tuple[str, set[str]]]:
+    return sorted(read_with, key=lambda each: each[0].split(".")[0] != field.split(".")[0])
 
 
 def _build_settings(config: Config, mode: str) -> None:

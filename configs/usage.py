@@ -30,7 +30,7 @@ class Recorder:
     """The fields that were read, by their names such as `training.batch_size`."""
 
     def __init__(self, given: Iterable[str] = ()):
-        self.given = tuple(given)
+        self.given = tuple(dict.fromkeys(given))
         """The fields given on the command line."""
         self.read: set[str] = set()
         self.paused = False

@@ -41,5 +41,5 @@ def test_a_platform_that_is_not_there_is_one_line(error, monkeypatch):
 
     monkeypatch.setattr(jax, "devices", devices)
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
-    with pytest.raises(ValueError, match="JAX_PLATFORMS=cuda, but there is no such device.*unset JAX_PLATFORMS"):
+    with pytest.raises(ValueError, match=r"JAX_PLATFORMS=cuda, but there is no such device.*unset JAX_PLATFORMS"):
         parallel.check_devices()

@@ -1,0 +1,136 @@
+"""Kills trainings at random moments, and compares their results with those of uninterrupted ones.
+
+    python -m experiments.faults --kills=30
+
+For each order, the smallest model of digits is trained twice: once without interruption, and once in processes that are
+killed (SIGKILL) at moments drawn from a seed, also while they save, and started again. The parameters, averages and
+states of the optimizer must be the same bit for bit, and no restart may begin more than the save interval before the
+last record of its predecessor. Each kill is recorded in runs/faults/kills.jsonl, so the experiment resumes. The exit
+status is 1 if anything differs.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+import run_lib
+from build import build
+from configs.digits.smoke import get_config
+from infra.metrics import read_metrics
+from infra.workdir import Workdir
+
+ORDERS = (1, 2, 3)
+SAVE_EVERY = 5
+SETTINGS = {"log_freq": 1, "eval_freq": 1000, "snapshot_freq": 10_000, "snapshot_freq_for_preemption": SAVE_EVERY}
+STEPS_PER_KILL = 40
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30, help="kills at each order")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
+    parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="where the runs are")
+    arguments = parser.parse_args()
+    rows = [row(order, arguments.kills, arguments.seed, arguments.folder) for order in ORDERS]
+    print("| order | kills | while saving | steps repeated, at most | arrays that differ |\n|---|---|---|---|---|")
+    for entry in rows:
+        print("| " + " | ".join(map(str, entry.values())) + " |")
+    return int(any(entry["differing"] or entry["repeated"] > SAVE_EVERY for entry in rows))
+
+
+def row(order: int, kills: int, seed: int, folder: Path) -> dict[str, int]:
+    """One row of the table: what the kills of a training of this order did."""
+    config = config_of(order, kills)
+    whole, killed = (folder / f"seed{seed}_kills{kills}" / f"order{order}_{name}" for name in ("whole", "killed"))
+    run_lib.train(config, whole)
+    log = killed.with_suffix(".jsonl")
+    records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if not records:
+        shutil.rmtree(killed, ignore_errors=True)
+    for number in range(len(records), kills):
+        records.append(kill_once(config, killed, random.Random(f"{seed} {order} {number}")))
+        with log.open("a") as file:
+            file.write(json.dumps(records[-1]) + "\n")
+    run_lib.train(config, killed)
+    return {
+        "order": order,
+        "kills": len(records),
+        "saving": sum(record["saving"] for record in records),
+        "repeated": max(record["reached"] - record["saved"] for record in records),
+        "differing": differing_arrays(config, whole, killed),
+    }
+
+
+def config_of(order: int, kills: int) -> ConfigDict:
+    config = get_config()
+    config.training.update(SETTINGS, n_iters=STEPS_PER_KILL * (kills + 2), score_matching_order=order)
+    return config
+
+
+def kill_once(config: ConfigDict, workdir: Path, moments: random.Random) -> dict[str, int]:
+    """Starts the training, and kills it some steps and a random time later; every second time while it saves.
+
+    Returns:
+        The step it reached, the step of the newest checkpoint it left, and whether it was saving.
+
+    Raises:
+        RuntimeError: if the training ends by itself.
+    """
+    first = newest_step(workdir)
+    settings = {**SETTINGS, "n_iters": config.training.n_iters, "score_matching_order": order_of(config)}
+    flags = [f"--config.training.{name}={value}" for name, value in settings.items()]
+    command = [sys.executable, "main.py", "--config=configs/digits/smoke.py", f"--workdir={workdir}", "--mode=train"]
+    with workdir.with_suffix(".log").open("ab") as output:
+        process = subprocess.Popen([*command, *flags], stderr=output, stdout=output)
+        wanted, saving = first + moments.randrange(1, STEPS_PER_KILL), moments.random() < 0.5
+        while process.poll() is None and (last_step(workdir) < wanted or (saving and not is_saving(workdir))):
+            time.sleep(0.0005)
+        time.sleep(moments.uniform(0, 0.02))
+        seen_saving = is_saving(workdir)
+        process.kill()
+        if process.wait() != -signal.SIGKILL:
+            raise RuntimeError(f"the training ended with status {process.returncode}; see {output.name}")
+    return {"reached": last_step(workdir), "saved": newest_step(workdir), "saving": int(seen_saving)}
+
+
+def order_of(config: ConfigDict) -> int:
+    return config.training.score_matching_order
+
+
+def is_saving(workdir: Path) -> bool:
+    """Whether there is a checkpoint that is not complete."""
+    return any("tmp" in path.name for path in Workdir(workdir).checkpoints.glob("*"))
+
+
+def newest_step(workdir: Path) -> int:
+    return max((int(p.name) for p in Workdir(workdir).checkpoints.glob("*") if p.name.isdigit()), default=0)
+
+
+def last_step(workdir: Path) -> int:
+    """The last step in the record of the training; 0 before the first."""
+    curves = read_metrics(Workdir(workdir).train).get("train", {})
+    return int(curves["order"].steps[-1]) if "order" in curves else 0
+
+
+def differing_arrays(config: ConfigDict, one: Path, other: Path) -> int:
+    """The number of arrays of the newest states that are not the same bit for bit."""
+    run, states = build(config), []
+    for workdir in (one, other):
+        with run.existing_checkpoints(Workdir(workdir)) as checkpoints:
+            states.append(jax.device_get(checkpoints.restore(config.training.n_iters)))
+    pairs = zip(*map(jax.tree.leaves, states), strict=True)
+    return sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in pairs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
