@@ -103,11 +103,13 @@ class OdeEstimator:
     """The likelihood of the ODE; see `likelihood.ode_log_likelihood`."""
 
     method: str
-    rtol: float
-    atol: float
-    num_steps: int
     probe: str
-    num_probes: int
+    num_probes: int = 1
+    rtol: float = 1e-5
+    """Tolerances of adaptive methods."""
+    atol: float = 1e-5
+    num_steps: int = 100
+    """Steps of methods with fixed steps."""
 
     @property
     def needs_reference(self) -> bool:
@@ -225,14 +227,17 @@ def estimator_from_config(config: Config) -> OdeEstimator | BoundEstimator:
     if settings.probe not in PROBE_KINDS:
         raise ValueError(f"eval.probe is {settings.probe!r}; known: {', '.join(PROBE_KINDS)}")
     check_processes(METHODS[settings.ode_solver].solver, "eval.ode_solver")
-    for field in ("rtol", "atol", "ode_steps", "num_probes"):
-        if not settings[field] > 0:
-            raise ValueError(f"eval.{field} is {settings[field]}; it must be positive")
-    if METHODS[settings.ode_solver].solver == "adams" and settings.ode_steps % 2:
+    solver = METHODS[settings.ode_solver].solver
+    fields = ("ode_steps",) if solver in FIXED_STEP else ("rtol", "atol")
+    values = {field: settings[field] for field in (*fields, *(() if settings.probe == "exact" else ("num_probes",)))}
+    for field, value in values.items():
+        if not value > 0:
+            raise ValueError(f"eval.{field} is {value}; it must be positive")
+    if solver == "adams" and settings.ode_steps % 2:
         raise ValueError(f"eval.ode_steps is {settings.ode_steps}; {settings.ode_solver} needs an even number")
-    return OdeEstimator(
-        settings.ode_solver, settings.rtol, settings.atol, settings.ode_steps, settings.probe, settings.num_probes
-    )
+    if "ode_steps" in values:
+        values["num_steps"] = values.pop("ode_steps")
+    return OdeEstimator(settings.ode_solver, settings.probe, **values)
 
 
 def _bound_from_config(settings: Config) -> BoundEstimator:

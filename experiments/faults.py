@@ -4,9 +4,9 @@
 
 For each order, the smallest model of digits is trained twice: once without interruption, and once in processes that are
 killed (SIGKILL) at moments drawn from a seed, also while they save, and started again. The parameters, averages and
-states of the optimizer must be the same bit for bit, and no restart may begin more than the save interval before the
-last record of its predecessor. Each kill is recorded in runs/faults/kills.jsonl, so the experiment resumes. The exit
-status is 1 if anything differs.
+states of the optimizer must be the same bit for bit. Steps are repeated from the last complete checkpoint: at most
+those of one save interval, and those of a second one if the kill prevents a save that has begun. Each kill is recorded
+in a .jsonl file beside the run, so the experiment resumes. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main() -> int:
     print("| order | kills | while saving | steps repeated, at most | arrays that differ |\n|---|---|---|---|---|")
     for entry in rows:
         print("| " + " | ".join(map(str, entry.values())) + " |")
-    return int(any(entry["differing"] or entry["repeated"] > SAVE_EVERY for entry in rows))
+    return int(any(entry["differing"] or entry["repeated"] > 2 * SAVE_EVERY for entry in rows))
 
 
 def row(order: int, kills: int, seed: int, folder: Path) -> dict[str, int]:

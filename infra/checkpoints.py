@@ -195,7 +195,10 @@ class Checkpoints:
                     logging.warning("%s; trying an earlier one", error)
             self._manager.reload()  # there may be a newer one
         if failures:
-            raise failures[max(failures)]
+            error = failures[max(failures)]
+            raise DamagedCheckpointError(
+                f"{error}. There is no earlier one to use; start in another workdir"
+            ) from error
         raise FileNotFoundError(f"no checkpoint in {self._manager.directory}")
 
     def _name(self, step: int) -> str:

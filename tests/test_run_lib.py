@@ -187,6 +187,9 @@ def test_missing_checkpoints_are_named(trained, tmp_path):
     config = config_with(eval__begin_ckpt=1, eval__end_ckpt=3)
     with pytest.raises(FileNotFoundError, match="no checkpoint for step 18; available steps: 6, 12"):
         run_lib.evaluate(config, trained, "eval")
+    config = config_with(eval__begin_ckpt=2, eval__end_ckpt=1)
+    with pytest.raises(ValueError, match="eval.end_ckpt is 1, but eval.begin_ckpt is 2; use 0 for the newest"):
+        run_lib.evaluate(config, trained, "eval")
 
 
 def command(*arguments, config="configs/digits/smoke.py"):
@@ -260,6 +263,14 @@ def test_calls_of_several_steps_end_at_the_checkpoints_to_keep():
 
     assert ends(0) == [4, 6, 8, 12, 16, 18, 20, 21]
     assert ends(6) == ends(0)[2:]
+
+
+def test_fewer_steps_than_were_trained_are_refused(trained):
+    before = (trained / "config.json").read_bytes()
+    message = rf"training.n_iters is 5, but the newest checkpoint in {trained}/checkpoints is at step 12: nothing to"
+    with pytest.raises(ValueError, match=message):
+        run_lib.train(config_with(training__n_iters=5), trained)
+    assert (trained / "config.json").read_bytes() == before
 
 
 def test_a_full_device_is_answered_with_advice(tmp_path):

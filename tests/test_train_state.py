@@ -155,6 +155,17 @@ def test_optimizer_is_the_published_one():
         np.testing.assert_allclose(np.asarray(params["w"]), w, rtol=1e-5)
 
 
+def test_a_limit_of_zero_for_the_gradient_is_no_limit():
+    optim, updates = get_config().optim, []
+    optim.warmup = 0
+    for optim.grad_clip in (0.0, -1.0):
+        optimizer = optimizer_from_config(optim)
+        params: Any = {"w": jnp.ones(3)}
+        updates.append(optimizer.update({"w": 100 * jnp.ones(3)}, optimizer.init(params), params)[0]["w"])
+    np.testing.assert_array_equal(*updates)
+    assert np.all(updates[0] < 0)
+
+
 def test_a_step_that_is_not_finite_changes_only_the_step(batches):
     """In a call of three steps, the second fails. Its metrics do not count, and its largest loss has its time."""
     run = run_of_order(1)
