@@ -196,9 +196,7 @@ class Checkpoints:
             self._manager.reload()  # there may be a newer one
         if failures:
             error = failures[max(failures)]
-            raise DamagedCheckpointError(
-                f"{error}. There is no earlier one to use; start in another workdir"
-            ) from error
+            raise DamagedCheckpointError(f"{error}. There is no earlier one; use another workdir") from error
         raise FileNotFoundError(f"no checkpoint in {self._manager.directory}")
 
     def _name(self, step: int) -> str:

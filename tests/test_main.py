@@ -13,6 +13,8 @@ import run_lib
 from infra import console
 
 ROOT = Path(__file__).parent.parent
+# ml_collections loads files in a way that Python deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 UNREADABLE = {
     "no Python": (["--config=README.md"], "cannot parse the configuration: unterminated string"),

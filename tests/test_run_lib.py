@@ -188,7 +188,7 @@ def test_missing_checkpoints_are_named(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint for step 18; available steps: 6, 12"):
         run_lib.evaluate(config, trained, "eval")
     config = config_with(eval__begin_ckpt=2, eval__end_ckpt=1)
-    with pytest.raises(ValueError, match="eval.end_ckpt is 1, but eval.begin_ckpt is 2; use 0 for the newest"):
+    with pytest.raises(ValueError, match=r"eval.end_ckpt is 1, but eval.begin_ckpt is 2; use 0 for the newest"):
         run_lib.evaluate(config, trained, "eval")
 
 
