@@ -55,9 +55,9 @@ EFFECT = {
     "workdir": tuple(mode for mode in MODES if mode not in ("prepare", "stats")),
     "eval_folder": ("eval",),
     "deq_folder": ("train_deq", "eval"),
-    "coordinator": ("train", "train_deq", "eval", "stats"),
-    "num_processes": ("train", "train_deq", "eval", "stats"),
-    "process_id": ("train", "train_deq", "eval", "stats"),
+    "coordinator": ("train", "train_deq", "eval", "stats", "cost"),
+    "num_processes": ("train", "train_deq", "eval", "stats", "cost"),
+    "process_id": ("train", "train_deq", "eval", "stats", "cost"),
     "compare": ("report",),
 }
 """The modes in which each flag has an effect."""

@@ -90,6 +90,10 @@ RANGES = {
     "deq.n_iters": "[1, inf)",
     "deq.dropout": "[0, 1)",
     "deq.ema_rate": "[0, 1)",
+    "cost.orders": "[1, 3]",
+    "cost.batch_sizes": "[1, inf)",
+    "cost.measure_steps": "[0, inf)",
+    "cost.memory_gb": "[0, inf)",
 }
 """The interval of every field that is a number or a tuple of numbers, in the notation of mathematics."""
 
@@ -110,7 +114,7 @@ def check_config(config: Config) -> None:
             if not isinstance(value, tuple | list):
                 raise ValueError(f"{field} is {value!r}; it must be a tuple such as {default}")
             for entry in value:
-                _check_value(field, value, entry, type(default[0]))
+                _check_value(field, value, entry, type(default[0]) if default else int)
         else:
             _check_value(field, value, value, type(default))
 

@@ -45,10 +45,18 @@ class RecordedConfig(ConfigDict):
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
-        recorder, prefix = self.__dict__["_recorder"], self.__dict__["_prefix"]
-        if not recorder.paused and not isinstance(value, ConfigDict):
-            recorder.read.add(f"{prefix}{key}")
+        recorder = recorder_of(self)  # none while a copy is made
+        if recorder and not recorder.paused and not isinstance(value, ConfigDict):
+            recorder.read.add(f"{self.__dict__['_prefix']}{key}")
         return value
+
+    def copy_and_resolve_references(self, *arguments: Any, **options: Any) -> ConfigDict:
+        """A copy, whose reads count for the same recorder."""
+        with unrecorded(self):
+            copy = super().copy_and_resolve_references(*arguments, **options)
+            if (recorder := recorder_of(self)) and self.__dict__["_prefix"] == "":
+                _attach(copy, recorder)
+        return copy
 
     def to_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
         with unrecorded(self):
@@ -62,12 +70,16 @@ class RecordedConfig(ConfigDict):
 def record_reads(config: Config, given: Iterable[str] = ()) -> Recorder:
     """Records the reads of the fields of this configuration from now on."""
     recorder = Recorder(given)
+    _attach(config, recorder)
+    return recorder
+
+
+def _attach(config: Config, recorder: Recorder) -> None:
     sections = [(name, value) for name, value in config.items() if isinstance(value, ConfigDict)]
     for prefix, section in [("", config), *((f"{name}.", section) for name, section in sections)]:
         object.__setattr__(section, "_recorder", recorder)
         object.__setattr__(section, "_prefix", prefix)
         object.__setattr__(section, "__class__", RecordedConfig)
-    return recorder
 
 
 def recorder_of(config: Config) -> Recorder | None:

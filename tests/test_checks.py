@@ -17,7 +17,7 @@ def with_value(field, value):
 
 
 def numbers(default):
-    entries = default if isinstance(default, tuple) else (default,)
+    entries = (default or (1,)) if isinstance(default, tuple) else (default,)
     return all(isinstance(entry, int | float) and not isinstance(entry, bool) for entry in entries)
 
 
@@ -35,7 +35,7 @@ def test_numbers_that_are_not_finite_or_out_of_range_are_refused(field):
     low, high = (float(bound) for bound in RANGES[field][1:-1].split(","))
     bad = [float("nan"), float("inf"), -float("inf"), "a", None]
     bad += [low - 1] * (low > -1e300) + [high + 1] * (high < 1e300) + [low] * (RANGES[field][0] == "(" and low > -1e300)
-    kind = type(default[0] if isinstance(default, tuple) else default)
+    kind = type(((*default, 1)[0]) if isinstance(default, tuple) else default)
     for value in bad:
         value = kind(value) if isinstance(value, float) and abs(value) < 1e300 else value
         with pytest.raises(ValueError, match=rf"^{field} is .*; (it|each entry) must "):

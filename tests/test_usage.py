@@ -23,6 +23,8 @@ def test_reads_are_recorded_but_conversions_and_checks_are_not():
     _ = config.seed, config["data"]["levels"], config.data.get("image_size")
     assert recorder.read == {"seed", "data.levels", "data.image_size"}
     assert recorder.unused() == ["sampling.eta"]
+    assert config.copy_and_resolve_references().sampling.eta == 1.0
+    assert recorder.unused() == []
     config.sampling.eta = 0.5
     assert config.sampling.eta == 0.5
 
