@@ -13,11 +13,11 @@ from build import TRAIN_KEY, build
 from configs.digits.smoke import get_config
 from datasets import source_from_config, training_batches
 from infra import parallel
+from losses import draw_noise
 from models.layers import ResnetBlockDDPMpp, conv
 from models.ncsnpp import apply_with_remat
 from models.score import ScoreModel
 from sde_lib import VPSDE
-from losses import draw_noise
 from train_state import create_state, optimizer_from_config
 
 
