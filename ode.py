@@ -219,7 +219,13 @@ def _fixed_steps(
 
 @partial(jax.jit, static_argnames="method")
 def _first_node(
-    field: Field, y0: State, t0: Float[Array, ""], t1: Float[Array, ""], num_steps: Int[Array, ""] | int, *, method: str
+    field: Field,
+    y0: PyTree,
+    t0: Float[Array, ""],
+    t1: Float[Array, ""],
+    num_steps: Int[Array, ""] | int,
+    *,
+    method: str,
 ) -> _FixedSolve:
     stride, slope = FIXED_STEP[method].stride, field(t0, y0)
     weight = stride * (t1 - t0) / num_steps
@@ -264,7 +270,7 @@ def _end_of_fixed_steps(
     num_steps: Int[Array, ""] | int,
     *,
     method: str,
-) -> tuple[State, Info]:
+) -> tuple[PyTree, Info]:
     steps, node, sampled = solve
     solved = (steps == num_steps) & _is_finite(node.y)
     info = _info(field, node.t, node.y, t1 - t0, solved, FIXED_STEP[method].evaluations * steps + 1, steps)
@@ -364,7 +370,7 @@ def _dopri5(
 
 
 @jax.jit
-def _before_first_step(interval: _Interval, y0: State) -> _AdaptiveSolve:
+def _before_first_step(interval: _Interval, y0: PyTree) -> _AdaptiveSolve:
     term, controller, start = interval.term(), interval.controller(), interval.direction * interval.t0
     slope = term.vf(start, y0, None)
     size = _first_step_size(interval, y0, slope)
@@ -407,7 +413,14 @@ def _adaptive_steps_until(
         )
         error = jax.tree.map(lambda a: jnp.where(jnp.isnan(a), jnp.inf, a), error)
         accepted, t, t_next, _, controller_state, controlled = controller.adapt_step_size(
-            solve.t, solve.t_next, solve.y, y, None, error, _DOPRI5.error_order(term), solve.controller_state
+            solve.t,
+            solve.t_next,
+            solve.y,
+            y,
+            None,
+            error,
+            _DOPRI5.error_order(term),
+            solve.controller_state,  # pyright: ignore[reportArgumentType]
         )
         t = jnp.minimum(t, end)
         # A rejected step near the end must become shorter, too.
@@ -417,13 +430,13 @@ def _adaptive_steps_until(
         )
         successful = diffrax.RESULTS.successful
         healthy = (~accepted | (solved == successful)) & (controlled == successful)
-        return _AdaptiveSolve(solve.steps + 1, t, t_next, y, healthy, solver_state, controller_state)
+        return _AdaptiveSolve(solve.steps + 1, t, t_next, y, healthy, solver_state, controller_state)  # pyright: ignore[reportArgumentType]
 
     return jax.lax.while_loop(unfinished, attempt, solve)
 
 
 @jax.jit
-def _end_of_adaptive_steps(interval: _Interval, solve: _AdaptiveSolve) -> tuple[State, Info]:
+def _end_of_adaptive_steps(interval: _Interval, solve: _AdaptiveSolve) -> tuple[PyTree, Info]:
     field, t0, t1 = interval[:3]
     solved = solve.healthy & (solve.t >= interval.end) & _is_finite(solve.y)
     # Six new stages in each step, one at the start, and one to choose the first step.

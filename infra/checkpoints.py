@@ -247,7 +247,7 @@ def _checksums(state: TrainState, description: dict[str, Any]) -> dict[str, int]
     for _, leaf in leaves:
         leaf.addressable_data(0).copy_to_host_async()
     arrays = {jax.tree_util.keystr(path): np.asarray(leaf.addressable_data(0)) for path, leaf in leaves}
-    sums = {path: zlib.crc32(np.ascontiguousarray(array)) for path, array in arrays.items()}
+    sums = {path: zlib.crc32(array.tobytes()) for path, array in arrays.items()}
     return sums | {_DESCRIPTION: _checksum_of_text(description)}
 
 
