@@ -9,11 +9,15 @@ gradient.
 Every term is a pure function that returns one number for each example and takes its noise as an argument.
 `score_matching_losses` computes the terms, and `weighted_total` adds them up.
 
+Orders 2 and 3 have three forms: exact, for few dimensions; the published estimates with one probe; and unbiased
+estimates of the exact form with two probes, which are ours. The published estimates hold (u.v)^2 where the exact form
+holds |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard deviation.
+
 Sources: [L22] Lu et al., ICML 2022; [S21b] Song et al., NeurIPS 2021.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,7 +27,7 @@ from jaxtyping import Array, Float
 
 from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
 from configs.default import Config
-from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
+from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_derivatives, probe_trace_gradient
 from sde_lib import SDE
 
 ORDERS = (1, 2, 3)
@@ -52,12 +56,13 @@ class Objective:
     """The loss that training minimises, over times t in [t_min, 1].
 
     With `exact`, orders 2 and 3 are computed from the whole Jacobian, for data of few dimensions; otherwise they are
-    estimated with Hutchinson probes. The exact second order has the term of the Jacobian only: in one dimension the
-    trace is the Jacobian.
+    estimated with Hutchinson probes, as `estimator` says. The exact second order has the term of the Jacobian only: in
+    one dimension the trace is the Jacobian.
 
     Raises:
         ValueError: for an order other than 1, 2, 3; for orders 2 and 3 without `reduce_mean`; for importance weighting
-            without likelihood weighting, because it is another estimator of the likelihood-weighted loss.
+            without likelihood weighting, because it is another estimator of the likelihood-weighted loss; for an
+            unknown estimator.
     """
 
     order: int = 1
@@ -70,6 +75,7 @@ class Objective:
     exact: bool = False
     residual_first: bool = False
     """Compute the third order as `_residual_first_terms` does, for less memory; values and gradients are the same."""
+    estimator: str = "published"
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -82,8 +88,16 @@ class Objective:
             raise ValueError("training.importance_weighting needs training.likelihood_weighting=True")
         if self.residual_first and self.exact:
             raise ValueError("training.residual_first needs training.exact_derivatives=False: it is for probes")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"training.high_order_estimator is {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
+        if self.residual_first and self.estimator != "published":
+            raise ValueError("training.residual_first needs training.high_order_estimator=published")
         if not 0 < self.t_min < SDE.t_max:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
+
+    @property
+    def needs_two_probes(self) -> bool:
+        return self.order > 1 and self.estimator == "unbiased" and not self.exact
 
 
 class Noise(NamedTuple):
@@ -92,15 +106,19 @@ class Noise(NamedTuple):
     t: PerExample
     z: Batch
     probe: Batch
+    second_probe: Batch | None = None
+    """Independent of the first; for the unbiased estimator only."""
 
 
 def draw_noise(key: Array, sde: SDE, objective: Objective, shape: tuple[int, ...]) -> Noise:
     """Times, noise and Rademacher probes for a batch of the given shape."""
     t_key, z_key, probe_key = jax.random.split(key, 3)
+    rademacher = PROBES["rademacher"]
     return Noise(
         t=draw_times(t_key, sde, objective, shape[0]),
         z=jax.random.normal(z_key, shape),
-        probe=PROBES["rademacher"](probe_key, shape),
+        probe=rademacher(probe_key, shape),
+        second_probe=rademacher(jax.random.fold_in(probe_key, 1), shape) if objective.needs_two_probes else None,
     )
 
 
@@ -118,7 +136,7 @@ def score_matching_losses(
 ) -> dict[str, PerExample]:
     """The objective of each example as `total`, and its terms, unweighted, by their names in `TERMS`.
 
-    Estimated by a probe, order k costs one network evaluation with k derivatives.
+    Estimated by one probe, order k costs one network evaluation with k derivatives; by two probes, about twice that.
     """
     mean, sigma = sde.marginal(x0, noise.t)
     sigma = append_dims(sigma, x0)
@@ -134,7 +152,7 @@ def score_matching_losses(
     elif objective.order == 3 and objective.residual_first:
         score, terms = _residual_first_terms(scaled(score_fn), scaled(_constant(score_fn)), xt, sigma, noise)
     else:
-        score, terms = _probe_terms(scaled(score_fn), xt, sigma, objective.order, noise)
+        score, terms = ESTIMATORS[objective.estimator](scaled(score_fn), xt, sigma, objective.order, noise)
     terms = {"first": first_order(score, sde, objective, noise)} | terms
     return {"total": weighted_total(terms, objective)} | terms
 
@@ -205,6 +223,37 @@ def _residual_first_terms(
 def _constant(score_fn: ScoreFn) -> ScoreFn:
     """The score function without a gradient for the parameters in it, if it is a pytree that holds them."""
     return jax.tree.map(lambda leaf: stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, score_fn)
+
+
+def _unbiased_terms(
+    scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
+) -> tuple[Batch, dict[str, PerExample]]:
+    """sigma times the score, and the terms of orders 2 and 3 as unbiased estimates of their exact form (ours)."""
+    if noise.second_probe is None:
+        raise ValueError("the unbiased estimator needs two probes; draw the noise for its objective")
+    probes = noise.probe, noise.second_probe
+
+    def unexplained(score: Batch) -> Batch:
+        return noise.z + stop_gradient(score)
+
+    derivatives = probe_derivatives(scaled_score, xt, probes, unexplained, trace_gradients=order == 3)
+    u = unexplained(derivatives.value)
+    # scaled_score already holds one factor of sigma
+    spread_probes = [sigma * jv + v for jv, v in zip(derivatives.jacobian_probes, probes, strict=True)]
+    spread_u = sigma * derivatives.jacobian_direction + u
+    terms = {
+        "second_frob": unbiased_second_order_frob(spread_probes, spread_u, u),
+        "second_trace": unbiased_second_order_trace(spread_probes, u, probes),
+    }
+    if order == 3:
+        trace_gradients = [sigma**2 * gradient for gradient in derivatives.trace_gradients]
+        spread_bars = stop_gradient((spread_probes, spread_u))
+        terms["third"] = unbiased_third_order(trace_gradients, *spread_bars, u, probes)
+    return derivatives.value, terms
+
+
+ESTIMATORS = {"published": _probe_terms, "unbiased": _unbiased_terms}
+"""Estimators of orders 2 and 3 with probes, by training.high_order_estimator."""
 
 
 def _exact_terms(
@@ -285,6 +334,56 @@ def third_order_residual(trace_gradient: Batch, jacobian_probe_bar: Batch, u: Ba
     return error / num_dims(u)
 
 
+def unbiased_second_order_frob(spread_probes: Sequence[Batch], spread_u: Batch, u: Batch) -> PerExample:
+    """(|M v|^2 - 2 u.M u + |u|^4) / d^2, |M v|^2 averaged over probes v: the Jacobian. Ours; one draw may be negative.
+
+    Its mean over probes is |M - u u^T|_F^2 / d^2, the exact second order, where M = sigma^2 J + I.
+
+    Args:
+        spread_probes: M v for each probe.
+        spread_u: M u.
+        u: z + sigma s-bar.
+    """
+    squares = sum(inner(spread, spread) for spread in spread_probes) / len(spread_probes)
+    return (squares - 2 * inner(u, spread_u) + inner(u, u) ** 2) / num_dims(u) ** 2
+
+
+def unbiased_second_order_trace(spread_probes: Sequence[Batch], u: Batch, probes: tuple[Batch, Batch]) -> PerExample:
+    """r_1 r_2 / d^2 with r_i = v_i.M v_i - |u|^2: the Jacobian's trace. Ours; one draw may be negative.
+
+    A product of two independent estimates is an unbiased estimate of the square, (tr M - |u|^2)^2 / d^2. The square of
+    one estimate would also punish the off-diagonal part of J. Arguments as above.
+    """
+    first, second = (inner(v, spread) - inner(u, u) for v, spread in zip(probes, spread_probes, strict=True))
+    return first * second / num_dims(u) ** 2
+
+
+def unbiased_third_order(
+    trace_gradients: Sequence[Batch],
+    spread_probes_bar: Sequence[Batch],
+    spread_u_bar: Batch,
+    u: Batch,
+    probes: tuple[Batch, Batch],
+) -> PerExample:
+    """e_1.e_2 / d^3: the gradient of the Jacobian's trace. Ours; one draw may be negative.
+
+    e_i = sigma^3 grad(v_i.J v_i) + |u|^2 u - (v_i.M-bar v_i) u - 2 M-bar u
+
+    Its mean over probes is `exact_third_order` / d^2, which is the scale of the published term.
+
+    Args:
+        trace_gradients: sigma^3 grad_x (v.J v) for each probe.
+        spread_probes_bar, spread_u_bar: M-bar v for each probe, and M-bar u.
+        u: z + sigma s-bar.
+        probes: v_1 and v_2.
+    """
+    first, second = (
+        gradient + append_dims(inner(u, u) - inner(v, spread), u) * u - 2 * spread_u_bar
+        for gradient, v, spread in zip(trace_gradients, probes, spread_probes_bar, strict=True)
+    )
+    return inner(first, second) / num_dims(u) ** 3
+
+
 def exact_second_order(jacobian: Float[Array, "batch d d"], u: Float[Array, "batch d"]) -> PerExample:
     """|sigma^2 J + I - u u^T|_F^2 / d^2: the Jacobian of the score ([L22] Theorem 4.1).
 
@@ -336,4 +435,5 @@ def objective_from_config(training: Config) -> Objective:
         third_weight=training.third_order_weight,
         exact=training.exact_derivatives,
         residual_first=training.residual_first,
+        estimator=training.high_order_estimator,
     )
