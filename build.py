@@ -79,7 +79,8 @@ class Run:
 
     def fresh_state(self) -> TrainState:
         """The state at step 0, with initial parameters."""
-        return create_state(self.model.init(self.key(INIT_KEY), self.data_shape), self.trainer.optimizer)
+        params = self.model.init(self.key(INIT_KEY), self.data_shape)
+        return create_state(params, self.trainer.optimizer, with_residuals=self.trainer.objective.needs_residual)
 
     def abstract_state(self) -> TrainState:
         """The shapes of the training state, replicated over all devices."""
@@ -120,7 +121,7 @@ class Run:
 
     def network_description(self) -> dict[str, Any]:
         """The fields that a checkpoint must agree with: of the network, the SDE, and the kind of data."""
-        free = ("ema_rate", "dropout", "num_scales", "remat")
+        free = ("ema_rate", "ema_warmup", "dropout", "num_scales", "remat")
         model = {f"model.{k}": v for k, v in self.config.model.to_dict().items() if k not in free}
         if self.density is not None:
             data = {"data dimensions": self.density.dims}
@@ -140,15 +141,22 @@ def build(config: Config) -> Run:
     _check_init(training)
     parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps)
     _check_kind_of_data(config)
-    model, preprocess = score_model_from_config(config), training_preprocess(config)
+    model, preprocess, objective = (
+        score_model_from_config(config),
+        training_preprocess(config),
+        objective_from_config(training),
+    )
+    if objective.order > 1:
+        parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps * objective.every)
     trainer = Trainer(
         model=model,
-        objective=objective_from_config(training),
-        optimizer=optimizer_from_config(config.optim),
+        objective=objective,
+        optimizer=optimizer_from_config(config.optim, training.n_iters),
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,
         accumulation_steps=training.accumulation_steps,
         unroll_parts=jax.default_backend() == "cpu",
+        ema_warmup=config.model.ema_warmup,
     )
     return Run(config, parallel.device_mesh(), model, trainer, preprocess)
 

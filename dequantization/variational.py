@@ -168,7 +168,7 @@ def dequantizer_trainer_from_config(config: Config, sde: SDE) -> DequantizerTrai
     return DequantizerTrainer(
         network=flowpp_from_config(deq),
         sde=sde,
-        optimizer=optimizer_from_config(config.optim),
+        optimizer=optimizer_from_config(config.optim, config.deq.n_iters),
         bins=Bins(data.levels, data.centered),
         t_min=config.training.smallest_time,
         start_correction=deq.offset,

@@ -20,12 +20,24 @@ from infra import parallel
 from infra.published_checkpoints import read_published_checkpoint
 from infra.workdir import Workdir
 from models.score import Params
-from train_state import TrainState
+from train_state import ResidualTable, TrainState
 
 
 def abstract_state(state: TrainState, sharding: Sharding) -> TrainState:
     """The shapes, dtypes and placement of a state, given the state or its shapes."""
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state)
+
+
+def initial_residuals(like: TrainState) -> ResidualTable | None:
+    """The residuals of a state shaped as `like` whose checkpoint has none."""
+    if like.residuals is None:
+        return None
+    return jax.tree.map(lambda a, shape: jax.device_put(a, shape.sharding), ResidualTable.start(), like.residuals)
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+    """The arrays that every checkpoint has, by name; the residuals are stored beside them, if there are any."""
+    return {name: getattr(state, name) for name in ("step", "params", "ema_params", "opt_state")}
 
 
 class Checkpoints:
@@ -62,7 +74,11 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "description": ocp.JsonCheckpointHandler()}
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "description": ocp.JsonCheckpointHandler(),
+            "residuals": ocp.StandardCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     @classmethod
@@ -94,20 +110,28 @@ class Checkpoints:
         step = int(state.step)
         if step == self.newest():
             return
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(self.description)
-        )
-        self._manager.save(step, args=arguments)
+        items: dict[str, Any] = {
+            "state": ocp.args.StandardSave(_stored(state)),
+            "description": ocp.args.JsonSave(self.description),
+        }
+        if state.residuals is not None:
+            items["residuals"] = ocp.args.StandardSave(state.residuals._asdict())
+        self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, step: int) -> TrainState:
-        """The state at `step`.
+        """The state at `step`. If the checkpoint has no residuals, as older ones, they start anew.
 
         Raises:
             ValueError: if the checkpoint belongs to another network, naming the first difference, or is damaged.
         """
         description = self._read(step, description=ocp.args.JsonRestore())
         _check_same_network(description, self.description, self._name(step))
-        return self._read(step, state=ocp.args.StandardRestore(self.like))
+        arrays = self._read(step, state=ocp.args.StandardRestore(_stored(self.like)))
+        residuals = initial_residuals(self.like)
+        if residuals is not None and (self._manager.directory / str(step) / "residuals").is_dir():
+            like = ocp.args.StandardRestore(self.like.residuals._asdict())  # type: ignore[union-attr]
+            residuals = ResidualTable(**self._read(step, residuals=like))
+        return TrainState(**arrays, residuals=residuals)
 
     def resume(self) -> TrainState | None:
         """The newest state, or None if there is no checkpoint yet."""
@@ -145,7 +169,7 @@ def load_state(path: Path, description: dict[str, Any], like: TrainState) -> Tra
     """
     path = path.absolute()
     if path.is_file():
-        state = read_published_checkpoint(path, like)
+        state = read_published_checkpoint(path, like).replace(residuals=initial_residuals(like))
         return jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), state, like)
     if not path.is_dir():
         raise FileNotFoundError(

@@ -1,4 +1,4 @@
-"""The unbiased estimators of orders 2 and 3, against the exact losses and closed forms of their variance."""
+"""Ours: unbiased estimators of orders 2 and 3, weights by noise level, orders on a part of the batch, even times."""
 
 import dataclasses
 import functools
@@ -11,7 +11,20 @@ import pytest
 from jaxtyping import Array
 
 from arrays import Batch, PerExample, ScoreFn, append_dims
-from losses import Noise, Objective, draw_noise, score_matching_losses
+from losses import (
+    Noise,
+    Objective,
+    Residual,
+    draw_noise,
+    draw_times,
+    quantiles_of_times,
+    residual_weights,
+    score_matching_losses,
+    second_order_trace,
+    third_order,
+    unbiased_second_order_trace,
+    unbiased_third_order,
+)
 from sde_lib import SDE, VESDE, VPSDE
 from tests.analytic import asymmetric_mixture
 
@@ -178,3 +191,127 @@ def test_bars_carry_no_gradient() -> None:
 def test_an_unknown_estimator_is_refused() -> None:
     with pytest.raises(ValueError, match="high_order_estimator is 'best'; known: published, unbiased"):
         Objective(estimator="best")
+
+
+def fractions_of_the_batch(objective: Objective, density: Array | None, keys: Array, n: int) -> dict[str, Array]:
+    """Returns batch means of each term, for a wrong score in 2-D, as [keys]."""
+    x0 = asymmetric_mixture(2).sample(jax.random.key(0), (n, 2))
+    score_fn = wrong_score(VP, 2, jnp.ones(()))
+
+    def one(key: Array) -> dict[str, Array]:
+        noise = draw_noise(key, VP, objective, x0.shape, density)
+        losses = score_matching_losses(score_fn, VP, objective, x0, noise)
+        return {name: jnp.mean(value) for name, value in losses.items()}
+
+    return jax.jit(lambda: jax.lax.map(one, keys))()
+
+
+def test_a_part_of_the_batch_has_the_same_expectation() -> None:
+    """Orders 2 and 3 on a quarter of the batch, at the objective's times and at times of its own (5 errors)."""
+    keys = jax.random.split(jax.random.key(5), 200)
+    quarter = dataclasses.replace(UNBIASED, high_order_fraction=0.25)
+    density = jnp.linspace(0.5, 1.5, 8)
+    whole = fractions_of_the_batch(UNBIASED, None, keys, 256)
+    for own in (None, density):
+        part = fractions_of_the_batch(quarter, own, keys, 256)
+        for name in ("total", "first", *HIGH):
+            values = np.stack([whole[name], part[name]]).astype(np.float64)
+            error = np.sqrt(np.sum(np.var(values, axis=1, ddof=1)) / len(keys))
+            assert abs(values[1].mean() - values[0].mean()) < 5 * error, (name, own)
+            assert error < 0.35 * values[0].mean(), "the draws are too few to see a missing factor of 4"
+
+
+def test_a_part_of_the_batch_costs_a_part() -> None:
+    """Compiled operations at 1/4 are those of order 1 plus a quarter of what order 3 adds, within 5 %."""
+    d, width = 8, 64
+    keys = jax.random.split(jax.random.key(0), 3)
+    scale = 1 / np.sqrt(width)
+    first, second = scale * jax.random.normal(keys[0], (d, width)), scale * jax.random.normal(keys[1], (width, d))
+
+    def cost(objective: Objective) -> float:
+        x0 = jnp.ones((64, d))
+        noise = draw_noise(keys[2], VP, objective, x0.shape)
+
+        def loss(weights: tuple[Array, Array]) -> Array:
+            def score_fn(x: Batch, t: PerExample) -> Batch:
+                del t
+                return jnp.tanh(jnp.tanh(x @ weights[0]) @ weights[0].T @ weights[0]) @ weights[1]
+
+            return jnp.mean(score_matching_losses(score_fn, VP, objective, x0, noise)["total"])
+
+        analysis = jax.jit(jax.grad(loss)).lower((first, second)).compile().cost_analysis()
+        return float(analysis["flops"])
+
+    for estimator in ("published", "unbiased"):
+        order1, order3, quarter = (
+            cost(Objective(order, estimator=estimator, high_order_fraction=fraction))
+            for order, fraction in ((1, 1.0), (3, 1.0), (3, 0.25))
+        )
+        assert order3 > 2 * order1
+        np.testing.assert_allclose(quarter, order1 + 0.25 * (order3 - order1), rtol=0.05)
+
+
+def test_stratified_times_are_even_and_have_the_density() -> None:
+    for objective in (
+        Objective(t_min=1e-3, stratified_times=True),
+        Objective(t_min=1e-3, stratified_times=True, likelihood_weighting=True, importance_weighting=True),
+    ):
+        times = draw_times(jax.random.key(0), VP, objective, 100)
+        quantiles = np.sort(quantiles_of_times(VP, objective, times))
+        np.testing.assert_allclose(np.diff(quantiles), 0.01, atol=2e-4)
+    own = dataclasses.replace(UNBIASED, high_order_fraction=0.5, stratified_times=True)
+    noise = draw_noise(jax.random.key(1), VP, own, (400, 1), jnp.array([0.5, 1.5]))
+    quantiles = quantiles_of_times(VP, own, noise.t)
+    assert abs(np.mean(quantiles[::2] < 0.5) - 0.25) <= 1 / 200
+    assert abs(np.mean(quantiles[1::2] < 0.5) - 0.5) <= 1 / 200
+    assert noise.time_weight is not None
+    np.testing.assert_allclose(noise.time_weight[::2], np.where(quantiles[::2] < 0.5, 2, 1 / 1.5), rtol=1e-5)
+    np.testing.assert_array_equal(noise.time_weight[1::2], 1)
+
+
+@pytest.mark.parametrize("estimator", ["published", "unbiased"])
+def test_weights_are_the_inverse_variances_relative_to_the_first_order(estimator: str) -> None:
+    """The mean square of each term's error is the inverse of its weight, at a Gaussian's score, times one constant.
+
+    Generalised least squares adds half the square of each error over its variance: d / 2 for the first order's d
+    errors. Weights relative to the first order make each weighted term d / 2 per number of its errors, too; the trace
+    has one error, the third order d, and the Jacobian's d^2 entries are not independent, so it is left out.
+    """
+    d, n, r = 16, 100_000, 0.4
+    u = np.sqrt(r) * jax.random.normal(jax.random.key(0), (n, d))
+    objective = Objective(order=3, estimator=estimator, high_order_weighting="residual")
+    residual = Residual(jnp.full(1, r), jnp.asarray(r))
+    weights = residual_weights(VP, objective, jnp.full(1, 0.5), residual, d)
+    probes = [jax.random.rademacher(key, (n, d), jnp.float32) for key in jax.random.split(jax.random.key(1))]
+    if estimator == "published":
+        trace = second_order_trace((r - 1) * probes[0], u, probes[0])
+        third = third_order(jnp.zeros((n, d)), (r - 1) * probes[0], u, probes[0])
+    else:
+        spread = [r * probe for probe in probes]
+        trace = unbiased_second_order_trace(spread, u, (probes[0], probes[1]))
+        third = unbiased_third_order([jnp.zeros((n, d))] * 2, spread, r * u, u, (probes[0], probes[1]))
+    first = jnp.mean(u**2)  # d errors
+    for term, weight, errors in ((trace, weights["second_trace"], 1), (third, weights["third"], d)):
+        expected = first * errors / d
+        error = np.std(term, ddof=1) / np.sqrt(n)
+        # (d + 2) / d is the exact mean for the third order, where the weight has its value for many dimensions
+        ratio = (d + 2) / d if errors > 1 else 1
+        assert abs(weight[0] * np.mean(term) - ratio * expected) < 5 * weight[0] * error + 0.01 * expected
+    with_first = dataclasses.replace(objective, first_order_weighting="residual")
+    twice = residual._replace(harmonic_mean=jnp.asarray(2 * r))
+    both = residual_weights(VP, with_first, jnp.full(1, 0.5), twice, d)
+    assert both["first"][0] == pytest.approx(2)
+    assert both["third"][0] == pytest.approx(2 * weights["third"][0])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"first_order_weighting": "r"}, "first_order_weighting is 'r'; known: constant, residual"),
+        ({"high_order_fraction": 0.4}, "high_order_fraction is 0.4; it must be 1, 1/2, 1/3"),
+        ({"high_order_fraction": 0.0}, "high_order_fraction is 0.0"),
+    ],
+)
+def test_impossible_options_are_refused(fields: dict[str, str | float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Objective(**fields)  # type: ignore[arg-type]
