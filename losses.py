@@ -308,9 +308,9 @@ def residual_weights(
 ) -> dict[str, PerExample]:
     """The weight of each term at each time, by generalised least squares. Ours.
 
-    If u given x_t is N(0, r I), one over the variance of each term's error relates it to the first order. The first
-    order itself has weights proportional to 1 / r, scaled to mean 1 over all times. Orders 2 and 3 multiply their
-    relative weight by the weight of the first order.
+    Generalised least squares divides the square of each error by its variance, which is known if u given x_t is
+    N(0, r I). The weights of the first order are proportional to 1 / r, with mean 1 over all times. The weights
+    of orders 2 and 3 are relative to the weight of the first order.
     """
     r, ones = residual.value, jnp.ones_like(residual.value)
     first = residual.harmonic_mean / r if objective.first_order_weighting == "residual" else ones
