@@ -208,7 +208,7 @@ def places_from_config(config: Config) -> tuple[str, ...]:
     return AT if settings.likelihood_at == "both" else (settings.likelihood_at,)
 
 
-@functools.partial(jax.jit, static_argnames="sde")
+@functools.partial(jax.jit, static_argnames=("sde", "t_min"))
 def noised(sde: SDE, x: Batch, keys: Array, t_min: float) -> Batch:
     """Draws x_tmin = alpha x + sigma z. Each example has its own key."""
     z = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 2), x.shape[1:]))(keys)

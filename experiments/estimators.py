@@ -10,9 +10,9 @@ respect to theta over data, noise and probes.
 """
 
 import argparse
+import itertools
 import math
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,13 +62,12 @@ def predicted_noise(d: int, r: float, estimator: str) -> dict[str, float]:
     return {name: noise / (math.sqrt(d) if estimator == "unbiased" else 1) for name, noise in published.items()}
 
 
-def measured_noise(model: Model, sigma: float, estimator: str) -> tuple[float, dict[str, float]]:
-    """Measures r = E|u|^2 / d, and the noise of each term, at one noise level."""
+def measured_noise(model: Model, estimator: str) -> dict[float, tuple[float, dict[str, float]]]:
+    """Measures r = E|u|^2 / d, and the noise of each term, at each noise level."""
     run, objective = model.run, Objective(order=3, estimator=estimator)
-    t = run.sde.time_of_log_noise_level(jnp.log(jnp.full(BATCH, sigma)))
 
     @jax.jit
-    def derivatives(params: Params, x0: Batch, key: Array) -> tuple[PerExample, dict[str, PerExample]]:
+    def derivatives(params: Params, x0: Batch, t: PerExample, key: Array) -> tuple[PerExample, dict[str, PerExample]]:
         noise = draw_noise(key, run.sde, objective, x0.shape)._replace(t=t)
         own_sigma = append_dims(run.sde.alpha_sigma(t)[1], x0)
 
@@ -84,15 +83,15 @@ def measured_noise(model: Model, sigma: float, estimator: str) -> tuple[float, d
         third = jax.jvp(lambda theta: terms(zero, theta), (zero,), (one,))[1]["third"]
         return values["first"], {**{name: second[name] for name in TERMS[:2]}, "third": third}
 
-    residuals, samples = [], {name: [] for name in TERMS}
-    for number in range(BATCHES):
-        key = jax.random.fold_in(run.key(TRAIN_KEY), number)
-        residual, values = derivatives(model.params, images_of(model, number), key)
-        residuals.append(residual)
-        for name in TERMS:
-            samples[name].append(values[name])
-    noises = {name: float(np.std(np.concatenate(each).astype(np.float64))) for name, each in samples.items()}
-    return float(np.mean(np.concatenate(residuals))), noises
+    measured = {}
+    for sigma in SIGMAS:
+        t = run.sde.time_of_log_noise_level(jnp.log(jnp.full(BATCH, sigma)))
+        keys = jax.random.split(run.key(TRAIN_KEY), BATCHES)
+        draws = [derivatives(model.params, images_of(model, n), t, key) for n, key in enumerate(keys)]
+        each = {name: np.concatenate([values[name] for _, values in draws]).astype(np.float64) for name in TERMS}
+        r = float(np.mean(np.concatenate([residual for residual, _ in draws])))
+        measured[sigma] = r, {name: float(np.std(values, ddof=1)) for name, values in each.items()}
+    return measured
 
 
 def images_of(model: Model, number: int) -> Batch:
@@ -124,44 +123,40 @@ def model_of(name: str, config: Config, workdir: Path | None) -> Model:
     return Model(f"{name}, first order", run, run.load_state(workdir).ema_params, images)
 
 
-def noise_rows(each: Model) -> list[str]:
+def noise_rows(model: Model) -> list[str]:
     """Returns the rows of the table for one model."""
-    d, rows = math.prod(each.run.data_shape), []
-    for sigma in SIGMAS:
-        by_estimator = {name: measured_noise(each, sigma, name) for name in ESTIMATORS}
-        r = by_estimator["published"][0]
-        for term in TERMS:
-            cells = [f"{d}", each.name, f"{sigma:g}", f"{r:.3g}", term]
-            for name, (_, noises) in by_estimator.items():
-                cells += [f"{predicted_noise(d, r, name)[term]:.3g}", f"{noises[term]:.3g}"]
-            ratio = by_estimator["published"][1][term] / by_estimator["unbiased"][1][term]
-            rows.append(f"| {' | '.join([*cells, f'{math.sqrt(d):.1f}', f'{ratio:.1f}'])} |")
+    d, rows = math.prod(model.run.data_shape), []
+    by_estimator = {name: measured_noise(model, name) for name in ESTIMATORS}
+    for sigma, term in itertools.product(SIGMAS, TERMS):
+        r = by_estimator["published"][sigma][0]
+        cells = [f"{d}", model.name, f"{sigma:g}", f"{r:.3g}", term]
+        noises = {name: measured[sigma][1][term] for name, measured in by_estimator.items()}
+        for name, noise in noises.items():
+            cells += [f"{predicted_noise(d, r, name)[term]:.3g}", f"{noise:.3g}"]
+        cells += [f"{math.sqrt(d):.1f}", f"{noises['published'] / noises['unbiased']:.1f}"]
+        rows.append(f"| {' | '.join(cells)} |")
     return rows
 
 
 def fraction_rows(model: Model, batches: int = 24) -> list[str]:
-    """Returns the noise of the gradient of orders 2 and 3, and the time of a step, for parts of the batch."""
+    """Returns the noise of the gradient of all terms, and the time of computing it, for parts of the batch."""
     rows = []
     for fraction in FRACTIONS:
         objective = Objective(order=3, estimator="unbiased", high_order_fraction=fraction)
 
-        def loss(
-            params: Params, x0: Batch, noise: Noise, objective: Objective = objective
-        ) -> tuple[Array, Mapping[str, Array]]:
-            losses = score_matching_losses(model.run.score_fn(params), model.run.sde, objective, x0, noise)
-            return jnp.mean(losses["total"] - losses["first"]), losses
+        def loss(params: Params, x0: Batch, noise: Noise, objective: Objective = objective) -> Array:
+            return jnp.mean(
+                score_matching_losses(model.run.score_fn(params), model.run.sde, objective, x0, noise)["total"]
+            )
 
-        gradient = jax.jit(jax.grad(loss, has_aux=True))
-        total = jax.jit(jax.grad(lambda *arguments, loss=loss: jnp.mean(loss(*arguments)[1]["total"])))
-        values, seconds = [], []
+        gradient, values, seconds = jax.jit(jax.grad(loss)), [], []
         for number in range(batches):
             x0 = images_of(model, number)
             noise = draw_noise(jax.random.key(number), model.run.sde, objective, x0.shape)
-            leaves = jax.tree.leaves(gradient(model.params, x0, noise)[0])
-            values.append(np.concatenate([np.ravel(leaf) for leaf in leaves]).astype(np.float64))
             started = time.monotonic()
-            jax.block_until_ready(total(model.params, x0, noise))
+            leaves = jax.block_until_ready(jax.tree.leaves(gradient(model.params, x0, noise)))
             seconds.append(time.monotonic() - started)
+            values.append(np.concatenate([np.ravel(leaf) for leaf in leaves]).astype(np.float64))
         spread = np.sqrt(np.sum(np.var(values, axis=0, ddof=1)))
         rows.append(f"| {fraction:g} | {spread:.4g} | {float(np.median(seconds[1:])):.3f} |")
     return rows
@@ -192,8 +187,8 @@ the data and not to the probe, so that the measured ratio is smaller than sqrt(d
 
 ## Orders 2 and 3 on a part of the batch
 
-The gradient of orders 2 and 3 on a batch of {batch}, unbiased, for {model}: the square root of the trace of its
-covariance, and the time of a gradient of all terms. `training.high_order_fraction` sets the part.
+The gradient of order 3 on a batch of {batch}, unbiased, for {model}: the square root of the trace of its covariance,
+and its time. `training.high_order_fraction` sets the part.
 
 | part of the batch | noise of the gradient | seconds |
 |---|---|---|
