@@ -123,8 +123,7 @@ class Objective:
     @property
     def needs_residual(self) -> bool:
         """Whether weights follow the residual."""
-        high = self.order > 1 and self.high_order_weighting == "residual"
-        return high or self.first_order_weighting == "residual"
+        return "residual" in (self.first_order_weighting, self.high_order_weighting)
 
     @property
     def draws_own_times(self) -> bool:
