@@ -39,7 +39,9 @@ class ResidualTable(NamedTuple):
 
     @classmethod
     def start(cls) -> "ResidualTable":
-        return cls(jnp.full(RESIDUAL_BINS, 1 / RESIDUAL_BINS), jnp.full(RESIDUAL_BINS, 1 / RESIDUAL_BINS))
+        # Without the dtype the arrays are weakly typed, and the second training step compiles again.
+        total, count = (jnp.full(RESIDUAL_BINS, 1 / RESIDUAL_BINS, jnp.float32) for _ in range(2))
+        return cls(total, count)
 
     @classmethod
     def of_batch(cls, quantiles: PerExample, residual: PerExample) -> "ResidualTable":
