@@ -182,8 +182,8 @@ that the unbiased estimator has 1 / sqrt(d) of the published noise for all three
 |---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
-For a trained model, u is neither normal nor isotropic: its size depends on x_t, and this part of the noise belongs to
-the data and not to the probe, so that the measured ratio is smaller than sqrt(d) at low noise levels.
+For a trained model, u is neither normal nor isotropic: its size varies with x_t. This part of the noise belongs to the
+data and not to the probe, so the measured ratio can be well below sqrt(d).
 
 ## Orders 2 and 3 on a part of the batch
 
