@@ -7,7 +7,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
-.PHONY: setup setup-dev demo test check lint clean digits-orders reproduce fid-nfe sample-devices cost faults
+.PHONY: setup setup-dev demo test check lint clean digits-orders fashion-orders estimators reproduce fid-nfe \
+	sample-devices cost faults
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -46,6 +47,16 @@ check: lint
 # Compares the orders on digits, and writes docs/results/digits.md. It takes about an hour on two cores, and resumes.
 digits-orders: setup
 	$(BIN)/python -m experiments.digits_orders
+
+# Compares the orders on FashionMNIST, and writes docs/results/orders.md. It takes hours on two cores, and resumes. The
+# data must be prepared first, see configs/fashion/ncsnpp.py.
+fashion-orders: setup
+	$(BIN)/python -m experiments.fashion_orders
+
+# Compares the noise of the estimators of orders 2 and 3 with its closed form, and writes docs/results/estimators.md.
+estimators: setup
+	$(DIGITS) --workdir=runs/order1 --mode=train
+	$(BIN)/python -m experiments.estimators
 
 # Runs the paper's synthetic experiments, and writes docs/results/synthetic.md. It takes about a quarter of an hour on an
 # idle core, and resumes.

@@ -83,9 +83,10 @@ class Run:
 
     def fresh_state(self) -> TrainState:
         """The state at step 0, with initial parameters."""
+        params = self.model.init(self.key(INIT_KEY), self.data_shape)
         with unrecorded(self.config):  # the state has the same structure for all values of the fields
-            optimizer = optimizer_from_config(self.config.optim)
-        return create_state(self.model.init(self.key(INIT_KEY), self.data_shape), optimizer)
+            trainer = self.trainer
+        return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
 
     def abstract_state(self) -> TrainState:
         """The shapes of the training state, replicated over all devices."""
@@ -126,7 +127,7 @@ class Run:
 
     def network_description(self) -> dict[str, Any]:
         """The fields that a checkpoint must agree with: of the network, the SDE, and the kind of data."""
-        free = ("ema_rate", "dropout", "num_scales", "remat", "dtype")
+        free = ("ema_rate", "ema_warmup", "dropout", "num_scales", "remat", "dtype")
         model = {f"model.{k}": v for k, v in self.config.model.to_dict().items() if k not in free}
         if self.density is not None:
             data = {"data dimensions": self.density.dims}
@@ -149,9 +150,12 @@ def build(config: Config) -> Run:
                 "training.continuous is False, but training in discrete time is not supported: set it to True"
             )
         _check_init(training)
-        parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps)
+        parts = training.accumulation_steps
+        parallel.divisible(training.batch_size, "training.batch_size", parts)
         _check_kind_of_data(config)
-        _trainer(config, score_model_from_config(config), training_preprocess(config))
+        objective = _trainer(config, score_model_from_config(config), training_preprocess(config)).objective
+        if objective.order > 1:
+            parallel.divisible(training.batch_size, "training.batch_size", parts * objective.every)
     return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
 
 
@@ -159,11 +163,12 @@ def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPr
     return Trainer(
         model=model,
         objective=objective_from_config(config.training),
-        optimizer=optimizer_from_config(config.optim),
+        optimizer=optimizer_from_config(config.optim, config.training.n_iters),
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,
         accumulation_steps=config.training.accumulation_steps,
         unroll_parts=jax.default_backend() == "cpu",
+        ema_warmup=config.model.ema_warmup,
     )
 
 

@@ -85,6 +85,50 @@ def probe_trace_gradient(field: Field, x: Batch, probe: Batch) -> TraceDerivativ
     return TraceDerivatives(value, tangent, trace_gradient)
 
 
+class ProbeDerivatives(NamedTuple):
+    """The value of a field and, for k probes v and a direction w, its derivatives along them."""
+
+    value: Batch
+    jacobian_probes: list[Batch]
+    """J v for each probe."""
+    jacobian_direction: Batch
+    """J w."""
+    trace_gradients: list[Batch]
+    """grad_x (v.Jv) for each probe; empty if they were not asked for."""
+
+
+def probe_derivatives(
+    field: Field, x: Batch, probes: tuple[Batch, ...], direction: Callable[[Batch], Batch], *, trace_gradients: bool
+) -> ProbeDerivatives:
+    """Computes `ProbeDerivatives`: k + 1 forward derivatives and, with `trace_gradients`, k reverse passes over them.
+
+    The first probe and the direction share one linearization of the field; without `trace_gradients`, all probes do.
+    With them, each further probe has its own, because a reverse pass over all probes at once costs more.
+
+    Args:
+        direction: from the value of the field to w. It must hold the value constant.
+    """
+    shared = probes[:1] if trace_gradients else probes
+
+    def quadratic_form(x: Batch) -> tuple[Float[Array, ""], tuple[Batch, list[Batch], Batch]]:
+        value, push_forward = jax.linearize(field, x)
+        tangents = [push_forward(probe) for probe in shared]
+        return jnp.sum(probes[0] * tangents[0]), (value, tangents, push_forward(direction(value)))
+
+    if not trace_gradients:
+        _, (value, tangents, along) = quadratic_form(x)
+        return ProbeDerivatives(value, tangents, along, [])
+    # Examples do not interact, so the gradient of the sum over the batch is each example's own.
+    gradient, (value, tangents, along) = jax.grad(quadratic_form, has_aux=True)(x)
+    others = [probe_trace_gradient(field, x, probe) for probe in probes[1:]]
+    return ProbeDerivatives(
+        value,
+        [*tangents, *(other.jacobian_probe for other in others)],
+        along,
+        [gradient, *(other.trace_gradient for other in others)],
+    )
+
+
 def exact_trace_gradient(field: Field, x: Batch) -> tuple[Batch, Float[Array, "batch d d"], Batch]:
     """Computes the field, its Jacobian, and grad_x tr J, for few dimensions.
 

@@ -9,11 +9,15 @@ gradient.
 Every term is a pure function that returns one number for each example and takes its noise as an argument.
 `score_matching_losses` computes the terms, and `weighted_total` adds them up.
 
+Orders 2 and 3 have three forms: exact, for few dimensions; the published estimates with one probe; and unbiased
+estimates of the exact form with two probes, which are ours. The published estimates hold (u.v)^2 where the exact form
+holds |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard deviation.
+
 Sources: [L22] Lu et al., ICML 2022; [S21b] Song et al., NeurIPS 2021.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -21,12 +25,14 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
+from arrays import Batch, Factor, PerExample, Scalar, ScoreFn, append_dims, inner, mean_square, num_dims
 from configs.default import Config
-from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
+from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_derivatives, probe_trace_gradient
 from sde_lib import SDE
 
 ORDERS = (1, 2, 3)
+WEIGHTINGS = ("constant", "residual")
+"""Weights by noise level: the published constants, or one over the variance of each term's error."""
 
 
 class Term(NamedTuple):
@@ -52,12 +58,16 @@ class Objective:
     """The loss that training minimises, over times t in [t_min, 1].
 
     With `exact`, orders 2 and 3 are computed from the whole Jacobian, for data of few dimensions; otherwise they are
-    estimated with Hutchinson probes. The exact second order has the term of the Jacobian only: in one dimension the
-    trace is the Jacobian.
+    estimated with Hutchinson probes, as `estimator` says. The exact second order has the term of the Jacobian only: in
+    one dimension the trace is the Jacobian.
+
+    Weightings are the published constants, or follow the residual r(t), see `residual_weights`. Only every
+    `1 / high_order_fraction`-th example has the terms of orders 2 and 3; their expectation is the same.
 
     Raises:
         ValueError: for an order other than 1, 2, 3; for orders 2 and 3 without `reduce_mean`; for importance weighting
-            without likelihood weighting, because it is another estimator of the likelihood-weighted loss.
+            without likelihood weighting, because it is another estimator of the likelihood-weighted loss; for an
+            unknown estimator or weighting, or a fraction that is not one over an integer.
     """
 
     order: int = 1
@@ -70,6 +80,11 @@ class Objective:
     exact: bool = False
     residual_first: bool = False
     """Compute the third order as `_residual_first_terms` does, for less memory; values and gradients are the same."""
+    estimator: str = "published"
+    first_order_weighting: str = "constant"
+    high_order_weighting: str = "constant"
+    high_order_fraction: float = 1.0
+    stratified_times: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -82,8 +97,53 @@ class Objective:
             raise ValueError("training.importance_weighting needs training.likelihood_weighting=True")
         if self.residual_first and self.exact:
             raise ValueError("training.residual_first needs training.exact_derivatives=False: it is for probes")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"training.high_order_estimator is {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
+        if self.residual_first and self.estimator != "published":
+            raise ValueError("training.residual_first needs training.high_order_estimator=published")
+        for field in ("first_order_weighting", "high_order_weighting"):
+            if getattr(self, field) not in WEIGHTINGS:
+                raise ValueError(f"training.{field} is {getattr(self, field)!r}; known: {', '.join(WEIGHTINGS)}")
+        if not 0 < self.high_order_fraction <= 1 or abs(self.every * self.high_order_fraction - 1) > 1e-3:
+            raise ValueError(
+                f"training.high_order_fraction is {self.high_order_fraction}; it must be 1, 1/2, 1/3, 1/4 and so on"
+            )
         if not 0 < self.t_min < SDE.t_max:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
+
+    @property
+    def needs_two_probes(self) -> bool:
+        return self.order > 1 and self.estimator == "unbiased" and not self.exact
+
+    @property
+    def every(self) -> int:
+        """The k of which each k-th example has the terms of orders 2 and 3."""
+        return round(1 / self.high_order_fraction)
+
+    @property
+    def needs_residual(self) -> bool:
+        """Whether weights follow the residual."""
+        return "residual" in (self.first_order_weighting, self.high_order_weighting)
+
+    @property
+    def draws_own_times(self) -> bool:
+        """Whether the examples with orders 2 and 3 have times from a density of their own."""
+        return self.order > 1 and self.every > 1 and self.high_order_weighting == "residual"
+
+    def for_evaluation(self) -> "Objective":
+        """The same terms on all examples, with constant weights: the values of two runs are comparable."""
+        return dataclasses.replace(
+            self, first_order_weighting="constant", high_order_weighting="constant", high_order_fraction=1.0
+        )
+
+
+class Residual(NamedTuple):
+    """The size of the noise that the score leaves unexplained, which weights may follow."""
+
+    value: PerExample
+    """r(t) = E|u|^2 / d at the time of each example."""
+    harmonic_mean: Scalar
+    """Over all times; it gives weights 1 / r the mean 1."""
 
 
 class Noise(NamedTuple):
@@ -92,60 +152,176 @@ class Noise(NamedTuple):
     t: PerExample
     z: Batch
     probe: Batch
+    second_probe: Batch | None = None
+    """Independent of the first; for the unbiased estimator only."""
+    time_weight: PerExample | None = None
+    """The density of the objective's times divided by the density that t was drawn from; None where they are equal."""
 
 
-def draw_noise(key: Array, sde: SDE, objective: Objective, shape: tuple[int, ...]) -> Noise:
-    """Times, noise and Rademacher probes for a batch of the given shape."""
+def draw_noise(
+    key: Array, sde: SDE, objective: Objective, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
+) -> Noise:
+    """Times, noise and Rademacher probes for a batch of the given shape.
+
+    Args:
+        density: of the times of the examples that have orders 2 and 3, relative to the objective's density, over equal
+            parts of [0, 1], the range of `quantiles_of_times`. Its mean is 1. None: the objective's density.
+    """
     t_key, z_key, probe_key = jax.random.split(key, 3)
+    rademacher, quantiles, time_weight = PROBES["rademacher"], draw_quantiles(t_key, objective, shape[0]), None
+    if density is not None:
+        own = jnp.arange(shape[0]) % objective.every == 0
+        moved, weight = with_density(quantiles, density)
+        quantiles, time_weight = jnp.where(own, moved, quantiles), jnp.where(own, weight, 1.0)
     return Noise(
-        t=draw_times(t_key, sde, objective, shape[0]),
+        t=times_of_quantiles(sde, objective, quantiles),
         z=jax.random.normal(z_key, shape),
-        probe=PROBES["rademacher"](probe_key, shape),
+        probe=rademacher(probe_key, shape),
+        second_probe=rademacher(jax.random.fold_in(probe_key, 1), shape) if objective.needs_two_probes else None,
+        time_weight=time_weight,
     )
 
 
 def draw_times(key: Array, sde: SDE, objective: Objective, batch: int) -> PerExample:
     """t uniform on [t_min, 1], or with density proportional to g^2 / sigma^2 ([S21b] Sec. 5.1)."""
-    uniform = jax.random.uniform(key, (batch,))
+    return times_of_quantiles(sde, objective, draw_quantiles(key, objective, batch))
+
+
+def draw_quantiles(key: Array, objective: Objective, batch: int) -> PerExample:
+    """Uniform numbers in [0, 1): independent, or as evenly spaced as possible ([K21] App. I.1)."""
+    if objective.stratified_times:
+        return (jax.random.uniform(key) + jnp.arange(batch) / batch) % 1.0
+    return jax.random.uniform(key, (batch,))
+
+
+def times_of_quantiles(sde: SDE, objective: Objective, quantiles: PerExample) -> PerExample:
+    """The times whose distribution function, under the objective's density of times, has these values."""
     if objective.importance_weighting:
         total = sde.importance_weight(jnp.asarray(sde.t_max), objective.t_min)
-        return sde.time_of_quantile(uniform * total, objective.t_min)
-    return objective.t_min + uniform * (sde.t_max - objective.t_min)
+        return sde.time_of_quantile(quantiles * total, objective.t_min)
+    return objective.t_min + quantiles * (sde.t_max - objective.t_min)
+
+
+def quantiles_of_times(sde: SDE, objective: Objective, t: PerExample) -> PerExample:
+    """The inverse of `times_of_quantiles`."""
+    if objective.importance_weighting:
+        total = sde.importance_weight(jnp.asarray(sde.t_max), objective.t_min)
+        return sde.importance_weight(t, objective.t_min) / total
+    return (t - objective.t_min) / (sde.t_max - objective.t_min)
+
+
+def with_density(quantiles: PerExample, density: Float[Array, " bins"]) -> tuple[PerExample, PerExample]:
+    """Uniform quantiles moved so that they have a piecewise constant density with mean 1, and one over the density."""
+    bins = len(density)
+    cumulative = jnp.concatenate([jnp.zeros(1), jnp.cumsum(density)]) / bins
+    moved = jnp.interp(quantiles, cumulative / cumulative[-1], jnp.linspace(0.0, 1.0, bins + 1))
+    return moved, 1 / density[jnp.minimum((moved * bins).astype(jnp.int32), bins - 1)]
 
 
 def score_matching_losses(
-    score_fn: ScoreFn, sde: SDE, objective: Objective, x0: Batch, noise: Noise
+    score_fn: ScoreFn, sde: SDE, objective: Objective, x0: Batch, noise: Noise, residual: Residual | None = None
 ) -> dict[str, PerExample]:
     """The objective of each example as `total`, and its terms, unweighted, by their names in `TERMS`.
 
-    Estimated by a probe, order k costs one network evaluation with k derivatives.
+    Estimated by one probe, order k costs one network evaluation with k derivatives; by two probes, about twice that.
+    With a high_order_fraction below 1, examples without the terms of orders 2 and 3 have 0 there, and the others have
+    the terms divided by the fraction, so that means over a batch have the same expectation.
+
+    Args:
+        residual: r(t), for weights that follow it. Then the result also has |u|^2 / d as `residual`.
+
+    Raises:
+        ValueError: if the weights follow the residual, and there is none.
     """
+    if objective.needs_residual and residual is None:
+        raise ValueError("the objective's weights follow the residual: give it, or use objective.for_evaluation()")
+    score, terms = _score_and_terms(score_fn, sde, objective, x0, noise)
+    terms = {"first": first_order(score, sde, objective, noise)} | terms
+    if noise.time_weight is not None:
+        terms = {name: noise.time_weight * value for name, value in terms.items()}
+    if residual is None or not objective.needs_residual:
+        return {"total": weighted_total(terms, objective)} | terms
+    weights = residual_weights(sde, objective, noise.t, residual, num_dims(x0))
+    return {"total": weighted_total(terms, objective, weights)} | terms | {"residual": mean_square(score + noise.z)}
+
+
+def _score_and_terms(
+    score_fn: ScoreFn, sde: SDE, objective: Objective, x0: Batch, noise: Noise
+) -> tuple[Batch, dict[str, PerExample]]:
+    """sigma times the score at x_t, and the terms of orders 2 and 3, for the examples that have them."""
     mean, sigma = sde.marginal(x0, noise.t)
     sigma = append_dims(sigma, x0)
     xt = mean + sigma * noise.z
+    if objective.order == 1:
+        return sigma * score_fn(xt, noise.t), {}
+    every = objective.every
+    if len(x0) % every:
+        raise ValueError(f"a batch of {len(x0)} cannot be divided into groups of {every} examples")
+
+    def of_each_group(a: Array, first: bool) -> Array:
+        groups = a.reshape(-1, every, *a.shape[1:])
+        return groups[:, 0] if first else groups[:, 1:].reshape(-1, *a.shape[1:])
+
+    def with_orders(a: Array) -> Array:
+        return of_each_group(a, first=True)
+
+    t, own_xt, own_sigma = with_orders(noise.t), with_orders(xt), with_orders(sigma)
+    own_noise = jax.tree.map(with_orders, noise)
 
     def scaled(score_fn: ScoreFn) -> Field:
-        return lambda x: sigma * score_fn(x, noise.t)
+        return lambda x: own_sigma * score_fn(x, t)
 
-    if objective.order == 1:
-        score, terms = scaled(score_fn)(xt), {}
-    elif objective.exact:
-        score, terms = _exact_terms(scaled(score_fn), xt, sigma, objective.order, noise)
-    elif objective.order == 3 and objective.residual_first:
-        score, terms = _residual_first_terms(scaled(score_fn), scaled(_constant(score_fn)), xt, sigma, noise)
+    if objective.order == 3 and objective.residual_first:
+        constant = scaled(_constant(score_fn))
+        score, terms = _residual_first_terms(scaled(score_fn), constant, own_xt, own_sigma, own_noise)
     else:
-        score, terms = _probe_terms(scaled(score_fn), xt, sigma, objective.order, noise)
-    terms = {"first": first_order(score, sde, objective, noise)} | terms
-    return {"total": weighted_total(terms, objective)} | terms
+        higher_orders = _exact_terms if objective.exact else ESTIMATORS[objective.estimator]
+        score, terms = higher_orders(scaled(score_fn), own_xt, own_sigma, objective.order, own_noise)
+    if every == 1:
+        return score, terms
+    rest_xt, rest_t, rest_sigma = (of_each_group(a, first=False) for a in (xt, noise.t, sigma))
+    rest = (rest_sigma * score_fn(rest_xt, rest_t)).reshape(-1, every - 1, *x0.shape[1:])
+    score = jnp.concatenate([score[:, None], rest], axis=1).reshape(x0.shape)
+    only_first = jnp.zeros(every).at[0].set(every)[None]
+    return score, {name: (value[:, None] * only_first).reshape(-1) for name, value in terms.items()}
 
 
-def weighted_total(terms: Mapping[str, PerExample], objective: Objective) -> PerExample:
-    """The sum over orders of the order's weight times the sum of its terms."""
-    weights = (1.0, objective.second_weight, objective.third_weight)
+def weighted_total(
+    terms: Mapping[str, PerExample], objective: Objective, weights: Mapping[str, PerExample] | None = None
+) -> PerExample:
+    """The sum over orders of the order's weight times the sum of its terms.
+
+    Args:
+        weights: of each example, by term; see `residual_weights`. None: 1.
+    """
+    weighted = terms if weights is None else {name: weights[name] * value for name, value in terms.items()}
+    order_weights = (1.0, objective.second_weight, objective.third_weight)
     total = jnp.zeros(())
-    for order, weight in zip(ORDERS, weights, strict=True):
-        total += weight * sum(value for name, value in terms.items() if TERMS[name].order == order)
+    for order, weight in zip(ORDERS, order_weights, strict=True):
+        total += weight * sum(value for name, value in weighted.items() if TERMS[name].order == order)
     return total
+
+
+def residual_weights(
+    sde: SDE, objective: Objective, t: PerExample, residual: Residual, d: int
+) -> dict[str, PerExample]:
+    """The weight of each term at each time, by generalised least squares. Ours.
+
+    Generalised least squares divides the square of each error by its variance, which is known if u given x_t is
+    N(0, r I). The weights of the first order are proportional to 1 / r, with mean 1 over all times. The weights
+    of orders 2 and 3 are relative to the weight of the first order.
+    """
+    r, ones = residual.value, jnp.ones_like(residual.value)
+    first = residual.harmonic_mean / r if objective.first_order_weighting == "residual" else ones
+    if objective.high_order_weighting == "constant":
+        return dict.fromkeys(TERMS, ones) | {"first": first}
+    relative = {
+        "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": 1 / (2 * r**2)},
+        "unbiased": {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d / (2 * r**2)},
+        "exact": {"second_frob": d / (2 * r), "third": 1 / (2 * r**2 * d)},
+    }["exact" if objective.exact else objective.estimator]
+    likelihood = likelihood_weight(sde, objective, t)
+    return {"first": first} | {name: likelihood * first * weight for name, weight in relative.items()}
 
 
 def _probe_terms(
@@ -207,6 +383,37 @@ def _constant(score_fn: ScoreFn) -> ScoreFn:
     return jax.tree.map(lambda leaf: stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, score_fn)
 
 
+def _unbiased_terms(
+    scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
+) -> tuple[Batch, dict[str, PerExample]]:
+    """sigma times the score, and the terms of orders 2 and 3 as unbiased estimates of their exact form (ours)."""
+    if noise.second_probe is None:
+        raise ValueError("the unbiased estimator needs two probes; draw the noise for its objective")
+    probes = noise.probe, noise.second_probe
+
+    def unexplained(score: Batch) -> Batch:
+        return noise.z + stop_gradient(score)
+
+    derivatives = probe_derivatives(scaled_score, xt, probes, unexplained, trace_gradients=order == 3)
+    u = unexplained(derivatives.value)
+    # scaled_score already holds one factor of sigma
+    spread_probes = [sigma * jv + v for jv, v in zip(derivatives.jacobian_probes, probes, strict=True)]
+    spread_u = sigma * derivatives.jacobian_direction + u
+    terms = {
+        "second_frob": unbiased_second_order_frob(spread_probes, spread_u, u),
+        "second_trace": unbiased_second_order_trace(spread_probes, u, probes),
+    }
+    if order == 3:
+        trace_gradients = [sigma**2 * gradient for gradient in derivatives.trace_gradients]
+        spread_bars = stop_gradient((spread_probes, spread_u))
+        terms["third"] = unbiased_third_order(trace_gradients, *spread_bars, u, probes)
+    return derivatives.value, terms
+
+
+ESTIMATORS = {"published": _probe_terms, "unbiased": _unbiased_terms}
+"""Estimators of orders 2 and 3 with probes, by training.high_order_estimator."""
+
+
 def _exact_terms(
     scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
 ) -> tuple[Batch, dict[str, PerExample]]:
@@ -232,9 +439,14 @@ def first_order(scaled_score: Batch, sde: SDE, objective: Objective, noise: Nois
     error = mean_square(scaled_score + noise.z)
     if not objective.reduce_mean:
         error = 0.5 * num_dims(noise.z) * error
+    return error * likelihood_weight(sde, objective, noise.t)
+
+
+def likelihood_weight(sde: SDE, objective: Objective, t: PerExample) -> PerExample:
+    """g^2 / sigma^2 with likelihood weighting, unless the times are drawn in proportion to it; otherwise 1."""
     if objective.likelihood_weighting and not objective.importance_weighting:
-        error = error * (sde.diffusion(noise.t) / sde.alpha_sigma(noise.t)[1]) ** 2
-    return error
+        return (sde.diffusion(t) / sde.alpha_sigma(t)[1]) ** 2
+    return jnp.ones_like(t)
 
 
 def second_order_frob(jacobian_probe: Batch, u: Batch, probe: Batch) -> PerExample:
@@ -283,6 +495,56 @@ def third_order_residual(trace_gradient: Batch, jacobian_probe_bar: Batch, u: Ba
         - 2 * append_dims(along, u) * (jacobian_probe_bar + probe)
     )
     return error / num_dims(u)
+
+
+def unbiased_second_order_frob(spread_probes: Sequence[Batch], spread_u: Batch, u: Batch) -> PerExample:
+    """(|M v|^2 - 2 u.M u + |u|^4) / d^2, |M v|^2 averaged over probes v: the Jacobian. Ours; one draw may be negative.
+
+    Its mean over probes is |M - u u^T|_F^2 / d^2, the exact second order, where M = sigma^2 J + I.
+
+    Args:
+        spread_probes: M v for each probe.
+        spread_u: M u.
+        u: z + sigma s-bar.
+    """
+    squares = sum(inner(spread, spread) for spread in spread_probes) / len(spread_probes)
+    return (squares - 2 * inner(u, spread_u) + inner(u, u) ** 2) / num_dims(u) ** 2
+
+
+def unbiased_second_order_trace(spread_probes: Sequence[Batch], u: Batch, probes: tuple[Batch, Batch]) -> PerExample:
+    """r_1 r_2 / d^2 with r_i = v_i.M v_i - |u|^2: the Jacobian's trace. Ours; one draw may be negative.
+
+    A product of two independent estimates is an unbiased estimate of the square, (tr M - |u|^2)^2 / d^2. The square of
+    one estimate would also punish the off-diagonal part of J. Arguments as above.
+    """
+    first, second = (inner(v, spread) - inner(u, u) for v, spread in zip(probes, spread_probes, strict=True))
+    return first * second / num_dims(u) ** 2
+
+
+def unbiased_third_order(
+    trace_gradients: Sequence[Batch],
+    spread_probes_bar: Sequence[Batch],
+    spread_u_bar: Batch,
+    u: Batch,
+    probes: tuple[Batch, Batch],
+) -> PerExample:
+    """e_1.e_2 / d^3: the gradient of the Jacobian's trace. Ours; one draw may be negative.
+
+    e_i = sigma^3 grad(v_i.J v_i) + |u|^2 u - (v_i.M-bar v_i) u - 2 M-bar u
+
+    Its mean over probes is `exact_third_order` / d^2, which is the scale of the published term.
+
+    Args:
+        trace_gradients: sigma^3 grad_x (v.J v) for each probe.
+        spread_probes_bar, spread_u_bar: M-bar v for each probe, and M-bar u.
+        u: z + sigma s-bar.
+        probes: v_1 and v_2.
+    """
+    first, second = (
+        gradient + append_dims(inner(u, u) - inner(v, spread), u) * u - 2 * spread_u_bar
+        for gradient, v, spread in zip(trace_gradients, probes, spread_probes_bar, strict=True)
+    )
+    return inner(first, second) / num_dims(u) ** 3
 
 
 def exact_second_order(jacobian: Float[Array, "batch d d"], u: Float[Array, "batch d"]) -> PerExample:
@@ -336,4 +598,9 @@ def objective_from_config(training: Config) -> Objective:
         third_weight=training.third_order_weight,
         exact=training.exact_derivatives,
         residual_first=training.residual_first,
+        estimator=training.high_order_estimator,
+        first_order_weighting=training.first_order_weighting,
+        high_order_weighting=training.high_order_weighting,
+        high_order_fraction=training.high_order_fraction,
+        stratified_times=training.stratified_times,
     )

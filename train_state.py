@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.struct
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from arrays import Batch, PerExample
 from configs.default import Config
-from losses import Noise, Objective, draw_noise, score_matching_losses
+from losses import Noise, Objective, Residual, draw_noise, quantiles_of_times, score_matching_losses
 from models.score import Params, ScoreModel
 
 Metrics = dict[str, Array]
@@ -24,6 +24,52 @@ TrainingBatches: TypeAlias = UInt8[Array, "steps batch height width channel"] | 
 NUM_LARGEST = 3
 """The number of examples with the largest losses whose times a step reports."""
 
+RESIDUAL_BINS, RESIDUAL_MEMORY = 64, 0.999
+"""The parts of a `ResidualTable`, and the factor by which it forgets old batches in each step."""
+
+
+class ResidualTable(NamedTuple):
+    """A running estimate of r(t) = E|u|^2 / d by noise level, over equal parts of `losses.quantiles_of_times`.
+
+    Both sums forget old batches by the factor `RESIDUAL_MEMORY` in each step, and begin as one batch of r = 1, which a
+    score of 0 has.
+    """
+
+    total: Float[Array, " bins"]
+    """The sum of |u|^2 / d over the examples in each part, divided by the number of examples in a batch."""
+    count: Float[Array, " bins"]
+    """The number of these examples, divided in the same way."""
+
+    @classmethod
+    def start(cls) -> "ResidualTable":
+        # Without the dtype the arrays are weakly typed, and the second training step compiles again.
+        total, count = (jnp.full(RESIDUAL_BINS, 1 / RESIDUAL_BINS, jnp.float32) for _ in range(2))
+        return cls(total, count)
+
+    @classmethod
+    def of_batch(cls, quantiles: PerExample, residual: PerExample) -> "ResidualTable":
+        """The sums over one batch."""
+        part = jnp.minimum((quantiles * RESIDUAL_BINS).astype(jnp.int32), RESIDUAL_BINS - 1)
+        member = jax.nn.one_hot(part, RESIDUAL_BINS)
+        return cls(jnp.mean(member * residual[:, None], axis=0), jnp.mean(member, axis=0))
+
+    def updated(self, batch: "ResidualTable") -> "ResidualTable":
+        return jax.tree.map(lambda old, new: RESIDUAL_MEMORY * old + new, self, batch)
+
+    def values(self) -> Float[Array, " bins"]:
+        """r in each part."""
+        return self.total / self.count
+
+    def at(self, quantiles: PerExample) -> Residual:
+        """r, interpolated linearly between the middles of the parts."""
+        middles = (jnp.arange(RESIDUAL_BINS) + 0.5) / RESIDUAL_BINS
+        return Residual(jnp.interp(quantiles, middles, self.values()), 1 / jnp.mean(1 / self.values()))
+
+    def density(self) -> Float[Array, " bins"]:
+        """The density of times for orders 2 and 3: half the objective's, and half in proportion to 1 / r."""
+        inverse = 1 / self.values()
+        return 0.5 + 0.5 * inverse / jnp.mean(inverse)
+
 
 class TrainState(flax.struct.PyTreeNode):
     """Everything that training changes. The order of the data, noise and learning rate follow from step and seed."""
@@ -32,54 +78,78 @@ class TrainState(flax.struct.PyTreeNode):
     params: Params
     ema_params: Params
     opt_state: optax.OptState
+    residuals: ResidualTable | None = None
+    """For weights that follow the residual; None otherwise."""
 
     def updated(
-        self,
-        gradient: Params,
-        optimizer: optax.GradientTransformation,
-        ema_rate: float,
-        failed: Bool[Array, ""] | bool = False,
+        self, gradient: Params, optimizer: optax.GradientTransformation, ema_rate: float | Array
     ) -> "TrainState":
-        """The state after one step of the optimizer. A step that failed changes nothing but the number of the step."""
+        """The state after one step of the optimizer."""
         updates, opt_state = optimizer.update(gradient, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
         ema_params = optax.incremental_update(params, self.ema_params, 1 - ema_rate)
-        updated = TrainState(self.step + 1, params, ema_params, opt_state)
-        skipped = self.replace(step=self.step + 1)
-        return jax.tree.map(lambda new, old: jnp.where(failed, old, new), updated, skipped)
+        return TrainState(self.step + 1, params, ema_params, opt_state, self.residuals)
+
+    def unless(self, failed: Bool[Array, ""], before: "TrainState") -> "TrainState":
+        """This state, or if the step to it failed, the one before with the number of this step."""
+        skipped = before.replace(step=self.step)
+        return jax.tree.map(lambda new, old: jnp.where(failed, old, new), self, skipped)
 
 
-def create_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+def create_state(
+    params: Params, optimizer: optax.GradientTransformation, *, with_residuals: bool = False
+) -> TrainState:
     """The state at step 0. Copies the parameters, because the parts of a donated state must not share memory."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema_params=jax.tree.map(jnp.copy, params),
         opt_state=optimizer.init(params),
+        residuals=ResidualTable.start() if with_residuals else None,
     )
 
 
-def optimizer_from_config(optim: Config) -> optax.GradientTransformation:
-    """Adam with linear warm-up and decoupled weight decay, after clipping the global norm of the gradient.
+SCHEDULES: dict[str, Callable[[Array], Array]] = {
+    "constant": jnp.ones_like,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: 0.5 + 0.5 * jnp.cos(jnp.pi * done),
+}
+"""Factors of the learning rate as functions of the part of the steps that is done, by optim.schedule."""
+
+
+def optimizer_from_config(optim: Config, n_iters: int) -> optax.GradientTransformation:
+    """Adam with linear warm-up, a schedule and decoupled weight decay, after clipping the global norm of the gradient.
 
     Its state has the same structure for all values of the fields, so that they may change when a run is resumed.
 
+    Args:
+        n_iters: the last step, at which schedules reach 0.
+
     Raises:
-        ValueError: for an optimizer other than Adam, or a number out of range.
+        ValueError: for an optimizer other than Adam, an unknown schedule, or a number out of range.
     """
     if optim.optimizer != "Adam":
         raise ValueError(f"optim.optimizer is {optim.optimizer!r}; the only choice is Adam")
+    if optim.schedule not in SCHEDULES:
+        raise ValueError(f"optim.schedule is {optim.schedule!r}; known: {', '.join(SCHEDULES)}")
     if not optim.lr > 0:
         raise ValueError(f"optim.lr is {optim.lr}; it must be positive")
-    if not 0 <= optim.beta1 < 1:
-        raise ValueError(f"optim.beta1 is {optim.beta1}; it must lie in [0, 1)")
+    for field in ("beta1", "beta2"):
+        if not 0 <= optim[field] < 1:
+            raise ValueError(f"optim.{field} is {optim[field]}; it must lie in [0, 1)")
     for field in ("warmup", "weight_decay"):
         if optim[field] < 0:
             raise ValueError(f"optim.{field} is {optim[field]}; it must not be negative")
     clip = optax.clip_by_global_norm(optim.grad_clip) if optim.grad_clip > 0 else optax.identity()
-    adam = optax.scale_by_adam(b1=optim.beta1, b2=0.999, eps=optim.eps)
-    rate = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optax.constant_schedule(optim.lr)
-    return optax.chain(clip, _with_decay(adam, optim.weight_decay), optax.scale_by_learning_rate(rate))
+    adam = optax.scale_by_adam(b1=optim.beta1, b2=optim.beta2, eps=optim.eps)
+    warm_up = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optax.constant_schedule(optim.lr)
+    factor = SCHEDULES[optim.schedule]
+
+    def rate(step: Array) -> Array:
+        return warm_up(step) * factor(jnp.minimum(step / n_iters, 1.0))
+
+    scheduled = warm_up if optim.schedule == "constant" else rate
+    return optax.chain(clip, _with_decay(adam, optim.weight_decay), optax.scale_by_learning_rate(scheduled))
 
 
 def _with_decay(adam: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:
@@ -116,6 +186,7 @@ class Trainer:
     accumulation_steps: int = 1
     unroll_parts: bool = False
     """Unroll the loop over the parts of a batch: for CPUs, where XLA's gradients of convolutions are slow in loops."""
+    ema_warmup: bool = False
 
     def train_steps(self, state: TrainState, images: TrainingBatches, key: Array) -> tuple[TrainState, Metrics]:
         """One step for each batch along the first axis of `images`.
@@ -143,53 +214,85 @@ class Trainer:
             `failed`, 1 if the loss or the gradient is not finite, which changes nothing but the step, otherwise 0; and
             `largest_times`, the times of the examples with the largest losses.
         """
-        gradient, losses = self.gradient(state.params, images, jax.random.fold_in(key, state.step))
+        gradient, losses, table = self.gradient_and_residuals(
+            state.params, images, jax.random.fold_in(key, state.step), state.residuals
+        )
         del losses["largest_losses"]
         metrics = losses | {"grad_norm": optax.tree.norm(gradient)}
         failed = not_finite(metrics)
         metrics["failed"] = failed.astype(jnp.int32)
-        return state.updated(gradient, self.optimizer, self.ema_rate, failed), metrics
+        after = state.updated(gradient, self.optimizer, self.ema_rate_at(state.step))
+        if state.residuals is not None and table is not None:
+            after = after.replace(residuals=state.residuals.updated(table))
+        return after.unless(failed, state), metrics
+
+    def ema_rate_at(self, step: Array) -> float | Array:
+        """The decay of the averaged parameters in the step after `step`."""
+        return jnp.minimum(self.ema_rate, (1 + step) / (10 + step)) if self.ema_warmup else self.ema_rate
 
     def gradient(self, params: Params, images: TrainingBatch, key: Array) -> tuple[Params, Metrics]:
-        """Gradient of the mean loss, and the metrics of `loss_gradient`, accumulated over equal parts of the batch.
+        """`gradient_and_residuals` for an objective whose weights do not follow the residual."""
+        return self.gradient_and_residuals(params, images, key, None)[:2]
+
+    def gradient_and_residuals(
+        self, params: Params, images: TrainingBatch, key: Array, residuals: ResidualTable | None
+    ) -> tuple[Params, Metrics, ResidualTable | None]:
+        """Gradient of the mean loss, and the rest of `loss_gradient`, accumulated over equal parts of the batch.
 
         Data and noise are drawn for the whole batch. So the number of parts changes the memory needed, but not the
         result, except for the choice of the units that dropout leaves out.
         """
         data_key, noise_key, dropout_key = jax.random.split(key, 3)
         x0 = self.preprocess(data_key, images)
-        noise = draw_noise(noise_key, self.model.sde, self.objective, x0.shape)
+        own_times = residuals is not None and self.objective.draws_own_times
+        density = residuals.density() if own_times else None
+        noise = draw_noise(noise_key, self.model.sde, self.objective, x0.shape, density)
         if self.accumulation_steps == 1:
-            return self.loss_gradient(params, x0, noise, dropout_key)
+            return self.loss_gradient(params, x0, noise, dropout_key, residuals)
 
-        def accumulate(total: Params, part: tuple[Batch, Noise, Array]) -> tuple[Params, Metrics]:
+        def accumulate(
+            total: Params, part: tuple[Batch, Noise, Array]
+        ) -> tuple[Params, tuple[Metrics, ResidualTable | None]]:
             x0, noise, key = part
             if self.unroll_parts:
                 x0 = _once_known(x0, total)
-            gradient, metrics = self.loss_gradient(params, x0, noise, key)
-            return jax.tree.map(jnp.add, total, gradient), metrics
+            gradient, *means = self.loss_gradient(params, x0, noise, key, residuals)
+            return jax.tree.map(jnp.add, total, gradient), tuple(means)
 
         batches = jax.tree.map(self._split, (x0, noise))
         parts = (*batches, jax.random.split(dropout_key, self.accumulation_steps))
         zeros = jax.tree.map(jnp.zeros_like, params)
-        total, metrics = jax.lax.scan(accumulate, zeros, parts, unroll=self.unroll_parts)
+        total, (metrics, table) = jax.lax.scan(accumulate, zeros, parts, unroll=self.unroll_parts)
         worst = largest(metrics.pop("largest_losses").ravel(), metrics.pop("largest_times").ravel())
-        return jax.tree.map(lambda g: g / self.accumulation_steps, total), jax.tree.map(jnp.mean, metrics) | worst
+        metrics, table = jax.tree.map(lambda a: jnp.mean(a, axis=0), (metrics, table))
+        return jax.tree.map(lambda g: g / self.accumulation_steps, total), metrics | worst, table
 
-    def loss_gradient(self, params: Params, x0: Batch, noise: Noise, dropout_key: Array) -> tuple[Params, Metrics]:
-        """Gradient of the mean total loss over x0; the mean of each term, and the `largest` losses with their times."""
+    def loss_gradient(
+        self, params: Params, x0: Batch, noise: Noise, dropout_key: Array, residuals: ResidualTable | None
+    ) -> tuple[Params, Metrics, ResidualTable | None]:
+        """Gradient of the mean total loss over x0; the mean of each term, and the `largest` losses with their times;
+        the residuals of this batch."""
+        quantiles = quantiles_of_times(self.model.sde, self.objective, noise.t)
+        residual = None if residuals is None else residuals.at(quantiles)
 
-        def mean_loss(params: Params) -> tuple[Array, Metrics]:
+        def mean_loss(params: Params) -> tuple[Array, tuple[Metrics, ResidualTable | None]]:
             score_fn = self.model.score_fn(params, dropout_key)
-            losses = score_matching_losses(score_fn, self.model.sde, self.objective, x0, noise)
+            losses = score_matching_losses(score_fn, self.model.sde, self.objective, x0, noise, residual)
             metrics = {name: jnp.mean(value) for name, value in losses.items()}
-            return metrics["total"], metrics | largest(jax.lax.stop_gradient(losses["total"]), noise.t)
+            metrics |= largest(jax.lax.stop_gradient(losses["total"]), noise.t)
+            table = ResidualTable.of_batch(quantiles, losses["residual"]) if "residual" in losses else None
+            return metrics["total"], (metrics, table)
 
-        return jax.grad(mean_loss, has_aux=True)(params)
+        gradient, (metrics, table) = jax.grad(mean_loss, has_aux=True)(params)
+        return gradient, metrics, table
 
     def _split(self, a: Array) -> Array:
-        """[batch, ...] to [parts, batch / parts, ...]. Each part has rows from every device."""
-        return a.reshape(-1, self.accumulation_steps, *a.shape[1:]).swapaxes(0, 1)
+        """[batch, ...] to [parts, batch / parts, ...]. Each part has rows from every device.
+
+        Groups of examples of which one has orders 2 and 3 stay together.
+        """
+        groups = a.reshape(-1, self.accumulation_steps, self.objective.every, *a.shape[1:])
+        return groups.swapaxes(0, 1).reshape(self.accumulation_steps, -1, *a.shape[1:])
 
 
 def _once_known(x0: Batch, total: Params) -> Batch:

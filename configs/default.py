@@ -46,6 +46,18 @@ def _training() -> ConfigDict:
     # compute the gradient of order 3 from its residual and forward derivatives only. Together with model.remat=block,
     # this needs the least memory, for a third more arithmetic besides that of model.remat
     training.residual_first = False
+    # estimator of orders 2 and 3 with probes: published (one probe, an upper bound), or unbiased (two probes: about a
+    # third of the gradient's noise in 64 dimensions, for up to twice the cost)
+    training.high_order_estimator = "published"
+    # weights by noise level: constant (as published), or residual: proportional to one over the variance of each term's
+    # error, from the part of the noise that the score does not explain, which is measured during training
+    training.first_order_weighting = "constant"
+    training.high_order_weighting = "constant"  # the same for orders 2 and 3, relative to the first order
+    # part of the batch that has the terms of orders 2 and 3, as one over an integer; the expectation is the same. With
+    # high_order_weighting=residual, this part has times of its own, where the weights are large
+    training.high_order_fraction = 1.0
+    # spread the times of a batch evenly instead of drawing them independently
+    training.stratified_times = False
     training.likelihood_weighting = False  # weight the first order by g^2 (True) or by sigma^2 (False)
     # draw times with density proportional to g^2 / sigma^2; needs likelihood_weighting
     training.importance_weighting = False
@@ -107,6 +119,7 @@ def _model() -> ConfigDict:
     model.beta_max = 20.0  # noise rate of the VP and sub-VP SDEs at t = 1
     model.num_scales = 1000  # steps of predictor-corrector samplers if sampling.num_steps is 0
     model.ema_rate = 0.999  # decay of the averaged parameters, which evaluation uses
+    model.ema_warmup = False  # begin with a smaller decay: min(ema_rate, (1 + step) / (10 + step))
     model.dropout = 0.1  # dropout rate in the residual blocks
     model.embedding_type = "fourier"  # time embedding: fourier (of ln sigma) or positional (of 999 t)
     model.fourier_scale = 16  # standard deviation of the Fourier frequencies
@@ -149,10 +162,13 @@ def _optim() -> ConfigDict:
     optim = ConfigDict()
     optim.optimizer = "Adam"  # the only choice
     optim.lr = 2e-4  # learning rate after the warm-up
-    optim.beta1 = 0.9  # decay of the first moment; the second moment's decay is 0.999
+    optim.beta1 = 0.9  # decay of the first moment
+    optim.beta2 = 0.999  # decay of the second moment
     optim.eps = 1e-8  # constant added to the denominator of an update
     optim.weight_decay = 0.0  # decoupled weight decay, as a multiple of the learning rate
     optim.warmup = 5000  # steps over which the learning rate rises linearly from 0
+    # learning rate over the run, a factor beside the warm-up: constant, or linear or cosine, to 0 at the last step
+    optim.schedule = "constant"
     optim.grad_clip = 1.0  # largest global norm of the gradient; 0 or a negative value means no limit
     return optim
 
@@ -212,6 +228,9 @@ def _eval() -> ConfigDict:
     evaluate.atol = 1e-5  # absolute tolerance of the adaptive solvers
     evaluate.probe = "rademacher"  # divergence: rademacher or gaussian probes, or exact for few dimensions
     evaluate.num_probes = 1  # probes per image
+    # where bits/dim of images are evaluated: x (as published), x_tmin (with the noise of training.smallest_time, where
+    # the ODE is comparable with the bound without start-time correction), or both
+    evaluate.likelihood_at = "x"
     evaluate.bound = False  # compute the bound on the SDE's likelihood instead of the ODE's likelihood
     evaluate.dsm = True  # form of the bound: denoising (True) or sliced (False) score matching
     evaluate.offset = True  # add the start-time correction to the bound

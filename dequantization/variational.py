@@ -122,7 +122,7 @@ class DequantizerTrainer:
         metrics = means | {"grad_norm": optax.tree.norm(gradient)}
         failed = not_finite(metrics)
         metrics["failed"] = failed.astype(jnp.int32)
-        return state.updated(gradient, self.optimizer, self.ema_rate, failed), metrics
+        return state.updated(gradient, self.optimizer, self.ema_rate).unless(failed, state), metrics
 
     def bits_per_dim(
         self,
@@ -171,7 +171,7 @@ def dequantizer_trainer_from_config(config: Config, sde: SDE) -> DequantizerTrai
     return DequantizerTrainer(
         network=flowpp_from_config(deq),
         sde=sde,
-        optimizer=optimizer_from_config(config.optim),
+        optimizer=optimizer_from_config(config.optim, config.deq.n_iters),
         bins=Bins(data.levels, data.centered),
         t_min=config.training.smallest_time,
         start_correction=deq.offset,

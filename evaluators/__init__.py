@@ -12,6 +12,7 @@ import datasets
 from build import Run
 from dequantization.noise import Dequantizer
 from evaluators.bits_per_dim import BitsPerDimEvaluator
+from evaluators.estimators import places_from_config
 from evaluators.evaluator import Evaluator as Evaluator
 from evaluators.fid import comparison_from_config
 from evaluators.loss import LossEvaluator
@@ -29,9 +30,14 @@ def evaluators_from_config(run: Run, dequantizer: Callable[[], Dequantizer]) -> 
         ValueError, OSError: for bad input.
     """
     settings, images = run.config.eval, run.density is None
+    places = places_from_config(run.config)
     builders: list[tuple[bool, Callable[[], Evaluator]]] = [
         (settings.enable_loss, lambda: LossEvaluator(run, datasets.source_from_config(run.config, "test"))),
-        (settings.enable_bpd and images, lambda: BitsPerDimEvaluator(run, dequantizer())),
+        (settings.enable_bpd and images and "x" in places, lambda: BitsPerDimEvaluator(run, dequantizer(), "x")),
+        (
+            settings.enable_bpd and images and "x_tmin" in places,
+            lambda: BitsPerDimEvaluator(run, dequantizer(), "x_tmin"),
+        ),
         (settings.enable_bpd and not images, lambda: PointLikelihoodEvaluator(run)),
         (settings.enable_sampling and images, lambda: SamplesEvaluator(run, comparison_from_config(run.config))),
         (settings.enable_sampling and not images, lambda: PointSamplesEvaluator(run)),

@@ -19,7 +19,14 @@ from datasets import REFERENCE_EXAMPLES, EvaluationBatch, data_reference, evalua
 from dequantization.noise import Dequantized, Dequantizer, Images, check_levels, importance_weights, log_mean_exp
 from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values
-from evaluators.estimators import HostEstimate, estimator_from_config, evaluation_source, fetch_and_check
+from evaluators.estimators import (
+    HostEstimate,
+    OdeEstimator,
+    estimator_from_config,
+    evaluation_source,
+    fetch_and_check,
+    noised,
+)
 from infra import parallel
 from infra.workdir import EvaluationFolder
 from likelihood import bits_per_dim, to_bits_per_dim
@@ -30,20 +37,23 @@ from sampling import image_keys
 class BitsPerDimEvaluator:
     """Bits/dim of the images of `eval.bpd_dataset`, `eval.num_repeats` times, with the other settings of `eval`.
 
+    Args:
+        at: x as published, or x_tmin, where the likelihood of the ODE compares with the bound without start-time
+            correction, and where [L22] Theorem 3.1 holds. See `estimators.AT`.
+
     Raises:
         ValueError: for a field whose value is not allowed, or images that are not integer levels below data.levels.
         OSError: if the data are missing.
     """
 
-    name = "bpd"
-
-    def __init__(self, run: Run, dequantizer: Dequantizer):
+    def __init__(self, run: Run, dequantizer: Dequantizer, at: str = "x"):
+        self.at, self.name = at, "bpd" if at == "x" else "bpd_tmin"
         settings = run.config.eval
         for field in ("num_repeats", "num_importance_samples"):
             if settings[field] < 1:
                 raise ValueError(f"eval.{field} is {settings[field]}; it must be at least 1")
         self.run, self.dequantizer = run, dequantizer
-        self.estimator = estimator_from_config(run.config)
+        self.estimator = estimator_from_config(run.config, at)
         self.source = evaluation_source(run.config)
         self._reference_source = (
             datasets.source_from_config(run.config, "train") if self.estimator.needs_reference else None
@@ -63,6 +73,7 @@ class BitsPerDimEvaluator:
             **self.dequantizer.description,
             "importance_samples": self.num_draws,
             **self.estimator.description,
+            **({} if self.at == "x" else {"at": self.at}),
             "seed": self.run.config.seed,
         }
 
@@ -138,6 +149,8 @@ class BitsPerDimEvaluator:
     ) -> HostEstimate:
         """Estimates -ln p(x). Raises RuntimeError if the solve failed or a value is not finite."""
         score_fn, t_min = self.run.score_fn(params), self.dequantizer.t_min
+        if self.at == "x_tmin" and isinstance(self.estimator, OdeEstimator):  # a bound draws x_tmin itself
+            x = noised(self.run.sde, x, keys, t_min)
         estimate = self.estimator(score_fn, self.run.sde, x, keys, t_min, self._reference, show)
         context = f"Cannot compute bits/dim for {self.source.description} with {self.estimator.description}"
         return fetch_and_check(estimate, batch.indices, "image", context)

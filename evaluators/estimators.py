@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 import bound_likelihood
 import datasets
-from arrays import Batch, PerExample, ReportProgress, ScoreFn
+from arrays import Batch, PerExample, ReportProgress, ScoreFn, append_dims
 from configs.default import Config
 from coordinates import TAIL_DENSITY, GaussianReference
 from datasets import SPLITS, Source
@@ -164,6 +165,7 @@ class BoundEstimator:
     importance_sampling: bool
     num_times: int
     num_starts: int
+    """Draws in the start-time correction, which makes it a bound for x. 0: a bound for x_tmin."""
     needs_reference: bool = True
 
     @property
@@ -213,15 +215,47 @@ def evaluation_source(config: Config) -> Source:
     return datasets.source_from_config(config, settings.bpd_dataset)
 
 
-def estimator_from_config(config: Config) -> OdeEstimator | BoundEstimator:
+AT = ("x", "x_tmin")
+"""Where a likelihood is evaluated: at the data, or at the data with the noise of t_min, alpha x + sigma z."""
+
+
+def places_from_config(config: Config) -> tuple[str, ...]:
+    """The places that `eval.likelihood_at` asks for.
+
+    Raises:
+        ValueError: for an unknown place; for x_tmin with noise that gives x at t > 0 already.
+    """
+    settings, choices = config.eval, (*AT, "both")
+    if settings.likelihood_at not in choices:
+        raise ValueError(f"eval.likelihood_at is {settings.likelihood_at!r}; known: {', '.join(choices)}")
+    if settings.likelihood_at != "x" and settings.dequantization != "uniform":
+        raise ValueError(
+            f"eval.likelihood_at is {settings.likelihood_at!r}, but eval.dequantization={settings.dequantization} has "
+            "the noise of its own start time already; use eval.likelihood_at=x"
+        )
+    return AT if settings.likelihood_at == "both" else (settings.likelihood_at,)
+
+
+@functools.partial(jax.jit, static_argnames=("sde", "t_min"))
+def noised(sde: SDE, x: Batch, keys: Array, t_min: float) -> Batch:
+    """Draws x_tmin = alpha x + sigma z. Each example has its own key."""
+    z = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 2), x.shape[1:]))(keys)
+    mean, sigma = sde.marginal(x, jnp.full(len(x), t_min))
+    return mean + append_dims(sigma, x) * z
+
+
+def estimator_from_config(config: Config, at: str = "x") -> OdeEstimator | BoundEstimator:
     """Builds the estimator that `eval` describes.
+
+    Args:
+        at: x or x_tmin. The bound for x_tmin has no start-time correction.
 
     Raises:
         ValueError: for a field whose value is not allowed.
     """
     settings = config.eval
     if settings.bound:
-        return _bound_from_config(settings)
+        return _bound_from_config(settings, at)
     if settings.ode_solver not in METHODS:
         raise ValueError(f"eval.ode_solver is {settings.ode_solver!r}; known: {', '.join(METHODS)}")
     if settings.probe not in PROBE_KINDS:
@@ -240,7 +274,7 @@ def estimator_from_config(config: Config) -> OdeEstimator | BoundEstimator:
     return OdeEstimator(settings.ode_solver, settings.probe, **values)
 
 
-def _bound_from_config(settings: Config) -> BoundEstimator:
+def _bound_from_config(settings: Config, at: str) -> BoundEstimator:
     if settings.bound_times < 2:
         raise ValueError(f"eval.bound_times is {settings.bound_times}; it must be at least 2")
     if settings.bound_starts < 1:
@@ -259,5 +293,5 @@ def _bound_from_config(settings: Config) -> BoundEstimator:
         form="dsm" if settings.dsm else "sm",
         importance_sampling=settings.bound_importance_sampling,
         num_times=settings.bound_times,
-        num_starts=settings.bound_starts if settings.offset else 0,
+        num_starts=settings.bound_starts if settings.offset and at == "x" else 0,
     )

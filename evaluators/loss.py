@@ -17,7 +17,7 @@ from models.score import Params
 
 
 class LossEvaluator:
-    """The mean training objective and its terms, without dropout, on a source of test data."""
+    """The mean training objective and its terms on test data, with constant weights and without dropout."""
 
     name = "loss"
 
@@ -57,5 +57,6 @@ class LossEvaluator:
     def _per_example(self, params: Params, images: Array, key: Array) -> dict[str, Array]:
         data_key, noise_key = jax.random.split(key)
         x0 = self.preprocess(data_key, images)
-        noise = draw_noise(noise_key, self.run.sde, self.run.trainer.objective, x0.shape)
-        return score_matching_losses(self.run.score_fn(params), self.run.sde, self.run.trainer.objective, x0, noise)
+        objective = self.run.trainer.objective.for_evaluation()
+        noise = draw_noise(noise_key, self.run.sde, objective, x0.shape)
+        return score_matching_losses(self.run.score_fn(params), self.run.sde, objective, x0, noise)

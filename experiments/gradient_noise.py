@@ -2,9 +2,11 @@
 
 Let g be the gradient of a term on one batch. The signal |E g| comes from an unbiased estimate of |E g|^2 over pairs of
 batches. The noise is the square root of E|g - E g|^2. The cosine is taken between the mean gradients of a term and of
-the first order.
+the first order. Weights by noise level and a high_order_fraction do not apply here.
 
     python -m experiments.gradient_noise --config=configs/digits/ncsnpp.py --workdir=runs/order1
+    python -m experiments.gradient_noise --config=configs/digits/ncsnpp.py --workdir=runs/order1 \
+        --config.training.high_order_estimator=unbiased
 """
 
 from pathlib import Path
@@ -42,6 +44,7 @@ def main(argv: list[str]) -> None:
         cosine = signal[0, i] / (np.sqrt(max(signal[0, 0], 0)) * size) if size else float("nan")
         rows.append((term, f"{size:.4f}", f"{noise[i]:.4f}", f"{size / noise[i]:.4f}", f"{cosine:+.2f}"))
     print(f"batch {config.training.batch_size}, {_BATCHES.value} batches, {_WORKDIR.value}")
+    print(f"orders 2 and 3: {config.training.high_order_estimator}")
     print(text_table(("term", "|mean gradient|", "noise of one batch", "ratio", "cosine with first"), rows))
 
 
@@ -52,15 +55,16 @@ def term_gradients(run: Run, params: object, batches: int) -> np.ndarray:
     """
     source = source_from_config(run.config, "train")
     order = BatchOrder(len(source), run.config.training.batch_size, run.config.seed)
+    objective = run.trainer.objective.for_evaluation()
 
     @jax.jit
     def gradients(params: object, images: jax.Array, key: jax.Array) -> jax.Array:
         data_key, noise_key = jax.random.split(key)
         x0 = run.preprocess(data_key, images)
-        noise = draw_noise(noise_key, run.sde, run.trainer.objective, x0.shape)
+        noise = draw_noise(noise_key, run.sde, objective, x0.shape)
 
         def means(params: object) -> jax.Array:
-            losses = score_matching_losses(run.score_fn(params), run.sde, run.trainer.objective, x0, noise)
+            losses = score_matching_losses(run.score_fn(params), run.sde, objective, x0, noise)
             return jnp.stack([jnp.mean(losses[term]) for term in TERMS])
 
         _, pull_back = jax.vjp(means, params)

@@ -24,7 +24,7 @@ from infra import parallel
 from infra.published_checkpoints import read_published_checkpoint
 from infra.workdir import Workdir
 from models.score import Params
-from train_state import TrainState
+from train_state import ResidualTable, TrainState
 
 
 def abstract_state(state: TrainState, sharding: Sharding) -> TrainState:
@@ -38,6 +38,18 @@ class DamagedCheckpointError(ValueError):
 
 CHECKSUMS = "checksums"
 """The key in a checkpoint's description that holds the CRC-32 of each array, by its path, and of the description."""
+
+
+def initial_residuals(like: TrainState) -> ResidualTable | None:
+    """The residuals of a state shaped as `like` whose checkpoint has none."""
+    if like.residuals is None:
+        return None
+    return jax.tree.map(lambda a, shape: jax.device_put(a, shape.sharding), ResidualTable.start(), like.residuals)
+
+
+def _stored(state: TrainState) -> dict[str, Any]:
+    """The arrays that every checkpoint has, by name; the residuals are stored beside them, if there are any."""
+    return {name: getattr(state, name) for name in ("step", "params", "ema_params", "opt_state")}
 
 
 class Checkpoints:
@@ -74,7 +86,11 @@ class Checkpoints:
             create=not read_only,
             read_only=read_only,
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "description": ocp.JsonCheckpointHandler()}
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "description": ocp.JsonCheckpointHandler(),
+            "residuals": ocp.StandardCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
 
     @classmethod
@@ -122,13 +138,16 @@ class Checkpoints:
         step = int(state.step)
         if step == self.newest():
             return
-        described = self.description | {CHECKSUMS: _checksums(state, self.description)}
-        arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), description=ocp.args.JsonSave(described))
+        arrays = {"state": _stored(state)}
+        if state.residuals is not None:
+            arrays["residuals"] = state.residuals._asdict()
+        described = self.description | {CHECKSUMS: _checksums(arrays, self.description)}
+        items: dict[str, Any] = {name: ocp.args.StandardSave(part) for name, part in arrays.items()}
         with self._writing():
-            self._manager.save(step, args=arguments)
+            self._manager.save(step, args=ocp.args.Composite(**items, description=ocp.args.JsonSave(described)))
 
     def restore(self, step: int) -> TrainState:
-        """The state at `step`.
+        """The state at `step`. If the checkpoint has no residuals, as older ones, they start anew.
 
         Raises:
             DamagedCheckpointError: if the checkpoint is damaged.
@@ -141,14 +160,19 @@ class Checkpoints:
         if checksums is not None and checksums.get(_DESCRIPTION) != _checksum_of_text(description):
             raise DamagedCheckpointError(f"{name} is damaged: its description has changed since it was written")
         _check_same_network(description, self.description, name)
-        state = self._read(step, state=ocp.args.StandardRestore(self.like))
+        arrays = {"state": self._read(step, state=ocp.args.StandardRestore(_stored(self.like)))}
+        residuals = self.like.residuals
+        if residuals is not None and (self._manager.directory / str(step) / "residuals").is_dir():
+            arrays["residuals"] = self._read(step, residuals=ocp.args.StandardRestore(residuals._asdict()))
         if checksums is not None:
-            found = _checksums(state, description)
-            changed = [path for path in found.keys() | checksums.keys() if found.get(path) != checksums.get(path)]
+            found = _checksums(arrays, description)
+            changed = [path for path, checksum in found.items() if checksum != checksums.get(path)]
             if parallel.any_host(bool(changed)):
                 raise DamagedCheckpointError(
                     f"{name} is damaged: {len(changed)} of its arrays have changed on the disk"
                 )
+        table = ResidualTable(**arrays["residuals"]) if "residuals" in arrays else initial_residuals(self.like)
+        state = TrainState(**arrays["state"], residuals=table)
         if not bool(_all_finite((state.params, state.ema_params))):
             raise ValueError(
                 f"{name} has parameters that are not finite: its training has diverged; remove it to use an earlier one"
@@ -226,7 +250,7 @@ def load_state(path: Path, description: dict[str, Any], like: TrainState) -> Tra
     """
     path = path.absolute()
     if path.is_file():
-        state = read_published_checkpoint(path, like)
+        state = read_published_checkpoint(path, like).replace(residuals=initial_residuals(like))
         return jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), state, like)
     if not path.is_dir():
         raise FileNotFoundError(
@@ -241,13 +265,13 @@ def load_state(path: Path, description: dict[str, Any], like: TrainState) -> Tra
 _DESCRIPTION = "description"
 
 
-def _checksums(state: TrainState, description: dict[str, Any]) -> dict[str, int]:
-    """The CRC-32 of each array of a state, by its path, and of the description. Each host has all arrays."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+def _checksums(arrays: dict[str, Any], description: dict[str, Any]) -> dict[str, int]:
+    """The CRC-32 of each array, by its path, and of the description. Each host has all arrays."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
     for _, leaf in leaves:
         leaf.addressable_data(0).copy_to_host_async()
-    arrays = {jax.tree_util.keystr(path): np.asarray(leaf.addressable_data(0)) for path, leaf in leaves}
-    sums = {path: zlib.crc32(array.tobytes()) for path, array in arrays.items()}
+    contents = {jax.tree_util.keystr(path): np.asarray(leaf.addressable_data(0)) for path, leaf in leaves}
+    sums = {path: zlib.crc32(array.tobytes()) for path, array in contents.items()}
     return sums | {_DESCRIPTION: _checksum_of_text(description)}
 
 

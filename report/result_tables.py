@@ -1,5 +1,6 @@
 """The tables of evaluations on the page: losses, likelihoods, sample quality."""
 
+import itertools
 from collections.abc import Sequence
 
 from report.content import Block, Note, Table
@@ -18,14 +19,46 @@ def losses_over_test_set(runs: Sequence[RunFiles]) -> list[Block]:
 
 def bits_per_dim(runs: Sequence[RunFiles]) -> list[Block]:
     """The likelihoods of images."""
-    terms = dict.fromkeys(name for result in _results_with("bpd", runs) for name in result["bpd"].get("terms", {}))
-    term_fields = [field(name.replace("_", " "), f"terms.{name}", show=estimate) for name in terms]
-    tables = [
-        *_table("bpd", _BITS_PER_DIM, runs),
-        *_table("bpd", term_fields, runs, "Terms in bits/dim"),
-        *_table("bpd", _LIKELIHOOD_SETTINGS, runs, "Settings of the likelihood"),
-    ]
-    return [*tables, Note(_ABOUT_BITS_PER_DIM), *_warnings("bpd", runs)] if tables else []
+    tables: list[Block] = []
+    for part, place in _PLACES.items():
+        terms = dict.fromkeys(name for result in _results_with(part, runs) for name in result[part].get("terms", {}))
+        term_fields = [field(name.replace("_", " "), f"terms.{name}", show=estimate) for name in terms]
+        tables += [
+            *_table(part, _BITS_PER_DIM, runs, "" if part == "bpd" else f"Bits/dim {place}"),
+            *_table(part, term_fields, runs, f"Terms in bits/dim {place}".strip()),
+            *_table(part, _LIKELIHOOD_SETTINGS, runs, f"Settings of the likelihood {place}".strip()),
+        ]
+    warnings = [note for part in _PLACES for note in _warnings(part, runs)]
+    return [*tables, *_gaps(runs), Note(_ABOUT_BITS_PER_DIM), *warnings] if tables else []
+
+
+_PLACES = {"bpd": "", "bpd_tmin": "at x_tmin"}
+"""The parts of an evaluation with bits/dim, and where they were evaluated."""
+
+
+def _gaps(runs: Sequence[RunFiles]) -> list[Block]:
+    """The bits/dim of the ODE minus the bound for the same images, dequantization and checkpoint, at the same point."""
+    rows = []
+    for run, (part, place) in itertools.product(runs, _PLACES.items()):
+        results = [result for result in run.results if part in result]
+        odes = [result for result in results if "bound" not in result[part]]
+        bounds = [result for result in results if _bounds_the_same(result[part], part)]
+        for ode, bound in itertools.product(odes, bounds):
+            if _compared_by(ode, part) == _compared_by(bound, part):
+                gap = ode[part]["mean"] - bound[part]["mean"]
+                step = number(ode["checkpoint_step"])
+                rows.append([run.name, step, place or "at x", _estimator(ode[part]), f"{gap:+.4f}"])
+    headers = ["run", "step", "evaluated", "ODE", "ODE minus bound"]
+    return [Table(headers, rows, "Gap between the ODE and the bound, bits/dim")] if rows else []
+
+
+def _bounds_the_same(part: Result, name: str) -> bool:
+    """Whether this is a bound for the point of this part: one for x needs the start-time correction."""
+    return "bound" in part and (part["num_starts"] > 0) == (name == "bpd")
+
+
+def _compared_by(result: Result, part: str) -> list[object]:
+    return [result["checkpoint_step"], *(result[part].get(name) for name in ("data", "dequantization", "n"))]
 
 
 def nats(runs: Sequence[RunFiles]) -> list[Block]:

@@ -102,7 +102,7 @@ def check_published_checkpoint(path: Path) -> Iterator[Result]:
     data = np.load(checkpoint.with_name(f"{checkpoint.name}.npz"))
     config = golden_config(data)
     network: Any = ncsnpp_from_fields(config.model, config.data.centered)
-    optimizer = optimizer_from_config(config.optim)
+    optimizer = optimizer_from_config(config.optim, config.training.n_iters)
     like = jax.eval_shape(lambda params: create_state(params, optimizer), _abstract(network, data["x"].shape[1:]))
     state = read_published_checkpoint(checkpoint, like)
     output = _network_output(network, state.ema_params, data["x"], data["labels"])

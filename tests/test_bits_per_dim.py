@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,8 +16,11 @@ from build import Run, build
 from configs.digits.smoke import get_config
 from datasets import data_reference
 from dequantization.noise import dequantizer_from_config, log_mean_exp
+from evaluators import evaluators_from_config
 from evaluators.bits_per_dim import BitsPerDimEvaluator, importance_weighted, solver_warning, summary
+from evaluators.estimators import estimator_from_config, noised, places_from_config
 from infra.workdir import EvaluationFolder, Workdir
+from sde_lib import VPSDE
 
 EXACT = {"eval__max_examples": 8, "eval__batch_size": 8, "eval__ode_steps": 4}
 
@@ -60,6 +64,37 @@ def test_importance_samples_of_truncated_normal_noise(tmp_path, monkeypatch):
     assert values["bpd"].shape == (8,)
     monkeypatch.setattr(BitsPerDimEvaluator, "_batch", lambda *arguments: pytest.fail("computed again"))
     assert likelihood(PARAMS, folder_in(tmp_path)) == result
+
+
+def test_bits_per_dim_at_the_noised_data(tmp_path):
+    """x_tmin is x with the noise of t_min; the ODE and the bound at x_tmin are parts of their own in the result."""
+    run = run_with(eval__likelihood_at="both", eval__num_repeats=1)
+    parts = evaluators_from_config(run, lambda: dequantizer_from_config(run.config, run.sde))
+    assert [part.name for part in parts if part.name.startswith("bpd")] == ["bpd", "bpd_tmin"]
+    at_x, at_tmin = parts[:2]
+    assert "at" not in at_x.description
+    assert at_tmin(PARAMS, folder_in(tmp_path))["at"] == "x_tmin"
+    x, keys = jnp.ones((2000, 2)), jax.random.split(jax.random.key(0), 2000)
+    sde = VPSDE()
+    alpha, sigma = (float(value) for value in sde.alpha_sigma(jnp.asarray(0.3)))
+    noisy = np.asarray(noised(sde, x, keys, 0.3))
+    assert abs(noisy.mean() - alpha) < 5 * sigma / math.sqrt(4000)
+    assert abs(noisy.std() / sigma - 1) < 5 / math.sqrt(2 * 4000)
+    bound = run_with(eval__bound=True, eval__bound_starts=5).config
+    assert estimator_from_config(bound).description["num_starts"] == 5
+    assert estimator_from_config(bound, "x_tmin").description["num_starts"] == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"eval__likelihood_at": "0"}, "eval.likelihood_at is '0'; known: x, x_tmin, both"),
+        ({"eval__likelihood_at": "both", "eval__dequantization": "truncated_normal"}, "use eval.likelihood_at=x"),
+    ],
+)
+def test_impossible_places_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        places_from_config(run_with(**fields).config)
 
 
 def test_both_forms_of_the_bound_agree(tmp_path):

@@ -2,17 +2,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh
 
 from configs.digits.smoke import get_config
 from infra import parallel
 from infra.checkpoints import Checkpoints, DamagedCheckpointError, abstract_state
-from train_state import TrainState, create_state, optimizer_from_config, reset_parts
+from train_state import ResidualTable, TrainState, create_state, optimizer_from_config, reset_parts
 
 OPTIMIZER = optax.adam(1e-3)
 
@@ -40,6 +42,42 @@ def test_restored_on_another_number_of_devices(tmp_path):
     assert restored.step == 3
     assert jnp.array_equal(restored.params["w"], jnp.full((4, 2), 0.25))
     assert jax.tree.all(jax.tree.map(lambda a: len(a.devices()) == 1, restored))
+
+
+class StateOfOldVersions(flax.struct.PyTreeNode):
+    """A training state from before residuals were part of it."""
+
+    step: Any
+    params: Any
+    ema_params: Any
+    opt_state: Any
+
+
+def save_as_old_versions_did(folder, state):
+    handlers = {"state": ocp.StandardCheckpointHandler(), "description": ocp.JsonCheckpointHandler()}
+    old = StateOfOldVersions(state.step, state.params, state.ema_params, state.opt_state)
+    with ocp.CheckpointManager(folder, item_handlers=handlers) as manager:
+        items = ocp.args.Composite(state=ocp.args.StandardSave(old), description=ocp.args.JsonSave({}))
+        manager.save(int(state.step), args=items)
+
+
+def test_residuals_are_restored_or_start_anew(tmp_path):
+    """Checkpoints with and without residuals serve runs with and without them, also checkpoints of old versions."""
+    table = ResidualTable(jnp.full(64, 2.0), jnp.full(64, 4.0))
+    save_as_old_versions_did(tmp_path / "old", state_at(3))
+    for name, residuals in (("without", None), ("with", table)):
+        with Checkpoints(tmp_path / name, {}, like()) as checkpoints:
+            checkpoints.save(state_at(3).replace(residuals=residuals))
+    for name, expected in (("old", 1.0), ("without", 1.0), ("with", 0.5)):
+        for wanted in (None, table):
+            target = like(state=state_at(0).replace(residuals=wanted))
+            with Checkpoints(tmp_path / name, {}, target, read_only=True) as checkpoints:
+                restored = checkpoints.restore(3)
+            assert restored.step == 3
+            assert jnp.array_equal(restored.params["w"], jnp.ones((4, 2)))
+            assert jax.tree.structure(restored) == jax.tree.structure(target)
+            if wanted is not None:
+                np.testing.assert_allclose(restored.residuals.values(), expected)
 
 
 def test_the_newest_and_every_nth_are_kept(tmp_path):
@@ -223,7 +261,7 @@ def test_the_warm_up_starts_again_with_the_step(parts, warm):
     """The next step's learning rate is what [S21a]'s code would work out from the state's step."""
     optim = get_config().optim
     optim.lr, optim.warmup, optim.eps = 1.0, 10, 1e-8
-    optimizer = optimizer_from_config(optim)
+    optimizer = optimizer_from_config(optim, 100)
     params: Any = {"w": jnp.ones(3)}
     old = create_state(params, optimizer)
     for _ in range(7):

@@ -41,7 +41,7 @@ def config_of(sde: str) -> Config:
 def state_like(config: Config) -> TrainState:
     size = config.data.image_size
     network, shape = build_network(config), (size, size, config.data.num_channels)
-    optimizer = optimizer_from_config(config.optim)
+    optimizer = optimizer_from_config(config.optim, config.training.n_iters)
     return jax.eval_shape(lambda: create_state(ScoreModel(network, VESDE()).init(jax.random.key(0), shape), optimizer))
 
 
@@ -86,7 +86,9 @@ def test_the_next_step_is_that_of_the_raw_moments() -> None:
     leaves, tree = jax.tree.flatten(state.params)
     rng = np.random.default_rng(0)
     gradient = tree.unflatten([jnp.asarray(rng.normal(size=leaf.shape), jnp.float32) for leaf in leaves])
-    updates, _ = jax.jit(optimizer_from_config(config.optim).update)(gradient, state.opt_state, state.params)
+    updates, _ = jax.jit(optimizer_from_config(config.optim, config.training.n_iters).update)(
+        gradient, state.opt_state, state.params
+    )
 
     raw, gradients = raw_leaves(GOLDEN["vp"]), flat(gradient)
     norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradients.values()))

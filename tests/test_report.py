@@ -245,6 +245,24 @@ def test_the_summary_names_the_file_if_there_are_several_evaluations(tmp_path):
     assert "FID 3.500 (classifier features) of quick/step_2000.json" in page_of(run).sections[""]
 
 
+def test_the_gap_between_ode_and_bound_is_taken_at_the_same_point(tmp_path):
+    """The ODE at x_tmin compares with the bound without start-time correction, of the same images, and no other."""
+    part = {"se": 0.1, "n": 8, "data": "digits", "dequantization": "uniform", "terms": {}}
+    ode, bound = part | {"solver": "dopri5"}, part | {"bound": "dsm", "num_times": 10}
+    results = {
+        "ode": {"bpd": ode | {"mean": 2.0}, "bpd_tmin": ode | {"mean": 2.125}},
+        "bound": {"bpd_tmin": bound | {"mean": 2.1, "num_starts": 0}, "bpd": bound | {"mean": 2.1, "num_starts": 0}},
+        "others": {"bpd_tmin": bound | {"mean": 2.3, "num_starts": 0, "n": 9}},
+    }
+    for name, content in results.items():
+        write_json(tmp_path / "eval" / f"{name}.json", {"checkpoint_step": 5} | content)
+    text = words(" ".join(page_of(tmp_path).sections.values()))
+    assert text.count("+0.0250") == 1
+    assert "at x_tmin dopri5 +0.0250" in text
+    gaps = text.split("Gap between the ODE and the bound")[1]
+    assert gaps.count("dopri5") == 1
+
+
 def test_samples_of_another_evaluation_say_so(tmp_path):
     run = write_run(tmp_path / "run")
     images = np.zeros((4, 8, 8, 1), np.uint8)

@@ -18,7 +18,7 @@ from models.layers import ResnetBlockDDPMpp, conv
 from models.ncsnpp import apply_with_remat
 from models.score import ScoreModel
 from sde_lib import VPSDE
-from train_state import create_state, optimizer_from_config
+from train_state import ResidualTable, create_state, optimizer_from_config, schedules_at
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,7 @@ def test_optimizer_is_the_published_one():
     """Clip by the global norm, Adam with warm-up from 0, by hand for three steps on a small vector."""
     optim = get_config().optim
     optim.lr, optim.warmup, optim.grad_clip, optim.eps = 0.1, 2, 1.0, 1e-8
-    optimizer = optimizer_from_config(optim)
+    optimizer = optimizer_from_config(optim, 100)
     params: Any = {"w": jnp.array([1.0, -2.0])}
     state = optimizer.init(params)
     m = v = np.zeros(2)
@@ -159,7 +159,7 @@ def test_a_limit_of_zero_for_the_gradient_is_no_limit():
     optim, updates = get_config().optim, []
     optim.warmup = 0
     for optim.grad_clip in (0.0, -1.0):
-        optimizer = optimizer_from_config(optim)
+        optimizer = optimizer_from_config(optim, 100)
         params: Any = {"w": jnp.ones(3)}
         updates.append(optimizer.update({"w": 100 * jnp.ones(3)}, optimizer.init(params), params)[0]["w"])
     np.testing.assert_array_equal(*updates)
@@ -193,6 +193,70 @@ def test_a_step_that_is_not_finite_changes_only_the_step(batches):
     assert relative_distance(after.params, third.params) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [("constant", (1, 1, 1)), ("linear", (0.75, 0.5, 0)), ("cosine", (0.5 + 0.5**1.5, 0.5, 0))],
+)
+def test_learning_rate_falls_to_zero(schedule, factors):
+    """Adam makes steps of the learning rate if all gradients are equal; beta2 does not matter then."""
+    optim = get_config().optim
+    optim.lr, optim.warmup, optim.eps, optim.schedule, optim.beta2 = 0.1, 10, 1e-12, schedule, 0.99
+    optimizer = optimizer_from_config(optim, 80)
+    params: Any = {"w": jnp.ones(3)}
+    state = optimizer.init(params)
+    for step, factor in zip((20, 40, 80), factors, strict=True):
+        updates: Any = optimizer.update(params, schedules_at(state, jnp.asarray(step)), params)[0]
+        np.testing.assert_allclose(updates["w"], -0.1 * factor, rtol=1e-4, atol=1e-8)
+
+
+def test_the_average_warms_up(batches):
+    trainer = dataclasses.replace(run_of_order(1).trainer, ema_rate=0.9, ema_warmup=True)
+    rates = [float(trainer.ema_rate_at(jnp.asarray(step))) for step in (0, 9, 1000)]
+    np.testing.assert_allclose(rates, (0.1, 10 / 19, 0.9), rtol=1e-6)
+
+
+def test_residuals_are_measured_by_noise_level(batches):
+    """After many batches the table has r at each time; weights of the first order have mean 1 over all times."""
+    table = ResidualTable.start()
+    np.testing.assert_allclose(table.values(), 1)
+    assert not any(a.weak_type for a in table), "the second training step would compile again"
+
+    @jax.jit
+    def after_all(table, quantiles):
+        return jax.lax.scan(lambda t, q: (t.updated(ResidualTable.of_batch(q, 0.1 + q)), None), table, quantiles)[0]
+
+    table = after_all(table, jax.random.uniform(jax.random.key(0), (2000, 64)))
+    middles = (np.arange(64) + 0.5) / 64
+    np.testing.assert_allclose(table.values(), 0.1 + middles, rtol=0.03)
+    residual = table.at(jnp.asarray(middles))
+    np.testing.assert_allclose(residual.value, 0.1 + middles, rtol=0.03)
+    np.testing.assert_allclose(jnp.mean(residual.harmonic_mean / residual.value), 1, rtol=1e-5)
+    np.testing.assert_allclose(jnp.mean(table.density()), 1, rtol=1e-5)
+
+
+def test_all_options_together_train_alike_on_four_devices_in_parts(batches):
+    """Unbiased order 2 on half the batch, weights by the residual, even times; r falls during training."""
+    config = get_config()
+    config.training.update(
+        score_matching_order=2,
+        high_order_estimator="unbiased",
+        high_order_fraction=0.5,
+        high_order_weighting="residual",
+        first_order_weighting="residual",
+        stratified_times=True,
+    )
+    config.training.batch_size, config.optim.grad_clip = 16, -1.0
+    run = build(config)
+    in_parts = dataclasses.replace(run, trainer=dataclasses.replace(run.trainer, accumulation_steps=2))
+    one, metrics = train_on(jax.devices()[:1], run, batches[:8])
+    four, _ = train_on(jax.devices(), in_parts, batches[:8])
+    assert relative_distance(four.params, one.params) < 1e-3
+    assert set(metrics) == {"first", "second_frob", "second_trace", "total", "residual", "grad_norm"}
+    assert all(np.isfinite(value) for value in metrics.values())
+    np.testing.assert_allclose(four.residuals.values(), one.residuals.values(), rtol=1e-3)
+    assert np.mean(one.residuals.values()) < 0.99
+
+
 def test_average_of_parameters(batches):
     """ema <- rate ema + (1 - rate) params, from the parameters at step 0."""
     run = run_of_order(1)
@@ -211,21 +275,31 @@ def test_a_state_shares_no_buffers():
     assert len(set(pointers)) == len(pointers)
 
 
-@pytest.mark.parametrize(("field", "value"), [("warmup", 0), ("grad_clip", -1.0), ("weight_decay", 0.1)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("warmup", 0), ("grad_clip", -1.0), ("weight_decay", 0.1), ("schedule", "cosine")]
+)
 def test_another_optimizer_goes_on_with_the_state(field, value):
     optim = get_config().optim
-    usual = optimizer_from_config(optim).init({"w": jnp.ones(3)})
+    usual = optimizer_from_config(optim, 100).init({"w": jnp.ones(3)})
     optim[field] = value
-    other = optimizer_from_config(optim).init({"w": jnp.ones(3)})
+    other = optimizer_from_config(optim, 100).init({"w": jnp.ones(3)})
     assert jax.tree.structure(other) == jax.tree.structure(usual)
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("optimizer", "SGD"), ("lr", 0.0), ("beta1", 1.0), ("warmup", -1), ("weight_decay", -0.1)],
+    [
+        ("optimizer", "SGD"),
+        ("lr", 0.0),
+        ("beta1", 1.0),
+        ("beta2", 1.0),
+        ("schedule", "step"),
+        ("warmup", -1),
+        ("weight_decay", -0.1),
+    ],
 )
 def test_impossible_optimizers_are_refused(field, value):
     optim = get_config().optim
     optim[field] = value
     with pytest.raises(ValueError, match=f"optim.{field} is"):
-        optimizer_from_config(optim)
+        optimizer_from_config(optim, 100)

@@ -1,0 +1,104 @@
+"""The rule of the experiment on FashionMNIST, its settings, and its page from stored results."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from configs.fashion.ncsnpp import get_config
+from experiments import fashion_orders
+from experiments.fashion_orders import BRANCHES, Plan, Values, evaluations, helps, results_page, verdict
+from losses import objective_from_config
+
+IMAGES = 16
+
+
+def values(tmin: float, gap: float, train_bound: float = 3.0) -> Values:
+    """Returns bits/dim with these means, which vary alike over images."""
+    image = np.linspace(-0.5, 0.5, IMAGES)
+    wobble = 1e-3 * np.cos(np.arange(IMAGES)) * (1 + abs(tmin))  # differences between models have an error
+    return Values(
+        ode_x=image + tmin,
+        ode_tmin=image + tmin + wobble,
+        bound=image + tmin - gap,
+        train_ode_tmin=image + tmin,
+        train_bound=image + train_bound + wobble,
+    )
+
+
+FIRST, WEIGHTED = values(3.0, 0.1), values(2.99, 0.09)
+
+
+@pytest.mark.parametrize(
+    ("branch", "expected"),
+    [
+        (values(2.95, 0.05), True),
+        (values(2.995, 0.05), False),  # does not beat C
+        (values(2.95, 0.2), False),  # its gap grows
+        (values(2.95, 0.05, train_bound=3.1), False),  # its bound on training images is worse
+    ],
+)
+def test_the_rule(branch: Values, expected: bool) -> None:
+    assert helps(branch, FIRST, WEIGHTED) is expected
+
+
+def test_the_verdict() -> None:
+    branches = {"K": FIRST, "C": WEIGHTED, "2": values(3.0, 0.1), "V2": values(2.95, 0.05)}
+    assert verdict(branches).endswith("By the rule, these help: V2.")
+    assert verdict(branches | {"V2": values(3.0, 0.1)}).endswith("no branch helps.")
+    assert "nothing to close" in verdict(branches | {"K": values(3.0, 0.01)})
+
+
+def test_branches_are_objectives() -> None:
+    for fields in BRANCHES.values():
+        config = get_config()
+        config.training.update(fields)
+        objective_from_config(config.training)
+
+
+def write_run(plan: Plan, branch: str, seed: int, tmin: float) -> None:
+    """Writes the files of a trained and evaluated branch that the page reads."""
+    folder = plan.folder(branch, seed)
+    (folder / "train").mkdir(parents=True)
+    records = [
+        {"step": step, "split": split, "first": 1 / step, "steps_per_second": 2.0, "seconds": float(step)}
+        for step in (1, 2, 3)
+        for split in ("train", "test")
+    ]
+    (folder / "train" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for name in evaluations(plan):
+        result: dict[str, object] = {"checkpoint_step": 3, "samples": {"fid": 1.5}}
+        for part, mean in (("bpd", tmin - 0.1), ("bpd_tmin", 2.85 if "bound" in name else tmin)):
+            stored = folder / name / part
+            stored.mkdir(parents=True)
+            np.savez(stored / "repeat0_batch0.npz", bpd=values(mean, 0.0).ode_tmin)
+            result[part] = {"values": part}
+        (folder / name / "step_3.json").write_text(json.dumps(result))
+
+
+def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is trained once, controls and the best branch with two seeds, and the page has a row for each."""
+    plan, calls = Plan(tmp_path, 3, 3, IMAGES, 8), []
+    tmin = {"V2": 2.9, "K": 3.1}
+
+    def train(plan: Plan, branch: str, seed: int, steps: int) -> None:
+        calls.append((branch, seed, steps))
+        write_run(plan, branch, seed, tmin.get(branch, 3.0))
+
+    monkeypatch.setattr(fashion_orders, "train", train)
+    monkeypatch.setattr(fashion_orders, "call", lambda *arguments: pytest.fail(f"evaluated again: {arguments}"))
+    monkeypatch.setattr(fashion_orders, "measured_residuals", lambda *_: (np.ones(2), np.ones(2)))
+    best = fashion_orders.run_all(plan)
+    assert best == "V2"
+    assert calls == [
+        ("base", 1, 3),
+        *((branch, 1, 3) for branch in BRANCHES),
+        *((branch, 2, 3) for branch in ("K", "C", "V2")),
+        ("K_long", 1, 3),
+        ("C_long", 1, 3),
+    ]
+    page = results_page(plan, best, tmp_path / "images", 60.0)
+    assert sum(line.startswith(("| V2 |", "| K |", "| K_long |", "| base |")) for line in page.splitlines()) == 6
+    assert "these help: V2" in page
+    assert (tmp_path / "images" / "orders.png").is_file()
