@@ -96,7 +96,8 @@ def _data() -> ConfigDict:
 def _model() -> ConfigDict:
     """The constants of the SDE, and the score network."""
     model = ConfigDict()
-    model.name = "ncsnpp"  # network: ncsnpp for images (NCSN++ and DDPM++), mlp for points
+    # network: ncsnpp for images (NCSN++ and DDPM++); for points mlp (ours) or mlp_published (that of the paper)
+    model.name = "ncsnpp"
     model.sigma_min = 0.01  # smallest noise level of the VE SDE
     model.sigma_max = 50.0  # largest noise level of the VE and linear VE SDEs
     model.beta_min = 0.1  # noise rate of the VP and sub-VP SDEs at t = 0
