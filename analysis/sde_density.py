@@ -105,7 +105,7 @@ def _relative_entropy(log_q: Grid, p: Grid, dy: float) -> float:
 class _Fields:
     """The data's density and score and the model's score on the grid, in the coordinates x of a time."""
 
-    def __init__(self, score_fn: ScoreFn, sde: SDE, density: Marginals, y: Grid, edges: Grid):
+    def __init__(self, score_fn: ScoreFn, sde: SDE, density: Marginals, y: Grid, edges: Float[np.ndarray, " edges"]):
         self._y, self._edges, self._model = y, edges, as_pytree(score_fn)
         self._score = jax.jit(lambda score_fn, x, t: score_fn(x, t))
         self._data = jax.jit(lambda x, t: (density.log_density(sde, x, t), density.score(sde, x, t)))
