@@ -29,5 +29,5 @@ def test_the_gap_is_the_difference_of_kl_and_bound(sde: SDE) -> None:
     assert result.kl == pytest.approx(result.end + result.score_matching - result.gap, abs=1e-3)
     strength = 0.0
     exact = sde_divergence(imperfect, sde, MIXTURE, variance, **size)
-    assert abs(exact.kl) < 1e-5
+    assert abs(exact.kl) < 3e-5
     assert exact.gap < 1e-4
