@@ -159,6 +159,8 @@ def _check_numbers(config: Config) -> None:
     for field in AT_LEAST_ONE:
         if training[field] < 1:
             raise ValueError(f"training.{field} is {training[field]}; it must be at least 1")
+    if training.n_iters_from_start < 0:
+        raise ValueError(f"training.n_iters_from_start is {training.n_iters_from_start}; it must not be negative")
     if not 0 <= config.model.ema_rate < 1:
         raise ValueError(f"model.ema_rate is {config.model.ema_rate}; it must lie in [0, 1)")
     if not 0 <= config.seed < 2**32:
