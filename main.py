@@ -12,6 +12,7 @@ resumes when it is run again. The other modes:
                     --config.data.archive=PATH
     stats       measures the real images that samples are compared with, and prints the FIDs of real images
     cost        measures memory and time of a training step before a run starts, as --config.cost.* ask
+    diagnose    shows where a model of images is bad: bits/dim by start time, errors by noise level
     export      writes a checkpoint as the published code stores it, to exported/ in the workdir
     train_deq   trains a dequantizer for a trained score model; --mode=eval uses it with --config.eval.dequantizer=True
 
@@ -30,7 +31,7 @@ from ml_collections import config_flags
 
 from infra import parallel
 
-MODES = ("train", "train_deq", "eval", "export", "report", "prepare", "stats", "cost")
+MODES = ("train", "train_deq", "eval", "diagnose", "export", "report", "prepare", "stats", "cost")
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 """Exit codes other than 0."""
 
@@ -91,6 +92,8 @@ def _run(mode: str, workdir: Path) -> None:
         run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value, _DEQ_FOLDER.value)
     elif mode == "train_deq":
         run_lib.train_deq(_CONFIG.value, workdir, _DEQ_FOLDER.value)
+    elif mode == "diagnose":
+        run_lib.diagnose(_CONFIG.value, workdir, _EVAL_FOLDER.value, _DEQ_FOLDER.value)
     elif mode == "export":
         run_lib.export(_CONFIG.value, workdir, _DEQ_FOLDER.value)
     elif mode == "prepare":

@@ -33,6 +33,7 @@ from configs.default import Config
 from datasets import Source
 from dequantization.training import DequantizerTraining, dequantizer_state, evaluation_dequantizer, score_params
 from evaluators import Evaluator, evaluators_from_config
+from evaluators.diagnostics import DiagnosticsEvaluator
 from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
@@ -207,9 +208,29 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
         ValueError, OSError: for bad input, before anything is written.
         RuntimeError: if an ODE solve fails.
     """
-    run, workdir = build(config), Workdir(path)
+    run = build(config)
     _check_eval_folder(eval_folder)
     evaluators = evaluators_from_config(run, lambda: evaluation_dequantizer(run, Workdir(path / deq_folder)))
+    evaluate_with(run, evaluators, Workdir(path), eval_folder)
+
+
+def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: str = "deq") -> None:
+    """Shows where a model of images is bad, by noise level and start time; see `DiagnosticsEvaluator`.
+
+    Checkpoints are chosen, results written and interruptions resumed as in `evaluate`.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError, RuntimeError: as in `evaluate`.
+    """
+    run = build(config)
+    _check_eval_folder(eval_folder)
+    evaluator = DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(path / deq_folder)))
+    evaluate_with(run, [evaluator], Workdir(path), eval_folder)
+
+
+def evaluate_with(run: Run, evaluators: Sequence[Evaluator], workdir: Workdir, eval_folder: str) -> None:
+    """Runs evaluators on the checkpoints that `eval` names."""
+    config = run.config
     if config.eval.checkpoint:
         return evaluate_other_checkpoint(run, evaluators, workdir, eval_folder)
     with run.existing_checkpoints(workdir) as checkpoints:
