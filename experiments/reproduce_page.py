@@ -172,7 +172,7 @@ def table(columns: Sequence[Column], models: Models, floor: dict[str, Any]) -> s
     headers = ["model", "steps", "ms/step", *(header for header, _ in columns)]
     rows = [headers, ["---"] * len(headers), *(table_row(name, models[name], columns) for name in BRANCHES)]
     exact = [value_at(floor, path) for _, path in columns]
-    rows.append([FLOOR, "", "", *("" if value is None else f"{value:.2g}" for value in exact)])
+    rows.append([FLOOR, "", "", *("" if value is None else f"{value:.3g}" for value in exact)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -192,7 +192,7 @@ def value_at(result: dict[str, Any], path: str) -> float | None:
 
 def over_seeds(values: Sequence[float | None], digits: int = 4) -> str:
     estimate = mean_estimate(np.array(values, np.float64))
-    return plus_minus(estimate, digits)
+    return plus_minus(estimate, digits).removesuffix(" (one seed)")  # the page says so above the table
 
 
 def plus_minus(estimate: MeanEstimate, digits: int = 4, sign: str = "") -> str:
@@ -314,8 +314,9 @@ in nats, from {times} times with {points} points each, with solves at tolerance 
 ± is the standard error over seeds. The row "exact score" has the score of the data in place of a model's: it is the
 floor of each measurement, due to the solvers and the prior.
 
-Command `make reproduce`, commit {commits}, {device}: {minutes} minutes, {cpu} of CPU time. Other work shared the
-machine, so only the ratios of ms/step are meaningful.
+Command `make reproduce`, commit {commits}, {device}:
+{minutes} minutes, {cpu} of CPU time. Other work shared the machine, so only the ratios of ms/step are meaningful, and
+they are rough.
 """
 
 PATHS = """

@@ -1,4 +1,4 @@
-"""The paper's network with smaller widths on the 2-D checkerboard (VE), for `make demo`: orders from scratch in minutes.
+"""The paper's network with smaller widths on the 2-D checkerboard (VE), for `make demo`: each order in minutes.
 
     python main.py --config=configs/toy/checkerboard_demo.py --workdir=runs/board1 --mode=train
     python main.py --config=configs/toy/checkerboard_demo.py --workdir=runs/board3 --mode=train \\
