@@ -139,21 +139,21 @@ def last_step(training: Config, workdir: Workdir) -> int:
 def score_training(run: Run, source: Source, end: int | None = None) -> Training:
     """The training of the score model on this source, to step `end` (default: training.n_iters)."""
     training = run.config.training
-    end = training.n_iters if end is None else end
+    last = training.n_iters if end is None else end
     train_steps, key = run.train_steps(), run.key(TRAIN_KEY)
 
     def calls(first_step: int) -> Iterator[tuple[int, jax.Array]]:
         # Checkpoints are kept permanently at multiples of snapshot_freq, so calls end there, too.
         every = (training.n_jitted_steps, training.snapshot_freq)
         for step, batches in datasets.training_calls(
-            source, training.batch_size, run.config.seed, first_step, end, every
+            source, training.batch_size, run.config.seed, first_step, last, every
         ):
             yield step, parallel.global_array(run.mesh, batches, axis=1)
 
     def update(state: TrainState, batches: jax.Array) -> tuple[TrainState, Metrics]:
         return train_steps(state, batches, key)
 
-    return Training(f"order {training.score_matching_order}", end, calls, update)
+    return Training(f"order {training.score_matching_order}", last, calls, update)
 
 
 def draw_snapshots(snapshots: Snapshots, metrics: MetricsWriter, stop: StopRequest) -> Callback:

@@ -64,8 +64,8 @@ def sde_divergence(
     """
     edges = np.linspace(-limit, limit, num_cells + 1)
     y, dy = 0.5 * (edges[1:] + edges[:-1]), edges[1] - edges[0]
-    ends = (float(sde.log_noise_level(jnp.asarray(t))) for t in (sde.t_max, t_min))
-    log_rho, step = np.linspace(*ends, num_steps + 1, retstep=True)
+    first, last = (float(sde.log_noise_level(jnp.asarray(t))) for t in (sde.t_max, t_min))
+    log_rho, step = np.linspace(first, last, num_steps + 1), (last - first) / num_steps
     t = np.asarray(sde.time_of_log_noise_level(jnp.asarray(log_rho)), np.float64)
     alpha, sigma = (np.asarray(a, np.float64) for a in sde.alpha_sigma(jnp.asarray(t)))
     scale = np.sqrt(alpha**2 * variance + sigma**2)

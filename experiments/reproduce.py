@@ -88,7 +88,7 @@ def run_seed(problem: Problem, seed: int, folder: Path) -> None:
     """Trains and evaluates the models of a seed."""
     settings, half = problem.settings(seed), problem.steps // 2
     for name in ("order1", "order2", "order3", "continued3"):
-        own = {"training.score_matching_order": BRANCHES[name], "training.n_iters": problem.steps}
+        own: dict[str, Any] = {"training.score_matching_order": BRANCHES[name], "training.n_iters": problem.steps}
         if name == "continued3":
             own["training.init_from"] = str(folder / "order1" / "checkpoints" / str(half))
         train(problem, folder / name, settings | own)

@@ -60,12 +60,13 @@ def distances_of(run: Run, score_fn: ScoreFn) -> tuple[dict[str, Any], dict[str,
     """Returns the integrals over time of distances and errors of the orders with standard errors, and all curves."""
     density, sde, exact = density_of(run), run.sde, data_score(run)
     nodes = time_nodes(sde, t_min_of(run), NUM_TIMES)
-    tolerances = {"rtol": TOLERANCE, "atol": TOLERANCE}
 
     def sampler(t: jax.Array) -> jax.Array:
         return sample_at(density, sde, jax.random.key(1), t)
 
-    curves = distance_curves(score_fn, sde, sampler, nodes, POINTS_AT_TIME, data_score=exact, **tolerances)
+    curves = distance_curves(
+        score_fn, sde, sampler, nodes, POINTS_AT_TIME, data_score=exact, rtol=TOLERANCE, atol=TOLERANCE
+    )
     returned = curves.pop("returned")
     t = jnp.asarray(np.repeat(nodes.t, POINTS_AT_TIME), jnp.float32)
     orders = order_errors(as_pytree(score_fn), exact, sampler(t), t, sde=sde)

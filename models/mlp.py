@@ -63,20 +63,22 @@ class MLP(nn.Module):
     def _layers(self, name: str, h: Array, widths: Sequence[int]) -> Array:
         """Affine maps with nonlinearities between them."""
         for number, width in enumerate(widths):
-            initializers = uniform_initializers(h.shape[1]) if self.published else {}
-            layer = nn.Dense(width, name=f"{name}_{number}", **initializers)
+            kernel, bias = nn.initializers.lecun_normal(), nn.initializers.zeros_init()  # flax's default
+            if self.published:
+                kernel = bias = uniform_initializer(h.shape[1])
+            layer = nn.Dense(width, name=f"{name}_{number}", kernel_init=kernel, bias_init=bias)
             h = layer(NONLINEARITIES[self.nonlinearity](h) if number else h)
         return h
 
 
-def uniform_initializers(fan_in: int) -> dict[str, nn.initializers.Initializer]:
-    """Initializers for weights and biases of a layer, uniform in +-1/sqrt(fan_in)."""
+def uniform_initializer(fan_in: int) -> nn.initializers.Initializer:
+    """Initializer for weights and biases of a layer, uniform in +-1/sqrt(fan_in)."""
 
     def uniform(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         limit = 1 / math.sqrt(fan_in)
         return jax.random.uniform(key, shape, dtype, -limit, limit)
 
-    return {"kernel_init": uniform, "bias_init": uniform}
+    return uniform
 
 
 def mlp_from_config(config: Config) -> MLP:
