@@ -1,4 +1,4 @@
-# make setup   create the environment in .venv    make demo    train and evaluate on digits, at most 10 minutes
+# make setup   create the environment in .venv    make demo    train and evaluate on digits and points, at most 10 minutes
 # make test    run the whole test suite           make check   run ruff, pyright and the fast tests
 # make lint    run ruff and pyright
 PYTHON ?= python3
@@ -30,12 +30,19 @@ $(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
 DIGITS := $(BIN)/python main.py --config=configs/digits/ncsnpp.py
 ORDER3 := --config.training.score_matching_order=3 --config.training.init_from=runs/order1 \
 	--config.training.batch_size=32 --config.training.n_iters=4800
+BOARD := $(BIN)/python main.py --config=configs/toy/checkerboard_demo.py
+BOARD3 := --config.training.score_matching_order=3
 demo: setup
 	$(DIGITS) --workdir=runs/order1 --mode=train
 	$(DIGITS) --workdir=runs/order1 --mode=eval
 	$(DIGITS) --workdir=runs/order3 --mode=train $(ORDER3)
 	$(DIGITS) --workdir=runs/order3 --mode=eval $(ORDER3)
 	@$(BIN)/python main.py --workdir=runs/order3 --compare=runs/order1 --mode=report
+	$(BOARD) --workdir=runs/board1 --mode=train
+	$(BOARD) --workdir=runs/board1 --mode=eval
+	$(BOARD) --workdir=runs/board3 --mode=train $(BOARD3)
+	$(BOARD) --workdir=runs/board3 --mode=eval $(BOARD3)
+	@$(BIN)/python main.py --workdir=runs/board3 --compare=runs/board1 --mode=report
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2

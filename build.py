@@ -17,6 +17,7 @@ from infra import parallel
 from infra.checkpoints import Checkpoints, abstract_state, load_state
 from infra.workdir import Workdir
 from losses import objective_from_config
+from models.mlp import POINT_NETWORKS
 from models.score import NETWORKS, NetworkScore, Params, ScoreModel, score_model_from_config
 from sampling import Sampler, sampler_from_config
 from sde_lib import SDE
@@ -154,6 +155,11 @@ def build(config: Config) -> Run:
         parallel.divisible(training.batch_size, "training.batch_size", parts)
         _check_kind_of_data(config)
         objective = _trainer(config, score_model_from_config(config), training_preprocess(config)).objective
+        if training.n_iters_from_start and config.optim.schedule != "constant":
+            raise ValueError(
+                f"optim.schedule is {config.optim.schedule!r} and training.n_iters_from_start is "
+                f"{training.n_iters_from_start}; schedules end at training.n_iters: set that instead"
+            )
         if objective.order > 1:
             parallel.divisible(training.batch_size, "training.batch_size", parts * objective.every)
     return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
@@ -185,7 +191,7 @@ def _check_kind_of_data(config: Config) -> None:
     """Raises ValueError for points with settings that are for images, or the reverse."""
     points, training, name = config.data.dataset in DENSITIES, config.training, config.model.name
     kind, fitting = ("points", "mlp") if points else ("images", "ncsnpp")
-    if name in NETWORKS and points != (name == "mlp"):
+    if name in NETWORKS and points != (name in POINT_NETWORKS):
         raise ValueError(f"model.name is {name!r}, but {config.data.dataset} has {kind}: set it to {fitting!r}")
     if training.exact_derivatives and not points:
         raise ValueError("training.exact_derivatives is True, but images have too many dimensions: set it to False")

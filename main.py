@@ -12,6 +12,8 @@ resumes when it is run again. The other modes:
                     --config.data.archive=PATH
     stats       measures the real images that samples are compared with, and prints the FIDs of real images
     cost        measures memory and time of a training step before a run starts, as --config.cost.* ask
+    diagnose    shows where a model of images is bad: bits/dim by start time, errors by noise level
+    export      writes a checkpoint as the published code stores it, to exported/ in the workdir
     train_deq   trains a dequantizer for a trained score model; --mode=eval uses it with --config.eval.dequantizer=True
 
 Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are requests to stop, in every mode: the state is saved within seconds, and the exit
@@ -33,7 +35,7 @@ from configs.default import Config
 from configs.usage import record_reads
 from infra import stop  # JAX is imported late, so that --help, mistyped flags and signals are answered at once
 
-MODES = ("train", "train_deq", "eval", "report", "prepare", "stats", "cost")
+MODES = ("train", "train_deq", "eval", "diagnose", "export", "report", "prepare", "stats", "cost")
 BAD_INPUT, FAILED = 2, 1
 """Exit codes other than 0, stop.STOPPED and stop.KILLED."""
 
@@ -50,14 +52,16 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the numbe
 _COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows next to this one.")
 
 
+_OF_SEVERAL_HOSTS = ("train", "train_deq", "eval", "diagnose", "export", "stats", "cost")
+
 EFFECT = {
     "config": tuple(mode for mode in MODES if mode != "report"),
     "workdir": tuple(mode for mode in MODES if mode not in ("prepare", "stats")),
-    "eval_folder": ("eval",),
-    "deq_folder": ("train_deq", "eval"),
-    "coordinator": ("train", "train_deq", "eval", "stats", "cost"),
-    "num_processes": ("train", "train_deq", "eval", "stats", "cost"),
-    "process_id": ("train", "train_deq", "eval", "stats", "cost"),
+    "eval_folder": ("eval", "diagnose"),
+    "deq_folder": ("train_deq", "eval", "diagnose", "export"),
+    "coordinator": _OF_SEVERAL_HOSTS,
+    "num_processes": _OF_SEVERAL_HOSTS,
+    "process_id": _OF_SEVERAL_HOSTS,
     "compare": ("report",),
 }
 """The modes in which each flag has an effect."""
@@ -130,6 +134,10 @@ def _run(mode: str, workdir: Path) -> None:
         run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value, _DEQ_FOLDER.value)
     elif mode == "train_deq":
         run_lib.train_deq(_CONFIG.value, workdir, _DEQ_FOLDER.value)
+    elif mode == "diagnose":
+        run_lib.diagnose(_CONFIG.value, workdir, _EVAL_FOLDER.value, _DEQ_FOLDER.value)
+    elif mode == "export":
+        run_lib.export(_CONFIG.value, workdir, _DEQ_FOLDER.value)
     elif mode == "prepare":
         run_lib.prepare(_CONFIG.value)
     elif mode == "stats":

@@ -35,8 +35,9 @@ from configs.default import Config
 from configs.usage import alternatives, record_reads, recorder_of, unrecorded
 from datasets import Source
 from dequantization.noise import dequantizer_from_config
-from dequantization.training import DequantizerTraining, evaluation_dequantizer, score_params
+from dequantization.training import DequantizerTraining, dequantizer_state, evaluation_dequantizer, score_params
 from evaluators import Evaluator, evaluators_from_config
+from evaluators.diagnostics import DiagnosticsEvaluator
 from evaluators.estimators import estimator_from_config
 from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
@@ -44,6 +45,7 @@ from evaluators.snapshots import Snapshots
 from infra import parallel, stop
 from infra.checkpoints import Checkpoints, params_digest
 from infra.metrics import MetricsWriter, trained_order
+from infra.published_checkpoints import write_published_checkpoint
 from infra.results import Results
 from infra.training_loop import (
     Call,
@@ -66,7 +68,7 @@ from train_state import TrainState, reset_parts
 
 
 def train(config: Config, path: Path) -> None:
-    """Trains to step `training.n_iters`, from the newest checkpoint if there is one.
+    """Trains to the run's last step, from the newest checkpoint if there is one. `last_step` says which that is.
 
     Raises:
         KeyboardInterrupt: after a request to stop, once the state is saved. The same call resumes.
@@ -81,8 +83,12 @@ def train(config: Config, path: Path) -> None:
     snapshots, order = Snapshots(run, workdir), config.training.score_matching_order
     workdir.prepare()
     with workdir.lock(), run.open_checkpoints(workdir) as checkpoints:
+        if new and init_state is not None:
+            workdir.write_start(config.training.init_from, int(init_state.step))
+        end = last_step(config.training, workdir)
         state = resume_or_init(run, checkpoints, init_state)
-        _check_not_beyond(int(state.step), config.training.n_iters, "training.n_iters", workdir)
+        field = "n_iters_from_start" if config.training.n_iters_from_start else "n_iters"
+        _check_not_beyond(int(state.step), end, f"training.{field}", workdir)
         if checkpoints.newest() is None and init_state is not None:
             checkpoints.save(state)  # the checkpoint that the run starts from may be gone when the run is resumed
         workdir.write_description(config, num_parameters(state))
@@ -97,7 +103,7 @@ def train(config: Config, path: Path) -> None:
                 warn_after_first_call(config, "train"),
             ]
             if not stop.now():
-                training_loop(score_training(run, train_source), state, config.training, callbacks)
+                training_loop(score_training(run, train_source, end), state, config.training, callbacks)
     stop.check()
     if jax.process_index() == 0:
         write_report(path)
@@ -157,12 +163,12 @@ def warn_after_first_call(config: Config, mode: str) -> Callback:
     return lambda call: warn_unused(config, mode)
 
 
-def _check_not_beyond(step: int, n_iters: int, field: str, workdir: Workdir) -> None:
+def _check_not_beyond(step: int, end: int, field: str, workdir: Workdir) -> None:
     """Raises ValueError if the newest checkpoint is past the step at which training would end."""
-    if step > n_iters:
+    if step > end:
         raise ValueError(
-            f"{field} is {n_iters}, but the newest checkpoint in {workdir.checkpoints} is at step {step}: nothing to "
-            f"train; raise {field}, or use another workdir"
+            f"{field} asks for training to step {end}, but the newest checkpoint in {workdir.checkpoints} is at step "
+            f"{step}: nothing to train; raise {field}, or use another workdir"
         )
 
 
@@ -185,32 +191,39 @@ def initial_state(run: Run) -> TrainState:
     """
     training = run.config.training
     state = reset_parts(run.load_state(Path(training.init_from)), run.fresh_state(), training.init_reset)
-    if (step := int(state.step)) >= training.n_iters:
+    if training.n_iters_from_start == 0 and (step := int(state.step)) >= training.n_iters:
         raise ValueError(
             f"training.n_iters is {training.n_iters}, but the checkpoint {training.init_from}, named by "
-            f"training.init_from, is at step {step}: nothing would be trained; raise n_iters, or reset the step with "
-            "training.init_reset=step"
+            f"training.init_from, is at step {step}: nothing would be trained; set training.n_iters_from_start to the "
+            "number of further steps, raise n_iters, or reset the step with training.init_reset=step"
         )
     return state
 
 
-def score_training(run: Run, source: Source) -> Training:
-    """The training of the score model on this source."""
+def last_step(training: Config, workdir: Workdir) -> int:
+    """The step at which training ends: `n_iters`, or `n_iters_from_start` steps after the start of the run."""
+    start = workdir.read_start()["step"]
+    return start + training.n_iters_from_start if training.n_iters_from_start else training.n_iters
+
+
+def score_training(run: Run, source: Source, end: int | None = None) -> Training:
+    """The training of the score model on this source, to step `end` (default: training.n_iters)."""
     training = run.config.training
+    last = training.n_iters if end is None else end
     train_steps, key = run.train_steps(), run.key(TRAIN_KEY)
 
     def calls(first_step: int) -> Iterator[tuple[int, jax.Array]]:
         # Checkpoints are kept permanently at multiples of snapshot_freq, so calls end there, too.
         every = (training.n_jitted_steps, training.snapshot_freq)
         for step, batches in datasets.training_calls(
-            source, training.batch_size, run.config.seed, first_step, training.n_iters, every
+            source, training.batch_size, run.config.seed, first_step, last, every
         ):
             yield step, parallel.global_array(run.mesh, batches, axis=1)
 
     def update(state: TrainState, batches: jax.Array) -> tuple[TrainState, Metrics]:
         return train_steps(state, batches, key)
 
-    return Training(f"order {training.score_matching_order}", training.n_iters, calls, update)
+    return Training(f"order {training.score_matching_order}", last, calls, update)
 
 
 def draw_snapshots(snapshots: Snapshots, metrics: MetricsWriter) -> Callback:
@@ -269,16 +282,35 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
         ValueError, OSError: for bad input, before anything is written.
         RuntimeError: if an ODE solve fails.
     """
-    run, workdir = build(config), Workdir(path)
+    run = build(config)
     _check_eval_folder(eval_folder)
     evaluators = evaluators_from_config(run, lambda: evaluation_dequantizer(run, Workdir(path / deq_folder)))
+    evaluate_with(run, evaluators, Workdir(path), eval_folder)
+
+
+def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: str = "deq") -> None:
+    """Shows where a model of images is bad, by noise level and start time; see `DiagnosticsEvaluator`.
+
+    Checkpoints are chosen, results written and interruptions resumed as in `evaluate`.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError, RuntimeError: as in `evaluate`.
+    """
+    run = build(config)
+    _check_eval_folder(eval_folder)
+    evaluator = DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(path / deq_folder)))
+    evaluate_with(run, [evaluator], Workdir(path), eval_folder)
+
+
+def evaluate_with(run: Run, evaluators: Sequence[Evaluator], workdir: Workdir, eval_folder: str) -> None:
+    """Runs evaluators on the checkpoints that `eval` names."""
+    config = run.config
     if config.eval.checkpoint:
         return evaluate_other_checkpoint(run, evaluators, workdir, eval_folder)
     with run.existing_checkpoints(workdir) as checkpoints:
         workdir.prepare()
-        for step, state in chosen_states(config, checkpoints):
-            order = trained_order(workdir.train, step)  # the configuration may name another
-            metadata = {} if order is None else {"order": order}
+        for step, state in chosen_states(config, checkpoints, workdir.read_start()["step"]):
+            metadata = training_metadata(workdir, step)
             folder = EvaluationFolder(workdir, eval_folder, f"step_{step}", step)
             evaluate_checkpoint(evaluators, state, folder, metadata)
 
@@ -308,8 +340,21 @@ def evaluate_other_checkpoint(run: Run, evaluators: Sequence[Evaluator], workdir
     evaluate_checkpoint(evaluators, state, EvaluationFolder(workdir, eval_folder, label, int(state.step)), metadata)
 
 
-def chosen_states(config: Config, checkpoints: Checkpoints) -> Iterator[tuple[int, TrainState]]:
+def training_metadata(workdir: Workdir, step: int) -> dict[str, Any]:
+    """What a result says about the training of a checkpoint: the order, and the steps made from which start."""
+    order = trained_order(workdir.train, step)  # the configuration may name another
+    metadata: dict[str, Any] = {} if order is None else {"order": order}
+    start = workdir.read_start()
+    if start["init_from"]:
+        metadata |= {"started_from": start["init_from"], "start_step": start["step"], "own_steps": step - start["step"]}
+    return metadata
+
+
+def chosen_states(config: Config, checkpoints: Checkpoints, start: int = 0) -> Iterator[tuple[int, TrainState]]:
     """The steps and states of the checkpoints from `eval.begin_ckpt` to `eval.end_ckpt`, or the newest.
+
+    If none of the chosen steps comes after `start`, where the run started from another's checkpoint, the newest step is
+    chosen with a warning: published configurations name the step of the released checkpoint, which is that start.
 
     Raises:
         FileNotFoundError: if a checkpoint is missing, before the first is read.
@@ -323,6 +368,16 @@ def chosen_states(config: Config, checkpoints: Checkpoints) -> Iterator[tuple[in
     if end < begin:
         raise ValueError(f"eval.end_ckpt is {end}, but eval.begin_ckpt is {begin}; use 0 for the newest checkpoint")
     wanted = [number * every for number in range(begin, end + 1)]
+    if max(wanted) <= start < steps[-1]:
+        logging.warning(
+            "eval.end_ckpt asks for step %d, but this run started at step %d; evaluating the newest checkpoint, "
+            "step %d. To evaluate the start, set eval.checkpoint",
+            wanted[-1],
+            start,
+            steps[-1],
+        )
+        yield checkpoints.restore_newest()
+        return
     missing = sorted(set(wanted) - set(steps))
     if missing:
         raise FileNotFoundError(f"no checkpoint for step {missing[0]}; available steps: {', '.join(map(str, steps))}")
@@ -343,6 +398,31 @@ def evaluate_checkpoint(
             results.add(evaluator.name, result)
             write_report(folder.workdir.path)
     logging.info("Results: %s", results.path)
+
+
+def export(config: Config, path: Path, deq_folder: str = "deq") -> Path:
+    """Writes a checkpoint in the published format, from which the published code can resume, and returns its path.
+
+    The state is that at `eval.checkpoint`, or the run's newest. With `eval.dequantizer`, the state of the dequantizer
+    that evaluation would use is written instead.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint.
+        ValueError, OSError: for bad input, before anything is written.
+    """
+    run, workdir = build(config), Workdir(path)
+    if config.eval.dequantizer:
+        state = dequantizer_state(run, Workdir(path / deq_folder))
+        name, ema_rate = "dequantizer", config.deq.ema_rate
+    else:
+        state = run.load_state(Path(config.eval.checkpoint or path))
+        name, ema_rate = "checkpoint", config.model.ema_rate
+    workdir.prepare()
+    file = workdir.exported / f"{name}_{int(state.step)}"
+    if jax.process_index() == 0:
+        write_published_checkpoint(file, state, lr=config.optim.lr, ema_rate=ema_rate)
+    logging.info("Exported step %d to %s", int(state.step), file)
+    return file
 
 
 def num_parameters(state: TrainState) -> int:

@@ -8,6 +8,11 @@ score of p_t differs from the score of the model, unless the model is exact. Alo
 which is linear in a ([L22] App. D). x is solved forward to T, then (x, a) back from the score of the prior there. With
 v.Jv of a probe for div h, only the source of this linear equation changes, so the expectation of the result is exact.
 
+Where the flow contracts, as in the valleys between modes, the solve back does not return to x. In few dimensions,
+`ode_score` therefore differentiates ln p_t(x) = ln prior(x_T) + integral of div h along the forward solve instead:
+
+    a = M^T grad ln prior(x_T) + integral of M^T grad(div h),  M = dx/dx_t, which obeys dM/dt = (grad h) M.
+
 Sources: [L22] Lu et al., ICML 2022.
 """
 
@@ -20,8 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ScoreFn, append_dims, inner
-from derivatives import Field, divergence_estimates
+from arrays import Batch, PerExample, ScoreFn, append_dims, inner, num_dims
+from derivatives import UNROLLED_DIMS, Field, divergence_estimates, exact_divergence
 from likelihood import Probes
 from ode import Info, as_pytree, integrate
 from sde_lib import SDE
@@ -34,11 +39,24 @@ class OdeScore(NamedTuple):
     latent: Batch
     """x_T."""
     returned: Batch
-    """The end of the solve back: x, except for the error of the two solves.
+    """The end of the solve back: x, except for the error of the two solves; x itself if there was none.
 
-    If it is far from x, the score belongs to another point. In the valleys between modes the flow back is unstable."""
+    If it is far from x, the score belongs to another point. See `return_error`."""
     info: Info
     """Cost and success of both solves. See `ode.require_success`."""
+
+
+LEAST_NOISE = 1e-3
+"""The smallest unit of `return_error`: sub-VP has less noise than the numbers of x can resolve."""
+
+
+def return_error(sde: SDE, x: Batch, t: PerExample, returned: Batch) -> PerExample:
+    """Computes |returned - x| in units of the noise sigma_t, or of `LEAST_NOISE` where the noise is smaller.
+
+    Scores vary over distances of about sigma_t, so a value near 1 or above means the score of another point.
+    """
+    distance = jnp.sqrt(inner(returned - x, returned - x))
+    return distance / jnp.maximum(sde.alpha_sigma(t)[1], LEAST_NOISE)
 
 
 class OdeScorePath(NamedTuple):
@@ -68,10 +86,29 @@ def ode_score(
         t: the time of each example, in [t_min, T].
         probes: for div h, fixed for both solves. The result is linear in the mean of v.Jv over probes, and therefore
             unbiased for entries of mean 0 and variance 1. None: the exact divergence, at the cost of d derivatives.
-        rtol, atol: tolerances of the adaptive solver, which controls the error over the whole batch.
+        rtol, atol: tolerances of the adaptive solver, which controls the error over the whole batch. The score counts
+            in units of 1 / sigma_t, so that atol limits the error of the distances in score_distances.py at all t.
     """
+    if probes is None and num_dims(x) <= UNROLLED_DIMS:
+        return _solve_forward(as_pytree(score_fn), x, t, rtol=rtol, atol=atol, sde=sde)
     latent, path = _solve(as_pytree(score_fn), probes, x, t, jnp.zeros(1, x.dtype), rtol=rtol, atol=atol, sde=sde)
     return OdeScore(path.score[0], latent, path.x[0], path.info)
+
+
+@partial(jax.jit, static_argnames=("rtol", "atol", "sde"))
+def _solve_forward(score_fn: ScoreFn, x: Batch, start: PerExample, *, rtol: float, atol: float, sde: SDE) -> OdeScore:
+    """Differentiates the likelihood along its forward solve, by the derivatives of x_T in each dimension."""
+    unit = append_dims(sde.alpha_sigma(start)[1], x)
+    basis = jnp.eye(num_dims(x), dtype=x.dtype).reshape(-1, 1, *x.shape[1:])
+    with jax.default_matmul_precision("highest"):
+        state = (x, tuple(unit * e for e in basis), jnp.zeros((len(x), len(basis)), x.dtype))
+        (latent, columns, total), info = integrate(
+            _SensitivityFlow(score_fn, start, sde), state, 0.0, 1.0, rtol=rtol, atol=atol
+        )
+    prior = jnp.stack([inner(column, -latent / sde.prior_sigma**2) for column in columns], axis=1)
+    begun = start[jnp.maximum(info.worst_example, 0)]
+    info = info._replace(t=begun + info.t * (sde.t_max - begun))
+    return OdeScore((prior + total).reshape(x.shape) / unit, latent, x, info)
 
 
 def ode_score_path(
@@ -133,9 +170,10 @@ def _solve(
             )
             return (state, end), (state, info)
 
-        begin = ((latent, -latent / sde.prior_sigma**2), jnp.ones((), x.dtype))
-        _, ((path, score), back) = jax.lax.scan(segment, begin, fractions, reverse=True)
-    return latent, OdeScorePath(path, score, _total(forward, back, start, sde))
+        unit = append_dims(sde.alpha_sigma(start)[1], x)
+        begin = ((latent, -unit * latent / sde.prior_sigma**2), jnp.ones((), x.dtype))
+        _, ((path, scaled), back) = jax.lax.scan(segment, begin, fractions, reverse=True)
+    return latent, OdeScorePath(path, scaled / unit[None], _total(forward, back, start, sde))
 
 
 def _no_solve(like: Info) -> Info:
@@ -175,10 +213,37 @@ class _Flow:
         return lambda x: self.sde.probability_flow(self.score_fn, x, t)
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "start"], meta_fields=["sde"])
+@dataclasses.dataclass(frozen=True)
+class _SensitivityFlow:
+    """d/dfraction of x, of the columns of sigma M, and of the integral of sigma M^T grad(div h).
+
+    sigma is the constant noise level at the start of each example.
+    """
+
+    score_fn: ScoreFn
+    start: PerExample
+    sde: SDE
+
+    def __call__(
+        self, fraction: Float[Array, ""], state: tuple[Batch, tuple[Batch, ...], Float[Array, "batch d"]]
+    ) -> tuple[Batch, tuple[Batch, ...], Float[Array, "batch d"]]:
+        x, columns, _ = state
+        flow = _Flow(self.score_fn, self.start, self.sde).at(fraction)
+        (value, _), push_forward = jax.linearize(lambda x: exact_divergence(flow, x), x)
+        values, divergences = zip(*map(push_forward, columns), strict=True)
+        rate = self.sde.t_max - self.start
+        scaled = tuple(append_dims(rate, x) * value for value in values)
+        return append_dims(rate, x) * value, scaled, rate[:, None] * jnp.stack(divergences, axis=1)
+
+
 @partial(jax.tree_util.register_dataclass, data_fields=["score_fn", "probes", "start"], meta_fields=["sde"])
 @dataclasses.dataclass(frozen=True)
 class _ScoreFlow:
-    """d/dfraction of (x, a), a = grad ln p_t, by one reverse pass over div h + h . a."""
+    """d/dfraction of (x, b), b = sigma grad ln p_t, by one reverse pass over sigma div h + h . b.
+
+    sigma is the constant noise level at the start of each example.
+    """
 
     score_fn: ScoreFn
     probes: Probes | None
@@ -186,12 +251,13 @@ class _ScoreFlow:
     sde: SDE
 
     def __call__(self, fraction: Float[Array, ""], state: tuple[Batch, Batch]) -> tuple[Batch, Batch]:
-        x, a = state
+        x, b = state
         flow = _Flow(self.score_fn, self.start, self.sde).at(fraction)
+        unit = self.sde.alpha_sigma(self.start)[1]
 
         def potential(x: Batch) -> tuple[Float[Array, ""], Batch]:
             value, divergence = divergence_estimates(flow, x, self.probes)
-            return jnp.sum(jnp.mean(divergence, axis=1) + inner(value, a)), value
+            return jnp.sum(unit * jnp.mean(divergence, axis=1) + inner(value, b)), value
 
         # Examples do not interact, so the gradient of the sum over the batch is each example's own.
         gradient, value = jax.grad(potential, has_aux=True)(x)

@@ -11,10 +11,23 @@ Theorem 3.1 of [L22], for q and p at t_min and at T:
 
     KL(q_min || p_min) = KL(q_T || p_T) + integral of g^2 / 2 E[(s - grad ln q_t) . (grad ln p_t - grad ln q_t)] dt.
 
+With e = s - grad ln q, the Jacobian and the gradient of its trace have errors of their own, which the second and third
+order of score matching reduce. All three are integrals over ln(sigma / alpha) of squares in units of the noise:
+
+    score_matching  sigma^2 |e|^2         second  sigma^4 |grad e|_F^2         third  sigma^6 |grad tr grad e|^2
+
+Along a path of the data's ODE, r = grad ln p_t - grad ln q_t obeys
+
+    dr/dt + (grad h)^T r = g^2 / 2 (grad tr grad e + (grad e)^T grad ln q_t + (grad^2 ln p_t) e),
+
+so these three terms, the `sources`, are what makes the score of the ODE wrong. Theorem 3.2 of [L22] bounds l_Fisher by
+limits for |e|, |grad e|, |grad tr grad e| and |grad^2 ln p_t|, which are the factors of the sources.
+
 Sources: [L22] Lu et al., ICML 2022.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple, TypeAlias
@@ -22,15 +35,20 @@ from typing import NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from absl import logging
+from jaxtyping import Array, Float
 
-from analysis.ode_score import ode_score
-from arrays import Batch, PerExample, ScoreFn, inner
+from analysis.ode_score import ode_score, return_error
+from arrays import Batch, PerExample, ScoreFn, append_dims, inner
+from derivatives import exact_trace_gradient
 from evaluation import MeanEstimate, mean_estimate
 from likelihood import Probes, ode_log_likelihood
 from ode import as_pytree, require_success
 from sde_lib import SDE
 from sources.marginals import Marginals
+
+MOST_RETURN_ERROR = 0.1
+"""The distance from its start, in units of the noise, at which the end of a path is taken to be another point."""
 
 Sampler: TypeAlias = Callable[[PerExample], Batch]
 """Draws a point of q_t for each of the given times; equal times give equal points."""
@@ -50,6 +68,8 @@ class Distances(NamedTuple):
     """|grad ln p - grad ln q|^2, the integrand of l_Fisher."""
     cross: PerExample | None = None
     """(s - grad ln q) . (grad ln p - grad ln q), the integrand of Theorem 3.1."""
+    returned: PerExample | None = None
+    """How far from x the path of the solve ends, in units of the noise (ode_score.return_error)."""
 
 
 @partial(jax.jit, static_argnames="sde")
@@ -72,8 +92,8 @@ def distances(
     probes: Probes | None = None,
     *,
     data_score: ScoreFn | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    rtol: float = 1e-6,
+    atol: float = 1e-6,
 ) -> Distances:
     """Computes the distances at points x of q_t, each at its own time. [L22] Fig. 3 shows their means over q_t.
 
@@ -86,13 +106,110 @@ def distances(
     of_ode = ode_score(score_fn, sde, x, t, probes, rtol=rtol, atol=atol)
     require_success(of_ode.info)
     of_data = None if data_score is None else _evaluate(as_pytree(data_score), x, t)
-    return _distances(_evaluate(as_pytree(score_fn), x, t), of_ode.score, of_data, t, x, sde=sde)
+    values = _distances(_evaluate(as_pytree(score_fn), x, t), of_ode.score, of_data, t, x, sde=sde)
+    returned = return_error(sde, x, t, of_ode.returned)
+    if (lost := float(jnp.mean(returned > MOST_RETURN_ERROR))) > 0:
+        logging.warning(
+            "The paths of %.2g of the points do not return to them within %g of the noise: the distances there are "
+            "wrong; use smaller tolerances",
+            lost,
+            MOST_RETURN_ERROR,
+        )
+    return values._replace(returned=returned)
 
 
 @jax.jit
 def _evaluate(score_fn: ScoreFn, x: Batch, t: PerExample) -> Batch:
     with jax.default_matmul_precision("highest"):
         return score_fn(x, t)
+
+
+class OrderErrors(NamedTuple):
+    """Errors of the Jacobian of the score and of the gradient of its trace, in nats per unit of time."""
+
+    second: PerExample
+    """g^2 sigma^2 / 2 |grad e|_F^2."""
+    third: PerExample
+    """g^2 sigma^4 / 2 |grad tr grad e|^2."""
+
+
+@partial(jax.jit, static_argnames="sde")
+def order_errors(score_fn: ScoreFn, data_score: ScoreFn, x: Batch, t: PerExample, *, sde: SDE) -> OrderErrors:
+    """Computes the errors of second and third order at points x of q_t, each at its own time, for few dimensions.
+
+    Args:
+        score_fn, data_score: pytrees (ode.as_pytree).
+    """
+    _, jacobian, trace_gradient = _error_derivatives(score_fn, data_score, x, t)
+    g, sigma = sde.diffusion(t), sde.alpha_sigma(t)[1]
+    square = jnp.sum(jacobian**2, axis=(1, 2))
+    return OrderErrors(
+        0.5 * (g * sigma) ** 2 * square, 0.5 * (g * sigma**2) ** 2 * inner(trace_gradient, trace_gradient)
+    )
+
+
+def _error_derivatives(
+    score_fn: ScoreFn, data_score: ScoreFn, x: Batch, t: PerExample
+) -> tuple[Batch, Float[Array, "batch d d"], Batch]:
+    """Returns e, its Jacobian, and the gradient of the Jacobian's trace."""
+    with jax.default_matmul_precision("highest"):
+        return exact_trace_gradient(lambda x: score_fn(x, t) - data_score(x, t), x)
+
+
+class ErrorSources(NamedTuple):
+    """The norms of the three terms of dr/dt + (grad h)^T r for each point, times sigma^3 dt / (g^2 / 2 dt).
+
+    They have no unit: integrals over ln(sigma / alpha) give changes of sigma r.
+    """
+
+    first: PerExample
+    """sigma^3 |(grad^2 ln p_t) e|."""
+    second: PerExample
+    """sigma^3 |(grad e)^T grad ln q_t|."""
+    third: PerExample
+    """sigma^3 |grad tr grad e|."""
+
+
+STEP = 0.01
+"""The step of the central difference of grad ln p_t, in units of the noise."""
+
+
+def error_sources(
+    score_fn: ScoreFn,
+    data_score: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    t: PerExample,
+    *,
+    rtol: float = 1e-6,
+    atol: float = 1e-6,
+) -> ErrorSources:
+    """Computes what drives the score of the ODE away from that of the data, at points x of q_t ([L22] Theorem 3.2).
+
+    grad^2 ln p_t along e is a central difference of `ode_score` over `STEP` times the noise.
+
+    Raises:
+        RuntimeError: if a solve fails.
+    """
+    score_fn, data_score = as_pytree(score_fn), as_pytree(data_score)
+    first, second, third = _source_vectors(score_fn, data_score, x, t)
+    size = append_dims(jnp.sqrt(inner(first, first)), x)
+    sigma = append_dims(sde.alpha_sigma(t)[1], x)
+    direction = STEP * sigma * first / jnp.maximum(size, jnp.finfo(x.dtype).tiny)
+    both = jnp.concatenate([x + direction, x - direction])
+    result = ode_score(score_fn, sde, both, jnp.tile(t, 2), rtol=rtol, atol=atol)
+    require_success(result.info)
+    ahead, behind = jnp.split(result.score, 2)
+    first = size * (ahead - behind) / (2 * STEP * sigma)
+    return ErrorSources(*(jnp.ravel(sigma) ** 3 * jnp.sqrt(inner(a, a)) for a in (first, second, third)))
+
+
+@jax.jit
+def _source_vectors(score_fn: ScoreFn, data_score: ScoreFn, x: Batch, t: PerExample) -> tuple[Batch, Batch, Batch]:
+    """Returns e, (grad e)^T grad ln q and grad tr grad e."""
+    error, jacobian, trace_gradient = _error_derivatives(score_fn, data_score, x, t)
+    along = jnp.einsum("bij,bi->bj", jacobian, data_score(x, t).reshape(len(x), -1)).reshape(x.shape)
+    return error, along, trace_gradient
 
 
 class TimeNodes(NamedTuple):
@@ -126,6 +243,8 @@ class DistanceCurve:
     se: Float[np.ndarray, " times"]
     num_points: int
     """Points at each time."""
+    largest: float = math.nan
+    """The largest value of all."""
 
     @property
     def integral(self) -> MeanEstimate:
@@ -143,8 +262,8 @@ def distance_curves(
     probes: Probes | None = None,
     *,
     data_score: ScoreFn | None = None,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    rtol: float = 1e-6,
+    atol: float = 1e-6,
 ) -> dict[str, DistanceCurve]:
     """Computes l_Diff(t) and, given the score of the data, l_SM(t), l_Fisher(t) and the integrand of Theorem 3.1.
 
@@ -155,7 +274,8 @@ def distance_curves(
         probes: for all of these examples, in their order.
 
     Returns:
-        Curves at the nodes by the names of `Distances`, in nats per unit of time.
+        Curves at the nodes by the names of `Distances`, in nats per unit of time; that of `returned` in units of the
+        noise.
 
     Raises:
         ValueError: fewer than 2 points, which do not give a standard error.
@@ -168,11 +288,15 @@ def distance_curves(
     curves = {}
     for name, value in values._asdict().items():
         if value is not None:
-            rows = [mean_estimate(row) for row in np.asarray(value, np.float64).reshape(-1, num_points)]
-            curves[name] = DistanceCurve(
-                nodes, np.array([r.mean for r in rows]), np.array([r.se for r in rows]), num_points
-            )
+            curves[name] = curve_of(nodes, np.asarray(value, np.float64).reshape(-1, num_points))
     return curves
+
+
+def curve_of(nodes: TimeNodes, values: Float[np.ndarray, "times points"]) -> DistanceCurve:
+    """Averages the values of the points at each time."""
+    rows = [mean_estimate(row) for row in values]
+    means, errors = (np.array([getattr(row, part) for row in rows]) for part in ("mean", "se"))
+    return DistanceCurve(nodes, means, errors, values.shape[1], float(np.max(values)))
 
 
 # Theorem 3.1.
@@ -205,8 +329,8 @@ def kl_identity(
     t_min: float,
     num_points: int,
     num_times: int = 32,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
+    rtol: float = 1e-6,
+    atol: float = 1e-6,
 ) -> KLIdentity:
     """Checks the ODE of a score model by Theorem 3.1, for data of few dimensions with a known density.
 

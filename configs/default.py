@@ -37,6 +37,8 @@ def _training() -> ConfigDict:
     # parts of the batch that are computed one after another; more parts need less memory and give the same gradient
     training.accumulation_steps = 1
     training.n_iters = 4_000_001  # step at which training ends
+    # steps that a run which starts from training.init_from makes, instead of training to n_iters; 0 means to n_iters
+    training.n_iters_from_start = 0
     training.n_jitted_steps = 1  # training steps per compiled call; more steps help if a step is very short
     training.score_matching_order = 1  # highest order of denoising score matching in the loss: 1, 2 or 3
     training.second_order_weight = 1.0  # weight of the second-order terms; the first-order term has weight 1
@@ -112,7 +114,8 @@ def _data() -> ConfigDict:
 def _model() -> ConfigDict:
     """The constants of the SDE, and the score network."""
     model = ConfigDict()
-    model.name = "ncsnpp"  # network: ncsnpp for images (NCSN++ and DDPM++), mlp for points
+    # network: ncsnpp for images (NCSN++ and DDPM++); for points mlp (ours) or mlp_published (that of the paper)
+    model.name = "ncsnpp"
     model.sigma_min = 0.01  # smallest noise level of the VE SDE
     model.sigma_max = 50.0  # largest noise level of the VE and linear VE SDEs
     model.beta_min = 0.1  # noise rate of the VP and sub-VP SDEs at t = 0
@@ -237,7 +240,12 @@ def _eval() -> ConfigDict:
     evaluate.bound_times = 1000  # times per image in the bound
     evaluate.bound_importance_sampling = True  # draw these times in proportion to g^2 / sigma^2 instead of uniformly
     evaluate.bound_starts = 100  # draws per image in the start-time correction
+    evaluate.diagnose_images = 64  # images behind each curve of --mode=diagnose
+    evaluate.diagnose_times = 8  # times at which --mode=diagnose compares scores; two solves for each
+    evaluate.diagnose_starts = 6  # start times of the likelihood in --mode=diagnose
     evaluate.dequantizer = False  # use a trained dequantizer instead of eval.dequantization
+    # dequantizer to use instead of the run's own: its folder, one step's folder in its checkpoints, or a published file
+    evaluate.dequantizer_checkpoint = ""
     evaluate.dequantization = "uniform"  # noise that turns grey levels into a density: uniform or truncated_normal
     evaluate.truncation = 3.0  # half a grey level in standard deviations of the noise, for truncated_normal
     # draws of the noise averaged inside the logarithm; more draws tighten the bound, but need probe=exact

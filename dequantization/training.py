@@ -15,7 +15,7 @@ from datasets import evaluation_batch, evaluation_batch_sizes
 from dequantization.noise import Dequantizer, dequantizer_from_config
 from dequantization.variational import DequantizerTrainer, VariationalDequantizer, dequantizer_trainer_from_config
 from infra import parallel
-from infra.checkpoints import Checkpoints, abstract_state, params_digest
+from infra.checkpoints import Checkpoints, abstract_state, load_state, params_digest
 from infra.training_loop import Metrics, Training
 from infra.workdir import Workdir
 from models.score import Params
@@ -124,14 +124,21 @@ def score_params(run: Run, workdir: Workdir) -> Params:
 
 
 def evaluation_dequantizer(run: Run, folder: Workdir) -> Dequantizer:
-    """The dequantizer that `eval` asks for: with `eval.dequantizer` the newest learned one in `folder`.
+    """The dequantizer that `eval` asks for: with `eval.dequantizer` the newest learned one in `folder`, or another.
+
+    `eval.dequantizer_checkpoint` names another, which may be a published file.
 
     Raises:
-        FileNotFoundError: if none has been trained there.
+        FileNotFoundError: if there is none.
         ValueError: for fields whose values are not allowed, or a dequantizer of other images or another size.
     """
     config = run.config
     if not config.eval.dequantizer:
+        if config.eval.dequantizer_checkpoint:
+            raise ValueError(
+                f"eval.dequantizer_checkpoint is {config.eval.dequantizer_checkpoint!r}, but eval.dequantizer is "
+                "False; set it to True to use this dequantizer"
+            )
         return dequantizer_from_config(config, run.sde)
     _check_images(run)
     if config.eval.dequantization != "uniform":
@@ -139,16 +146,29 @@ def evaluation_dequantizer(run: Run, folder: Workdir) -> Dequantizer:
             f"eval.dequantization is {config.eval.dequantization!r} and eval.dequantizer is True; choose one of them"
         )
     trainer = dequantizer_trainer_from_config(config, run.sde)
+    state = dequantizer_state(run, folder)
+    origin = f"{config.deq.name}, step {int(state.step)}, {params_digest(state.ema_params)}"
+    return VariationalDequantizer(state.ema_params, trainer.network, trainer.bins, trainer.t_min, origin)
+
+
+def dequantizer_state(run: Run, folder: Workdir) -> TrainState:
+    """The state of the dequantizer at `eval.dequantizer_checkpoint`, or of the newest one in `folder`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of other images or another size, or is damaged.
+    """
+    like = _abstract_state(run, dequantizer_trainer_from_config(run.config, run.sde))
+    if run.config.eval.dequantizer_checkpoint:
+        return load_state(Path(run.config.eval.dequantizer_checkpoint), _description(run), like)
     try:
-        opened = Checkpoints.existing(folder.checkpoints, _description(run), _abstract_state(run, trainer))
+        opened = Checkpoints.existing(folder.checkpoints, _description(run), like)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"no dequantizer in {folder.checkpoints}; train one with --mode=train_deq, or set eval.dequantizer=False"
         ) from error
     with opened as checkpoints:
-        newest, state = checkpoints.restore_newest()
-    origin = f"{config.deq.name}, step {newest}, {params_digest(state.ema_params)}"
-    return VariationalDequantizer(state.ema_params, trainer.network, trainer.bins, trainer.t_min, origin)
+        return checkpoints.restore_newest()[1]
 
 
 def _check_images(run: Run) -> None:

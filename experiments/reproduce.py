@@ -1,8 +1,8 @@
 """Runs the paper's synthetic experiments at a size for a CPU, and writes docs/results/synthetic.md and its figures.
 
-For each of three problems and each seed, a first-order model is trained. Training then continues from this model with
-orders 1, 2 and 3 for the same number of steps, and with order 1 for as long as order 3 took. Every model is evaluated
-on the same points with the same noise, so that differences between models are paired.
+For each problem and each seed, models of orders 1, 2 and 3 are trained from scratch for the same number of steps, one
+of order 3 continues from the first order's half-way checkpoint, and one of order 1 is trained for as long as order 3
+took. Every model is evaluated on the same points with the same noise, so that differences between models are paired.
 
     python -m experiments.reproduce --runs=runs/synthetic
 
@@ -24,33 +24,27 @@ import jax.numpy as jnp
 import numpy as np
 
 import run_lib
-from analysis.entropy import FORMS, draw_entropy_noise, entropy
-from analysis.ode_score import likelihood_by_start
-from analysis.score_distances import distance_curves, time_nodes
 from analysis.trajectories import ode_path, sde_path
-from build import Run, build
+from build import build
 from configs.default import Config
-from evaluators.points import grid_points
+from evaluation import mean_estimate
 from experiments.provenance import commit
 from experiments.reproduce_page import write_page
-from experiments.synthetic import (
-    BRANCHES,
-    ENTROPY_POINTS,
-    NUM_TIMES,
-    POINTS_AT_TIME,
-    PROBLEMS,
-    SEEDS,
-    STARTING_POINTS,
-    STARTS,
-    TOLERANCE,
-    Problem,
+from experiments.synthetic import BRANCHES, PROBLEMS, SEEDS, STARTS, TEST_POINTS, Problem
+from experiments.synthetic_measurements import (
+    data_score,
+    density_of,
+    density_on_grid,
+    distances_of,
+    entropies_of,
+    excess_by_start,
+    loss_variances,
+    sde_of,
 )
 from infra.files import read_npz, write_atomic, write_npz
 from likelihood import GaussianReference, ode_log_likelihood
-from models.score import NetworkScore
 from ode import require_success
 from report.run_files import read_metrics
-from sources.marginals import marginals_of, sample_at
 
 
 def main() -> None:
@@ -78,32 +72,12 @@ def run_all(problems: list[Problem], runs: Path) -> None:
     for seed, problem in left:
         started, cpu = time.monotonic(), time.process_time()
         folder = runs / problem.name / f"seed{seed}"
+        study_floor(problem, runs / problem.name)
         run_seed(problem, seed, folder)
-        study_starts(problem, folder)
-        save_paths(problem, folder, runs / "paths.npz")
+        save_paths(problem, folder)
         took = {"wall": time.monotonic() - started, "cpu": time.process_time() - cpu, "commit": commit()}
         write_atomic(folder / "seconds.json", json.dumps(took))
         print(f"{problem.title}, seed {seed}: {took['wall']:.0f} s, {took['cpu']:.0f} s of CPU time", flush=True)
-
-
-def study_starts(problem: Problem, folder: Path) -> None:
-    """Writes folder/<name>_starts.npz: ln q - ln p of points against the start time of the solve ([L22] Fig. 6)."""
-    for name in BRANCHES:
-        path = folder / f"{name}_starts.npz"
-        if path.exists():
-            continue
-        run = build(config_of(problem, problem.settings(0)))
-        step = json.loads((folder / f"{name}.json").read_text())["step"]
-        workdir = folder / name.removesuffix("_long") / "checkpoints" / str(step)
-        score_fn = run.score_fn(run.load_state(workdir).ema_params)
-        density = run.density
-        assert density is not None
-        assert density.log_density_of_data is not None
-        x = density.sample(jax.random.key(9), (STARTING_POINTS, density.dims))
-        logp, info = likelihood_by_start(score_fn, run.sde, x, STARTS, rtol=TOLERANCE, atol=TOLERANCE)
-        require_success(info)
-        excess = np.asarray(density.log_density_of_data(x), np.float64) - np.asarray(logp, np.float64)
-        write_npz(path, start=STARTS, excess=excess)
 
 
 def done(folder: Path) -> bool:
@@ -111,20 +85,39 @@ def done(folder: Path) -> bool:
 
 
 def run_seed(problem: Problem, seed: int, folder: Path) -> None:
-    """Trains and evaluates the first-order model of a seed and the models that continue from it."""
-    settings = problem.settings(seed)
-    train(problem, folder / "base", settings | {"training.n_iters": problem.base})
-    last = problem.base + problem.steps
-    continued = settings | {"training.init_from": str(folder / "base"), "training.n_iters": last}
-    for name in ("order3", "order2", "order1"):
-        train(problem, folder / name, continued | {"training.score_matching_order": BRANCHES[name]})
-        study(problem, folder, name, folder / name, last, continued)
+    """Trains and evaluates the models of a seed."""
+    settings, half = problem.settings(seed), problem.steps // 2
+    for name in ("order1", "order2", "order3", "continued3"):
+        own: dict[str, Any] = {"training.score_matching_order": BRANCHES[name], "training.n_iters": problem.steps}
+        if name == "continued3":
+            own["training.init_from"] = str(folder / "order1" / "checkpoints" / str(half))
+        train(problem, folder / name, settings | own)
+        study(problem, folder, name, folder / name, problem.steps, settings)
     ratio = seconds_per_step(folder / "order3") / seconds_per_step(folder / "order1")
-    longer = problem.base + max(problem.steps, round(problem.steps * ratio / 100) * 100)
+    longer = round(problem.steps * min(max(ratio, 1), 8) / 100) * 100  # other work can disturb the ratio
     if not (folder / "order1_long.json").exists():
-        train(problem, folder / "order1", continued | {"training.n_iters": longer}, at_least=longer - 500)
+        train(problem, folder / "order1", settings | {"training.n_iters": longer}, at_least=longer - 500)
         step = max(steps_of(folder / "order1"))
-        study(problem, folder, "order1_long", folder / "order1", step, continued)
+        study(problem, folder, "order1_long", folder / "order1", step, settings)
+
+
+def study_floor(problem: Problem, folder: Path) -> None:
+    """Writes floor.json: the measurements with the exact score of the data in place of a model's."""
+    path = folder / "floor.json"
+    if path.exists():
+        return
+    run = build(config_of(problem, problem.settings(0)))
+    exact = data_score(run)
+    density, t_min, config = density_of(run), run.config.training.smallest_time, run.config.eval
+    assert density.log_density_of_data is not None
+    x = density.sample(jax.random.key(7), (TEST_POINTS, density.dims))
+    reference = GaussianReference(0.0, float(jnp.std(x)))
+    solver = {"method": config.ode_solver, "num_steps": config.ode_steps, "reference": reference}
+    result = ode_log_likelihood(exact, run.sde, x, None, t_min=t_min, **solver)
+    require_success(result.info)
+    kl = mean_estimate(np.asarray(density.log_density_of_data(x) - result.logp, np.float64))
+    measured = {"kl": kl._asdict(), **distances_of(run, exact)[0], **entropies_of(run, exact), **sde_of(run, exact)}
+    write_atomic(path, json.dumps(measured, indent=1))
 
 
 def config_of(problem: Problem, settings: dict[str, Any]) -> Config:
@@ -162,7 +155,7 @@ def seconds_per_step(workdir: Path) -> float:
 
 
 def study(problem: Problem, folder: Path, name: str, workdir: Path, step: int, settings: dict[str, Any]) -> None:
-    """Writes folder/<name>.json and .npz: likelihoods, distances between scores, entropies and a density on a grid."""
+    """Writes folder/<name>.json and .npz: all measurements and a density on a grid."""
     path = folder / f"{name}.json"
     if path.exists():
         return
@@ -177,7 +170,12 @@ def study(problem: Problem, folder: Path, name: str, workdir: Path, step: int, s
     run = build(config)
     score_fn = run.score_fn(run.load_state(checkpoint).ema_params)
     distances, arrays = distances_of(run, score_fn)
-    arrays |= {"density": density_on_grid(run, score_fn, problem), "points_kl": paired_kl(folder / name, nll["values"])}
+    arrays |= {
+        "density": density_on_grid(run, score_fn, problem),
+        "points_kl": paired_kl(folder / name, nll["values"]),
+        "start": STARTS,
+        "excess": excess_by_start(run, score_fn),
+    }
     write_npz(folder / f"{name}.npz", **arrays)
     result = {
         "step": step,
@@ -189,6 +187,8 @@ def study(problem: Problem, folder: Path, name: str, workdir: Path, step: int, s
         "nfe": nll["nfe"],
         **distances,
         **entropies_of(run, score_fn),
+        **sde_of(run, score_fn),
+        **loss_variances(run, score_fn),
     }
     write_atomic(path, json.dumps(result, indent=1))
 
@@ -199,81 +199,30 @@ def paired_kl(workdir: Path, values: str) -> np.ndarray:
     return np.concatenate([batch["log_density"] + batch["nll"] for batch in batches])
 
 
-def distances_of(run: Run, score_fn: NetworkScore) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Returns the integrals of the distances over time with standard errors, and the curves as arrays."""
-    density, sde = run.density, run.sde
-    assert density is not None
-    marginals = marginals_of(density)
-    assert marginals is not None
-    nodes = time_nodes(sde, run.config.training.smallest_time, NUM_TIMES)
-    curves = distance_curves(
-        score_fn,
-        sde,
-        lambda t: sample_at(density, sde, jax.random.key(1), t),
-        nodes,
-        POINTS_AT_TIME,
-        data_score=lambda x, t: marginals.score(sde, x, t),
-        rtol=TOLERANCE,
-        atol=TOLERANCE,
-    )
-    integrals = {name: curve.integral._asdict() for name, curve in curves.items()}
-    arrays = {f"{name}_{part}": getattr(curve, part) for name, curve in curves.items() for part in ("mean", "se")}
-    return integrals, arrays | {"nodes_t": nodes.t, "nodes_weight": nodes.weight}
-
-
-def entropies_of(run: Run, score_fn: NetworkScore) -> dict[str, Any]:
-    """Returns the entropy of the data at t_min in nats, from the model's score, for each form of the estimate."""
-    density, t_min = run.density, run.config.training.smallest_time
-    assert density is not None
-    x0 = density.sample(jax.random.key(2), (ENTROPY_POINTS, density.dims))
-    noise = draw_entropy_noise(jax.random.key(3), run.sde, x0.shape, t_min=t_min)
-    return {
-        f"entropy_{form}": entropy(score_fn, run.sde, x0, noise, t_min=t_min, form=form)._asdict() for form in FORMS
-    }
-
-
-def density_on_grid(run: Run, score_fn: NetworkScore, problem: Problem) -> np.ndarray:
-    """Returns the density of the ODE at the points of the grid."""
-    assert run.density is not None
-    x = jnp.asarray(grid_points(problem.limit, problem.grid, run.density.dims))
-    result = ode_log_likelihood(
-        score_fn,
-        run.sde,
-        x,
-        None,
-        t_min=run.config.training.smallest_time,
-        method="rk4_log",
-        num_steps=50,
-        reference=GaussianReference(0.0, 0.6 if run.density.dims == 1 else 2.3),
-    )
-    require_success(result.info)
-    return np.exp(np.asarray(result.logp, np.float64))
-
-
-def save_paths(problem: Problem, folder: Path, path: Path) -> None:
-    """Writes paths of the SDE and the ODE of the first one-dimensional third-order model.
+def save_paths(problem: Problem, folder: Path) -> None:
+    """Writes paths_<name>.npz: paths of the SDE and the ODE of two models in one dimension, for the first seed.
 
     The paths are divided by the standard deviation of x_t.
     """
-    run = build(config_of(problem, problem.settings(SEEDS[0]) | {"training.score_matching_order": 3}))
-    density, sde, paths = run.density, run.sde, 40
-    assert density is not None
-    if path.exists() or density.dims > 1:
+    run, paths = build(config_of(problem, problem.settings(SEEDS[0]))), 40
+    density, sde = density_of(run), run.sde
+    if density.dims > 1 or folder.name != f"seed{SEEDS[0]}":
         return
-    checkpoint = folder / "order3" / "checkpoints" / str(problem.base + problem.steps)
-    score_fn = run.score_fn(run.load_state(checkpoint).ema_params)
     t = jnp.linspace(run.config.training.smallest_time, sde.t_max, 801)
     data, prior = density.sample(jax.random.key(4), (paths, 1)), sde.prior_sample(jax.random.key(5), (paths, 1))
-    drawn = {
-        "sde_forward": sde_path(score_fn, sde, data, t, jax.random.key(6)),
-        "ode_forward": ode_path(score_fn, sde, data, t),
-        "sde_reverse": sde_path(score_fn, sde, prior, t[::-1], jax.random.key(7))[::-1],
-        "ode_reverse": ode_path(score_fn, sde, prior, t[::-1])[::-1],
-    }
     alpha, sigma = (np.asarray(a)[:, None] for a in sde.alpha_sigma(t))
     deviation = np.hypot(alpha * float(jnp.std(density.sample(jax.random.key(8), (10_000, 1)))), sigma)
-    arrays = {name: (np.asarray(of_kind)[..., 0] / deviation)[::4] for name, of_kind in drawn.items()}
-    write_npz(path, t=np.asarray(t)[::4], **arrays)
+    for name in ("order1", "order3"):
+        checkpoint = folder / name / "checkpoints" / str(problem.steps)
+        score_fn = run.score_fn(run.load_state(checkpoint).ema_params)
+        drawn = {
+            "sde_forward": sde_path(score_fn, sde, data, t, jax.random.key(6)),
+            "ode_forward": ode_path(score_fn, sde, data, t),
+            "sde_reverse": sde_path(score_fn, sde, prior, t[::-1], jax.random.key(7))[::-1],
+            "ode_reverse": ode_path(score_fn, sde, prior, t[::-1])[::-1],
+        }
+        arrays = {kind: (np.asarray(path)[..., 0] / deviation)[::4] for kind, path in drawn.items()}
+        write_npz(folder / f"paths_{name}.npz", t=np.asarray(t)[::4], **arrays)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from experiments.synthetic import (
     STARTING_POINTS,
     STARTS,
     TEST_POINTS,
+    TOLERANCE,
     Problem,
 )
 from experiments.synthetic_figures import distance_figure, start_figure, trajectories
@@ -33,8 +34,12 @@ LABELS = {
     "order1": "order 1",
     "order2": "order 2",
     "order3": "order 3",
+    "continued3": "order 1, then order 3",
     "order1_long": "order 1, as long as order 3",
 }
+
+FLOOR = "exact score"
+"""The label of the measurements with the score of the data in place of a model's."""
 
 ACCOUNT = "## What it shows\n"
 """The first line of the hand-written part of the page, which is kept."""
@@ -56,9 +61,6 @@ def write_page(problems: Sequence[Problem], runs: Path, docs: Path) -> None:
         for kind, figure in problem_figures(problem, folders).items():
             write_atomic(docs / "images" / f"synthetic_{problem.name}_{kind}.png", figure_png(figure))
         sections.append(section(problem, folders))
-    if (runs / "paths.npz").exists():
-        write_atomic(docs / "images" / "synthetic_paths.png", figure_png(paths_figure(read_npz(runs / "paths.npz"))))
-        sections.append(PATHS)
     path = docs / "results" / "synthetic.md"
     write_atomic(path, "\n".join([header(problems, took), *sections, account(path)]))
 
@@ -74,8 +76,8 @@ def account(path: Path) -> str:
 
 def header(problems: Sequence[Problem], took: list[dict[str, Any]]) -> str:
     sizes = "\n".join(
-        f"| {p.title} | {p.base:,} + {p.steps:,} | {p.batch_size} | {p.widths[0]}, {p.widths[0]} and {p.widths[1]}, "
-        f"{p.widths[1]} | {DENSITIES[p.dataset].entropy:.3f} |"
+        f"| {p.title} | {p.steps:,} | {p.batch_size} | {_widths(p.branch)} and {_widths(p.trunk)} | "
+        f"{DENSITIES[p.dataset].entropy:.3f} |"
         for p in problems
     )
     commits = ", ".join(sorted({t["commit"] for t in took}))
@@ -90,57 +92,107 @@ def header(problems: Sequence[Problem], took: list[dict[str, Any]]) -> str:
         device=machine(),
         minutes=f"{minutes:.0f}",
         cpu=f"{cpu:.0f}",
+        tolerance=TOLERANCE,
     )
 
 
+def _widths(widths: Sequence[int]) -> str:
+    return ", ".join(map(str, widths))
+
+
 def section(problem: Problem, folders: Sequence[Path]) -> str:
-    """Returns the section of one problem, with its table, comparisons and figures."""
+    """Returns the section of one problem, with its tables, comparisons and figures."""
     models = {name: [json.loads((f / f"{name}.json").read_text()) for f in folders] for name in BRANCHES}
-    rows = "\n".join(table_row(name, models) for name in BRANCHES)
-    lines = [comparison(models, worse, better) for worse, better in COMPARED]
+    floor = json.loads((folders[0].parent / "floor.json").read_text())
     points = "; ".join(f"{LABELS[b]} against {LABELS[a]} {of_points(folders, a, b)}" for a, b in COMPARED)
     own = {
         term: np.mean([result[term]["se"] for results in models.values() for result in results])
-        for term in ("cross", "entropy_score", "entropy_divergence")
+        for term in ("cross", "fisher", "entropy_score", "entropy_divergence")
     }
-    seeds = ", ".join(folder.name.removeprefix("seed") for folder in folders)
-    return SECTION.format(
+    paths = (folders[0] / "paths_order1.npz").exists()
+    text = SECTION.format(
         title=problem.title,
-        seeds=seeds,
-        rows=rows,
-        lines="\n".join(f"- {line}" for line in lines),
+        seeds=", ".join(folder.name.removeprefix("seed") for folder in folders),
+        likelihoods=table(LIKELIHOODS, models, floor),
+        errors=table(ERRORS, models, floor),
+        sde=table(SDE_COLUMNS, models, floor) if "sde" in floor else "",
+        entropies=table(ENTROPIES, models, floor),
+        lines="\n".join(f"- {comparison(models, worse, better)}" for worse, better in COMPARED),
         points=points,
         own=own,
         name=problem.name,
         starting=STARTING_POINTS,
     )
+    return text + (PATHS.format(name=problem.name) if paths else "")
 
 
-COMPARED = (("order1", "order2"), ("order2", "order3"), ("order1", "order3"), ("order1_long", "order3"))
+COMPARED = (
+    ("order1", "order2"),
+    ("order2", "order3"),
+    ("order1", "order3"),
+    ("order1", "continued3"),
+    ("order1_long", "order3"),
+)
+
+Column = tuple[str, str]
+"""The header of a column, and the dotted path of its value in a result. A value may be an estimate with a `mean`."""
+
+LIKELIHOODS: tuple[Column, ...] = (
+    ("NLL", "nll"),
+    ("KL", "kl"),
+    ("Theorem 3.1", "cross"),
+    ("l_SM", "score_matching"),
+    ("l_Fisher", "fisher"),
+    ("l_Diff", "difference"),
+)
+ERRORS: tuple[Column, ...] = (
+    ("first (l_SM)", "score_matching"),
+    ("second", "second"),
+    ("third", "third"),
+    ("source of first", "source_first"),
+    ("source of second", "source_second"),
+    ("source of third", "source_third"),
+)
+SDE_COLUMNS: tuple[Column, ...] = (
+    ("KL of the ODE", "kl"),
+    ("KL of the SDE", "sde.kl"),
+    ("its bound", "sde.score_matching"),
+    ("gap of the bound", "sde.gap"),
+)
+ENTROPIES: tuple[Column, ...] = (
+    ("entropy, E\\|s\\|²", "entropy_score"),
+    ("entropy, -E div s", "entropy_divergence"),
+    ("variance of the loss, uniform times", "loss_variance.uniform"),
+    ("with importance sampling", "loss_variance.importance"),
+)
 
 
-def table_row(name: str, models: Models) -> str:
-    results = models[name]
+def table(columns: Sequence[Column], models: Models, floor: dict[str, Any]) -> str:
+    """Returns a table with a row for each model, and one for the exact score."""
+    headers = ["model", "steps", "ms/step", *(header for header, _ in columns)]
+    rows = [headers, ["---"] * len(headers), *(table_row(name, models[name], columns) for name in BRANCHES)]
+    exact = [value_at(floor, path) for _, path in columns]
+    rows.append([FLOOR, "", "", *("" if value is None else f"{value:.3g}" for value in exact)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def table_row(name: str, results: list[dict[str, Any]], columns: Sequence[Column]) -> list[str]:
     steps = ", ".join(f"{step:,}" for step in sorted({r["step"] for r in results}))
-    kl = np.array([r["kl"] for r in results])
-    cells = [
-        LABELS[name],
-        steps,
-        f"{1e3 * np.median([r['seconds_per_step'] for r in results]):.1f}",
-        over_seeds([r["nll"] for r in results]),
-        over_seeds(kl),
-        over_seeds([r["score_matching"]["mean"] for r in results]),
-        over_seeds([r["fisher"]["mean"] for r in results]),
-        over_seeds([r["cross"]["mean"] for r in results]),
-        over_seeds([r["entropy_score"]["mean"] for r in results]),
-        over_seeds([r["entropy_divergence"]["mean"] for r in results]),
-    ]
-    return "| " + " | ".join(cells) + " |"
+    cost = f"{1e3 * np.median([r['seconds_per_step'] for r in results]):.1f}"
+    return [LABELS[name], steps, cost, *(over_seeds([value_at(r, path) for r in results]) for _, path in columns)]
 
 
-def over_seeds(values: Sequence[float] | np.ndarray, digits: int = 4) -> str:
+def value_at(result: dict[str, Any], path: str) -> float | None:
+    """Returns the number at a dotted path, which may be the mean of an estimate; None if it does not exist."""
+    value: Any = result
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value.get("mean") if isinstance(value, dict) else value
+
+
+def over_seeds(values: Sequence[float | None], digits: int = 4) -> str:
     estimate = mean_estimate(np.array(values, np.float64))
-    return plus_minus(estimate, digits)
+    return plus_minus(estimate, digits).removesuffix(" (one seed)")  # the page says so above the table
 
 
 def plus_minus(estimate: MeanEstimate, digits: int = 4, sign: str = "") -> str:
@@ -168,17 +220,21 @@ def of_points(folders: Sequence[Path], worse: str, better: str) -> str:
 def problem_figures(problem: Problem, folders: Sequence[Path]) -> dict[str, Figure]:
     arrays = {name: [read_npz(folder / f"{name}.npz") for folder in folders] for name in BRANCHES}
     curves = {LABELS[name]: averaged_curves(of_seeds) for name, of_seeds in arrays.items()}
-    return {
+    figures = {
         "density": density_figure(problem, arrays),
         "distances": distance_figure(curves),
-        "starts": starts_figure(problem, folders),
+        "starts": starts_figure(folders),
     }
+    paths = {name: folders[0] / f"paths_{name}.npz" for name in ("order1", "order3")}
+    if all(path.exists() for path in paths.values()):
+        figures["paths"] = paths_figure({LABELS[name]: read_npz(path) for name, path in paths.items()})
+    return figures
 
 
-def starts_figure(problem: Problem, folders: Sequence[Path]) -> Figure:
+def starts_figure(folders: Sequence[Path]) -> Figure:
     models = {}
     for name in BRANCHES:
-        of_seeds = [read_npz(folder / f"{name}_starts.npz") for folder in folders]
+        of_seeds = [read_npz(folder / f"{name}.npz") for folder in folders]
         excess = np.array([arrays["excess"].mean(axis=1) for arrays in of_seeds])
         models[LABELS[name]] = excess.mean(0), excess.std(0, ddof=min(1, len(excess) - 1)) / np.sqrt(len(excess))
     return start_figure(STARTS, models)
@@ -208,68 +264,92 @@ def averaged_curves(of_seeds: Sequence[dict[str, np.ndarray]]) -> dict[str, Dist
     return curves
 
 
-def paths_figure(arrays: dict[str, np.ndarray]) -> Figure:
-    panels = {
-        "SDE, from the data": arrays["sde_forward"],
-        "ODE, from the data": arrays["ode_forward"],
-        "SDE, from the prior": arrays["sde_reverse"],
-        "ODE, from the prior": arrays["ode_reverse"],
+def paths_figure(models: dict[str, dict[str, np.ndarray]]) -> Figure:
+    kinds = {
+        "ode_forward": "ODE, from the data",
+        "ode_reverse": "ODE, from the prior",
+        "sde_reverse": "SDE, from the prior",
     }
-    return trajectories(arrays["t"], panels)
+    panels = {f"{title}, {name}": arrays[kind] for kind, title in kinds.items() for name, arrays in models.items()}
+    return trajectories(next(iter(models.values()))["t"], panels)
 
 
 HEADER = """# The paper's synthetic experiments
 
 Does a diffusion ODE get closer to the data when its score is trained with second and third-order denoising score
-matching? A first-order model is trained. Training then continues from this model with orders 1, 2 and 3 (exact
-derivatives, weights of the paper) for the same number of steps, and with order 1 for as long as order 3 took.
-`make reproduce` runs all experiments.
+matching? As in the paper, a model of each order is trained from scratch, with exact derivatives and the weights of the
+paper, for the same number of steps. Beside these, one model of order 3 continues from the first order's half-way
+checkpoint to the same number of steps, and one model of order 1 is trained for as long as order 3 took.
+`make reproduce` runs all experiments, and resumes.
 
 **Smaller than published.** The paper trains each order for 50,000 to 100,000 steps of batch 5000, with widths 128 and
 512. The experiments of this page have these sizes:
 
-| problem | steps: first order + more | batch | widths: branches and trunk | entropy of the data, nats |
+| problem | steps | batch | widths: branches and trunk | entropy of the data, nats |
 |---|---|---|---|---|
 {sizes}
 
-Time starts at 1e-5, as in the paper. All models are evaluated on the same {test} test points. NLL and KL (of the data
-from the model) come from the exact likelihood of the ODE, in nats. The distances between scores ([L22] Fig. 3) are
-integrated over time, also in nats, from {times} times with {points} points each. First-order training minimises l_SM.
-l_Fisher is the distance between the score of the ODE's own density and the score of the data. The integral of Theorem
-3.1 is a second estimate of the KL, from scores alone and on other points. Entropies of the data are estimated from the
-model's score ([S21b] Theorem 4, {entropy_points} points). ± is the standard error over seeds.
+The paper's network (`model.name=mlp_published`) sees time and points unscaled, has no nonlinearity on the joined
+features, and starts from the uniform initialisation of PyTorch. Under VE, our network scales points and output by the
+noise level.
 
-Command `make reproduce`, commit {commits}, {device}: {minutes} minutes, {cpu} of CPU time. Other work shared the
-machine, so only the ratios of ms/step are meaningful.
+Time starts at 1e-5, as in the paper. All models are evaluated on the same {test} test points. NLL and KL (of the data
+from the model) come from the exact likelihood of the ODE, in nats. All distances between scores are integrals over time
+in nats, from {times} times with {points} points each, with solves at tolerance {tolerance:g}:
+
+- l_SM, l_Fisher and l_Diff are those of [L22] Fig. 3 and 7. First-order training minimises l_SM. l_Fisher is the
+  distance between the score of the ODE's own density and the score of the data.
+- "Theorem 3.1" is its integral, a second estimate of the KL, from scores alone and on other points.
+- "second" and "third" are the errors of the score's Jacobian and of the gradient of its trace against those of the
+  data, as integrals over ln(sigma / alpha) of sigma^4 |grad e|^2 and sigma^6 |grad tr grad e|^2 (l_SM is that of
+  sigma^2 |e|^2). The sources are the terms that drive the ODE's score away from the data's, and that Theorem 3.2
+  bounds: sigma^3 times |(grad^2 ln p) e|, |(grad e)^T grad ln q| and |grad tr grad e|, integrated in the same way
+  (analysis/score_distances.py).
+- The KL of the SDE with the same score is below its bound, l_SM plus 1e-5 nats or less of the prior, by the gap of
+  [L22] App. C (analysis/sde_density.py).
+- The entropies of the data are estimated from the model's score ([S21b] Theorem 4, {entropy_points} points). The
+  variances are those of the likelihood-weighted first-order loss of an example, divided by the squared mean, with times
+  drawn uniformly and by importance sampling ([S21b] Fig. 2).
+
+± is the standard error over seeds. The row "exact score" has the score of the data in place of a model's: it is the
+floor of each measurement, due to the solvers and the prior.
+
+Command `make reproduce`, commit {commits}, {device}:
+{minutes} minutes, {cpu} of CPU time. Other work shared the machine, so only the ratios of ms/step are meaningful, and
+they are rough.
 """
 
-PATHS = """## Paths
+PATHS = """
+Paths of the ODE and the SDE, coloured by their position at t = 0, under models of order 1 and 3 of the first seed:
 
-The figure shows paths of the mixture (VE) under a third-order model: Euler steps of the SDE and the ODE in both
-directions, coloured by their position at t = 0.
-
-![Paths](../images/synthetic_paths.png)
+![Paths](../images/synthetic_{name}_paths.png)
 """
 
 SECTION = """## {title}
 
 The seeds are {seeds}.
 
-| model | steps | ms/step | NLL | KL | l_SM | l_Fisher | Theorem 3.1 | entropy, E\\|s\\|² | entropy, -E div s |
-|---|---|---|---|---|---|---|---|---|---|
-{rows}
+{likelihoods}
 
 {lines}
 
 Paired by test point and averaged over seeds, these falls and their standard errors over points are: {points}.
 
-For a single model, the standard error over points is {own[cross]:.3f} nats for the integral of Theorem 3.1, and
-{own[entropy_score]:.3f} and {own[entropy_divergence]:.3f} nats for the entropies. All models share this error.
+Errors of the three orders, and the sources of the ODE's error:
+
+{errors}
+
+{sde}
+
+{entropies}
+
+For a single model, the standard error over points is {own[cross]:.3f} nats for the integral of Theorem 3.1,
+{own[fisher]:.3f} for l_Fisher, and {own[entropy_score]:.3f} and {own[entropy_divergence]:.3f} nats for the entropies.
 
 ![Densities](../images/synthetic_{name}_density.png)
 ![Distances between scores](../images/synthetic_{name}_distances.png)
 
-The last figure shows the NLL of {starting} data points, minus the NLL under the data's own density, against the start
+The next figure shows the NLL of {starting} data points, minus the NLL under the data's own density, against the start
 time of the solve. The points are taken to be at this start time ([L22] Fig. 6). The shaded area is the standard error
 over seeds.
 

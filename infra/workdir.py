@@ -1,6 +1,7 @@
 """The folder of a run: where each artefact is, with the functions that write and read it.
 
     config.json, environment.json     the configuration; the software and devices of the last start
+    start.json                        of a run that starts from a checkpoint: which, and its step
     checkpoints/STEP/                 training states: checkpoints.py
     train/metrics.jsonl               training metrics, with TensorBoard files in train/tensorboard/: metrics.py
     eval/LABEL.json                   results of one checkpoint, with times in LABEL_seconds.json: results.py
@@ -12,6 +13,7 @@
     density/LABEL.npz                 the density of a model of points on a grid
     cost.json                         costs of a training step, from --mode=cost
     failed_batch.npz                  the batches in which losses were not finite too often: training_loop.py
+    exported/checkpoint_STEP          checkpoints in the published format, dequantizer_STEP for dequantizers
     report.html, figures/             the report
     log.txt                           the log; further hosts write log_1.txt, ...
 
@@ -60,7 +62,7 @@ class Workdir:
     path: Path
 
     CHECKPOINTS: ClassVar[str] = "checkpoints"
-    OTHER_FOLDERS: ClassVar[tuple[str, ...]] = (CHECKPOINTS, "train", "samples", "density", "figures")
+    OTHER_FOLDERS: ClassVar[tuple[str, ...]] = (CHECKPOINTS, "train", "samples", "density", "exported", "figures")
     """Subfolders that are not for results."""
 
     @property
@@ -70,6 +72,10 @@ class Workdir:
     @property
     def environment(self) -> Path:
         return self.path / "environment.json"
+
+    @property
+    def start(self) -> Path:
+        return self.path / "start.json"
 
     @property
     def checkpoints(self) -> Path:
@@ -99,6 +105,10 @@ class Workdir:
     def failed_batch(self) -> Path:
         """The batches of the call in which training stopped because losses were not finite."""
         return self.path / "failed_batch.npz"
+
+    @property
+    def exported(self) -> Path:
+        return self.path / "exported"
 
     @property
     def report(self) -> Path:
@@ -182,6 +192,23 @@ class Workdir:
         if problems or not isinstance(rows, list) or not all("program" in row for row in rows):
             raise ValueError(f"cannot read {self.cost} as the rows of --mode=cost; delete it to measure again")
         return rows
+
+    def write_start(self, init_from: str, step: int) -> None:
+        """Writes which checkpoint the run starts from."""
+        if jax.process_index() == 0:
+            write_atomic(self.start, json.dumps({"init_from": init_from, "step": step}))
+
+    def read_start(self) -> dict[str, Any]:
+        """Returns `init_from` and `step` of the checkpoint that the run started from; step 0 for a fresh run.
+
+        Raises:
+            ValueError: if the file is damaged.
+        """
+        problems: list[str] = []
+        start = read_json(self.start, problems)
+        if problems:
+            raise ValueError(problems[0])
+        return start or {"init_from": "", "step": 0}
 
     def write_samples(
         self,

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from arrays import Batch, PerExample, append_dims
 from configs.default import Config
-from models.mlp import mlp_from_config
+from models.mlp import POINT_NETWORKS, TIMES_PER_UNIT, mlp_from_config
 from models.ncsnpp import ncsnpp_from_config
 from sde_lib import SDE, sde_from_config
 
@@ -35,7 +35,10 @@ class ScoreNetwork(Protocol):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
-NETWORKS: dict[str, Callable[[Config], ScoreNetwork]] = {"ncsnpp": ncsnpp_from_config, "mlp": mlp_from_config}
+NETWORKS: dict[str, Callable[[Config], ScoreNetwork]] = {
+    "ncsnpp": ncsnpp_from_config,
+    **dict.fromkeys(POINT_NETWORKS, mlp_from_config),
+}
 """The builders of networks, by config.model.name."""
 
 
@@ -68,7 +71,7 @@ class NetworkScore:
         sigma = self.model.sde.alpha_sigma(t)[1]
         if self.model.network.scale_by_sigma:
             return self._output(x, sigma)
-        return -self._output(x, 999 * t) / append_dims(sigma, x)
+        return -self._output(x, TIMES_PER_UNIT * t) / append_dims(sigma, x)
 
     def _output(self, x: Batch, labels: PerExample) -> Batch:
         train = self.dropout_key is not None

@@ -30,6 +30,7 @@ class Section(NamedTuple):
 SECTIONS = (
     Section("Loss", [sections.loss_curves, result_tables.losses_over_test_set], "No training recorded yet."),
     Section("Likelihood", [result_tables.bits_per_dim, result_tables.nats], "No evaluation of the likelihood yet."),
+    Section("Diagnostics", [sections.diagnostics]),
     Section("Sample quality", [result_tables.sample_quality], "No evaluation of samples yet."),
     Section("Samples", [sections.samples, sections.points, sections.snapshots], "No samples drawn yet."),
     Section("Density", [sections.densities]),

@@ -11,6 +11,7 @@ from infra.image_grid import image_grid, image_png
 from infra.workdir import ImageGrid
 from report.content import Block, Gallery, Note, Plot, Table
 from report.density_figures import density_figure, point_figure
+from report.diagnostics_figures import diagnostics_figure
 from report.figures import TITLES, captioned, figure_png, loss_figure, seconds_figure, snapshot_grid
 from report.formatting import MISSING, duration, number
 from report.run_files import RunFiles
@@ -88,6 +89,23 @@ def densities(runs: Runs) -> list[Block]:
     figure = density_figure(first.limit, first.data, models)
     note = "The density of a model is that of its ODE at the points of a grid. Densities above the scale are cut off."
     return [_plot("density", figure, "Densities of the data and the models"), Note(note)]
+
+
+def diagnostics(runs: Runs) -> list[Block]:
+    """Where the models are bad, by start time and noise level, of the newest checkpoint of each run."""
+    models = {}
+    for run in runs:
+        result, file = run.newest_result("diagnostics")
+        if result is not None:
+            models[f"{run.title}, step {result['checkpoint_step']:,}{file}"] = result["diagnostics"]
+    if not models:
+        return []
+    note = (
+        "Means over images, plus and minus two standard errors. The first-order loss and the trace's bias are per "
+        "dimension; for the exact score, the trace's bias is 0. l_Diff is the distance between the model's score and "
+        "the score of the ODE's own density."
+    )
+    return [_plot("diagnostics", diagnostics_figure(models), "Errors by start time and noise level"), Note(note)]
 
 
 def times(runs: Runs) -> list[Block]:

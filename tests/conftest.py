@@ -28,6 +28,7 @@ SLOW = {
     "test_density_grid",
     "test_dequantizer_training",
     "test_derivatives",
+    "test_diagnostics",
     "test_entropy",
     "test_examples",
     "test_extending",

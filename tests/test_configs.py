@@ -13,6 +13,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from build import build
 from configs.default import Config
 from sde_lib import sde_from_config
 from tests.golden import abstract_params
@@ -21,6 +22,7 @@ from tests.golden_common import load_config
 ROOT = Path(__file__).parent.parent
 FAMILIES = [ROOT / "configs" / family for family in ("ve", "vp", "subvp")]
 PUBLISHED = sorted(path.relative_to(ROOT) for family in FAMILIES for path in family.glob("*_continuous.py"))
+FACES, VP_NCSNPP, VP_NCSNPP_DEEP = 105_785_896, 62_693_251, 107_521_411
 NCSNPP, NCSNPP_DEEP, DDPMPP, DDPMPP_DEEP, CHURCH = 62_758_915, 107_587_075, 61_804_419, 106_632_579, 65_574_549
 COUNTS = {
     "ve.cifar10_ncsnpp_continuous": NCSNPP,
@@ -28,6 +30,15 @@ COUNTS = {
     "ve.imagenet32_ncsnpp_continuous": NCSNPP,
     "ve.imagenet32_ncsnpp_deep_continuous": NCSNPP_DEEP,
     "ve.church_ncsnpp_continuous": CHURCH,
+    "ve.bedroom_ncsnpp_continuous": CHURCH,
+    "ve.celebahq_256_ncsnpp_continuous": CHURCH,
+    "ve.ffhq_256_ncsnpp_continuous": CHURCH,
+    "ve.celebahq_ncsnpp_continuous": FACES,
+    "ve.ffhq_ncsnpp_continuous": FACES,
+    "vp.cifar10_ncsnpp_continuous": VP_NCSNPP,
+    "vp.cifar10_ncsnpp_deep_continuous": VP_NCSNPP_DEEP,
+    "subvp.cifar10_ncsnpp_continuous": VP_NCSNPP,
+    "subvp.cifar10_ncsnpp_deep_continuous": VP_NCSNPP_DEEP,
     "vp.cifar10_ddpmpp_continuous": DDPMPP,
     "vp.cifar10_ddpmpp_deep_continuous": DDPMPP_DEEP,
     "vp.imagenet32_ddpmpp_continuous": DDPMPP,
@@ -83,8 +94,15 @@ PROTOCOL = {
 }
 """The published protocol of evaluation."""
 
+_SKIP_PYRAMIDS = {"sampling.method": "pc", "sampling.snr": 0.075}
+_LARGE_FACES = {"sampling.method": "pc", "sampling.snr": 0.15}
+_EULER_MARUYAMA = {"sampling.method": "pc", "sampling.predictor": "euler_maruyama", "sampling.corrector": "none"}
 OTHERWISE = {
-    "ve.church_ncsnpp_continuous": {"sampling.method": "pc", "sampling.snr": 0.075},
+    **dict.fromkeys([name for name, count in COUNTS.items() if count == CHURCH], _SKIP_PYRAMIDS),
+    **dict.fromkeys(
+        [name for name, count in COUNTS.items() if count == FACES], _SKIP_PYRAMIDS | {"sampling.snr": 0.15}
+    ),
+    **dict.fromkeys([name for name in COUNTS if "vp.cifar10_ncsnpp" in name], _EULER_MARUYAMA),
     "ve.cifar10_ncsnpp_deep_continuous": {"sampling.method": "pc"},
 }
 """Fields of single configurations that differ from `PROTOCOL`."""
@@ -97,6 +115,31 @@ def test_published_configurations_follow_the_published_protocol(name: str) -> No
     repeats, split = (1, "test") if "imagenet32" in name else (5, "train")
     expected = PROTOCOL | {"eval.num_repeats": repeats, "eval.statistics_split": split} | OTHERWISE.get(name, {})
     assert {field: functools.reduce(getattr, field.split("."), config) for field in expected} == expected
+
+
+_256 = {"data.image_size": 256, "training.batch_size": 64, "model.nf": 128, "model.ema_rate": 0.999}
+_1024 = {"data.image_size": 1024, "training.batch_size": 8, "model.nf": 16, "model.ema_rate": 0.9999}
+_CIFAR10 = {"training.batch_size": 128, "model.fir": True, "model.progressive_input": "residual", "data.centered": True}
+_VP_NCSNPP = _CIFAR10 | {"training.smallest_time": 1e-5, "sampling.smallest_time": 1e-3, "training.reduce_mean": True}
+SCORE_SDE = {
+    "ve.bedroom_ncsnpp_continuous": _256 | {"data.category": "bedroom", "model.sigma_max": 378},
+    "ve.celebahq_256_ncsnpp_continuous": _256 | {"data.dataset": "CelebAHQ", "model.sigma_max": 348},
+    "ve.ffhq_256_ncsnpp_continuous": _256 | {"data.dataset": "FFHQ", "model.sigma_max": 348},
+    "ve.celebahq_ncsnpp_continuous": _1024 | {"model.sigma_max": 1348, "training.reduce_mean": False},
+    "ve.ffhq_ncsnpp_continuous": _1024 | {"model.sigma_max": 1348, "training.reduce_mean": True},
+    "vp.cifar10_ncsnpp_continuous": _VP_NCSNPP | {"training.n_iters": 1_300_001, "training.sde": "vpsde"},
+    "vp.cifar10_ncsnpp_deep_continuous": _VP_NCSNPP | {"training.n_iters": 950_001, "training.sde": "vpsde"},
+    "subvp.cifar10_ncsnpp_continuous": _VP_NCSNPP | {"training.n_iters": 1_300_001, "training.sde": "subvpsde"},
+    "subvp.cifar10_ncsnpp_deep_continuous": _VP_NCSNPP | {"training.n_iters": 950_001, "training.sde": "subvpsde"},
+}
+"""Published values of fields in the configurations that are score_sde's only."""
+
+
+@pytest.mark.parametrize("name", SCORE_SDE)
+def test_configurations_of_score_sde_have_its_values(name: str) -> None:
+    config, expected = load_config(name), SCORE_SDE[name]
+    assert {field: functools.reduce(getattr, field.split("."), config) for field in expected} == expected
+    assert build(config).config is config
 
 
 @pytest.fixture

@@ -182,6 +182,23 @@ def test_evaluation_with_the_dequantizer(trained):
     assert sum(result["terms"].values()) == pytest.approx(result["mean"], abs=1e-5)
 
 
+def test_an_exported_dequantizer_is_used_like_a_released_one(trained, tmp_path):
+    """Round trip through the published format, and the fields that choose the file."""
+    config = config_with(eval__dequantizer=True)
+    path = run_lib.export(config, trained)
+    assert path.parent == trained / "exported"
+    assert path.name.startswith("dequantizer_")
+    config = config_with(eval__dequantizer=True, eval__dequantizer_checkpoint=str(path))
+    loaded = evaluation_dequantizer(build(config), Workdir(tmp_path / "nothing"))
+    own = evaluation_dequantizer(build(config_with(eval__dequantizer=True)), Workdir(trained / "deq"))
+    assert loaded.description == own.description
+    for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(own), strict=True):
+        np.testing.assert_array_equal(a, b)
+    unused = config_with(eval__dequantizer_checkpoint=str(path))
+    with pytest.raises(ValueError, match=r"but eval\.dequantizer is False"):
+        evaluation_dequantizer(build(unused), Workdir(tmp_path))
+
+
 def test_what_is_missing_is_said_before_any_work(trained, tmp_path):
     config = config_with(eval__dequantizer=True)
     with pytest.raises(FileNotFoundError, match=r"no dequantizer in .*; train one with --mode=train_deq"):

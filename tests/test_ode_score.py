@@ -11,10 +11,19 @@ from jaxtyping import Array, Float
 from scipy import special
 
 from analysis.ode_score import _total, likelihood_by_start, ode_score, ode_score_path
-from analysis.score_distances import DistanceCurve, TimeNodes, distance_curves, distances, kl_identity, time_nodes
+from analysis.score_distances import (
+    DistanceCurve,
+    TimeNodes,
+    distance_curves,
+    distances,
+    error_sources,
+    kl_identity,
+    order_errors,
+    time_nodes,
+)
 from arrays import Batch, PerExample, append_dims
 from likelihood import Probes, draw_probes, ode_log_likelihood
-from ode import Info, require_success
+from ode import Info, as_pytree, require_success
 from sde_lib import SDE, SDES, VESDE, VPSDE
 from sources.densities import GaussianMixture, paper_mixture
 from tests.analytic import asymmetric_mixture
@@ -78,7 +87,7 @@ def test_with_probes_it_is_the_gradient_of_their_likelihood_and_unbiased():
         expected = log_likelihood_gradient(of_images, VP, x[:few], probes[:, :few], **solve)
         assert_close(np.asarray(path.score[0, :few]), expected)
         np.testing.assert_allclose(path.x[0], x, atol=1e-4)
-        np.testing.assert_array_equal(path.score[2], -path.x[2])  # the prior's
+        np.testing.assert_allclose(path.score[2], -path.x[2], rtol=1e-12)  # the prior's
         scores = np.asarray(path.score[0, few:]).reshape(-1, 2)
     exact, estimates = scores[:2].mean(0), scores[2:]
     se = estimates.std(0) / math.sqrt(n)
@@ -153,6 +162,56 @@ def test_kl_identity_gradient_and_distances():
         curves = distance_curves(score_of(density, VE, 0.0), VE, sampler, nodes, count, data_score=exact, **solve)
         assert np.max(curves["score_matching"].mean) < 1e-20
         assert 0 < curves["fisher"].integral.mean < 1e-3  # all of it the prior's mismatch
+
+
+def test_what_drives_the_score_of_the_ode() -> None:
+    """dr/dt + (grad h)^T r along a path of the data's ODE, by central differences, is the sum of the sources.
+
+    In one dimension the terms are numbers. The errors of the orders are derivatives of the same error of the score.
+    """
+    dt, t0 = 1e-4, 0.4
+    with jax.enable_x64(True):
+        density = paper_mixture()
+        score_fn, exact = score_of(density, VP, 0.3), density.score_fn(VP)
+        x = jnp.asarray([[-0.6], [0.1], [0.7]])
+        t = jnp.full(3, t0)
+        flow = VP.probability_flow(exact, x, t)
+        grid = jnp.concatenate([x - dt * flow, x, x + dt * flow]), jnp.repeat(t0 + dt * jnp.arange(-1.0, 2), 3)
+        difference = np.asarray(ode_score(score_fn, VP, *grid, rtol=1e-9, atol=1e-9).score - exact(*grid))
+        before, now, after = difference.reshape(3, 3)
+        slope = jax.vmap(jax.grad(lambda x, t: VP.probability_flow(score_fn, x[None, None], t[None])[0, 0]))
+        left = (after - before) / (2 * dt) + np.asarray(slope(x[:, 0], t)) * now
+        g, sigma = (np.asarray(a) for a in (VP.diffusion(t), VP.alpha_sigma(t)[1]))
+
+        def error(x: Array, t: Array) -> Array:
+            return (score_fn(x[None, None], t[None]) - exact(x[None, None], t[None]))[0, 0]
+
+        first, second = jax.grad(error), jax.grad(jax.grad(error))
+        e, de, dde = (np.asarray(jax.vmap(f)(x[:, 0], t)) for f in (error, first, second))
+        sources = error_sources(score_fn, exact, VP, x, t, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(sources.third, sigma**3 * np.abs(dde), rtol=1e-6)
+        np.testing.assert_allclose(sources.second, sigma**3 * np.abs(de * np.asarray(exact(x, t))[:, 0]), rtol=1e-6)
+        curvature = (left / (0.5 * g**2) - dde - de * np.asarray(exact(x, t))[:, 0]) / e
+        np.testing.assert_allclose(sources.first, sigma**3 * np.abs(curvature * e), rtol=1e-3)
+        orders = order_errors(as_pytree(score_fn), as_pytree(exact), x, t, sde=VP)
+        np.testing.assert_allclose(orders.second, 0.5 * (g * sigma * de) ** 2, rtol=1e-6)
+        np.testing.assert_allclose(orders.third, 0.5 * (g * sigma**2 * dde) ** 2, rtol=1e-6)
+
+
+def test_a_path_that_does_not_return_is_noticed(caplog: pytest.LogCaptureFixture) -> None:
+    """In a valley, with a solve back (which probes need) and a coarse tolerance."""
+    density = paper_mixture()
+    x, t = jnp.asarray([[-0.04], [0.57]]), jnp.full(2, T_MIN)
+    probes = jnp.ones((1, 2, 1))
+    with caplog.at_level("WARNING"):
+        lost = distances(density.score_fn(VP), VP, x, t, probes, data_score=density.score_fn(VP), rtol=1e-3, atol=1e-3)
+    assert lost.returned is not None
+    assert lost.fisher is not None
+    assert float(lost.returned[0]) > 0.1
+    assert "do not return" in caplog.text
+    kept = distances(density.score_fn(VP), VP, x, t, data_score=density.score_fn(VP), rtol=1e-3, atol=1e-3)
+    assert kept.fisher is not None
+    assert float(kept.fisher[0]) < 0.05 * float(lost.fisher[0])
 
 
 def test_integral_of_a_curve():

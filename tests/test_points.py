@@ -186,6 +186,34 @@ def test_noise_levels_scale_what_the_network_sees():
     assert jnp.max(jnp.abs(small)) > 1e-6
 
 
+def test_the_network_of_the_paper() -> None:
+    """Its first parameters lie within 1/sqrt(fan in), and it is a composition of affine maps, written out here."""
+    config = config_with(model__name="mlp_published", model__scale_by_sigma=False, model__mlp_widths=(400, 3))
+    model = build(config).model
+    params = jax.tree.map(np.asarray, model.init(jax.random.key(0), (2,)))
+    for layer in params.values():
+        limit = 1 / math.sqrt(len(layer["kernel"]))
+        for values in layer.values():
+            assert np.max(np.abs(values)) < limit
+    spread = np.std(params["trunk_0"]["bias"])  # 400 numbers, uniform in +-1/4
+    assert spread == pytest.approx(0.25 / math.sqrt(3), abs=5 * 0.25 / math.sqrt(3) / math.sqrt(2 * 400))
+
+    def affine(name: str, h: np.ndarray) -> np.ndarray:
+        return h @ params[name]["kernel"] + params[name]["bias"]
+
+    x, t = np.array([[0.3, -2.0], [5.0, 1.0]], np.float32), np.array([0.2, 0.9], np.float32)
+    angles = t[:, None] * 10_000.0 ** (-np.arange(4) / 3)
+    time = affine("time_0", np.concatenate([np.sin(angles), np.cos(angles)], axis=1))
+    trunk = affine("trunk_0", np.concatenate([time, affine("data_0", x)], axis=1))
+    hidden = affine("trunk_1", trunk / (1 + np.exp(-trunk)))
+    noise = affine("trunk_2", hidden / (1 + np.exp(-hidden)))
+    score = model.score_fn(params)(jnp.asarray(x), jnp.asarray(t))
+    expected = -noise / np.asarray(model.sde.alpha_sigma(jnp.asarray(t))[1])[:, None]
+    np.testing.assert_allclose(score, expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="mlp_published sees unscaled points"):
+        build(config_with(model__name="mlp_published"))
+
+
 BAD = {
     "data__path": ("mine.npz", "data.path is 'mine.npz', but data.dataset=checkerboard reads no files"),
     "data__random_flip": (True, "data.random_flip is True, but checkerboard has points"),

@@ -31,7 +31,7 @@ from train_state import TrainState, create_state, optimizer_from_config
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = {sde: ROOT / "tests" / "golden" / f"released_checkpoint_{sde}" for sde in ("ve", "vp")}
-STEP = 1234
+STEP, OWN_STEPS = 1234, 5
 
 
 def config_of(sde: str) -> Config:
@@ -243,6 +243,19 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+def test_an_export_is_a_published_checkpoint(own: Path) -> None:
+    """Round trip: the exported file is read as the same state, and holds what the published code reads."""
+    run = build(config_with())
+    path = run_lib.export(config_with(), own)
+    assert path == own / "exported" / f"checkpoint_{FIRST_STEP}"
+    for a, b in zip(jax.tree.leaves(run.load_state(path)), jax.tree.leaves(run.load_state(own)), strict=True):
+        np.testing.assert_array_equal(a, b)
+    content: Any = msgpack_restore(path.read_bytes())
+    assert (float(content["lr"]), float(content["ema_rate"])) == (config_with().optim.lr, config_with().model.ema_rate)
+    with pytest.raises(FileNotFoundError, match="no dequantizer in"):
+        run_lib.export(config_with(eval__dequantizer=True), own)
+
+
 @pytest.fixture(scope="module")
 def continued(released_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of order 3 from the released file."""
@@ -306,6 +319,49 @@ def test_a_released_file_is_evaluated_directly(released_file: Path, own: Path, c
     run_lib.evaluate(config_with(eval__checkpoint=str(other)), tmp_path / "released", "eval")
     results = [json.loads(path.read_text()) for path in result_files(tmp_path / "released")]
     assert sorted(r["checkpoint_step"] for r in results) == [FIRST_STEP, FIRST_STEP + 1]
+
+
+def test_a_released_checkpoint_is_continued_and_its_last_step_evaluated(tmp_path: Path) -> None:
+    """As the README does it: some steps of order 3 from a file in the released format, with the published eval fields.
+
+    The configuration names the checkpoint at which the run starts, but the result is that of the last step.
+    """
+    config = get_config()
+    golden = config_of("ve")
+    config.model.update(golden.model)
+    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "images.npz", x_train=images, x_test=images)
+    released, workdir = GOLDEN["ve"], tmp_path / "run"
+    fields = {
+        "data.dataset": "npz",
+        "data.path": str(tmp_path / "images.npz"),
+        "data.num_channels": 3,
+        "data.levels": 256,
+        "training.score_matching_order": 3,
+        "training.init_from": str(released),
+        "training.n_iters": 100,  # far before the start
+        "training.n_iters_from_start": OWN_STEPS,
+        "training.batch_size": 4,
+        "training.log_freq": 2,
+        "training.snapshot_freq": STEP,
+        "training.snapshot_sampling": False,
+        "eval.begin_ckpt": 1,
+        "eval.end_ckpt": 1,
+        "eval.enable_sampling": False,
+        "eval.enable_loss": True,
+        "eval.enable_bpd": False,
+    }
+    config.update_from_flattened_dict(fields)
+    run_lib.train(config, workdir)
+    run_lib.evaluate(config, workdir, "eval")
+    (path,) = result_files(workdir)
+    result = json.loads(path.read_text())
+    assert path.name == f"step_{STEP + OWN_STEPS}.json"
+    assert (result["checkpoint_step"], result["own_steps"], result["order"]) == (STEP + OWN_STEPS, OWN_STEPS, 3)
+    assert (result["started_from"], result["start_step"]) == (str(released), STEP)
+    assert result["loss"]["third"]["mean"] > 0
+    run_lib.train(config, workdir)  # resumes at the end: nothing is left to do
+    assert int(build(config).load_state(workdir).step) == STEP + OWN_STEPS
 
 
 @pytest.mark.parametrize("network", ["--config.model.nf=16", None])

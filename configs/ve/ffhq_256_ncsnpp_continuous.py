@@ -1,0 +1,25 @@
+"""NCSN++ with skip pyramids on FFHQ at 256x256 with the VE SDE, from score_sde ([S21a]).
+
+    python main.py --config=configs/ve/ffhq_256_ncsnpp_continuous.py --workdir=WORKDIR --mode=train
+
+data.path must name its .tfrecords file of this size, ffhq-r08.tfrecords, or a folder of its images.
+65.6M parameters. Bits/dim, FID, hardware and training time are not published.
+"""
+
+from configs.default import Config
+from configs.ve.church_ncsnpp_continuous import get_config as church
+
+
+def get_config() -> Config:
+    config = church()
+    config.data.dataset = "FFHQ"
+    config.data.category = ""
+    config.model.sigma_max = 348.0
+
+    config.training.batch_size = 64
+    config.training.n_iters = 2_400_001
+    config.training.reduce_mean = False
+
+    config.eval.begin_ckpt = 1
+    config.eval.end_ckpt = 0
+    return config

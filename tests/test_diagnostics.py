@@ -1,0 +1,36 @@
+"""--mode=diagnose: an exact score has no errors, and a run's diagnosis resumes and reaches the report."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import run_lib
+from build import build
+from configs.digits.smoke import get_config
+from configs.toy.smoke import get_config as points
+from infra.workdir import Workdir
+
+
+def test_diagnosis_of_a_run(tmp_path: Path) -> None:
+    """An untrained model: its curves are finite, stored, read again, and drawn."""
+    config = get_config()
+    fields = {"batch_size": 4, "diagnose_images": 8, "diagnose_times": 2, "diagnose_starts": 2, "rtol": 1e-2}
+    config.update_from_flattened_dict({f"eval.{name}": value for name, value in (fields | {"atol": 1e-2}).items()})
+    run = build(config)
+    with run.open_checkpoints(Workdir(tmp_path)) as checkpoints:
+        checkpoints.save(run.fresh_state())
+    run_lib.diagnose(config, tmp_path)
+    path = tmp_path / "eval" / "step_0.json"
+    first = path.read_bytes()
+    result = json.loads(first)["diagnostics"]
+    assert (result["n"], len(result["bpd"]), len(result["difference"])) == (8, 2, 2)
+    assert all(np.isfinite(estimate["mean"]) for name in ("bpd", "difference", "first") for estimate in result[name])
+    assert result["trace_bias"][-1]["mean"] == pytest.approx(0, abs=0.2)  # an untrained network is 0 at large noise
+    run_lib.diagnose(config, tmp_path)  # from the stored batches
+    assert path.read_bytes() == first
+    assert (tmp_path / "figures" / "diagnostics.png").stat().st_size > 1000
+    assert "Diagnostics" in (tmp_path / "report.html").read_text()
+    with pytest.raises(ValueError, match="--mode=diagnose is for images"):
+        run_lib.diagnose(points(), tmp_path)
