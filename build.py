@@ -85,8 +85,8 @@ class Run:
     def fresh_state(self) -> TrainState:
         """The state at step 0, with initial parameters."""
         params = self.model.init(self.key(INIT_KEY), self.data_shape)
-        with unrecorded(self.config):  # the state has the same structure for all values of the fields
-            trainer = self.trainer
+        with unrecorded(self.config):  # that the structure of the state follows from these fields is no effect
+            trainer = _trainer(self.config, self.model, self.preprocess)
         return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
 
     def abstract_state(self) -> TrainState:

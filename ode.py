@@ -341,7 +341,8 @@ class _Interval(NamedTuple):
         )
 
 
-_DOPRI5 = diffrax.Dopri5()
+_DOPRI5, _ERROR_ORDER = diffrax.Dopri5(), 5
+"""The method, and the order of the error that its embedded formula estimates, by which the step size is chosen."""
 
 
 def _dopri5(
@@ -374,8 +375,7 @@ def _before_first_step(interval: _Interval, y0: PyTree) -> _AdaptiveSolve:
     term, controller, start = interval.term(), interval.controller(), interval.direction * interval.t0
     slope = term.vf(start, y0, None)
     size = _first_step_size(interval, y0, slope)
-    order = _DOPRI5.error_order(term)
-    t_next, controller_state = controller.init(term, start, interval.end, y0, size, None, _DOPRI5.func, order)
+    t_next, controller_state = controller.init(term, start, interval.end, y0, size, None, _DOPRI5.func, _ERROR_ORDER)
     # The state of the solver says that this is not a step without a derivative, because there is one: `slope`.
     solver_state = jnp.asarray(False), slope
     t_next = jnp.minimum(t_next, interval.end)
@@ -419,7 +419,7 @@ def _adaptive_steps_until(
             y,
             None,
             error,
-            _DOPRI5.error_order(term),
+            _ERROR_ORDER,
             solve.controller_state,  # pyright: ignore[reportArgumentType]
         )
         t = jnp.minimum(t, end)

@@ -16,19 +16,6 @@ import numpy as np
 from absl import logging
 
 import datasets
-from analysis.cost import (
-    HEADERS,
-    OUT_OF_MEMORY,
-    Case,
-    all_cases,
-    cells,
-    device_memory,
-    error_text,
-    fitting_text,
-    peak_memory,
-    program_cost,
-    step_seconds,
-)
 from build import TRAIN_KEY, Run, build
 from configs.checks import check_config
 from configs.default import Config
@@ -44,6 +31,19 @@ from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
 from infra import parallel, stop
 from infra.checkpoints import Checkpoints, params_digest
+from infra.cost import (
+    HEADERS,
+    OUT_OF_MEMORY,
+    Case,
+    all_cases,
+    cells,
+    device_memory,
+    error_text,
+    fitting_text,
+    peak_memory,
+    program_cost,
+    step_seconds,
+)
 from infra.metrics import MetricsWriter, trained_order
 from infra.published_checkpoints import write_published_checkpoint
 from infra.results import Results

@@ -37,14 +37,14 @@ class ResidualTable(NamedTuple):
 
     total: Float[Array, " bins"]
     """The sum of |u|^2 / d over the examples in each part, divided by the number of examples in a batch."""
-    count: Float[Array, " bins"]
+    number: Float[Array, " bins"]
     """The number of these examples, divided in the same way."""
 
     @classmethod
     def start(cls) -> "ResidualTable":
         # Without the dtype the arrays are weakly typed, and the second training step compiles again.
-        total, count = (jnp.full(RESIDUAL_BINS, 1 / RESIDUAL_BINS, jnp.float32) for _ in range(2))
-        return cls(total, count)
+        total, number = (jnp.full(RESIDUAL_BINS, 1 / RESIDUAL_BINS, jnp.float32) for _ in range(2))
+        return cls(total, number)
 
     @classmethod
     def of_batch(cls, quantiles: PerExample, residual: PerExample) -> "ResidualTable":
@@ -58,7 +58,7 @@ class ResidualTable(NamedTuple):
 
     def values(self) -> Float[Array, " bins"]:
         """r in each part."""
-        return self.total / self.count
+        return self.total / self.number
 
     def at(self, quantiles: PerExample) -> Residual:
         """r, interpolated linearly between the middles of the parts."""
@@ -145,7 +145,7 @@ def optimizer_from_config(optim: Config, n_iters: int) -> optax.GradientTransfor
     warm_up = optax.linear_schedule(0.0, optim.lr, optim.warmup) if optim.warmup else optax.constant_schedule(optim.lr)
     factor = SCHEDULES[optim.schedule]
 
-    def rate(step: Array) -> Array:
+    def rate(step: Any) -> Any:
         return warm_up(step) * factor(jnp.minimum(step / n_iters, 1.0))
 
     scheduled = warm_up if optim.schedule == "constant" else rate
@@ -244,8 +244,7 @@ class Trainer:
         """
         data_key, noise_key, dropout_key = jax.random.split(key, 3)
         x0 = self.preprocess(data_key, images)
-        own_times = residuals is not None and self.objective.draws_own_times
-        density = residuals.density() if own_times else None
+        density = residuals.density() if residuals is not None and self.objective.draws_own_times else None
         noise = draw_noise(noise_key, self.model.sde, self.objective, x0.shape, density)
         if self.accumulation_steps == 1:
             return self.loss_gradient(params, x0, noise, dropout_key, residuals)
@@ -256,8 +255,8 @@ class Trainer:
             x0, noise, key = part
             if self.unroll_parts:
                 x0 = _once_known(x0, total)
-            gradient, *means = self.loss_gradient(params, x0, noise, key, residuals)
-            return jax.tree.map(jnp.add, total, gradient), tuple(means)
+            gradient, metrics, table = self.loss_gradient(params, x0, noise, key, residuals)
+            return jax.tree.map(jnp.add, total, gradient), (metrics, table)
 
         batches = jax.tree.map(self._split, (x0, noise))
         parts = (*batches, jax.random.split(dropout_key, self.accumulation_steps))

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from analysis.noise_level_errors import draw_noise_and_probes, errors_at
 from analysis.ode_score import likelihood_by_start, ode_score
 from analysis.score_distances import curve_of, time_nodes
-from arrays import Batch, PerExample, append_dims, inner, mean_square, num_dims
+from arrays import Batch, PerExample, append_dims, inner, num_dims
 from build import EVAL_KEY, Run
 from datasets import evaluation_batch, evaluation_batch_sizes
 from dequantization.noise import Dequantizer
-from derivatives import PROBES, probe_divergence
 from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values
 from evaluators.estimators import evaluation_source
@@ -122,21 +122,21 @@ class DiagnosticsEvaluator:
         self, score_fn: NetworkScore, x0: Batch, t: PerExample, key: Array, keys: Array
     ) -> dict[str, np.ndarray]:
         sde = self.run.sde
-        z, first, second = _draw(key, keys, x0)
+        z, first, second = draw_noise_and_probes(key, keys, x0)
         mean, sigma = sde.marginal(x0, t)
         x = mean + append_dims(sigma, x0) * z
         scores = [ode_score(score_fn, sde, x, t, probe[None], **self.tolerances) for probe in (first, second)]
         for solved in scores:
             require_success(solved.info)
         weight = 0.5 * sde.diffusion(t) ** 2
-        errors = _errors(score_fn, x, t, sigma, z, first)
+        errors = errors_at(score_fn, x, t, sigma, z, first)
         difference = weight * inner(errors["score"] - scores[0].score, errors["score"] - scores[1].score)
         fetched = parallel.fetch((difference, errors["first"], errors["trace_bias"]))
         return {name: np.asarray(value, np.float64) for name, value in zip(CURVES, fetched, strict=True)}
 
     def _bpd_by_start(self, score_fn: NetworkScore, images: Array, keys: Array) -> Float[np.ndarray, "images starts"]:
         noisy = jax.jit(lambda keys, images: self.dequantizer(keys, images))(keys, images)
-        probe = _draw(self.run.key(EVAL_KEY), keys, noisy.x)[1]
+        probe = draw_noise_and_probes(self.run.key(EVAL_KEY), keys, noisy.x)[1]
         log_q = np.asarray(parallel.fetch(noisy.log_q), np.float64)
         columns = []
         for start in self.starts:
@@ -154,27 +154,3 @@ class DiagnosticsEvaluator:
             )
             columns.append(values["bpd"])
         return np.stack(columns, axis=1)
-
-
-@jax.jit
-def _draw(key: Array, keys: Array, like: Batch) -> tuple[Batch, Batch, Batch]:
-    """Draws normal noise and two Rademacher probes for each image, from the key of the image and that of the time."""
-    shape = like.shape[1:]
-
-    def one(own: Array) -> tuple[Array, Array, Array]:
-        z, first, second = jax.random.split(jax.random.fold_in(own, jax.random.bits(key)), 3)
-        probe = PROBES["rademacher"]
-        return jax.random.normal(z, shape), probe(first, shape), probe(second, shape)
-
-    return jax.vmap(one)(keys)
-
-
-@jax.jit
-def _errors(
-    score_fn: NetworkScore, x: Batch, t: PerExample, sigma: PerExample, z: Batch, probe: Batch
-) -> dict[str, Array]:
-    """The score, the first-order loss, and the residual of the trace over d, with the trace by a probe."""
-    with jax.default_matmul_precision("highest"):
-        score, trace = probe_divergence(lambda x: score_fn(x, t), x, probe)
-    u, d = append_dims(sigma, x) * score + z, num_dims(x)
-    return {"score": score, "first": mean_square(u), "trace_bias": (sigma**2 * trace + d - inner(u, u)) / d}

@@ -173,10 +173,15 @@ def evaluate(plan: Plan, branch: str, seed: int) -> None:
 
 def evaluations(plan: Plan) -> dict[str, dict[str, object]]:
     """Returns the settings of each evaluation by its folder."""
-    likelihood = {"eval.enable_sampling": False, "eval.max_examples": plan.images}
-    samples = {"eval.enable_bpd": False, "eval.enable_sampling": True, "eval.num_samples": plan.samples}
-    ode, bound = {"eval.likelihood_at": "both"}, {"eval.bound": True, "eval.likelihood_at": "x_tmin"}
-    train_split = {"eval.bpd_dataset": "train"}
+    likelihood: dict[str, object] = {"eval.enable_sampling": False, "eval.max_examples": plan.images}
+    samples: dict[str, object] = {
+        "eval.enable_bpd": False,
+        "eval.enable_sampling": True,
+        "eval.num_samples": plan.samples,
+    }
+    ode: dict[str, object] = {"eval.likelihood_at": "both"}
+    bound: dict[str, object] = {"eval.bound": True, "eval.likelihood_at": "x_tmin"}
+    train_split: dict[str, object] = {"eval.bpd_dataset": "train"}
     return {
         "eval": likelihood | ode,
         "eval_bound": likelihood | bound,

@@ -71,6 +71,7 @@ def test_bits_per_dim_at_the_noised_data(tmp_path):
     run = run_with(eval__likelihood_at="both", eval__num_repeats=1)
     parts = evaluators_from_config(run, lambda: dequantizer_from_config(run.config, run.sde))
     assert [part.name for part in parts if part.name.startswith("bpd")] == ["bpd", "bpd_tmin"]
+    at_x: Any
     at_x, at_tmin = parts[:2]
     assert "at" not in at_x.description
     assert at_tmin(PARAMS, folder_in(tmp_path))["at"] == "x_tmin"

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 import run_lib
-from analysis.cost import Case, all_cases, contraction_flop, error_text, fitting_text
 from build import TRAIN_KEY, build
 from configs.toy.smoke import get_config as points_config
+from infra.cost import Case, all_cases, contraction_flop, error_text, fitting_text
 from infra.workdir import Workdir
 
 
@@ -93,7 +93,7 @@ def test_a_full_device_is_a_row(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"cost__orders": (1, 4)}, "training.score_matching_order is 4"),
+        ({"cost__orders": (1, 4)}, "cost.orders is .1, 4.; each entry must lie in"),
         ({"cost__orders": ()}, "cost.orders is .*at least one"),
         ({"cost__batch_sizes": (64, 64)}, "cost.batch_sizes is .*none twice"),
         ({"cost__batch_sizes": (63,)}, "training.batch_size is 63.*use 60 or 64"),

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from absl import flags
@@ -93,7 +94,8 @@ def test_exit_codes_and_paths(flags_of_main, capsys, monkeypatch, tmp_path):
     lines = ["Interrupted. Run the same command again to resume.", "error: loss not finite", "error: disk full"]
     for code, line in zip((75, 1, 2), lines, strict=True):
         with flags_of_main(**values):
-            flags.FLAGS["config"].value.data.path = "~/data"
+            config: Any = flags.FLAGS["config"].value
+            config.data.path = "~/data"
             assert main.main(["main.py"]) == code
         assert capsys.readouterr().err.splitlines()[-1] == line
     assert seen == [(str(tmp_path / "data"), tmp_path / "run")] * 3

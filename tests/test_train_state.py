@@ -161,7 +161,8 @@ def test_a_limit_of_zero_for_the_gradient_is_no_limit():
     for optim.grad_clip in (0.0, -1.0):
         optimizer = optimizer_from_config(optim, 100)
         params: Any = {"w": jnp.ones(3)}
-        updates.append(optimizer.update({"w": 100 * jnp.ones(3)}, optimizer.init(params), params)[0]["w"])
+        update: Any = optimizer.update({"w": 100 * jnp.ones(3)}, optimizer.init(params), params)[0]
+        updates.append(update["w"])
     np.testing.assert_array_equal(*updates)
     assert np.all(updates[0] < 0)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -239,7 +240,7 @@ def test_a_part_of_the_batch_costs_a_part() -> None:
 
             return jnp.mean(score_matching_losses(score_fn, VP, objective, x0, noise)["total"])
 
-        analysis = jax.jit(jax.grad(loss)).lower((first, second)).compile().cost_analysis()
+        analysis: Any = jax.jit(jax.grad(loss)).lower((first, second)).compile().cost_analysis()
         return float(analysis["flops"])
 
     for estimator in ("published", "unbiased"):
