@@ -201,17 +201,19 @@ def plus_minus(estimate: MeanEstimate, digits: int = 4, sign: str = "") -> str:
 
 
 def comparison(models: Models, worse: str, better: str) -> str:
-    """States how much the KL divergence falls from one model to another, from the differences of the seeds."""
+    """States how far the NLL of one model lies below or above that of another, from the differences of the seeds."""
     fall = mean_estimate(np.array([a["kl"] - b["kl"] for a, b in zip(models[worse], models[better], strict=True)]))
     beyond = "" if fall.n == 1 else ", beyond" if abs(fall.mean) > 2 * fall.se else ", within"
     verdict = beyond and f"{beyond} two standard errors"
-    return f"From {LABELS[worse]} to {LABELS[better]} the NLL falls by {plus_minus(fall, sign='+')} nats{verdict}."
+    size = plus_minus(fall._replace(mean=abs(fall.mean)))
+    place = "below" if fall.mean > 0 else "above"
+    return f'The NLL of "{LABELS[better]}" is {size} nats {place} that of "{LABELS[worse]}"{verdict}.'
 
 
 def of_points(folders: Sequence[Path], worse: str, better: str) -> str:
-    """Returns the fall of the KL divergence with a standard error over test points, each averaged over seeds."""
-    by_point = [read_npz(f / f"{worse}.npz")["points_kl"] - read_npz(f / f"{better}.npz")["points_kl"] for f in folders]
-    return plus_minus(mean_estimate(np.array(by_point)), sign="+")
+    """Returns the change of the NLL with a standard error over test points, each averaged over seeds."""
+    of_both = [[read_npz(folder / f"{name}.npz")["points_kl"] for folder in folders] for name in (better, worse)]
+    return plus_minus(mean_estimate(np.subtract(*of_both)), sign="+")
 
 
 # --- figures ---
@@ -333,7 +335,8 @@ The seeds are {seeds}.
 
 {lines}
 
-Paired by test point and averaged over seeds, these falls and their standard errors over points are: {points}.
+Paired by test point and averaged over seeds, the changes of the NLL and their standard errors over points are:
+{points}.
 
 Errors of the three orders, and the sources of the ODE's error:
 

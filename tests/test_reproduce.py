@@ -57,9 +57,9 @@ def test_page(tmp_path: Path) -> None:
     text = path.read_text()
     assert f"## {BOARD.title}" in text
     assert "## Mixture, VP" not in text  # nothing of it is there
-    assert "From order 1 to order 2 the NLL falls by +0.1967 ± 0.0088 nats, beyond two standard errors." in text
-    assert "From order 2 to order 3 the NLL falls by +0.0033 ± 0.0088 nats, within two standard errors." in text
-    assert "order 3 against order 1 +0.2000 ± 0.0000" in text  # the spread over points cancels
+    assert 'The NLL of "order 2" is 0.1967 ± 0.0088 nats below that of "order 1", beyond two standard errors.' in text
+    assert 'The NLL of "order 3" is 0.0033 ± 0.0088 nats below that of "order 2", within two standard errors.' in text
+    assert "order 3 against order 1 -0.2000 ± 0.0000" in text  # the spread over points cancels
     assert "| exact score |  |  |  | 2e-05 |" in text  # there is no NLL of the exact score
     assert "tolerance 1e-06" in text
     assert "commit abc1, abc2, abc3" in text
