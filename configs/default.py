@@ -114,7 +114,8 @@ def _data() -> ConfigDict:
 def _model() -> ConfigDict:
     """The constants of the SDE, and the score network."""
     model = ConfigDict()
-    # network: ncsnpp for images (NCSN++ and DDPM++); for points mlp (ours) or mlp_published (that of the paper)
+    # network: ncsnpp (NCSN++ and DDPM++) or vdm (Kingma et al., 2021; VP and sub-VP SDEs only) for images; for points
+    # mlp (ours) or mlp_published (that of the paper)
     model.name = "ncsnpp"
     model.sigma_min = 0.01  # smallest noise level of the VE SDE
     model.sigma_max = 50.0  # largest noise level of the VE and linear VE SDEs
@@ -132,7 +133,7 @@ def _model() -> ConfigDict:
     model.normalization = "GroupNorm"  # the only choice
     model.nf = 128  # channels at full resolution
     model.ch_mult = (1, 2, 2, 2)  # channels at each resolution, in units of nf
-    model.num_res_blocks = 4  # residual blocks at each resolution
+    model.num_res_blocks = 4  # residual blocks at each resolution; of vdm, blocks down (one more up)
     model.attn_resolutions = (16,)  # image sizes at which self-attention follows each residual block
     model.attention_type = "ddpm"  # the only choice
     model.resamp_with_conv = True  # convolve after resampling; only with ddpm blocks
@@ -147,6 +148,7 @@ def _model() -> ConfigDict:
     model.scale_by_sigma = True  # divide the network's output by sigma; ncsnpp needs True exactly for vesde
     model.conv_size = 3  # the only choice
     model.data_init = False  # data-dependent initialization; True is not supported for score networks
+    model.fourier_features = True  # vdm also sees sin and cos of 2 pi 2^k x, k = 6 and 7, of the image x
     model.mlp_embedding = 64  # sines and cosines of the time that enter the mlp
     model.mlp_time_widths = (128, 128, 128)  # widths of the mlp's layers that see only the time
     model.mlp_data_widths = (128, 128, 128)  # widths of the mlp's layers that see only the point

@@ -92,19 +92,22 @@ def conv(
 class GroupNorm(nn.Module):
     """Group normalisation (Wu & He, 2018): at most 32 groups of equal size, each of at least 4 channels.
 
+    `groups` sets another number of groups, which must divide the channels.
+
     Pixels are averaged first, and the rest works on one number for each channel: this makes third derivatives cheaper.
     The result is one multiplication and one addition for each pixel, so a backward pass needs x only. Moments are in
     32-bit floats also for feature maps of 16 bits.
     """
 
     epsilon: float = 1e-6
+    groups: int | None = None
 
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        groups, precision = num_groups(channels), x.dtype
+        groups, precision = self.groups or num_groups(channels), x.dtype
         x = x.astype(jnp.promote_types(precision, jnp.float32))
         # One pass over the pixels gives both moments. They are moments about the first pixel: about zero, the variance
         # of values far from zero would cancel.

@@ -13,6 +13,7 @@ from arrays import Batch, PerExample, append_dims
 from configs.default import Config
 from models.mlp import POINT_NETWORKS, TIMES_PER_UNIT, mlp_from_config
 from models.ncsnpp import ncsnpp_from_config
+from models.vdm import vdm_from_config
 from sde_lib import SDE, sde_from_config
 
 Params: TypeAlias = Any
@@ -37,6 +38,7 @@ class ScoreNetwork(Protocol):
 
 NETWORKS: dict[str, Callable[[Config], ScoreNetwork]] = {
     "ncsnpp": ncsnpp_from_config,
+    "vdm": vdm_from_config,
     **dict.fromkeys(POINT_NETWORKS, mlp_from_config),
 }
 """The builders of networks, by config.model.name."""

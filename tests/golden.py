@@ -36,6 +36,7 @@ from tests.golden_common import (
     tree_shapes,
 )
 from tests.golden_dequantizer import check_dequantizer, check_dequantizer_trees
+from tests.golden_idode import check_vdm_network, check_vdm_trees
 from tests.golden_likelihood import check_likelihood
 from tests.golden_losses import check_losses
 from tests.golden_sde import check_sde
@@ -116,7 +117,9 @@ KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "losses": check_losses,
     "param_trees": check_param_trees,
     "param_trees_dequantizer": check_dequantizer_trees,
+    "param_trees_vdm": check_vdm_trees,
     "network": check_network,
+    "network_vdm": check_vdm_network,
     "released_checkpoint": check_published_checkpoint,
     "resample": check_resample,
     "sde": check_sde,
