@@ -5,7 +5,8 @@ One function describes it up to the scale of x: the noise level rho = sigma / al
 importance weight of the likelihood-weighted objective is a derivative of its logarithm,
 g^2 / sigma^2 = d/dt ln rho^2, so sampling t in proportion to it means sampling ln rho uniformly.
 
-Sources: [S21a] Song et al., ICLR 2021 (VE, VP, sub-VP); [S21b] Song et al., NeurIPS 2021 (importance sampling).
+Sources: [S21a] Song et al., ICLR 2021 (VE, VP, sub-VP); [S21b] Song et al., NeurIPS 2021 (importance sampling);
+[K21] Kingma et al., NeurIPS 2021, and [Z23] Zheng et al., ICML 2023 (gamma linear in time, velocities).
 """
 
 import abc
@@ -283,6 +284,125 @@ class SubVPSDE(_LinearBetaSDE):
     def time_of_log_noise_level(self, log_rho: Times) -> Times:
         # rho = 2 sinh(B / 2)
         return self.time_of_beta_integral(2 * jnp.arcsinh(0.5 * jnp.exp(log_rho)))
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearGammaSDE(SDE):
+    """gamma = 2 ln(sigma / alpha) linear in t, with alpha^(2/k) + sigma^(2/k) = 1 for a number k ([K21], [Z23]).
+
+    Networks can predict the velocity in place of the noise. In terms of the velocity, the likelihood-weighted objective
+    has a weight in proportion to alpha^2 d gamma, so t can be sampled with this density.
+    """
+
+    k: ClassVar[int]
+
+    gamma_min: float = -13.3
+    gamma_max: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.gamma_min < self.gamma_max:
+            raise ValueError(f"need gamma_min < gamma_max, got {self.gamma_min} and {self.gamma_max}")
+
+    @abc.abstractmethod
+    def velocity(self, x0: Batch, noise: Batch, t: PerExample) -> Batch:
+        """F for data x0 and standard normal noise, shaped as x0."""
+
+    @abc.abstractmethod
+    def noise_of_velocity(self, x: Batch, velocity: Batch, t: PerExample) -> Batch:
+        """The noise in x = x_t according to F, shaped as x."""
+
+    @abc.abstractmethod
+    def alpha_squared_above(self, gamma: Times) -> Times:
+        """The integral of alpha^2 d gamma from `gamma` to infinity."""
+
+    @abc.abstractmethod
+    def gamma_of_alpha_squared_above(self, integral: Times) -> Times:
+        """The inverse of `alpha_squared_above`."""
+
+    @property
+    def gamma_range(self) -> float:
+        return self.gamma_max - self.gamma_min
+
+    @property
+    def prior_sigma(self) -> float:
+        return math.exp(-0.5 * self.k * math.log1p(math.exp(-self.gamma_max / self.k)))
+
+    def gamma(self, t: Times) -> Times:
+        return self.gamma_min + t * self.gamma_range
+
+    def alpha_sigma(self, t: Times) -> tuple[Times, Times]:
+        scaled = self.gamma(t) / self.k
+        alpha, sigma = (jnp.exp(-0.5 * self.k * jax.nn.softplus(sign * scaled)) for sign in (1, -1))
+        return alpha, sigma
+
+    def drift_coeff(self, t: Times) -> Times:
+        return -0.5 * self.gamma_range * jax.nn.sigmoid(self.gamma(t) / self.k)
+
+    def diffusion(self, t: Times) -> Times:
+        return self.alpha_sigma(t)[1] * math.sqrt(self.gamma_range)
+
+    def log_noise_level(self, t: Times) -> Times:
+        return 0.5 * self.gamma(t)
+
+    def time_of_log_noise_level(self, log_rho: Times) -> Times:
+        return (2 * log_rho - self.gamma_min) / self.gamma_range
+
+    def velocity_weight(self, t: Times) -> Times:
+        """The integral of alpha^2 d gamma over times from t to t_max."""
+        return self.alpha_squared_above(self.gamma(t)) - self.alpha_squared_above(jnp.full_like(t, self.gamma_max))
+
+    def time_of_velocity_quantile(self, quantile: Times) -> Times:
+        """The t before which lies the fraction `quantile`, in [0, 1], of the integral of alpha^2 d gamma."""
+        last = self.alpha_squared_above(jnp.full_like(quantile, self.gamma_max))
+        above = last + (1 - quantile) * self.velocity_weight(jnp.zeros_like(quantile))  # accurate also near t_max
+        t = self.time_of_log_noise_level(0.5 * self.gamma_of_alpha_squared_above(above))
+        return jnp.clip(t, 0, self.t_max)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearGammaVPSDE(LinearGammaSDE):
+    """Variance preserving with linear gamma: alpha^2 = sigmoid(-gamma), F = alpha noise - sigma x_0 ([K21], [Z23])."""
+
+    k = 1
+
+    def velocity(self, x0: Batch, noise: Batch, t: PerExample) -> Batch:
+        alpha, sigma = self.alpha_sigma(t)
+        return append_dims(alpha, x0) * noise - append_dims(sigma, x0) * x0
+
+    def noise_of_velocity(self, x: Batch, velocity: Batch, t: PerExample) -> Batch:
+        alpha, sigma = self.alpha_sigma(t)
+        return append_dims(alpha, x) * velocity + append_dims(sigma, x) * x
+
+    def alpha_squared_above(self, gamma: Times) -> Times:
+        return jax.nn.softplus(-gamma)
+
+    def gamma_of_alpha_squared_above(self, integral: Times) -> Times:
+        return -integral - jnp.log(-jnp.expm1(-integral))
+
+
+@dataclasses.dataclass(frozen=True)
+class StraightPathSDE(LinearGammaSDE):
+    """Straight paths from data to noise: alpha = 1 - sigma, F = (noise - x_0) / sqrt(2) ([Z23])."""
+
+    k = 2
+
+    def velocity(self, x0: Batch, noise: Batch, t: PerExample) -> Batch:
+        return (noise - x0) * math.sqrt(0.5)
+
+    def noise_of_velocity(self, x: Batch, velocity: Batch, t: PerExample) -> Batch:
+        return append_dims(math.sqrt(2) * self.alpha_sigma(t)[0], x) * velocity + x
+
+    def alpha_squared_above(self, gamma: Times) -> Times:
+        return 2 * (jax.nn.softplus(-0.5 * gamma) - jax.nn.sigmoid(-0.5 * gamma))
+
+    def gamma_of_alpha_squared_above(self, integral: Times) -> Times:
+        """The root, by Newton's method: the integral is convex in gamma, so from the left no step goes too far."""
+
+        def step(_: Array, gamma: Times) -> Times:
+            alpha_squared = jax.nn.sigmoid(-0.5 * gamma) ** 2
+            return gamma + (self.alpha_squared_above(gamma) - integral) / alpha_squared
+
+        return jax.lax.fori_loop(0, 30, step, -integral - 2)  # the integral exceeds -gamma - 2
 
 
 SDES: dict[str, type[SDE]] = {"vesde": VESDE, "linearvesde": LinearVESDE, "vpsde": VPSDE, "subvpsde": SubVPSDE}

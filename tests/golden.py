@@ -36,7 +36,7 @@ from tests.golden_common import (
     tree_shapes,
 )
 from tests.golden_dequantizer import check_dequantizer, check_dequantizer_trees
-from tests.golden_idode import check_vdm_network, check_vdm_trees
+from tests.golden_idode import check_schedule, check_vdm_network, check_vdm_trees
 from tests.golden_likelihood import check_likelihood
 from tests.golden_losses import check_losses
 from tests.golden_sde import check_sde
@@ -122,6 +122,7 @@ KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "network_vdm": check_vdm_network,
     "released_checkpoint": check_published_checkpoint,
     "resample": check_resample,
+    "schedule_idode": check_schedule,
     "sde": check_sde,
 }
 """The checks, by the first words of the names of their files."""

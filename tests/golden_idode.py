@@ -1,4 +1,4 @@
-"""Checks of golden data of i-DODE [Z23]: the network of VDM [K21], its parameter trees and its output."""
+"""Checks of golden data of i-DODE [Z23]: parameter trees and outputs of the network of VDM [K21]; schedules."""
 
 import functools
 import json
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from arrays import append_dims
 from configs.default import Config, get_config
 from models.mlp import TIMES_PER_UNIT
 from models.score import ScoreModel, ScoreNetwork, build_network
-from sde_lib import sde_from_config
+from sde_lib import LinearGammaSDE, LinearGammaVPSDE, StraightPathSDE, sde_from_config
 from tests.golden_common import (
     Result,
     UnknownKind,
@@ -64,6 +65,49 @@ def check_vdm_network(path: Path) -> Iterator[Result]:
         inputs = (data["z"], labels.astype(np.float32), data["conditioning"])
         output = _output(build_network(config), params, *map(jnp.asarray, inputs))
         yield Result("output", relative_error(output, data["output"], floor=0.1), 1e-4)
+
+
+def check_schedule(path: Path) -> Iterator[Result]:
+    """Compares the two schedules with linear gamma, their importance sampling, and velocities.
+
+    The errors of alpha and of quantiles are absolute, because the published expressions cancel near gamma_max. Our
+    quantiles are also compared with the float64 truth.
+    """
+    data = np.load(path)
+    for prefix, kind in (("vp", LinearGammaVPSDE), ("sp", StraightPathSDE)):
+        sde = kind(float(np.round(data["gamma_min"], 4)), float(data["gamma_max"]))
+        t = jnp.asarray(data["t"])
+        (alpha, sigma), slope = sde.alpha_sigma(t), sde.drift_coeff(t) / sde.gamma_range
+        yield Result(f"{prefix} gamma", relative_error(sde.gamma(t), data["gamma"], floor=1e-2), 1e-5)
+        scale = 1.0 if prefix == "vp" else None
+        yield Result(f"{prefix} alpha", relative_error(alpha, data[f"{prefix}_alpha"], scale=scale), 1e-5)
+        yield Result(f"{prefix} sigma", relative_error(sigma, data[f"{prefix}_sigma"]), 1e-5)
+        yield Result(f"{prefix} dlnalpha_dgamma", relative_error(slope, data[f"{prefix}_dlnalpha_dgamma"]), 1e-5)
+        total = sde.velocity_weight(jnp.zeros(()))
+        yield Result(f"{prefix} importance_total", relative_error(total, data[f"{prefix}_importance_total"]), 1e-5)
+        drawn = sde.gamma(sde.time_of_velocity_quantile(jnp.asarray(data["quantiles"])))
+        for suffix, tolerance in (("", 3e-4), ("_float64", 2e-5)):
+            quantity = f"{prefix}_gamma_of_quantile{suffix}"
+            yield Result(quantity, relative_error(drawn, data[quantity], scale=1.0), tolerance)
+        yield from _check_velocities(sde, prefix, data)
+
+
+def _check_velocities(sde: LinearGammaSDE, prefix: str, data: Any) -> Iterator[Result]:
+    """Compares x_t, the velocity, the noise of a given velocity, and the ODE's d z / d gamma of this noise."""
+    x0, noise, velocity = (jnp.asarray(data[f"map_{name}"]) for name in ("x0", "eps", "F"))
+    t = sde.time_of_log_noise_level(0.5 * jnp.asarray(data["map_gamma"]))
+    alpha, sigma = (append_dims(values, x0) for values in sde.alpha_sigma(t))
+    x = jnp.asarray(data[f"{prefix}_map_z"])
+    predicted = sde.noise_of_velocity(x, velocity, t)
+    flow = sde.probability_flow(lambda x, t: -predicted / sigma, x, t)
+    got = {
+        "z": alpha * x0 + sigma * noise,
+        "F_target": sde.velocity(x0, noise, t),
+        "noise_prediction": predicted,
+        "ode_drift": flow / sde.gamma_range,
+    }
+    for name, value in got.items():
+        yield Result(f"{prefix} {name}", relative_error(value, data[f"{prefix}_map_{name}"], floor=1.0), 1e-5)
 
 
 def _config(base: str, overrides: dict[str, Any], size: int) -> Config:

@@ -3,12 +3,25 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sde_lib import SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE
+from sde_lib import (
+    SDES,
+    VESDE,
+    VPSDE,
+    LinearGammaSDE,
+    LinearGammaVPSDE,
+    LinearVESDE,
+    StraightPathSDE,
+    SubVPSDE,
+)
 from sources.marginals import sample_at
 from tests.analytic import asymmetric_mixture
 
 TIMES = jnp.array([1e-5, 1e-3, 0.05, 0.3, 0.7, 1.0])
-EACH_SDE = pytest.mark.parametrize("sde", [cls() for cls in SDES.values()], ids=list(SDES))
+LINEAR_GAMMA = (LinearGammaVPSDE(), StraightPathSDE())
+EACH_SDE = pytest.mark.parametrize(
+    "sde", [*(cls() for cls in SDES.values()), *LINEAR_GAMMA], ids=[*SDES, "linear gamma", "straight path"]
+)
+EACH_LINEAR_GAMMA = pytest.mark.parametrize("sde", LINEAR_GAMMA, ids=lambda sde: type(sde).__name__)
 
 
 @EACH_SDE
@@ -83,6 +96,42 @@ def test_discrete_chain_approaches_the_sde(sde, num_steps):
     np.testing.assert_allclose(diffusion**2 * num_steps, sde.diffusion(t) ** 2, rtol=25 / num_steps)
 
 
+@EACH_LINEAR_GAMMA
+def test_times_by_velocity_weight_follow_their_density(sde: LinearGammaSDE):
+    """The weight is the integral of alpha^2 d gamma, by quadrature, and the quantiles invert it."""
+    with jax.enable_x64():
+        times = jnp.linspace(0.0, 1.0, 20_001)
+        density = sde.alpha_sigma(times)[0] ** 2 * sde.gamma_range
+        total = jnp.trapezoid(density, times)
+        np.testing.assert_allclose(sde.velocity_weight(jnp.array(0.0)), total, rtol=1e-7)
+        quantiles = jnp.linspace(0.0, 1.0, 9)
+        drawn = sde.time_of_velocity_quantile(quantiles)
+        np.testing.assert_allclose(1 - sde.velocity_weight(drawn) / total, quantiles, atol=1e-7)
+    single = sde.time_of_velocity_quantile(jnp.asarray(np.asarray(quantiles, np.float32)))
+    np.testing.assert_allclose(single, drawn, atol=1e-6)
+
+
+@EACH_LINEAR_GAMMA
+def test_velocities_give_the_noise_back(sde: LinearGammaSDE):
+    """The noise follows from x_t and F. An error in F is multiplied by sqrt(k) alpha."""
+    with jax.enable_x64():
+        keys = jax.random.split(jax.random.key(0), 3)
+        x0, noise, error = (jax.random.normal(key, (5, 3), jnp.float64) for key in keys)
+        t = jnp.linspace(0.0, 1.0, 5)
+        alpha, sigma = sde.alpha_sigma(t)
+        x, velocity = alpha[:, None] * x0 + sigma[:, None] * noise, sde.velocity(x0, noise, t)
+        np.testing.assert_allclose(sde.noise_of_velocity(x, velocity, t), noise, atol=1e-12)
+        wrong = sde.noise_of_velocity(x, velocity + error, t) - noise
+        np.testing.assert_allclose(wrong, np.sqrt(sde.k) * alpha[:, None] * error, atol=1e-12)
+
+
+def test_the_schedules_of_linear_gamma():
+    for sde, power in zip(LINEAR_GAMMA, (2, 1), strict=True):
+        alpha, sigma = sde.alpha_sigma(TIMES)
+        np.testing.assert_allclose(alpha**power + sigma**power, 1, rtol=1e-6)
+        assert sde.prior_sigma == pytest.approx(float(sigma[-1]), rel=1e-6)
+
+
 def test_vp_chain_is_ddpm():
     sde, steps = VPSDE(), 1000
     betas = np.linspace(0.1 / steps, 20 / steps, steps)
@@ -127,7 +176,14 @@ def test_probability_flow_keeps_the_marginals(sde):
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: VESDE(sigma_min=0), lambda: VESDE(1, 1), lambda: LinearVESDE(-1), lambda: VPSDE(2, 1)]
+    "make",
+    [
+        lambda: VESDE(sigma_min=0),
+        lambda: VESDE(1, 1),
+        lambda: LinearVESDE(-1),
+        lambda: VPSDE(2, 1),
+        lambda: StraightPathSDE(1, 1),
+    ],
 )
 def test_impossible_constants_are_refused(make):
     with pytest.raises(ValueError, match="need"):
