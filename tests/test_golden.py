@@ -116,6 +116,12 @@ def test_wrong_importance_sampling_is_noticed(tmp_path: Path) -> None:
     assert failed(path) == ["cum_weight, eps 1e-05", "time_of_quantile, eps 0.01"]
 
 
+def test_a_wrong_schedule_is_noticed(tmp_path: Path) -> None:
+    path = copy("schedule_idode.npz", tmp_path)
+    rewrite_npz(path, vp_map_F_target=lambda f: f * 1.001, sp_gamma_of_quantile_float64=lambda gamma: gamma + 1e-4)
+    assert failed(path) == ["vp F_target", "sp_gamma_of_quantile_float64"]
+
+
 @pytest.mark.parametrize("name", ["unknown.npz", "networks.npz", "sde_heat.npz"])
 def test_unknown_kinds_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes((FOLDER / "sde_vesde.npz").read_bytes())
