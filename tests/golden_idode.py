@@ -14,7 +14,7 @@ from arrays import append_dims
 from configs.default import Config, get_config
 from models.mlp import TIMES_PER_UNIT
 from models.score import ScoreModel, ScoreNetwork, build_network
-from sde_lib import LinearGammaSDE, LinearGammaVPSDE, StraightPathSDE, sde_from_config
+from sde_lib import VPSDE, LinearGammaSDE, LinearGammaVPSDE, StraightPathSDE
 from tests.golden_common import (
     Result,
     UnknownKind,
@@ -133,8 +133,12 @@ def _config(base: str, overrides: dict[str, Any], size: int) -> Config:
 def _abstract(config: Config) -> Any:
     """The shapes of the parameters."""
     shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
-    model = ScoreModel(build_network(config), sde_from_config(config))
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), shape))
+    return _shapes(build_network(config), shape)
+
+
+@functools.cache
+def _shapes(network: ScoreNetwork, image_shape: tuple[int, ...]) -> Any:
+    return jax.eval_shape(lambda: ScoreModel(network, VPSDE()).init(jax.random.key(0), image_shape))
 
 
 @functools.partial(jax.jit, static_argnums=0)
