@@ -30,6 +30,7 @@ from train_state import Trainer, TrainState, create_state
 DATA, SDE, T_MIN = Checkerboard(), VESDE(sigma_min=0.01, sigma_max=50.0), 1e-5
 MODEL = ScoreModel(MLP(time_widths=(64, 64), data_widths=(64, 64), widths=(128, 128), scale_by_sigma=True), SDE)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-3))
+compiled_losses = jax.jit(score_matching_losses, static_argnums=(1, 2))
 BATCH_SIZE, STEPS_PER_CALL, LIMIT = 256, 50, 5.0
 
 
@@ -74,8 +75,8 @@ def train(state: TrainState, order: int, num_steps: int) -> TrainState:
 def losses(score_fn: NetworkScore, x: jax.Array) -> str:
     """The terms of all orders, averaged over the same noisy points for every model."""
     objective = Objective(order=3, t_min=T_MIN, exact=True)
-    noise = draw_noise(jax.random.key(3), SDE, objective, x.shape)
-    terms = score_matching_losses(score_fn, SDE, objective, x, noise)
+    noise = jax.jit(draw_noise, static_argnums=(1, 2, 3))(jax.random.key(3), SDE, objective, x.shape)
+    terms = compiled_losses(score_fn, SDE, objective, x, noise)
     return "  ".join(f"{name} {np.mean(value):.4f}" for name, value in terms.items() if name != "total")
 
 

@@ -1,5 +1,6 @@
 """Check of golden losses_*.npz files: losses of every order and their gradients, for given times, noise and probe."""
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,8 @@ def _losses_and_gradient(data: Any, order: int) -> Callable[[Any, dict[str, floa
         losses = score_matching_losses(model.score_fn(params), model.sde, objective, jnp.asarray(data["x"]), noise)
         return {term: jnp.mean(value) for term, value in losses.items() if term != "total"}
 
-    @jax.jit
+    # It runs a few times only, so nearly all of the time is that of the compiler.
+    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def losses_and_gradient(params: Any, weights: dict[str, float]) -> tuple[dict[str, Any], Any]:
         values, pull_back = jax.vjp(means, params)
         return values, pull_back(weights)[0]
