@@ -19,7 +19,7 @@ class AttnBlock(AttnBlockpp):
 
 
 class DDPM(NCSNpp):
-    """The U-Net of DDPM: that of `NCSNpp`, with DDPM's blocks under their published names and a choice of normalisation.
+    """The U-Net of `NCSNpp` with DDPM's blocks, under their published names, and a choice of normalisation.
 
     Labels are embedded by sines and cosines, and resampling has no filter.
 

@@ -59,9 +59,9 @@ REMAT_SYNONYMS: dict[Any, str] = {False: "none", "False": "none", True: "block",
 class NCSNpp(nn.Module):
     """Maps noisy images and their noise level to an image of the same shape; fields as in configs/default.py.
 
-    `labels` tell how noisy each image is. With `scale_by_sigma` they are the noise levels sigma, which are positive, and
-    the output is divided by them. If there is also a `ladder`, labels are numbers of levels of the ladder, 0 for the
-    largest sigma, and the output is divided by the sigma of the level.
+    `labels` tell how noisy each image is. With `scale_by_sigma` they are the noise levels sigma, which are positive,
+    and the output is divided by them. If there is also a `ladder`, labels are numbers of levels of the ladder, 0 for
+    the largest sigma, and the output is divided by the sigma of the level.
 
     Raises:
         ValueError: a field is out of its range, or the images are too small for so many resolutions.

@@ -123,6 +123,8 @@ KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "network": check_network,
     "network_vdm": check_vdm_network,
     "network_ddpm": check_discrete_network,
+    "network_ncsn": check_discrete_network,
+    "network_ncsnv2": check_discrete_network,
     "network_ncsnpp_discrete": check_discrete_network,
     "released_checkpoint": check_published_checkpoint,
     "resample": check_resample,

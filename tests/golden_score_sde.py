@@ -13,7 +13,10 @@ import numpy as np
 from configs.default import Config, get_config
 from models.ddpm import ddpm_from_fields
 from models.ladder import ladder_from_fields
+from models.ncsn import ncsn_from_fields
 from models.ncsnpp import ncsnpp_from_fields
+from models.ncsnv2 import NETWORKS as NCSNV2_NETWORKS
+from models.ncsnv2 import ncsnv2_from_fields
 from models.score import ScoreModel
 from sde_lib import VESDE
 from tests.golden_common import (
@@ -28,8 +31,8 @@ from tests.golden_common import (
 
 CONFIGS = Path(__file__).parent / "golden" / "score_sde_configs.json"
 
-NETWORKS: dict[str, Callable[..., Any]] = {"ddpm": ddpm_from_fields, "ncsnpp": ncsnpp_from_fields}
-"""The builders of score_sde's networks, by its model.name."""
+U_NETS: dict[str, Callable[..., Any]] = {"ddpm": ddpm_from_fields, "ncsnpp": ncsnpp_from_fields}
+"""The builders of networks whose labels can number the levels of a ladder, by model.name."""
 
 NOT_CONFIGURATIONS = ("classifier_wideresnet",)
 """Trees in the file of trees that are not of a score network."""
@@ -96,19 +99,22 @@ def _published_network(name: str) -> tuple[Any, tuple[int, int, int]]:
     The name is that of a configuration, or begins with a network's name and ends with a configuration's.
     """
     network, _, base = name.rpartition(" with the fields of ")
-    config = score_sde_config(
-        base, {"model.name": network, "model.dropout": 0.0} if network else {"model.dropout": 0.0}
-    )
+    overrides = {"model.dropout": 0.0, **({"model.name": network} if network else {})}
+    config = score_sde_config(base, overrides)
     return _network(config), (config.data.image_size, config.data.image_size, config.data.num_channels)
 
 
 def _network(config: Config) -> Any:
-    model = config.model
-    if model.name not in NETWORKS:
-        raise UnknownKind(f"unknown network of score_sde: {model.name!r}; known: {', '.join(NETWORKS)}")
-    continuous = model.name == "ncsnpp" and config.training.continuous
-    ladder = None if continuous or not model.scale_by_sigma else ladder_from_fields(model)
-    return NETWORKS[model.name](model, config.data.centered, ladder)
+    model, centered = config.model, config.data.centered
+    if model.name == "ncsn":
+        return ncsn_from_fields(model, centered)
+    if model.name in NCSNV2_NETWORKS:
+        return ncsnv2_from_fields(model, centered)
+    if model.name not in U_NETS:
+        raise UnknownKind(f"unknown network of score_sde: {model.name!r}")
+    # DDPM has no form for continuous noise levels.
+    has_ladder = model.scale_by_sigma and (model.name == "ddpm" or not config.training.continuous)
+    return U_NETS[model.name](model, centered, ladder_from_fields(model) if has_ladder else None)
 
 
 @functools.cache
