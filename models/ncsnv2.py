@@ -1,10 +1,8 @@
-"""NCSNv2 ([SE20] App. B): a RefineNet for the scores of all noise levels, whose output is divided by sigma."""
+"""NCSNv2 ([SE20]): a RefineNet for the scores of all noise levels, whose output is divided by sigma."""
 
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
-from jaxtyping import Array, Float
-
 from arrays import PerExample, append_dims
 from configs.default import Config
 from models.ladder import Ladder, ladder_from_fields
@@ -18,7 +16,7 @@ class Plan(NamedTuple):
     """The stages of a network, from the image inwards. Channels are multiples of `nf`."""
 
     channels: tuple[int, ...]  # of the residual blocks
-    dilations: tuple[int, ...]  # of the residual blocks; each stage but the first that has none halves the resolution
+    dilations: tuple[int, ...]  # of the residual blocks; with 1, every stage but the first halves the resolution
     refined: tuple[int, ...]  # channels of the RefineNet block that joins the stage with those further inwards
 
     @property
@@ -86,7 +84,7 @@ class NCSNv2(nn.Module):
             stages.append(h)
         return stages
 
-    def _refine(self, stages: list[AnySize], labels: PerExample) -> Float[Array, "batch _ _ _"]:
+    def _refine(self, stages: list[AnySize], labels: PerExample) -> AnySize:
         """Joins the stages, from the innermost to the image."""
         refined: list[AnySize] = []
         for number in reversed(range(len(stages))):
@@ -107,7 +105,7 @@ class NCSNv2(nn.Module):
 
 
 class NCSNv2_128(NCSNv2):
-    """NCSNv2 for images of 96 to 128 pixels."""
+    """NCSNv2 for images of 128 pixels."""
 
     plan = Plan(channels=(1, 2, 2, 4, 4), dilations=(1, 1, 1, 2, 4), refined=(1, 1, 2, 2, 4))
 

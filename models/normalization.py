@@ -1,4 +1,4 @@
-"""The normalisations of NCSN and NCSNv2 ([SE19] App. A, [SE20] App. A), and a table of all normalisations by name.
+"""The normalisations of NCSN and NCSNv2 ([SE19] App. A, [SE20]), and a table of all normalisations by name.
 
 Classes and parameters keep the published names. Means and variances are over the pixels of one channel of one example.
 """

@@ -1,4 +1,4 @@
-"""The blocks of NCSN and NCSNv2 (RefineNet (Lin et al., 2017); [SE19] App. A; [SE20] App. B).
+"""The blocks of NCSN and NCSNv2 (RefineNet (Lin et al., 2017); [SE19] App. A; [SE20]).
 
 Residual blocks lower the resolution, or widen the view of each pixel by dilation. The blocks of RefineNet bring the
 feature maps of all resolutions together again. Classes keep the published names, because parameters are stored under
@@ -6,12 +6,14 @@ the class name and a count. NCSN tells all its blocks the noise level through th
 with Cond.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, TypeAlias
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from models.layers import Nonlinearity
@@ -126,7 +128,8 @@ class MSFBlock(nn.Module):
 
     @nn.compact
     def __call__(self, maps: list[AnySize]) -> Float[Array, "batch _ _ {self.features}"]:
-        return sum(self._fit(conv(self.features)(self.normalize(h)), maps[0]) for h in maps)  # pyright: ignore
+        fitted = [self._fit(conv(self.features)(self.normalize(h)), maps[0]) for h in maps]
+        return functools.reduce(jnp.add, fitted)
 
     def _fit(self, h: AnySize, like: AnySize) -> AnySize:
         return jax.image.resize(h, (*like.shape[:3], self.features), INTERPOLATIONS[self.interpolation])

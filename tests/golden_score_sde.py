@@ -98,10 +98,14 @@ def _published_network(name: str) -> tuple[Any, tuple[int, int, int]]:
 
     The name is that of a configuration, or begins with a network's name and ends with a configuration's.
     """
-    network, _, base = name.rpartition(" with the fields of ")
-    overrides = {"model.dropout": 0.0, **({"model.name": network} if network else {})}
+    other_name, _, base = name.rpartition(" with the fields of ")
+    overrides = {"model.dropout": 0.0, **({"model.name": other_name} if other_name else {})}
     config = score_sde_config(base, overrides)
-    return _network(config), (config.data.image_size, config.data.image_size, config.data.num_channels)
+    # The SDE's fields have no parameters, so networks that differ only in them share a cached result.
+    network = _network(config).clone(scale_by_sigma=False, centered=True)
+    if config.model.name in U_NETS:
+        network = network.clone(ladder=None)
+    return network, (config.data.image_size, config.data.image_size, config.data.num_channels)
 
 
 def _network(config: Config) -> Any:
