@@ -3,6 +3,7 @@
 from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
+
 from arrays import PerExample, append_dims
 from configs.default import Config
 from models.ladder import Ladder, ladder_from_fields

@@ -17,7 +17,7 @@ from models.normalization import ConditionalInstanceNorm2dPlus, InstanceNorm2d, 
 
 KEY = jax.random.key(0)
 LADDER = Ladder(sigma_min=0.01, sigma_max=10.0, levels=4)
-X = 3 + jnp.array([1.0, 2.0, 5.0]) * jax.random.normal(jax.random.key(1), (2, 4, 6, 3))
+X = 3 + jnp.array([1.0, 2.0, 5.0]).reshape(1, 1, 1, 3) * jax.random.normal(jax.random.key(1), (2, 4, 6, 3))
 
 
 def test_the_ladder_is_geometric_from_the_largest_level() -> None:
@@ -45,13 +45,6 @@ def test_conditional_normalisation_has_the_factors_of_its_level() -> None:
         assert float(jnp.abs(beta).max()) == 0
         plain: Any = InstanceNorm2dPlus().apply({"params": {"gamma": gamma, "alpha": alpha, "beta": beta}}, X)
         np.testing.assert_allclose(jnp.asarray(out)[example], plain[example], rtol=1e-5, atol=1e-6)
-
-
-def test_the_scores_of_ncsnv2_differ_in_sigma_only() -> None:
-    network = NCSNv2(LADDER, nf=2)
-    apply = jax.jit(lambda labels: network.init_with_output(KEY, jnp.repeat(X[:1], 2, axis=0), labels, False)[0])
-    out = apply(jnp.array([0.0, 2.0]))
-    np.testing.assert_allclose(100 * out[0], out[1], rtol=1e-4, atol=1e-5 * float(jnp.abs(out[1]).max()))
 
 
 @pytest.mark.parametrize(
