@@ -18,6 +18,8 @@ from models.resample import AnySize, FeatureMap, SameSize, Taps, conv_downsample
 
 Embedding: TypeAlias = Float[Array, "batch embedding"]
 Nonlinearity: TypeAlias = Callable[[Array], Array]
+Normalization: TypeAlias = Callable[[], Callable[[FeatureMap], FeatureMap]]
+"""Builds a layer that normalises feature maps, such as a class of modules. Each call builds one with its parameters."""
 
 
 @jax.custom_jvp
@@ -237,11 +239,12 @@ class AttnBlockpp(nn.Module):
 
     init_scale: float
     skip_rescale: bool
+    normalize: Normalization = GroupNorm
 
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:
         channels = x.shape[-1]
-        h = GroupNorm()(x).reshape(len(x), -1, channels)
+        h = self.normalize()(x).reshape(len(x), -1, channels)
         query, key, value = NIN(channels)(h), NIN(channels)(h), NIN(channels)(h)
         precision = jnp.promote_types(x.dtype, jnp.float32)
         logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=precision) / math.sqrt(channels)
@@ -258,24 +261,25 @@ class _ResnetBlock(nn.Module):
     init_scale: float
     skip_rescale: bool
     features: int | None = None  # channels of the output; None: as many as the input has
+    normalize: Normalization = GroupNorm
 
     def branch(
         self, x: FeatureMap, embedding: Embedding | None, train: bool, resample: Callable[[FeatureMap], AnySize]
     ) -> AnySize:
         """Two convolutions; the time embedding shifts the channels between them."""
         features = self.features or x.shape[-1]
-        h = resample(self.nonlinearity(GroupNorm()(x)))
+        h = resample(self.nonlinearity(self.normalize()(x)))
         h = conv(features)(h)
         if embedding is not None:
             shift = nn.Dense(features, kernel_init=kernel_init())(self.nonlinearity(embedding))
             h += shift.astype(h.dtype)[:, None, None, :]
-        h = self.nonlinearity(GroupNorm()(h))
+        h = self.nonlinearity(self.normalize()(h))
         h = nn.Dropout(self.dropout, deterministic=not train)(h)
         return conv(features, init_scale=self.init_scale)(h)
 
 
 class ResnetBlockDDPMpp(_ResnetBlock):
-    """The residual block of DDPM (Ho et al., 2020)."""
+    """The residual block of DDPM ([H20] App. B)."""
 
     @nn.compact
     def __call__(self, x: FeatureMap, embedding: Embedding | None, train: bool) -> SameSize:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 
 from arrays import PerExample, append_dims
 from configs.default import Config
+from models.ladder import Ladder
 from models.layers import (
     NONLINEARITIES,
     AttnBlockpp,
@@ -58,9 +59,9 @@ REMAT_SYNONYMS: dict[Any, str] = {False: "none", "False": "none", True: "block",
 class NCSNpp(nn.Module):
     """Maps noisy images and their noise level to an image of the same shape; fields as in configs/default.py.
 
-    `labels` are positive numbers that tell how noisy each image is. With `scale_by_sigma` they are the noise levels
-    sigma, and the output is divided by them. (With a positional embedding, the published code looks the divisor up in a
-    table.)
+    `labels` tell how noisy each image is. With `scale_by_sigma` they are the noise levels sigma, which are positive,
+    and the output is divided by them. If there is also a `ladder`, labels are numbers of levels of the ladder, 0 for
+    the largest sigma, and the output is divided by the sigma of the level.
 
     Raises:
         ValueError: a field is out of its range, or the images are too small for so many resolutions.
@@ -84,6 +85,7 @@ class NCSNpp(nn.Module):
     conditional: bool = True
     init_scale: float = 0.0
     scale_by_sigma: bool = False
+    ladder: Ladder | None = None  # the noise levels that labels number; None: labels are not numbers of levels
     centered: bool = True  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
     dtype: str = "float32"  # of feature maps; parameters, moments, embeddings and the output keep the images' precision
     remat: str = "none"  # what the backward pass recomputes of each block; see `REMAT_POLICIES`
@@ -102,7 +104,9 @@ class NCSNpp(nn.Module):
         skips = self._down_path(images, block)
         h = self._middle(skips[-1], block)
         h = self._up_path(h, skips, block, channels=x.shape[-1]).astype(x.dtype)
-        return h / append_dims(labels, h) if self.scale_by_sigma else h
+        if not self.scale_by_sigma:
+            return h
+        return h / append_dims(labels if self.ladder is None else self.ladder.sigma(labels), h)
 
     def _embed(self, labels: PerExample) -> Embedding | None:
         if self.embedding_type == "fourier":
@@ -257,6 +261,8 @@ def _check_fields(network: NCSNpp) -> None:
     for field, (is_allowed, text) in allowed.items():
         if not is_allowed:
             raise ValueError(f"{field} is {getattr(network, field)!r}; it must be {text}")
+    if network.ladder is not None and network.embedding_type == "fourier":
+        raise ValueError("embedding_type is 'fourier', which embeds ln sigma; it must be 'positional' with a ladder")
 
 
 ONLY_CHOICES: dict[str, Any] = {
@@ -283,8 +289,8 @@ def ncsnpp_from_config(config: Config) -> NCSNpp:
     return ncsnpp_from_fields(config.model, config.data.centered)
 
 
-def ncsnpp_from_fields(model: Config, centered: bool) -> NCSNpp:
-    """The network with the fields of config.model, without regard to the SDE."""
+def ncsnpp_from_fields(model: Config, centered: bool, ladder: Ladder | None = None) -> NCSNpp:
+    """The network with the fields of config.model, without regard to the SDE; `ladder`: the noise levels of labels."""
     for field, only in ONLY_CHOICES.items():
         if model[field] != only:
             raise ValueError(f"model.{field} is {model[field]!r}; it must be {only!r}")
@@ -307,6 +313,7 @@ def ncsnpp_from_fields(model: Config, centered: bool) -> NCSNpp:
         conditional=model.conditional,
         init_scale=model.init_scale,
         scale_by_sigma=model.scale_by_sigma,
+        ladder=ladder,
         centered=centered,
         dtype=model.dtype,
         remat=str(REMAT_SYNONYMS.get(model.remat, model.remat)),

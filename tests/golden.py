@@ -39,6 +39,7 @@ from tests.golden_dequantizer import check_dequantizer, check_dequantizer_trees
 from tests.golden_idode import check_schedule, check_vdm_network, check_vdm_trees
 from tests.golden_likelihood import check_likelihood
 from tests.golden_losses import check_losses
+from tests.golden_score_sde import check_discrete_network, check_score_sde_trees
 from tests.golden_sde import check_sde
 from train_state import create_state, optimizer_from_config
 
@@ -117,9 +118,14 @@ KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "losses": check_losses,
     "param_trees": check_param_trees,
     "param_trees_dequantizer": check_dequantizer_trees,
+    "param_trees_score_sde": check_score_sde_trees,
     "param_trees_vdm": check_vdm_trees,
     "network": check_network,
     "network_vdm": check_vdm_network,
+    "network_ddpm": check_discrete_network,
+    "network_ncsn": check_discrete_network,
+    "network_ncsnv2": check_discrete_network,
+    "network_ncsnpp_discrete": check_discrete_network,
     "released_checkpoint": check_published_checkpoint,
     "resample": check_resample,
     "schedule_idode": check_schedule,

@@ -94,6 +94,14 @@ def test_a_wrong_output_is_noticed(change: Callable[[np.ndarray], np.ndarray], t
     assert failed(path) == ["output"]
 
 
+def test_a_wrong_output_of_one_noise_level_is_noticed(tmp_path: Path) -> None:
+    """Outputs are divided by sigma, so the first example is thousands of times smaller than the last."""
+    path = copy("network_ncsnv2_variancenorm.npz", tmp_path)
+    assert np.ptp(np.load(path)["output"][0]) < 1e-3 * np.ptp(np.load(path)["output"][-1])
+    rewrite_npz(path, output=lambda x: x * np.array([1 + 3e-4, 1, 1])[:, None, None, None])
+    assert failed(path) == ["output, label 0"]
+
+
 def test_a_wrong_parameter_shape_is_noticed(tmp_path: Path) -> None:
     path = rewrite_npz(copy("network_vp_unconditional_gray.npz", tmp_path), **{"params/Conv_0/bias": lambda b: b[:-1]})
     assert failed(path) == ["parameters"]

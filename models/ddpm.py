@@ -1,0 +1,88 @@
+"""The network of DDPM ([H20] App. B), as [S21a] trains it."""
+
+from collections.abc import Callable
+
+from configs.default import Config
+from models.ladder import Ladder
+from models.layers import NONLINEARITIES, AttnBlockpp, Embedding, Normalization, ResnetBlockDDPMpp, conv
+from models.ncsnpp import NCSNpp
+from models.normalization import NORMALIZATIONS, PUBLISHED_GROUPS, check_normalization
+from models.resample import AnySize, FeatureMap, Projected, Taps
+
+
+class ResnetBlockDDPM(ResnetBlockDDPMpp):
+    """The residual block, under the published name of its parameters."""
+
+
+class AttnBlock(AttnBlockpp):
+    """Self-attention between all pixels, under the published name of its parameters."""
+
+
+class DDPM(NCSNpp):
+    """The U-Net of `NCSNpp` with DDPM's blocks, under their published names, and a choice of normalisation.
+
+    Labels are embedded by sines and cosines, and resampling has no filter.
+
+    Raises:
+        ValueError: a field is out of its range. Group normalisation has 32 groups, so `nf` must be a multiple of 32.
+    """
+
+    num_res_blocks: int = 2
+    resblock_type: str = "ddpm"
+    skip_rescale: bool = False
+    normalization: str = "GroupNorm"
+
+    def __post_init__(self) -> None:
+        check_normalization(self.normalization)
+        if self.normalization == "GroupNorm" and self.nf % PUBLISHED_GROUPS:
+            raise ValueError(f"nf is {self.nf!r}; with GroupNorm it must be a multiple of {PUBLISHED_GROUPS}")
+        super().__post_init__()
+
+    @property
+    def _normalize(self) -> Normalization:
+        return NORMALIZATIONS[self.normalization]
+
+    def _block(
+        self,
+        h: FeatureMap,
+        embedding: Embedding | None,
+        train: bool,
+        features: int | None = None,
+        resample: Callable[[FeatureMap, Taps | None], AnySize] | None = None,  # not used: blocks keep the resolution
+    ) -> AnySize:
+        block = ResnetBlockDDPM(
+            nonlinearity=NONLINEARITIES[self.nonlinearity],
+            dropout=self.dropout,
+            init_scale=self.init_scale,
+            skip_rescale=self.skip_rescale,
+            features=features,
+            normalize=self._normalize,
+        )
+        return self._apply(block, h, embedding, train)
+
+    def _attention(self, h: FeatureMap) -> FeatureMap:
+        return self._apply(AttnBlock(self.init_scale, self.skip_rescale, self._normalize), h)
+
+    def _head(self, h: FeatureMap, features: int, init_scale: float) -> Projected:
+        return conv(features, init_scale=init_scale)(self._act(self._normalize()(h)))
+
+
+def ddpm_from_fields(model: Config, centered: bool, ladder: Ladder | None = None) -> DDPM:
+    """The network with the fields of config.model; `ladder`: the noise levels of labels.
+
+    As in the published code, model.embedding_type has no effect.
+    """
+    return DDPM(
+        nf=model.nf,
+        ch_mult=tuple(model.ch_mult),
+        num_res_blocks=model.num_res_blocks,
+        attn_resolutions=tuple(model.attn_resolutions),
+        nonlinearity=model.nonlinearity,
+        normalization=model.normalization,
+        dropout=model.dropout,
+        resamp_with_conv=model.resamp_with_conv,
+        conditional=model.conditional,
+        scale_by_sigma=model.scale_by_sigma,
+        ladder=ladder,
+        centered=centered,
+    )

@@ -1,0 +1,34 @@
+"""The ladder of noise levels of networks that are trained in discrete time."""
+
+import dataclasses
+
+from arrays import PerExample
+from configs.default import Config
+from sde_lib import VESDE
+
+
+@dataclasses.dataclass(frozen=True)
+class Ladder:
+    """Noise levels in geometric steps from the largest to the smallest ([SE19] Sec. 4, [SE20] Sec. 3).
+
+    Raises:
+        ValueError: if the noise levels are not positive and in order, or there are fewer than two.
+    """
+
+    sigma_min: float
+    sigma_max: float
+    levels: int
+
+    def __post_init__(self) -> None:
+        VESDE(self.sigma_min, self.sigma_max)  # raises ValueError
+        if self.levels < 2:
+            raise ValueError(f"a ladder needs at least 2 noise levels, got {self.levels}")
+
+    def sigma(self, labels: PerExample) -> PerExample:
+        """The noise level of each label. Label 0 is the largest noise level, and label `levels` - 1 the smallest."""
+        return VESDE(self.sigma_min, self.sigma_max).alpha_sigma(1 - labels / (self.levels - 1))[1]
+
+
+def ladder_from_fields(model: Config) -> Ladder:
+    """The ladder with the fields of config.model."""
+    return Ladder(float(model.sigma_min), float(model.sigma_max), model.num_scales)
