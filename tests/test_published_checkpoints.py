@@ -321,47 +321,34 @@ def test_a_released_file_is_evaluated_directly(released_file: Path, own: Path, c
     assert sorted(r["checkpoint_step"] for r in results) == [FIRST_STEP, FIRST_STEP + 1]
 
 
-def test_a_released_checkpoint_is_continued_and_its_last_step_evaluated(tmp_path: Path) -> None:
+def test_a_released_checkpoint_is_continued_and_its_last_step_evaluated(released_file: Path, tmp_path: Path) -> None:
     """As the README does it: some steps of order 3 from a file in the released format, with the published eval fields.
 
     The configuration names the checkpoint at which the run starts, but the result is that of the last step.
     """
-    config = get_config()
-    golden = config_of("ve")
-    config.model.update(golden.model)
-    images = np.random.default_rng(0).integers(0, 256, (16, 8, 8, 3), np.uint8)
-    np.savez(tmp_path / "images.npz", x_train=images, x_test=images)
-    released, workdir = GOLDEN["ve"], tmp_path / "run"
-    fields = {
-        "data.dataset": "npz",
-        "data.path": str(tmp_path / "images.npz"),
-        "data.num_channels": 3,
-        "data.levels": 256,
-        "training.score_matching_order": 3,
-        "training.init_from": str(released),
-        "training.n_iters": 100,  # far before the start
-        "training.n_iters_from_start": OWN_STEPS,
-        "training.batch_size": 4,
-        "training.log_freq": 2,
-        "training.snapshot_freq": STEP,
-        "training.snapshot_sampling": False,
-        "eval.begin_ckpt": 1,
-        "eval.end_ckpt": 1,
-        "eval.enable_sampling": False,
-        "eval.enable_loss": True,
-        "eval.enable_bpd": False,
-    }
-    config.update_from_flattened_dict(fields)
-    run_lib.train(config, workdir)
-    run_lib.evaluate(config, workdir, "eval")
-    (path,) = result_files(workdir)
+    config = config_with(
+        training__score_matching_order=3,
+        training__init_from=str(released_file),
+        training__n_iters=10,  # far before the start
+        training__n_iters_from_start=OWN_STEPS,
+        training__snapshot_freq=FIRST_STEP,
+        training__snapshot_sampling=False,
+        eval__begin_ckpt=1,
+        eval__end_ckpt=1,
+        eval__enable_loss=True,
+        eval__enable_bpd=False,
+    )
+    end = FIRST_STEP + OWN_STEPS
+    run_lib.train(config, tmp_path)
+    run_lib.evaluate(config, tmp_path, "eval")
+    (path,) = result_files(tmp_path)
     result = json.loads(path.read_text())
-    assert path.name == f"step_{STEP + OWN_STEPS}.json"
-    assert (result["checkpoint_step"], result["own_steps"], result["order"]) == (STEP + OWN_STEPS, OWN_STEPS, 3)
-    assert (result["started_from"], result["start_step"]) == (str(released), STEP)
+    assert path.name == f"step_{end}.json"
+    assert (result["checkpoint_step"], result["own_steps"], result["order"]) == (end, OWN_STEPS, 3)
+    assert (result["started_from"], result["start_step"]) == (str(released_file), FIRST_STEP)
     assert result["loss"]["third"]["mean"] > 0
-    run_lib.train(config, workdir)  # resumes at the end: nothing is left to do
-    assert int(build(config).load_state(workdir).step) == STEP + OWN_STEPS
+    run_lib.train(config, tmp_path)  # resumes at the end: nothing is left to do
+    assert int(build(config).load_state(tmp_path).step) == end
 
 
 @pytest.mark.parametrize("network", ["--config.model.nf=16", None])
