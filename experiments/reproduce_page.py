@@ -212,8 +212,10 @@ def comparison(models: Models, worse: str, better: str) -> str:
 
 def of_points(folders: Sequence[Path], worse: str, better: str) -> str:
     """Returns the change of the NLL with a standard error over test points, each averaged over seeds."""
-    of_both = [[read_npz(folder / f"{name}.npz")["points_kl"] for folder in folders] for name in (better, worse)]
-    return plus_minus(mean_estimate(np.subtract(*of_both)), sign="+")
+    of_better, of_worse = (
+        np.array([read_npz(folder / f"{name}.npz")["points_kl"] for folder in folders]) for name in (better, worse)
+    )
+    return plus_minus(mean_estimate(of_better - of_worse), sign="+")
 
 
 # --- figures ---
