@@ -102,15 +102,17 @@ def draw_images(
         RuntimeError: if an image is not finite, or the solve of the ODE sampler fails.
     """
     local = numbers[parallel.local_rows(len(numbers))]
+    configured = sampler is None
     sampler = sampler or run.sampler()
     samples = sampler(
         run.score_fn(params), run.key(SAMPLE_KEY), parallel.global_array(run.mesh, local), run.data_shape, show
     )
     images, finite = parallel.fetch(_levels(run.preprocess, samples.x))
     if not finite.all():
+        chosen = f"sampling.method={run.config.sampling.method}" if configured else "the sampler of snapshots"
         raise RuntimeError(
             f"Sample {numbers[np.argmin(finite)]} is not finite ({np.sum(~finite)} of {len(numbers)} are not). The "
-            f"model diverged, or {type(sampler).__name__} diverges; try other settings of sampling"
+            f"model diverged, or {chosen} diverges; try other settings of sampling"
         )
     return np.asarray(images), samples.nfe
 

@@ -25,7 +25,9 @@ check_annotations()  # before a test imports one of the modules
 SLOW = {
     "test_bits_per_dim",
     "test_bound_likelihood",
+    "test_cost",
     "test_density_grid",
+    "test_dequantization",
     "test_dequantizer_training",
     "test_derivatives",
     "test_diagnostics",
@@ -38,15 +40,21 @@ SLOW = {
     "test_likelihood",
     "test_losses",
     "test_models",
+    "test_ode",
     "test_ode_score",
     "test_points",
     "test_published_checkpoints",
+    "test_refinenet",
     "test_run_lib",
     "test_samples",
     "test_sampling",
+    "test_sde_density",
     "test_sde_lib",
     "test_tfds_folders",
     "test_train_state",
+    "test_unbiased_orders",
+    "test_usage",
+    "test_vdm",
 }
 """Files whose tests compile much, or run main.py. `make check` leaves them out."""
 

@@ -221,8 +221,9 @@ def test_a_dequantizer_goes_on_with_its_own_score_model_only(trained, tmp_path):
     save_score_model(tmp_path / "run", config_with(), 8)
     with pytest.raises(ValueError, match=r"parameters of the score model \(eval.ckpt_id"):
         run_lib.train_deq(config_with(), tmp_path / "run", "deq")
-    for last_step in (6, 5):  # nothing left to do for its own
-        run_lib.train_deq(config_with(eval__ckpt_id=1, deq__n_iters=last_step), tmp_path / "run", "deq")
+    run_lib.train_deq(config_with(eval__ckpt_id=1), tmp_path / "run", "deq")  # nothing left to do for its own
+    with pytest.raises(ValueError, match=r"deq.n_iters asks for training to step 5, but .* is at step 6: nothing"):
+        run_lib.train_deq(config_with(eval__ckpt_id=1, deq__n_iters=5), tmp_path / "run", "deq")
 
 
 @pytest.mark.parametrize(

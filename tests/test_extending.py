@@ -95,7 +95,7 @@ def test_a_run_with_the_new_sde(registered_sde):
     state, x = run.fresh_state(), jax.random.normal(jax.random.key(0), (64, 2))
     after, metrics = jax.jit(run.trainer.train_step)(state, x, jax.random.key(1))
     assert after.step == 1
-    assert all(math.isfinite(value) for value in metrics.values())
+    assert all(np.isfinite(value).all() for value in metrics.values())
     assert metrics["grad_norm"] > 0
     score_fn = run.score_fn(after.ema_params)
     result = ode_log_likelihood(score_fn, run.sde, x, None, t_min=1e-3, method="rk4_log", num_steps=8)

@@ -230,7 +230,7 @@ BAD = {
     "eval__num_importance_samples": (4, "eval.num_importance_samples is 4, but points"),
     "eval__batch_size": (6, "eval.batch_size is 6"),
     "eval__max_examples": (-1, "eval.max_examples is -1"),
-    "eval__density_grid": (-1, "eval.density_grid is -1; use 0 for no grid"),
+    "eval__density_grid": (-1, "eval.density_grid is -1; it must not be negative"),
     "eval__bpd_dataset": ("all", "eval.bpd_dataset is 'all'; known: train, test"),
 }
 

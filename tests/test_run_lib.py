@@ -199,7 +199,7 @@ def command(*arguments, config="configs/digits/smoke.py"):
 BAD_INPUT = {
     "misspelled field": ("--config.training.btach_size=3", "batch_size"),
     "wrong type": ("--config.training.batch_size=many", "many"),
-    "order 4": ("--config.training.score_matching_order=4", "score_matching_order is 4; it must be 1, 2 or 3"),
+    "order 4": ("--config.training.score_matching_order=4", "score_matching_order is 4; it must lie in [1, 3]"),
     "unknown network": ("--config.model.name=unet", "model.name is 'unet'; known: "),
     "unknown data": ("--config.data.dataset=digitz", "data.dataset is 'digitz'"),
     "negative batch": ("--config.training.batch_size=-4", "training.batch_size is -4"),
@@ -351,8 +351,8 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(tmp_path):
 def test_a_request_during_a_step_is_answered_after_it(trained, tmp_path, monkeypatch):
     update = run_lib.score_training
 
-    def score_training(run, source):
-        training = update(run, source)
+    def score_training(run, source, end):
+        training = update(run, source, end)
 
         def update_and_request(state, batches):
             if int(state.step) == 6:

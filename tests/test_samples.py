@@ -309,7 +309,7 @@ def test_when_snapshots_are_due(run, tmp_path, step, due):
 
 
 def test_a_bad_sampler_is_found_before_training(tmp_path):
-    with pytest.raises(ValueError, match=r"sampling\.order must be one of"):
+    with pytest.raises(ValueError, match=r"sampling\.order is 4; it must lie in"):
         run_lib.train(config_with(sampling__order=4, training__snapshot_sampler="configured"), tmp_path / "run")
     with pytest.raises(ValueError, match=r"snapshot_sampler is 'pc'; it must be few_step or configured"):
         run_lib.train(config_with(training__snapshot_sampler="pc"), tmp_path / "run")

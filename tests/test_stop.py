@@ -18,8 +18,17 @@ def wait_for_request() -> None:
         time.sleep(0.001)
 
 
+@pytest.fixture
+def unignored():
+    """No signal is ignored, as SIGINT is in the background of a shell, and SIGHUP under nohup."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in stop.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize("number", stop.SIGNALS)
-def test_every_signal_is_a_request_and_raises_nothing(number, capsys):
+def test_every_signal_is_a_request_and_raises_nothing(number, unignored, capsys):
     handlers = [signal.getsignal(each) for each in stop.SIGNALS]
     with stop.on_signals(), stop.on_signals():  # main.py and a mode may both ask for it
         assert not stop.requested()
