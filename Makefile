@@ -47,7 +47,7 @@ demo: setup
 test: setup-dev
 	$(BIN)/python -m pytest -n 2
 
-# Runs ruff, pyright and the fast tests, for the loop between two edits. It takes at most 2 minutes.
+# Runs ruff, pyright and the fast tests, for the loop between two edits. It takes a few minutes.
 check: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
