@@ -7,19 +7,10 @@ data.path must name its .tfrecords file of this size, ffhq-r08.tfrecords, or a f
 """
 
 from configs.default import Config
-from configs.ve.church_ncsnpp_continuous import get_config as church
+from configs.ve.celebahq_256_ncsnpp_continuous import get_config as celebahq_256
 
 
 def get_config() -> Config:
-    config = church()
+    config = celebahq_256()
     config.data.dataset = "FFHQ"
-    config.data.category = ""
-    config.model.sigma_max = 348.0
-
-    config.training.batch_size = 64
-    config.training.n_iters = 2_400_001
-    config.training.reduce_mean = False
-
-    config.eval.begin_ckpt = 1
-    config.eval.end_ckpt = 0
     return config
