@@ -130,7 +130,7 @@ class BitsPerDimEvaluator:
         draws, nfe = [], 0
         for draw in range(self.num_draws):
             # All draws use the same keys for the estimator, for the reason given in importance_weighted.
-            noisy = _dequantized(self.dequantizer, noise_keys, images, draw)
+            noisy = dequantized(self.dequantizer, noise_keys, images, draw)
             log_q = np.asarray(parallel.fetch(noisy.log_q), np.float64)
             estimate = self._estimate(params, noisy.x, estimator_keys, batch, show)
             draws.append((estimate.terms | {"dequantization": log_q}, estimate.errors))
@@ -165,7 +165,8 @@ def _keys(key: Array, indices: Array) -> tuple[Array, Array]:
 
 
 @jax.jit
-def _dequantized(dequantizer: Dequantizer, keys: Array, images: Images, draw: Int[Array, ""] | int) -> Dequantized:
+def dequantized(dequantizer: Dequantizer, keys: Array, images: Images, draw: Int[Array, ""] | int) -> Dequantized:
+    """The images with the noise of this draw, from one key for each image."""
     return dequantizer(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, draw), images)
 
 

@@ -16,6 +16,7 @@ from build import EVAL_KEY, Run
 from datasets import evaluation_batch, evaluation_batch_sizes
 from dequantization.noise import Dequantizer
 from evaluation import mean_estimate
+from evaluators.bits_per_dim import dequantized
 from evaluators.cache import BatchCache, Values
 from evaluators.estimators import evaluation_source
 from infra import parallel
@@ -51,9 +52,6 @@ class DiagnosticsEvaluator:
         settings = run.config.eval
         if run.density is not None:
             raise ValueError(f"data.dataset is {run.config.data.dataset!r}, but --mode=diagnose is for images")
-        for field in ("diagnose_images", "diagnose_times", "diagnose_starts", "rtol", "atol"):
-            if not settings[field] > 0:
-                raise ValueError(f"eval.{field} is {settings[field]}; it must be positive")
         self.run, self.dequantizer, self.source = run, dequantizer, evaluation_source(run.config)
         self.preprocess = run.preprocess.without_flip()
         self.sizes = evaluation_batch_sizes(self.source, settings.batch_size, settings.diagnose_images)
@@ -103,14 +101,15 @@ class DiagnosticsEvaluator:
     def _batch(self, params: Params, number: int) -> Values:
         """Computes the values of the images of one batch: [images, starts] or [images, times]."""
         started, settings, run = time.monotonic(), self.run.config.eval, self.run
+        key = run.key(EVAL_KEY)
         batch = evaluation_batch(self.source, settings.batch_size, number, settings.diagnose_images)
         rows = parallel.local_rows(len(batch.images))
         images = parallel.global_array(run.mesh, batch.images[rows])
         indices = parallel.global_array(run.mesh, batch.indices[rows])
-        keys = image_keys(jax.random.fold_in(run.key(EVAL_KEY), number), indices)
-        score_fn, x0 = run.score_fn(params), self.preprocess(jax.random.fold_in(run.key(EVAL_KEY), number), images)
+        keys = image_keys(jax.random.fold_in(key, number), indices)
+        score_fn, x0 = run.score_fn(params), self.preprocess(jax.random.fold_in(key, number), images)
         rows_of_time = [
-            self._at_time(score_fn, x0, jnp.full(len(x0), t, x0.dtype), jax.random.fold_in(run.key(EVAL_KEY), k), keys)
+            self._at_time(score_fn, x0, jnp.full(len(x0), t, x0.dtype), jax.random.fold_in(key, k), keys)
             for k, t in enumerate(self.nodes.t)
         ]
         values = {name: np.stack([row[name] for row in rows_of_time], axis=1) for name in CURVES}
@@ -135,15 +134,14 @@ class DiagnosticsEvaluator:
         return {name: np.asarray(value, np.float64) for name, value in zip(CURVES, fetched, strict=True)}
 
     def _bpd_by_start(self, score_fn: NetworkScore, images: Array, keys: Array) -> Float[np.ndarray, "images starts"]:
-        noisy = jax.jit(lambda keys, images: self.dequantizer(keys, images))(keys, images)
+        noisy = dequantized(self.dequantizer, keys, images, 0)
         probe = draw_noise_and_probes(self.run.key(EVAL_KEY), keys, noisy.x)[1]
         log_q = np.asarray(parallel.fetch(noisy.log_q), np.float64)
         columns = []
         for start in self.starts:
-            solve = likelihood_by_start(
+            logp, info = likelihood_by_start(
                 score_fn, self.run.sde, noisy.x, np.array([start]), probe[None], **self.tolerances
             )
-            logp, info = solve
             require_success(info)
             terms = {"nll": -np.asarray(parallel.fetch(logp), np.float64)[0], "dequantization": log_q}
             values = bits_per_dim(
