@@ -144,7 +144,7 @@ def _build_settings(config: Config, mode: str) -> None:
     """Builds all that a mode needs except data, networks of evaluators, and checkpoints."""
     run = build(config)
     if mode == "train":
-        _ = run.trainer, initial_state if config.training.init_from and config.training.init_reset else None
+        _ = run.trainer, config.training.init_from and config.training.init_reset
         Snapshots(run, Workdir(Path()))
     elif mode == "eval":
         if config.eval.enable_loss:
