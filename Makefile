@@ -36,12 +36,12 @@ demo: setup
 	$(DIGITS) --workdir=runs/order1 --mode=train
 	$(DIGITS) --workdir=runs/order1 --mode=eval
 	$(DIGITS) --workdir=runs/order3 --mode=train $(ORDER3)
-	$(DIGITS) --workdir=runs/order3 --mode=eval $(ORDER3)
+	$(DIGITS) --workdir=runs/order3 --mode=eval
 	@$(BIN)/python main.py --workdir=runs/order3 --compare=runs/order1 --mode=report
 	$(BOARD) --workdir=runs/board1 --mode=train
 	$(BOARD) --workdir=runs/board1 --mode=eval
 	$(BOARD) --workdir=runs/board3 --mode=train $(BOARD3)
-	$(BOARD) --workdir=runs/board3 --mode=eval $(BOARD3)
+	$(BOARD) --workdir=runs/board3 --mode=eval
 	@$(BIN)/python main.py --workdir=runs/board3 --compare=runs/board1 --mode=report
 
 test: setup-dev

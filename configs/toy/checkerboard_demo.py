@@ -3,8 +3,7 @@
     python main.py --config=configs/toy/checkerboard_demo.py --workdir=runs/board1 --mode=train
     python main.py --config=configs/toy/checkerboard_demo.py --workdir=runs/board3 --mode=train \\
         --config.training.score_matching_order=3
-    python main.py --config=configs/toy/checkerboard_demo.py --workdir=runs/board3 --mode=eval \\
-        --config.training.score_matching_order=3
+    python main.py --config=configs/toy/checkerboard_demo.py --workdir=runs/board3 --mode=eval
 
 A perfect model has an NLL of ln 32 = 3.466 nats.
 """
