@@ -40,7 +40,7 @@ class Run:
 
     @functools.cached_property
     def trainer(self) -> Trainer:
-        """What training needs. The fields of `optim` have an effect only if this is used."""
+        """What training needs. It is built on first use, so the fields of `optim` count as used only then."""
         return _trainer(self.config, self.model, self.preprocess)
 
     @property
@@ -85,7 +85,9 @@ class Run:
     def fresh_state(self) -> TrainState:
         """The state at step 0, with initial parameters."""
         params = self.model.init(self.key(INIT_KEY), self.data_shape)
-        with unrecorded(self.config):  # that the structure of the state follows from these fields is no effect
+        with unrecorded(
+            self.config
+        ):  # the structure of the state is the same for all values of the fields that training alone uses
             trainer = _trainer(self.config, self.model, self.preprocess)
         return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
 

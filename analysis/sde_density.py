@@ -111,7 +111,7 @@ class _Fields:
         self._data = jax.jit(lambda x, t: (density.log_density(sde, x, t), density.score(sde, x, t)))
 
     def at(self, t: float, scale: float) -> tuple[Grid, Grid, Grid]:
-        """Returns ln of the density of y, the score of the data and that of the model, at the cells' centres."""
+        """Returns three values at the centres of the cells: the log-density of y, the data's score and the model's."""
         x, times = self._points(self._y, t, scale)
         log_q, q_score = (np.asarray(a, np.float64) for a in self._data(x, times))
         return log_q + np.log(scale), q_score[:, 0], self._model_score(x, times)

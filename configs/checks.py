@@ -143,7 +143,7 @@ def _check_value(field: str, whole: Any, value: Any, kind: type) -> None:
 
 
 def _in_words(interval: str, entries: str) -> str:
-    """What a range allows."""
+    """The end of an error message: which values the range allows."""
     low, high = interval[1:-1].split(", ")
     if high != "inf":
         return f"{entries.removesuffix(' be')} lie in {interval}"

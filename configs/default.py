@@ -46,7 +46,7 @@ def _training() -> ConfigDict:
     # compute orders 2 and 3 from the exact Jacobian instead of probes; only for points of few dimensions
     training.exact_derivatives = False
     # compute the gradient of order 3 from its residual and forward derivatives only. Together with model.remat=block,
-    # this needs the least memory, for a third more arithmetic besides that of model.remat
+    # this needs the least memory; it adds a third to the arithmetic, and model.remat adds its own
     training.residual_first = False
     # estimator of orders 2 and 3 with probes: published (one probe, an upper bound), or unbiased (two probes: about a
     # third of the gradient's noise in 64 dimensions, for up to twice the cost)
