@@ -85,9 +85,7 @@ class Run:
     def fresh_state(self) -> TrainState:
         """The state at step 0, with initial parameters."""
         params = self.model.init(self.key(INIT_KEY), self.data_shape)
-        with unrecorded(
-            self.config
-        ):  # the structure of the state is the same for all values of the fields that training alone uses
+        with unrecorded(self.config):  # evaluation makes a state, too, but its values do not depend on these fields
             trainer = _trainer(self.config, self.model, self.preprocess)
         return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
 
