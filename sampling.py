@@ -22,6 +22,7 @@ import ode
 from arrays import Batch, ReportProgress, ScoreFn, in_parts
 from configs.default import Config
 from samplers.few_step import SCHEDULES, DataRange, LogNoiseLevels, denoise, dpm_solver, heun, noise_levels
+from samplers.langevin import annealed_langevin_dynamics
 from samplers.predictor_corrector import CORRECTORS, PREDICTORS, Update, check_ancestral
 from sde_lib import SDE
 
@@ -316,6 +317,42 @@ class DPMSolverSampler(FastSampler):
         return Samples(x, self.max_nfe)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LangevinSampler(Sampler):
+    """Langevin dynamics, see `langevin.annealed_langevin_dynamics`. The defaults are those of [SE19] Sec. 5.
+
+    Attributes:
+        num_levels: noise levels, in geometric steps from the one at t_max to the one at `smallest_time`. With one
+            level, which is the one at `smallest_time`, this is Langevin dynamics without annealing.
+        steps_per_level: steps at each level.
+        step_size: the step size at the last level.
+    """
+
+    num_levels: int = 10
+    steps_per_level: int = 100
+    step_size: float = 2e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_at_least("sampling.num_levels", self.num_levels, 1)
+        _check_at_least("sampling.steps_per_level", self.steps_per_level, 1)
+        _check_positive("sampling.step_size", self.step_size)
+
+    @property
+    def log_rhos(self) -> LogNoiseLevels:
+        """ln rho of the levels."""
+        # The smallest level comes last, so that it is also the only one.
+        return noise_levels(self.sde, self.smallest_time, max(self.num_levels, 2), "log_snr", 1.0)[-self.num_levels :]
+
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
+        noise = jax.tree_util.Partial(_first_noise, keys)
+        settings = self.log_rhos, self.steps_per_level, self.step_size, noise, progress
+        x = annealed_langevin_dynamics(score_fn, self.sde, x, *settings)
+        if self.noise_removal:
+            x = _denoise(score_fn, self.sde, x, self.smallest_time)
+        return Samples(x, self.num_levels * self.steps_per_level + self.noise_removal)
+
+
 def sampler_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
     """Builds the sampler that `config.sampling` describes.
 
@@ -359,6 +396,17 @@ def _heun_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sample
     return HeunSampler(**_fast_fields(config, sde, data_range))
 
 
+def _langevin_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    del data_range
+    sampling = config.sampling
+    return LangevinSampler(
+        num_levels=sampling.num_levels if sampling.method == "annealed_langevin" else 1,
+        steps_per_level=sampling.steps_per_level,
+        step_size=sampling.step_size,
+        **_common_fields(config, sde),
+    )
+
+
 def _common_fields(config: Config, sde: SDE) -> dict[str, Any]:
     """The fields of every `Sampler`."""
     sampling = config.sampling
@@ -381,6 +429,8 @@ SAMPLERS: dict[str, Callable[[Config, SDE, DataRange], Sampler]] = {
     "ode": _ode_from_config,
     "dpm_solver": _dpm_solver_from_config,
     "heun": _heun_from_config,
+    "langevin": _langevin_from_config,
+    "annealed_langevin": _langevin_from_config,
 }
 """The builders of samplers, by config.sampling.method."""
 

@@ -87,7 +87,7 @@ def _data() -> ConfigDict:
     data = ConfigDict()
     # name of the data set. Published images: CIFAR10, MNIST, FashionMNIST, KMNIST, EMNIST, SVHN, ImageNet, CelebA,
     # LSUN, CelebAHQ, FFHQ. No download: digits. Images at data.path: npz, folder. Points of a density: mixture,
-    # checkerboard, swissroll, moons
+    # checkerboard, swissroll, moons, far_modes
     data.dataset = "CIFAR10"
     # version of ImageNet: old (the papers' images) or new (image-net.org's of 2021); their results do not compare. Part
     # of EMNIST: balanced, letters, digits, mnist, byclass, bymerge
@@ -181,7 +181,8 @@ def _optim() -> ConfigDict:
 def _sampling() -> ConfigDict:
     """The sampler of images and points."""
     sampling = ConfigDict()
-    # pc (predictor-corrector), ode (probability flow with adaptive steps), dpm_solver (DPM-Solver++) or heun
+    # pc (predictor-corrector), ode (probability flow with adaptive steps), dpm_solver (DPM-Solver++), heun, langevin
+    # (at the noise level of smallest_time) or annealed_langevin (from large noise levels to that one)
     sampling.method = "pc"
     # predictor of pc: euler_maruyama, reverse_diffusion, ancestral_sampling or none
     sampling.predictor = "reverse_diffusion"
@@ -203,6 +204,11 @@ def _sampling() -> ConfigDict:
     # grid of dpm_solver and heun, uniform in log_snr, power or time; auto takes log_snr for dpm_solver, power for heun
     sampling.schedule = "auto"
     sampling.schedule_exponent = 7.0  # exponent of power: equal steps in (sigma / alpha)^(1 / exponent)
+    sampling.num_levels = 10  # noise levels of annealed_langevin, in geometric steps
+    sampling.steps_per_level = 100  # steps of langevin, and of annealed_langevin at each noise level
+    # step size of langevin, and of annealed_langevin at the last noise level; at a larger level it grows with the
+    # square of the level
+    sampling.step_size = 2e-5
     sampling.batch_size = 256  # images drawn together, over all devices
     return sampling
 

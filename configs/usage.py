@@ -18,7 +18,7 @@ CHOICES = {
     "training.high_order_weighting": ("constant", "residual"),
     "model.name": ("ncsnpp", "vdm", "mlp", "mlp_published"),
     "model.embedding_type": ("fourier", "positional"),
-    "sampling.method": ("pc", "ode", "dpm_solver", "heun"),
+    "sampling.method": ("pc", "ode", "dpm_solver", "heun", "langevin", "annealed_langevin"),
     "sampling.schedule": ("auto", "log_snr", "power", "time"),
     "sampling.num_steps": (0, 10),
     "eval.ode_solver": ("dopri5", "adams_log"),

@@ -104,7 +104,7 @@ def langevin(
     """
     score = score_fn(x, t)
     ratio = _mean_norm(noise) / _mean_norm(score)
-    return _langevin_step(x, score, noise, 2 * sde.step_alpha(t, num_steps) * (snr * ratio) ** 2)
+    return langevin_step(x, score, noise, 2 * sde.step_alpha(t, num_steps) * (snr * ratio) ** 2)
 
 
 def annealed_langevin(
@@ -112,14 +112,15 @@ def annealed_langevin(
 ) -> Update:
     """step = 2 a (snr sigma_t)^2, a = `sde.step_alpha` ([SE19] Alg. 1, scaled as in [S21a])."""
     step = 2 * sde.step_alpha(t, num_steps) * (snr * sde.alpha_sigma(t)[1]) ** 2
-    return _langevin_step(x, score_fn(x, t), noise, step)
+    return langevin_step(x, score_fn(x, t), noise, step)
 
 
 def _mean_norm(x: Batch) -> Array:
     return jnp.mean(jnp.sqrt(inner(x, x)))
 
 
-def _langevin_step(x: Batch, score: Batch, noise: Batch, step: PerExample) -> Update:
+def langevin_step(x: Batch, score: Batch, noise: Batch, step: PerExample) -> Update:
+    """x + step score + sqrt(2 step) noise."""
     step = append_dims(step, x)
     x_mean = x + step * score
     return x_mean + jnp.sqrt(2 * step) * noise, x_mean

@@ -6,7 +6,8 @@ SDE. A curve with Gaussian noise is also a mixture, with components along the cu
 
 To add a density, implement `Density` and name an instance in DENSITIES.
 
-Source: [L22] Lu et al., ICML 2022 (the mixture in one dimension, the checkerboard).
+Sources: [L22] Lu et al., ICML 2022 (the mixture in one dimension, the checkerboard); [SE19] Song & Ermon, NeurIPS 2019
+(two modes far from each other).
 """
 
 import dataclasses
@@ -161,6 +162,11 @@ def two_moons(noise: float = 0.15) -> GaussianMixture:
     return noisy_curve(np.concatenate([upper, -upper]), noise)
 
 
+def far_modes() -> GaussianMixture:
+    """Returns two Gaussians of weights 0.2 and 0.8, 14 standard deviations apart ([SE19] Sec. 3.2.2)."""
+    return GaussianMixture(np.array([0.2, 0.8]), np.array([[-5.0, -5.0], [5.0, 5.0]]), np.tile(np.eye(2), (2, 1, 1)))
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkerboard:
     """The uniform density on eight squares of side 2, every second square of [-4, 4]^2 ([L22] App. I)."""
@@ -187,5 +193,6 @@ DENSITIES: dict[str, Density] = {
     "checkerboard": Checkerboard(),
     "swissroll": swiss_roll(),
     "moons": two_moons(),
+    "far_modes": far_modes(),
 }
 """Densities by the value of config.data.dataset."""

@@ -1,0 +1,21 @@
+"""NCSN on scikit-learn's handwritten digits: a geometric ladder of noise levels, and annealed Langevin dynamics.
+
+    python main.py --config=configs/digits/ncsn.py --workdir=runs/ncsn --mode=train
+    python main.py --config=configs/digits/ncsn.py --workdir=runs/ncsn --mode=eval
+
+The largest noise level is about the largest distance between two training images, and the step size is 0.2 times the
+square of the smallest noise level, as in [SE20] Sec. 3.1 and [SE19] Sec. 5. `make ncsn` compares numbers of levels.
+"""
+
+from configs.default import Config
+from configs.digits.ncsnpp import get_config as digits
+
+
+def get_config() -> Config:
+    config = digits()
+
+    config.model.sigma_max = 5.0
+
+    config.sampling.method = "annealed_langevin"
+    config.sampling.steps_per_level = 20
+    return config

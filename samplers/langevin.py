@@ -1,0 +1,78 @@
+"""Langevin dynamics at one noise level, and annealed from large noise levels to small ones.
+
+Like the few-step samplers, they work on y = x_t / alpha, whose noise level is rho = sigma / alpha for every SDE. (For
+VE, y = x.) One step is y + a / 2 score(y) + sqrt(a) z. At a fixed noise level, the density of y approaches that of the
+data with this noise, up to an error of the order of a. It takes very long to move mass between modes that lie far apart
+compared with rho. Annealing starts at a noise level at which there is only one mode ([SE19] Sec. 3.2.2 and 4.3).
+
+Source: [SE19] Song & Ermon, NeurIPS 2019.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from arrays import Batch, ReportProgress, ScoreFn, append_dims, in_parts
+from samplers.few_step import LogNoiseLevels, StepNoise
+from samplers.predictor_corrector import langevin_step
+from sde_lib import SDE
+
+
+def annealed_langevin_dynamics(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x: Batch,
+    log_rhos: LogNoiseLevels,
+    steps_per_level: int,
+    step_size: float,
+    noise: StepNoise,
+    progress: ReportProgress | None = None,
+) -> Batch:
+    """Takes `steps_per_level` steps at each of the noise levels, from the first to the last ([SE19] Alg. 1).
+
+    The step size at the level rho_i is a_i = step_size (rho_i / rho_L)^2, where rho_L is the last level. Evaluations:
+    steps_per_level times the number of levels.
+
+    Args:
+        x: at t_max.
+        log_rhos: ln rho of the levels. One level is plain Langevin dynamics.
+        step_size: a_L, the step size at the last level.
+
+    Returns:
+        x at the time of the last level.
+    """
+    log_levels = jnp.asarray(log_rhos, x.dtype)
+    times = sde.time_of_log_noise_level(log_levels)
+    alphas = sde.alpha_sigma(times)[0]
+    step_sizes = step_size * jnp.exp(2 * (log_levels - log_levels[-1]))
+
+    def advance(y: Batch, first: int, last: int) -> Batch:
+        return _steps(score_fn, y, (times, alphas, step_sizes), steps_per_level, noise, first, last)
+
+    y = x / sde.alpha_sigma(jnp.asarray(sde.t_max, x.dtype))[0]
+    y = in_parts(advance, y, steps_per_level * len(log_rhos), progress)
+    return y * alphas[-1]
+
+
+@jax.jit
+def _steps(
+    score_fn: ScoreFn,
+    y: Batch,
+    levels: tuple[Float[Array, " levels"], Float[Array, " levels"], Float[Array, " levels"]],
+    steps_per_level: Int[Array, ""] | int,
+    noise: StepNoise,
+    first: Int[Array, ""] | int,
+    last: Int[Array, ""] | int,
+) -> Batch:
+    """Takes steps first, ..., last - 1. One program runs any part of the steps, with any number of them at a level.
+
+    Args:
+        levels: the time, alpha, and the step size of each level.
+    """
+
+    def step(k: Array, y: Batch) -> Batch:
+        t, alpha, step_size = (jnp.full(len(y), values[k // steps_per_level]) for values in levels)
+        alpha = append_dims(alpha, y)
+        return langevin_step(y, alpha * score_fn(alpha * y, t), noise(y.shape[1:], k), 0.5 * step_size)[0]
+
+    return jax.lax.fori_loop(first, last, step, y)
