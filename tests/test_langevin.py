@@ -33,7 +33,7 @@ def exact_moments(sampler: LangevinSampler, mean, covariance):
         for _ in range(sampler.steps_per_level):
             m, c = mean + shrink @ (m - mean), shrink @ c @ shrink + a * np.eye(d)
     if sampler.noise_removal:
-        denoise = np.eye(d) - rhos[-1] ** 2 * precision
+        denoise = np.eye(d) - rhos[-1] ** 2 * np.linalg.inv(covariance + rhos[-1] ** 2 * np.eye(d))
         return mean + denoise @ (m - mean), denoise @ c @ denoise
     return last_alpha * m, last_alpha**2 * c
 
