@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -153,7 +154,9 @@ def build(config: Config) -> Run:
         _check_init(training)
         parts = training.accumulation_steps
         _check_kind_of_data(config)
-        objective = _trainer(config, score_model_from_config(config), training_preprocess(config)).objective
+        model = score_model_from_config(config)
+        objective = _trainer(config, model, training_preprocess(config)).objective
+        _check_noise_level(training, model.sde)
         if training.n_iters_from_start and config.optim.schedule != "constant":
             raise ValueError(
                 f"optim.schedule is {config.optim.schedule!r} and training.n_iters_from_start is "
@@ -176,6 +179,17 @@ def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPr
     )
 
 
+def _check_noise_level(training: Config, sde: SDE) -> None:
+    """Raises ValueError if the SDE does not have the noise level that training shall use."""
+    ends = jnp.asarray([training.smallest_time, sde.t_max])
+    first, last = (float(rho) for rho in jnp.exp(sde.log_noise_level(ends)))
+    if training.noise_level and not first <= training.noise_level <= last:
+        raise ValueError(
+            f"training.noise_level is {training.noise_level}; it must be 0 (all levels) or lie between {first:.3g} and "
+            f"{last:.3g}, the levels of the SDE"
+        )
+
+
 def _check_init(training: Config) -> None:
     """Raises ValueError for unknown parts to reset, or if there is no checkpoint whose parts could be reset."""
     if parts_to_reset(training.init_reset) and not training.init_from:
@@ -193,5 +207,10 @@ def _check_kind_of_data(config: Config) -> None:
         raise ValueError(f"model.name is {name!r}, but {config.data.dataset} has {kind}: set it to {fitting!r}")
     if training.exact_derivatives and not points:
         raise ValueError("training.exact_derivatives is True, but images have too many dimensions: set it to False")
+    if training.objective in ("implicit", "meng", "ode_likelihood") and not points:
+        raise ValueError(
+            f"training.objective is {training.objective!r}, which needs the whole Jacobian, but images have too many "
+            "dimensions: set it to 'denoising', 'sliced' or 'sliced_vr'"
+        )
     if training.snapshot_sampling and points:
         raise ValueError("training.snapshot_sampling is True, but it draws images, not points: set it to False")

@@ -29,7 +29,9 @@ from jaxtyping import Array, Float
 from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
 from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
+from objectives.baselines import MengObjective, OdeLikelihoodObjective
 from objectives.objective import Noise, Residual, TrainingObjective
+from objectives.sliced import SlicedObjective
 from objectives.times import TimeDistribution, with_density
 from objectives.unbiased import unbiased_terms
 from sde_lib import SDE
@@ -89,6 +91,8 @@ class Objective(TrainingObjective):
     high_order_weighting: str = "constant"
     high_order_fraction: float = 1.0
     stratified_times: bool = False
+    noise_level: float = 0.0
+    """The only noise level sigma / alpha; 0: all times."""
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -112,12 +116,16 @@ class Objective(TrainingObjective):
             raise ValueError(
                 f"training.high_order_fraction is {self.high_order_fraction}; it must be 1, 1/2, 1/3, 1/4 and so on"
             )
+        if self.noise_level and self.needs_residual:
+            raise ValueError(
+                f"training.noise_level is {self.noise_level}, but weights that follow the residual need all times"
+            )
         if not 0 < self.t_min < SDE.t_max:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
 
     @property
     def times(self) -> TimeDistribution:
-        return TimeDistribution(self.t_min, self.importance_weighting, self.stratified_times)
+        return TimeDistribution(self.t_min, self.importance_weighting, self.stratified_times, self.noise_level)
 
     @property
     def needs_two_probes(self) -> bool:
@@ -366,9 +374,7 @@ def first_order(scaled_score: Batch, sde: SDE, objective: Objective, noise: Nois
 
 def likelihood_weight(sde: SDE, objective: Objective, t: PerExample) -> PerExample:
     """g^2 / sigma^2 with likelihood weighting, unless the times are drawn in proportion to it; otherwise 1."""
-    if objective.likelihood_weighting and not objective.importance_weighting:
-        return (sde.diffusion(t) / sde.alpha_sigma(t)[1]) ** 2
-    return jnp.ones_like(t)
+    return objective.times.likelihood_weight(sde, t) if objective.likelihood_weighting else jnp.ones_like(t)
 
 
 def second_order_frob(jacobian_probe: Batch, u: Batch, probe: Batch) -> PerExample:
@@ -475,10 +481,76 @@ def denoising_from_config(training: Config) -> Objective:
         high_order_weighting=training.high_order_weighting,
         high_order_fraction=training.high_order_fraction,
         stratified_times=training.stratified_times,
+        noise_level=training.noise_level,
     )
 
 
-OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {"denoising": denoising_from_config}
+def sliced_from_config(training: Config) -> SlicedObjective:
+    """Implicit or sliced score matching as config.training describes it.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+    """
+    name, base = training.objective, _first_order(training)
+    return SlicedObjective(
+        base.times,
+        num_projections=0 if name == "implicit" else training.num_projections,
+        variance_reduced=name == "sliced_vr",
+        likelihood_weighting=base.likelihood_weighting,
+        reduce_mean=base.reduce_mean,
+    )
+
+
+def meng_from_config(training: Config) -> MengObjective:
+    """The objective of Meng et al., as config.training describes it.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+    """
+    base = _first_order(training)
+    if not base.reduce_mean:
+        raise ValueError("training.reduce_mean is False, but training.objective=meng averages over dimensions")
+    return MengObjective(base.times, training.second_order_weight, base.likelihood_weighting)
+
+
+def ode_likelihood_from_config(training: Config) -> OdeLikelihoodObjective:
+    """The likelihood of the ODE, as config.training describes it.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+    """
+    _check_order(training)
+    return OdeLikelihoodObjective(training.smallest_time, training.likelihood_steps)
+
+
+def _first_order(training: Config) -> Objective:
+    """First-order denoising score matching with the fields that it shares with other objectives, which it checks."""
+    _check_order(training)
+    return Objective(
+        t_min=training.smallest_time,
+        likelihood_weighting=training.likelihood_weighting,
+        importance_weighting=training.importance_weighting,
+        reduce_mean=training.reduce_mean,
+        stratified_times=training.stratified_times,
+        noise_level=training.noise_level,
+    )
+
+
+def _check_order(training: Config) -> None:
+    order, name = training.score_matching_order, training.objective
+    if order > 1:
+        raise ValueError(
+            f"training.score_matching_order is {order}, but it is for training.objective=denoising, not {name}: set it "
+            "to 1"
+        )
+
+
+OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {
+    "denoising": denoising_from_config,
+    **dict.fromkeys(("implicit", "sliced", "sliced_vr"), sliced_from_config),
+    "meng": meng_from_config,
+    "ode_likelihood": ode_likelihood_from_config,
+}
 """The builders of objectives, by training.objective."""
 
 

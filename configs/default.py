@@ -40,7 +40,13 @@ def _training() -> ConfigDict:
     # steps that a run which starts from training.init_from makes, instead of training to n_iters; 0 means to n_iters
     training.n_iters_from_start = 0
     training.n_jitted_steps = 1  # training steps per compiled call; more steps help if a step is very short
-    training.objective = "denoising"  # what training minimises: denoising (denoising score matching)
+    # what training minimises: score matching in the form denoising, implicit (with the trace of the Jacobian), sliced
+    # (along random projections) or sliced_vr (the same with less variance); or a baseline of the paper, meng (another
+    # second order) or ode_likelihood (through the solver). implicit and the baselines are for points of few dimensions
+    training.objective = "denoising"
+    training.num_projections = 1  # random projections of each example, for sliced and sliced_vr
+    training.likelihood_steps = 20  # steps of the solver for ode_likelihood
+    training.noise_level = 0.0  # the only noise level sigma / alpha to train at; 0 means all levels
     training.score_matching_order = 1  # highest order of denoising score matching in the loss: 1, 2 or 3
     training.second_order_weight = 1.0  # weight of the second-order terms; the first-order term has weight 1
     training.third_order_weight = 1.0  # weight of the third-order term

@@ -12,12 +12,17 @@ from sde_lib import SDE
 
 @dataclasses.dataclass(frozen=True)
 class TimeDistribution:
-    """Times t in [t_min, t_max]: uniform, or with density proportional to g^2 / sigma^2 ([S21b] Sec. 5.1)."""
+    """Times t in [t_min, t_max]: uniform, with density proportional to g^2 / sigma^2 ([S21b] Sec. 5.1), or all equal.
+
+    Attributes:
+        noise_level: if it is not 0, every time is the one at which sigma / alpha has this value.
+    """
 
     t_min: float
     importance_weighting: bool = False
     stratified: bool = False
     """Spread the quantiles of a batch as evenly as possible ([K21] App. I.1), instead of drawing them independently."""
+    noise_level: float = 0.0
 
     def draw(self, key: Array, sde: SDE, batch: int) -> PerExample:
         return self.at_quantiles(sde, self.draw_quantiles(key, batch))
@@ -30,6 +35,8 @@ class TimeDistribution:
 
     def at_quantiles(self, sde: SDE, quantiles: PerExample) -> PerExample:
         """Returns the times at which the distribution function has these values."""
+        if self.noise_level:
+            return jnp.full_like(quantiles, sde.time_of_log_noise_level(jnp.log(self.noise_level)))
         if self.importance_weighting:
             total = sde.importance_weight(jnp.asarray(sde.t_max), self.t_min)
             return sde.time_of_quantile(quantiles * total, self.t_min)
@@ -41,6 +48,12 @@ class TimeDistribution:
             total = sde.importance_weight(jnp.asarray(sde.t_max), self.t_min)
             return sde.importance_weight(t, self.t_min) / total
         return (t - self.t_min) / (sde.t_max - self.t_min)
+
+    def likelihood_weight(self, sde: SDE, t: PerExample) -> PerExample:
+        """Returns g^2 / sigma^2, or 1 if the times have a density proportional to it."""
+        if self.importance_weighting:
+            return jnp.ones_like(t)
+        return (sde.diffusion(t) / sde.alpha_sigma(t)[1]) ** 2
 
 
 def with_density(quantiles: PerExample, density: Float[Array, " bins"]) -> tuple[PerExample, PerExample]:

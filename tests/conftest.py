@@ -23,6 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 check_annotations()  # before a test imports one of the modules
 
 SLOW = {
+    "test_baselines",
     "test_bits_per_dim",
     "test_bound_likelihood",
     "test_cost",
@@ -37,6 +38,7 @@ SLOW = {
     "test_flowpp",
     "test_golden",
     "test_hosts",
+    "test_langevin",
     "test_likelihood",
     "test_losses",
     "test_models",
@@ -50,6 +52,7 @@ SLOW = {
     "test_sampling",
     "test_sde_density",
     "test_sde_lib",
+    "test_sliced",
     "test_tfds_folders",
     "test_train_state",
     "test_unbiased_orders",
