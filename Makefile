@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
 .PHONY: setup setup-dev demo test check lint clean digits-orders fashion-orders estimators reproduce fid-nfe \
-	sample-devices cost faults
+	sample-devices cost faults ncsn baselines
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -75,6 +75,16 @@ reproduce: setup
 fid-nfe: setup
 	$(DIGITS) --workdir=runs/order1 --mode=train
 	$(BIN)/python -m experiments.fid_nfe
+
+# Compares Langevin dynamics without and with annealing, and writes docs/results/ncsn.md. It takes about a quarter of an
+# hour on one idle core, and resumes.
+ncsn: setup
+	$(BIN)/python -m experiments.ncsn
+
+# Compares the paper's alternatives to high-order score matching, and writes docs/results/baselines.md. It takes about ten
+# minutes on one idle core, and resumes.
+baselines: setup
+	$(BIN)/python -m experiments.baselines
 
 # Draws 10,000 digits on 1 and on 4 devices with two interruptions each, and checks that the images are the same.
 sample-devices: setup
