@@ -102,7 +102,8 @@ def test_the_ladder_of_ncsn_converges_to_the_continuous_objective():
 
     @jax.jit
     def means():
-        levels = [jax.lax.map(scaled_error, Ladder(0.05, 50.0, n).sigma(jnp.arange(float(n)))) for n in (10, 20, 40, 80)]
+        ladders = [Ladder(0.05, 50.0, n).sigma(jnp.arange(float(n))) for n in (10, 20, 40, 80)]
+        levels = [jax.lax.map(scaled_error, sigmas) for sigmas in ladders]
         middles = (jnp.arange(400.0) + 0.5) / 400
         return jnp.stack([jnp.mean(values) for values in levels]), jnp.mean(jax.lax.map(continuous, middles))
 
