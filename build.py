@@ -146,10 +146,6 @@ def build(config: Config) -> Run:
     with unrecorded(config):  # a field that is only checked has no effect
         check_config(config)
         training = config.training
-        if not training.continuous:
-            raise ValueError(
-                "training.continuous is False, but training in discrete time is not supported: set it to True"
-            )
         _check_init(training)
         parts = training.accumulation_steps
         parallel.divisible(training.batch_size, "training.batch_size", parts)
