@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
 from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
+from objectives.discrete import discrete_from_config
 from objectives.objective import Noise, Residual, TrainingObjective
 from objectives.times import TimeDistribution, with_density
 from objectives.unbiased import unbiased_terms
@@ -482,12 +483,19 @@ OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {"denoising": den
 """The builders of objectives, by training.objective."""
 
 
-def objective_from_config(training: Config) -> TrainingObjective:
+def objective_from_config(training: Config, levels: int) -> TrainingObjective:
     """The objective that config.training names and describes.
+
+    Args:
+        levels: model.num_scales, the number of noise levels if training.continuous is False.
 
     Raises:
         ValueError: for an unknown name, or a field whose value is not allowed.
     """
     if training.objective not in OBJECTIVES:
         raise ValueError(f"training.objective is {training.objective!r}; known: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[training.objective](training)
+    if training.continuous:
+        return OBJECTIVES[training.objective](training)
+    if training.objective != "denoising":
+        raise ValueError(f"training.objective is {training.objective!r}, which needs training.continuous=True")
+    return discrete_from_config(training, levels)

@@ -13,9 +13,11 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, append_dims, mean_square, num_dims
+from configs.default import Config
+from objectives.objective import Residual, TrainingObjective
 from sde_lib import SDE, chain_times
 
 
@@ -29,7 +31,7 @@ class DiscreteNoise(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class DiscreteObjective:
+class DiscreteObjective(TrainingObjective):
     """The loss of SMLD for the VE SDE, and of DDPM for the VP SDE, with uniformly drawn levels.
 
     Attributes:
@@ -40,22 +42,51 @@ class DiscreteObjective:
     levels: int
     reduce_mean: bool = True
 
-    def draw_noise(self, key: Array, sde: SDE, shape: tuple[int, ...]) -> DiscreteNoise:
-        """Levels and noise for a batch of this shape."""
-        del sde
+    def draw_noise(
+        self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
+    ) -> DiscreteNoise:
+        """Draws levels and noise for a batch of this shape."""
+        del sde, density
         level_key, z_key = jax.random.split(key)
         levels = jax.random.randint(level_key, shape[:1], 0, self.levels)
         return DiscreteNoise(chain_times(self.levels)[levels], jax.random.normal(z_key, shape))
 
-    def losses(self, score_fn: ScoreFn, sde: SDE, x0: Batch, noise: DiscreteNoise) -> dict[str, PerExample]:
-        """The loss of each example.
+    def losses(
+        self, score_fn: ScoreFn, sde: SDE, x0: Batch, noise: DiscreteNoise, residual: Residual | None = None
+    ) -> dict[str, PerExample]:
+        """Computes the loss of each example.
 
         Raises:
             ValueError: if the SDE has no discrete chain with this number of levels.
         """
+        del residual
         alpha, sigma = (append_dims(a, x0) for a in sde.chain_alpha_sigma(noise.t, self.levels))
         xt = alpha * x0 + sigma * noise.z
         error = mean_square(sigma * score_fn(xt, noise.t) + noise.z)
         if not self.reduce_mean:
             error = 0.5 * num_dims(x0) * error
         return {"total": error, "first": error}
+
+
+def discrete_from_config(training: Config, levels: int) -> DiscreteObjective:
+    """The objective for training.continuous=False.
+
+    Args:
+        levels: model.num_scales.
+
+    Raises:
+        ValueError: if `training` asks for an objective that discrete time does not have.
+    """
+    if training.score_matching_order > 1:
+        raise ValueError(
+            f"training.score_matching_order is {training.score_matching_order}; orders 2 and 3 need "
+            "training.continuous=True"
+        )
+    for field in ("likelihood_weighting", "importance_weighting", "stratified_times"):
+        if training[field]:
+            raise ValueError(f"training.{field} is True, which needs training.continuous=True")
+    if training.first_order_weighting != "constant":
+        raise ValueError(
+            f"training.first_order_weighting is {training.first_order_weighting!r}, which needs training.continuous=True"
+        )
+    return DiscreteObjective(levels, training.reduce_mean)
