@@ -30,7 +30,8 @@ def _training() -> ConfigDict:
     """The SDE, the objective, and the schedule of a training run."""
     training = ConfigDict()
     training.sde = "vesde"  # forward SDE: vesde, linearvesde, vpsde or subvpsde
-    # train in continuous time (True), or at model.num_scales discrete noise levels (False): SMLD for vesde, DDPM for vpsde
+    # train in continuous time (True), or at model.num_scales discrete noise levels (False), which is SMLD for vesde and
+    # DDPM for vpsde
     training.continuous = True
     training.smallest_time = 1e-5  # losses and likelihoods use times in [smallest_time, 1]
     # examples in a batch, over all devices; the published runs use 128 for orders 1 and 2, and 48 for order 3

@@ -2,7 +2,7 @@
 
     python main.py --config=configs/score_sde.py:vp/ddpm/cifar10 --workdir=WORKDIR --mode=train
 
-The name follows the colon. It is the path of the published file, without configs/ and .py. 17 of the names are also
+The name follows the colon. It is the path of the published file, without configs/ and .py. 16 of the names are also
 files in configs/ve, configs/vp and configs/subvp: configs/ve/cifar10_ncsnpp_continuous.py has the values of the paper
 [L22], and configs/score_sde.py:ve/cifar10_ncsnpp_continuous those of score_sde. The networks are the same. What differs
 is the training's length and batch, how samples are drawn, and what an evaluation computes.
@@ -224,7 +224,8 @@ def get_config(name: str = "") -> Config:
         ValueError: if the name is empty or unknown.
     """
     if name not in CONFIGURATIONS:
-        raise ValueError(f"configs/score_sde.py needs one of its names after a colon: {', '.join(CONFIGURATIONS)}")
+        known = ", ".join(CONFIGURATIONS)
+        raise ValueError(f"--config=configs/score_sde.py:{name} needs a name after the colon; known: {known}")
     config = default()
     config.update_from_flattened_dict(_differences(name))
     return config

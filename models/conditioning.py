@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Protocol
 
+import jax
 import jax.numpy as jnp
 
 from arrays import Batch, PerExample, append_dims
@@ -105,5 +106,6 @@ def conditioning(sde: SDE, scale_by_sigma: bool, levels: int | None) -> Conditio
         raise ValueError(f"training.continuous is False, which needs training.sde vesde or vpsde, got {sde}")
     if levels < 2:
         raise ValueError(f"model.num_scales is {levels}; training in discrete time needs at least 2 noise levels")
-    sde.chain_alpha_sigma(jnp.zeros(1), levels)  # raises ValueError
+    # Without computing anything, this raises ValueError if there are too few levels.
+    jax.eval_shape(lambda t: sde.chain_alpha_sigma(t, levels), jnp.zeros(1))
     return DISCRETE[type(sde)](sde, levels)  # type: ignore[arg-type]

@@ -85,8 +85,7 @@ def discrete_from_config(training: Config, levels: int) -> DiscreteObjective:
     for field in ("likelihood_weighting", "importance_weighting", "stratified_times"):
         if training[field]:
             raise ValueError(f"training.{field} is True, which needs training.continuous=True")
-    if training.first_order_weighting != "constant":
-        raise ValueError(
-            f"training.first_order_weighting is {training.first_order_weighting!r}, which needs training.continuous=True"
-        )
+    weighting = training.first_order_weighting
+    if weighting != "constant":
+        raise ValueError(f"training.first_order_weighting is {weighting!r}, which needs training.continuous=True")
     return DiscreteObjective(levels, training.reduce_mean)

@@ -69,7 +69,7 @@ def check_discrete_losses(path: Path) -> Iterator[Result]:
 
 
 def check_updates(path: Path) -> Iterator[Result]:
-    """Compares one update of each predictor and corrector, ladders of noise levels, and the tables of the DDPM chain."""
+    """Compares one update of each predictor and corrector, ladders of noise levels, and tables of the DDPM chain."""
     data = np.load(path)
     for chain, fields in json.loads(str(data["config"])).items():
         yield from _check_chain(data, chain, fields)
@@ -92,7 +92,8 @@ def _check_chain(data: Any, chain: str, fields: dict[str, Any]) -> Iterator[Resu
         got = UPDATES[rule](lambda x, t: score, sde, x, t, noise, num_steps, **settings)
         for result, value in zip(RESULTS, got, strict=True):
             want = data[f"{chain}/{rule}_{result}"]
-            yield Result(f"{chain} {rule}, {result}", relative_error(value, want, scale=float(np.abs(want).max())), 1e-4)
+            error = relative_error(value, want, scale=float(np.abs(want).max()))
+            yield Result(f"{chain} {rule}, {result}", error, 1e-4)
 
 
 def _check_tables(data: Any) -> Iterator[Result]:
