@@ -29,7 +29,7 @@ from jaxtyping import Array, Float
 from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
 from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
-from objectives.discrete import discrete_from_config
+from objectives.discrete import DiscreteObjective
 from objectives.objective import Noise, Residual, TrainingObjective
 from objectives.times import TimeDistribution, with_density
 from objectives.unbiased import unbiased_terms
@@ -477,6 +477,29 @@ def denoising_from_config(training: Config) -> Objective:
         high_order_fraction=training.high_order_fraction,
         stratified_times=training.stratified_times,
     )
+
+
+def discrete_from_config(training: Config, levels: int) -> DiscreteObjective:
+    """The objective for training.continuous=False.
+
+    Args:
+        levels: model.num_scales.
+
+    Raises:
+        ValueError: if `training` asks for an objective that discrete time does not have.
+    """
+    if training.score_matching_order > 1:
+        raise ValueError(
+            f"training.score_matching_order is {training.score_matching_order}; orders 2 and 3 need "
+            "training.continuous=True"
+        )
+    for field in ("likelihood_weighting", "importance_weighting", "stratified_times"):
+        if training[field]:
+            raise ValueError(f"training.{field} is True, which needs training.continuous=True")
+    weighting = training.first_order_weighting
+    if weighting != "constant":
+        raise ValueError(f"training.first_order_weighting is {weighting!r}, which needs training.continuous=True")
+    return DiscreteObjective(levels, training.reduce_mean)
 
 
 OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {"denoising": denoising_from_config}
