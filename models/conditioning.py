@@ -18,8 +18,8 @@ class Conditioning(Protocol):
         """The labels that tell the network the times."""
         ...
 
-    def score(self, output: Batch, t: PerExample) -> Batch:
-        """The score at these times, from the network's output."""
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        """The score at x and these times, from the network's output."""
         ...
 
 
@@ -32,8 +32,8 @@ class NoiseLevels:
     def labels(self, t: PerExample) -> PerExample:
         return self.sde.alpha_sigma(t)[1]
 
-    def score(self, output: Batch, t: PerExample) -> Batch:
-        del t
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        del x, t
         return output
 
 
@@ -46,8 +46,8 @@ class ScaledTimes:
     def labels(self, t: PerExample) -> PerExample:
         return TIMES_PER_UNIT * t
 
-    def score(self, output: Batch, t: PerExample) -> Batch:
-        return -output / append_dims(self.sde.alpha_sigma(t)[1], output)
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        return -output / append_dims(self.sde.alpha_sigma(t)[1], x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,8 @@ class LadderLevels:
     def labels(self, t: PerExample) -> PerExample:
         return jnp.round((self.sde.t_max - t) * (self.levels - 1) / self.sde.t_max)
 
-    def score(self, output: Batch, t: PerExample) -> Batch:
-        del t
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        del x, t
         return output
 
 
@@ -82,8 +82,8 @@ class ChainLevels:
     def labels(self, t: PerExample) -> PerExample:
         return t * (self.levels - 1) / self.sde.t_max
 
-    def score(self, output: Batch, t: PerExample) -> Batch:
-        return -output / append_dims(self.sde.chain_alpha_sigma(t, self.levels)[1], output)
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        return -output / append_dims(self.sde.chain_alpha_sigma(t, self.levels)[1], x)
 
 
 DISCRETE: dict[type[SDE], type[LadderLevels] | type[ChainLevels]] = {VESDE: LadderLevels, VPSDE: ChainLevels}

@@ -90,7 +90,7 @@ class NetworkScore:
 
     def __call__(self, x: Batch, t: PerExample) -> Batch:
         conditioning = self.model.conditioning
-        return conditioning.score(self._output(x, conditioning.labels(t)), t)
+        return conditioning.score(self._output(x, conditioning.labels(t)), x, t)
 
     def _output(self, x: Batch, labels: PerExample) -> Batch:
         train = self.dropout_key is not None
