@@ -79,8 +79,7 @@ def test_the_loss_approaches_that_of_continuous_time(sde: SDE) -> None:
 
     def mean_over(times: jax.Array, loss: Any) -> float:
         """The mean of the loss over times and examples."""
-        of_time = jax.jit(lambda t: jnp.mean(loss(jnp.full(64, t))["first"]))
-        return float(np.mean([of_time(t) for t in times]))
+        return float(jnp.mean(jax.jit(jax.vmap(lambda t: loss(jnp.full(64, t))["first"]))(times)))
 
     def discrete(levels: int) -> float:
         objective = DiscreteObjective(levels)
@@ -98,10 +97,11 @@ def test_the_loss_approaches_that_of_continuous_time(sde: SDE) -> None:
 @each_chain
 def test_half_the_sum_and_uniform_levels(sde: SDE) -> None:
     objective = DiscreteObjective(21, reduce_mean=False)
-    noise = objective.draw_noise(jax.random.key(0), sde, (4000, 2))
-    x0, score_fn = jnp.ones((4000, 2)), DENSITY.score_fn(sde)
-    losses, means = (o.losses(score_fn, sde, x0, noise) for o in (objective, DiscreteObjective(21)))
-    np.testing.assert_allclose(losses["total"], means["total"], rtol=1e-6)  # half the sum over two dimensions
+    noise = objective.draw_noise(jax.random.key(0), sde, (4000, 3))
+    losses, means = (
+        o.losses(lambda x, t: -x, sde, jnp.ones((4000, 3)), noise) for o in (objective, DiscreteObjective(21))
+    )
+    np.testing.assert_allclose(losses["total"], 1.5 * means["total"], rtol=1e-6)
     assert losses.keys() - {"total"} <= TERMS.keys()
     levels = np.rint(np.asarray(noise.t) * 20).astype(int)
     np.testing.assert_array_equal(noise.t, chain_times(21)[levels])
@@ -143,7 +143,7 @@ def test_continuous_models_are_as_before() -> None:
 
 def ddpm_of_points() -> Config:
     config = points()
-    config.training.update(sde="vpsde", continuous=False, batch_size=16)
+    config.training.update(sde="vpsde", continuous=False, batch_size=16, score_matching_order=1)
     config.model.update(scale_by_sigma=False, num_scales=30)
     return config
 
@@ -164,7 +164,11 @@ def test_training_in_discrete_time() -> None:
     ("make", "fields", "message"),
     [
         (digits, {}, "embedding_type is 'fourier'.* 'positional'"),
-        (digits, {"training.sde": "subvpsde", "model.scale_by_sigma": False}, "is False.* vesde or"),
+        (
+            digits,
+            {"training.sde": "subvpsde", "model.scale_by_sigma": False, "model.embedding_type": "positional"},
+            "is False.* vesde or",
+        ),
         (digits, {"model.name": "ncsn", "training.sde": "vpsde", "model.scale_by_sigma": False}, "training.sde=vesde"),
         (digits, {"model.name": "ncsnv2_64", "training.continuous": True}, "training.continuous=False"),
         (digits, {"model.name": "ddpm", "training.continuous": True}, "set training.continuous=False"),
