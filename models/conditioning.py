@@ -1,7 +1,7 @@
 """How a network is told the time, and what its output means ([S21a] App. C)."""
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from models.mlp import TIMES_PER_UNIT
 from sde_lib import SDE, VESDE, VPSDE
 
 
+@runtime_checkable
 class Conditioning(Protocol):
     """The two translations between a score function and a network."""
 
