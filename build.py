@@ -167,7 +167,7 @@ def build(config: Config) -> Run:
 def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPreprocess) -> Trainer:
     return Trainer(
         model=model,
-        objective=objective_from_config(config.training, config.model.num_scales),
+        objective=objective_from_config(config),
         optimizer=optimizer_from_config(config.optim, config.training.n_iters),
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,

@@ -455,12 +455,13 @@ def exact_third_order(
     return mean_square(error)
 
 
-def denoising_from_config(training: Config) -> Objective:
+def denoising_from_config(config: Config) -> Objective:
     """Denoising score matching as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.
     """
+    training = config.training
     return Objective(
         order=training.score_matching_order,
         t_min=training.smallest_time,
@@ -479,15 +480,15 @@ def denoising_from_config(training: Config) -> Objective:
     )
 
 
-def discrete_from_config(training: Config, levels: int) -> DiscreteObjective:
-    """The objective for training.continuous=False.
-
-    Args:
-        levels: model.num_scales.
+def discrete_from_config(config: Config) -> DiscreteObjective:
+    """The objective for training.continuous=False, with model.num_scales noise levels.
 
     Raises:
-        ValueError: if `training` asks for an objective that discrete time does not have.
+        ValueError: if config.training asks for an objective that discrete time does not have.
     """
+    training = config.training
+    if training.objective != "denoising":
+        raise ValueError(f"training.objective is {training.objective!r}, which needs training.continuous=True")
     if training.score_matching_order > 1:
         raise ValueError(
             f"training.score_matching_order is {training.score_matching_order}; orders 2 and 3 need "
@@ -499,26 +500,20 @@ def discrete_from_config(training: Config, levels: int) -> DiscreteObjective:
     weighting = training.first_order_weighting
     if weighting != "constant":
         raise ValueError(f"training.first_order_weighting is {weighting!r}, which needs training.continuous=True")
-    return DiscreteObjective(levels, training.reduce_mean)
+    return DiscreteObjective(config.model.num_scales, training.reduce_mean)
 
 
 OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {"denoising": denoising_from_config}
 """The builders of objectives, by training.objective."""
 
 
-def objective_from_config(training: Config, levels: int) -> TrainingObjective:
+def objective_from_config(config: Config) -> TrainingObjective:
     """The objective that config.training names and describes.
-
-    Args:
-        levels: model.num_scales, the number of noise levels if training.continuous is False.
 
     Raises:
         ValueError: for an unknown name, or a field whose value is not allowed.
     """
-    if training.objective not in OBJECTIVES:
-        raise ValueError(f"training.objective is {training.objective!r}; known: {', '.join(OBJECTIVES)}")
-    if training.continuous:
-        return OBJECTIVES[training.objective](training)
-    if training.objective != "denoising":
-        raise ValueError(f"training.objective is {training.objective!r}, which needs training.continuous=True")
-    return discrete_from_config(training, levels)
+    name = config.training.objective
+    if name not in OBJECTIVES:
+        raise ValueError(f"training.objective is {name!r}; known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name](config) if config.training.continuous else discrete_from_config(config)
