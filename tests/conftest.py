@@ -38,6 +38,7 @@ SLOW = {
     "test_dequantizer_training",
     "test_derivatives",
     "test_diagnostics",
+    "test_discrete",
     "test_entropy",
     "test_examples",
     "test_extending",
