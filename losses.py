@@ -30,6 +30,7 @@ from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, mean_
 from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
 from objectives.baselines import MengObjective, OdeLikelihoodObjective
+from objectives.discrete import DiscreteObjective
 from objectives.objective import Noise, Residual, TrainingObjective
 from objectives.sliced import SlicedObjective
 from objectives.times import TimeDistribution, with_density
@@ -460,12 +461,13 @@ def exact_third_order(
     return mean_square(error)
 
 
-def denoising_from_config(training: Config) -> Objective:
+def denoising_from_config(config: Config) -> Objective:
     """Denoising score matching as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.
     """
+    training = config.training
     return Objective(
         order=training.score_matching_order,
         t_min=training.smallest_time,
@@ -485,42 +487,50 @@ def denoising_from_config(training: Config) -> Objective:
     )
 
 
-def sliced_from_config(training: Config) -> SlicedObjective:
+def sliced_from_config(config: Config) -> SlicedObjective:
     """Implicit or sliced score matching as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.
     """
-    name, base = training.objective, _first_order(training)
+    name, base = config.training.objective, _first_order(config.training)
+    times = base.times
+    if not config.training.continuous:
+        if config.training.sde != "vesde" or base.likelihood_weighting or base.noise_level:
+            raise ValueError(
+                f"training.continuous is False, which with training.objective={name} needs training.sde=vesde, "
+                "training.likelihood_weighting=False and training.noise_level=0"
+            )
+        times = dataclasses.replace(times, levels=config.model.num_scales)
     return SlicedObjective(
-        base.times,
-        num_projections=0 if name == "implicit" else training.num_projections,
+        times,
+        num_projections=0 if name == "implicit" else config.training.num_projections,
         variance_reduced=name == "sliced_vr",
         likelihood_weighting=base.likelihood_weighting,
         reduce_mean=base.reduce_mean,
     )
 
 
-def meng_from_config(training: Config) -> MengObjective:
+def meng_from_config(config: Config) -> MengObjective:
     """The objective of Meng et al., as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.
     """
-    base = _first_order(training)
+    base = _first_order(config.training)
     if not base.reduce_mean:
         raise ValueError("training.reduce_mean is False, but training.objective=meng averages over dimensions")
-    return MengObjective(base.times, training.second_order_weight, base.likelihood_weighting)
+    return MengObjective(base.times, config.training.second_order_weight, base.likelihood_weighting)
 
 
-def ode_likelihood_from_config(training: Config) -> OdeLikelihoodObjective:
+def ode_likelihood_from_config(config: Config) -> OdeLikelihoodObjective:
     """The likelihood of the ODE, as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.
     """
-    _check_order(training)
-    return OdeLikelihoodObjective(training.smallest_time, training.likelihood_steps)
+    _check_order(config.training)
+    return OdeLikelihoodObjective(config.training.smallest_time, config.training.likelihood_steps)
 
 
 def _first_order(training: Config) -> Objective:
@@ -545,21 +555,47 @@ def _check_order(training: Config) -> None:
         )
 
 
+def discrete_from_config(config: Config) -> DiscreteObjective:
+    """The objective for training.continuous=False, with model.num_scales noise levels.
+
+    Raises:
+        ValueError: if config.training asks for an objective that discrete time does not have.
+    """
+    training = config.training
+    if training.objective != "denoising":
+        raise ValueError(f"training.objective is {training.objective!r}, which needs training.continuous=True")
+    if training.score_matching_order > 1:
+        raise ValueError(
+            f"training.score_matching_order is {training.score_matching_order}; orders 2 and 3 need "
+            "training.continuous=True"
+        )
+    for field in ("likelihood_weighting", "importance_weighting", "stratified_times", "noise_level"):
+        if training[field]:
+            raise ValueError(f"training.{field} is {training[field]}, which needs training.continuous=True")
+    weighting = training.first_order_weighting
+    if weighting != "constant":
+        raise ValueError(f"training.first_order_weighting is {weighting!r}, which needs training.continuous=True")
+    return DiscreteObjective(config.model.num_scales, training.reduce_mean)
+
+
+SLICED = ("implicit", "sliced", "sliced_vr")
+
 OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {
     "denoising": denoising_from_config,
-    **dict.fromkeys(("implicit", "sliced", "sliced_vr"), sliced_from_config),
+    **dict.fromkeys(SLICED, sliced_from_config),
     "meng": meng_from_config,
     "ode_likelihood": ode_likelihood_from_config,
 }
 """The builders of objectives, by training.objective."""
 
 
-def objective_from_config(training: Config) -> TrainingObjective:
+def objective_from_config(config: Config) -> TrainingObjective:
     """The objective that config.training names and describes.
 
     Raises:
         ValueError: for an unknown name, or a field whose value is not allowed.
     """
-    if training.objective not in OBJECTIVES:
-        raise ValueError(f"training.objective is {training.objective!r}; known: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[training.objective](training)
+    name = config.training.objective
+    if name not in OBJECTIVES:
+        raise ValueError(f"training.objective is {name!r}; known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name](config) if config.training.continuous or name in SLICED else discrete_from_config(config)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arrays import PerExample
-from sde_lib import SDE
+from sde_lib import SDE, chain_times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +16,7 @@ class TimeDistribution:
 
     Attributes:
         noise_level: if it is not 0, every time is the one at which sigma / alpha has this value.
+        levels: if it is not 0, times are those of this number of levels of a discrete chain, with equal probabilities.
     """
 
     t_min: float
@@ -23,6 +24,7 @@ class TimeDistribution:
     stratified: bool = False
     """Spread the quantiles of a batch as evenly as possible ([K21] App. I.1), instead of drawing them independently."""
     noise_level: float = 0.0
+    levels: int = 0
 
     def draw(self, key: Array, sde: SDE, batch: int) -> PerExample:
         return self.at_quantiles(sde, self.draw_quantiles(key, batch))
@@ -37,6 +39,8 @@ class TimeDistribution:
         """Returns the times at which the distribution function has these values."""
         if self.noise_level:
             return jnp.full_like(quantiles, sde.time_of_log_noise_level(jnp.log(self.noise_level)))
+        if self.levels:
+            return chain_times(self.levels)[(quantiles * self.levels).astype(jnp.int32)]
         if self.importance_weighting:
             total = sde.importance_weight(jnp.asarray(sde.t_max), self.t_min)
             return sde.time_of_quantile(quantiles * total, self.t_min)

@@ -127,7 +127,7 @@ def config_with(default=toy, **training):
 def test_the_objective_of_a_configuration_has_the_values_of_its_form(name):
     """The whole objective at one noise level, with two projections, the likelihood's weight and half the sum."""
     settings = {"num_projections": 2, "noise_level": 0.7, "likelihood_weighting": True, "reduce_mean": False}
-    objective = objective_from_config(config_with(objective=name, **settings).training)
+    objective = objective_from_config(config_with(objective=name, **settings))
     x0 = DENSITY.sample(jax.random.key(0), (8, D))
     noise = objective.draw_noise(jax.random.key(1), SDE, x0.shape)
     alpha, sigma = SDE.alpha_sigma(noise.t)
@@ -140,12 +140,24 @@ def test_the_objective_of_a_configuration_has_the_values_of_its_form(name):
 
 
 def test_denoising_at_one_noise_level():
-    objective = objective_from_config(config_with(noise_level=0.7).training)
+    objective = objective_from_config(config_with(noise_level=0.7))
     t = objective.draw_noise(jax.random.key(1), SDE, (8, D)).t
     np.testing.assert_allclose(SDE.log_noise_level(t), np.log(0.7), rtol=1e-5)
 
 
+def test_sliced_score_matching_at_the_levels_of_ncsn():
+    """With training.continuous=False, times are those of the ladder, each as often as the others."""
+    config = config_with(objective="sliced_vr", continuous=False)
+    config.model.num_scales = 10
+    objective = objective_from_config(config)
+    t = objective.draw_noise(jax.random.key(0), VESDE(0.01, 50.0), (10_000, 1)).t
+    sigmas, counts = np.unique(VESDE(0.01, 50.0).alpha_sigma(t)[1], return_counts=True)
+    np.testing.assert_allclose(sigmas[::-1], Ladder(0.01, 50.0, 10).sigma(jnp.arange(10.0)), rtol=1e-4)
+    assert np.all(np.abs(counts - 1000) < 5 * 30)
+
+
 REFUSED = [
+    (toy, {"objective": "sliced", "continuous": False, "noise_level": 1.0}, "needs training.sde=vesde"),
     (toy, {"objective": "slice"}, "training.objective is 'slice'; known: denoising, implicit, sliced, sliced_vr, meng"),
     (toy, {"noise_level": 60.0}, "training.noise_level is 60.0; it must be 0 (all levels) or lie between 0.01 and 50"),
     (toy, {"noise_level": 1.0, "first_order_weighting": "residual"}, "weights that follow the residual need all times"),
