@@ -154,10 +154,11 @@ def test_sliced_score_matching_at_the_levels_of_ncsn():
     sigmas, counts = np.unique(VESDE(0.01, 50.0).alpha_sigma(t)[1], return_counts=True)
     np.testing.assert_allclose(sigmas[::-1], Ladder(0.01, 50.0, 10).sigma(jnp.arange(10.0)), rtol=1e-4)
     assert np.all(np.abs(counts - 1000) < 5 * 30)
+    with pytest.raises(ValueError, match=re.escape("needs training.sde=vesde")):
+        objective_from_config(config_with(objective="sliced", continuous=False, noise_level=1.0))
 
 
 REFUSED = [
-    (toy, {"objective": "sliced", "continuous": False, "noise_level": 1.0}, "needs training.sde=vesde"),
     (toy, {"objective": "slice"}, "training.objective is 'slice'; known: denoising, implicit, sliced, sliced_vr, meng"),
     (toy, {"noise_level": 60.0}, "training.noise_level is 60.0; it must be 0 (all levels) or lie between 0.01 and 50"),
     (toy, {"noise_level": 1.0, "first_order_weighting": "residual"}, "weights that follow the residual need all times"),
