@@ -125,8 +125,6 @@ over the seeds {seeds}. The third column is the difference from the first order 
 | --- | --- | --- | --- |
 {rows}
 
-RESULT_TEXT
-
 Command `make baselines`, commits {commits}, {machine}. The times were measured on a machine shared with other work, so
 only their ratios are meaningful.
 """
