@@ -199,8 +199,8 @@ and have the step size 0.2 sigma^2 at the noise level sigma.
 
 The data are two Gaussians with standard deviation 1 at a distance of 14, with weights 0.2 and 0.8. The noise levels
 lie between 20 and 0.5 (VE). The table has the part of {points} samples that lie nearer to the mode of weight 0.2. ± is
-the standard error over {sampling_seeds} seeds of the sampler for the exact score, and over {training_seeds} seeds of training
-and sampling for the network (configs/toy/far_modes_ve.py).
+the standard error: over {sampling_seeds} seeds of the sampler for the exact score, and over {training_seeds} seeds of
+training and sampling for the network (configs/toy/far_modes_ve.py).
 
 | noise levels | steps | exact score | network |
 | --- | --- | --- | --- |
@@ -210,8 +210,8 @@ and sampling for the network (configs/toy/far_modes_ve.py).
 
 The numbers in the figure are the weights of the samples. The start is symmetric. At one noise level, each mode keeps
 the half of the samples that are nearer to it, so Langevin dynamics gets the weights wrong, although each mode has the
-right shape. With annealing the weight is 0.21, but it exceeds 0.2 by several standard errors. The likely cause is the
-finite number of steps: samples stop moving between the modes at a noise level at which the weights are not those of the
+right shape. With annealing the weight is 0.21. For the exact score, it exceeds 0.2 by at least three standard errors. The
+likely cause is the finite number of steps: samples stop moving between the modes at a noise level at which the weights are not those of the
 data yet. `make ncsn` also runs ladders with 10,000 steps. The last step, which removes the noise of the smallest level,
 makes the modes narrower than those of the data.
 """
