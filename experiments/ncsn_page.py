@@ -212,8 +212,8 @@ The numbers in the figure are the weights of the samples. The start is symmetric
 the half of the samples that are nearer to it, so Langevin dynamics gets the weights wrong, although each mode has the
 right shape. With three or more levels the weight is 0.21 to 0.22. For the exact score, it exceeds 0.2 by three to five
 standard errors. The likely cause is the finite number of steps: samples stop moving between the modes at a noise level
-at which the weights are not those of the data yet. `make ncsn` also runs ladders with 10,000 steps. The last step removes
-the noise of the smallest level, and makes the modes narrower than those of the data.
+at which the weights are not those of the data yet. `make ncsn` also runs ladders with 10,000 steps. The last step
+removes the noise of the smallest level, and makes the modes narrower than those of the data.
 """
 
 DIGITS_SECTION = """
