@@ -29,7 +29,9 @@ def get_config() -> Config:
 def _training() -> ConfigDict:
     """The SDE, the objective, and the schedule of a training run."""
     training = ConfigDict()
-    training.sde = "vesde"  # forward SDE: vesde, linearvesde, vpsde or subvpsde
+    # forward SDE: vesde, linearvesde, vpsde or subvpsde; with gamma = 2 ln(sigma / alpha) linear in time,
+    # lineargammavpsde or straightpathsde (alpha = 1 - sigma)
+    training.sde = "vesde"
     training.continuous = True  # train in continuous time; False is not supported
     training.smallest_time = 1e-5  # losses and likelihoods use times in [smallest_time, 1]
     # examples in a batch, over all devices; the published runs use 128 for orders 1 and 2, and 48 for order 3
@@ -108,19 +110,23 @@ def _data() -> ConfigDict:
     data.centered = False  # scale images to [-1, 1] (True) or to [0, 1] (False) for the network
     data.random_flip = True  # mirror training images left to right at random
     data.uniform_dequantization = False  # add uniform noise of one grey level to training images
+    # train on (level + 1/2) / levels, the middle of the bin of each level, instead of level / (levels - 1)
+    data.bin_centers = False
     return data
 
 
 def _model() -> ConfigDict:
     """The constants of the SDE, and the score network."""
     model = ConfigDict()
-    # network: ncsnpp (NCSN++ and DDPM++) or vdm (Kingma et al., 2021; VP and sub-VP SDEs only) for images; for points
+    # network: ncsnpp (NCSN++ and DDPM++) or vdm (Kingma et al., 2021; no VE SDEs) for images; for points
     # mlp (ours) or mlp_published (that of the paper)
     model.name = "ncsnpp"
     model.sigma_min = 0.01  # smallest noise level of the VE SDE
     model.sigma_max = 50.0  # largest noise level of the VE and linear VE SDEs
     model.beta_min = 0.1  # noise rate of the VP and sub-VP SDEs at t = 0
     model.beta_max = 20.0  # noise rate of the VP and sub-VP SDEs at t = 1
+    model.gamma_min = -13.3  # 2 ln(sigma / alpha) at t = 0 of the SDEs that are linear in it
+    model.gamma_max = 5.0  # the same at t = 1
     model.num_scales = 1000  # steps of predictor-corrector samplers if sampling.num_steps is 0
     model.ema_rate = 0.999  # decay of the averaged parameters, which evaluation uses
     model.ema_warmup = False  # begin with a smaller decay: min(ema_rate, (1 + step) / (10 + step))
@@ -146,6 +152,9 @@ def _model() -> ConfigDict:
     model.progressive_combine = "sum"  # how the input pyramid joins the network: sum or cat
     model.init_scale = 0.0  # variance scale of the last layer of each block; 0 means nearly zero
     model.scale_by_sigma = True  # divide the network's output by sigma; ncsnpp needs True exactly for vesde
+    # output of networks without scale_by_sigma: noise, or velocity (of the SDEs with gamma_min only), a combination of
+    # noise and data that is about as large at all times
+    model.parameterization = "noise"
     model.conv_size = 3  # the only choice
     model.data_init = False  # data-dependent initialization; True is not supported for score networks
     model.fourier_features = True  # vdm also sees sin and cos of 2 pi 2^k x, k = 6 and 7, of the image x
@@ -248,7 +257,9 @@ def _eval() -> ConfigDict:
     evaluate.dequantizer = False  # use a trained dequantizer instead of eval.dequantization
     # dequantizer to use instead of the run's own: its folder, one step's folder in its checkpoints, or a published file
     evaluate.dequantizer_checkpoint = ""
-    evaluate.dequantization = "uniform"  # noise that turns grey levels into a density: uniform or truncated_normal
+    # noise that turns grey levels into a density: uniform or truncated_normal; or the SDE's own, decoded: normal
+    evaluate.dequantization = "uniform"
+    evaluate.start_time = 0.0  # time at which bits/dim take the noisy image to be x_t; 0 means training.smallest_time
     evaluate.truncation = 3.0  # half a grey level in standard deviations of the noise, for truncated_normal
     # draws of the noise averaged inside the logarithm; more draws tighten the bound, but need probe=exact
     evaluate.num_importance_samples = 1

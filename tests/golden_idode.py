@@ -85,7 +85,7 @@ def check_schedule(path: Path) -> Iterator[Result]:
         yield Result(f"{prefix} dlnalpha_dgamma", relative_error(slope, data[f"{prefix}_dlnalpha_dgamma"]), 1e-5)
         total = sde.velocity_weight(jnp.zeros(()))
         yield Result(f"{prefix} importance_total", relative_error(total, data[f"{prefix}_importance_total"]), 1e-5)
-        drawn = sde.gamma(sde.time_of_velocity_quantile(jnp.asarray(data["quantiles"])))
+        drawn = sde.gamma(sde.time_of_velocity_quantile(jnp.asarray(data["quantiles"]), 0.0))
         for suffix, tolerance in (("", 3e-4), ("_float64", 2e-5)):
             quantity = f"{prefix}_gamma_of_quantile{suffix}"
             yield Result(quantity, relative_error(drawn, data[quantity], scale=1.0), tolerance)

@@ -19,7 +19,9 @@ MIXTURE, GAUSSIAN = asymmetric_mixture(3), correlated_gaussian(3)
 VP = VPSDE()
 VP_SCORE = MIXTURE.score_fn(VP)
 SHAPE = (6, 3)
-T_MIN = {"vesde": 1e-5, "linearvesde": 1e-3, "vpsde": 1e-5, "subvpsde": 1e-2}
+T_MIN = {"vesde": 1e-5, "linearvesde": 1e-3, "vpsde": 1e-5, "subvpsde": 1e-2} | dict.fromkeys(
+    ("lineargammavpsde", "straightpathsde"), 0.0
+)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
