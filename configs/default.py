@@ -51,12 +51,14 @@ def _training() -> ConfigDict:
     # this needs the least memory; it adds a third to the arithmetic, and model.remat adds its own
     training.residual_first = False
     # estimator of orders 2 and 3 with probes: published (one probe, an upper bound), or unbiased (two probes: about a
-    # third of the gradient's noise in 64 dimensions, for up to twice the cost)
+    # third of the gradient's noise in 64 dimensions, for up to twice the cost). Of order 2 with its trace only:
+    # squared_trace (one probe, as in i-DODE) or unbiased_trace (two probes)
     training.high_order_estimator = "published"
     # weights by noise level: constant (as published), or residual: proportional to one over the variance of each term's
     # error, from the part of the noise that the score does not explain, which is measured during training
     training.first_order_weighting = "constant"
-    training.high_order_weighting = "constant"  # the same for orders 2 and 3, relative to the first order
+    # the same for orders 2 and 3, relative to the first order; or first_order: the same weights as the first order has
+    training.high_order_weighting = "constant"
     # part of the batch that has the terms of orders 2 and 3, as one over an integer; the expectation is the same. With
     # high_order_weighting=residual, this part has times of its own, where the weights are large
     training.high_order_fraction = 1.0
@@ -65,6 +67,12 @@ def _training() -> ConfigDict:
     training.likelihood_weighting = False  # weight the first order by g^2 (True) or by sigma^2 (False)
     # draw times with density proportional to g^2 / sigma^2; needs likelihood_weighting
     training.importance_weighting = False
+    # with importance_weighting, the error whose weight the density of times is proportional to: that of the noise
+    # (g^2 / sigma^2) or of the velocity (alpha^2 g^2 / sigma^2, for SDEs with gamma_min)
+    training.importance_density = "noise"
+    # state losses in bits/dim, as terms of the bound on -ln p of images whose levels have no noise: with the weights of
+    # orders 1 and 2 in it, and the terms of reconstruction and prior, which have no gradient
+    training.bits_per_dim = False
     # average over dimensions (True) or take half the sum (False); orders 2 and 3 need the average
     training.reduce_mean = True
     training.log_freq = 100  # steps between records of the training loss
@@ -180,6 +188,7 @@ def _optim() -> ConfigDict:
     optim.beta2 = 0.999  # decay of the second moment
     optim.eps = 1e-8  # constant added to the denominator of an update
     optim.weight_decay = 0.0  # decoupled weight decay, as a multiple of the learning rate
+    optim.decay_biases = True  # apply the weight decay to parameters named bias, too
     optim.warmup = 5000  # steps over which the learning rate rises linearly from 0
     # learning rate over the run, a factor beside the warm-up: constant, or linear or cosine, to 0 at the last step
     optim.schedule = "constant"
