@@ -7,17 +7,19 @@ targets are built from u = z + sigma s, the part of the noise that the score doe
 gradient.
 
 Every term is a pure function that returns one number for each example and takes its noise as an argument.
-`score_matching_losses` computes the terms, and `weighted_total` adds them up.
+`Objective.losses` computes the terms, and `weighted_total` adds them up.
 
 Orders 2 and 3 have three forms: exact, for few dimensions; the published estimates with one probe; and unbiased
-estimates of the exact form with two probes, which are ours. The published estimates hold (u.v)^2 where the exact form
-holds |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard deviation.
+estimates of the exact form with two probes, which are ours (`objectives/unbiased.py`). The published estimates hold
+(u.v)^2 where the exact form holds |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard
+deviation.
 
 Sources: [L22] Lu et al., ICML 2022; [S21b] Song et al., NeurIPS 2021.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -25,26 +27,36 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from arrays import Batch, Factor, PerExample, Scalar, ScoreFn, append_dims, inner, mean_square, num_dims
+from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, level_values, mean_square, num_dims
 from configs.default import Config
-from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_derivatives, probe_trace_gradient
+from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
+from objectives.bound import prior_divergence, reconstruction
+from objectives.objective import Noise, Residual, TrainingObjective
+from objectives.times import TimeDistribution, with_density
+from objectives.trace import squared_trace, unbiased_trace
+from objectives.unbiased import unbiased_terms
 from sde_lib import SDE
 
 ORDERS = (1, 2, 3)
 WEIGHTINGS = ("constant", "residual")
 """Weights by noise level: the published constants, or one over the variance of each term's error."""
 
+HIGH_ORDER_WEIGHTINGS = (*WEIGHTINGS, "first_order")
+"""The same for orders 2 and 3; or the weights that the first order has, likelihood weighting included ([Z23])."""
+
 
 class Term(NamedTuple):
     """A term of the objective."""
 
     order: int
-    """The order of score matching that the term belongs to, and whose weight it has."""
+    """The order of score matching that the term belongs to, and whose weight it has. 0: no gradient, and weight 1."""
     title: str
     """The title in plots and tables."""
 
 
 TERMS = {
+    "reconstruction": Term(0, "reconstruction of levels"),
+    "prior": Term(0, "divergence from the prior"),
     "first": Term(1, "first order: score"),
     "second_frob": Term(2, "second order: Jacobian"),
     "second_trace": Term(2, "second order: trace"),
@@ -54,14 +66,14 @@ TERMS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class Objective(TrainingObjective):
     """The loss that training minimises, over times t in [t_min, 1].
 
     With `exact`, orders 2 and 3 are computed from the whole Jacobian, for data of few dimensions; otherwise they are
     estimated with Hutchinson probes, as `estimator` says. The exact second order has the term of the Jacobian only: in
     one dimension the trace is the Jacobian.
 
-    Weightings are the published constants, or follow the residual r(t), see `residual_weights`. Only every
+    Weightings are the published constants, or follow the residual r(t), see `term_weights`. Only every
     `1 / high_order_fraction`-th example has the terms of orders 2 and 3; their expectation is the same.
 
     Raises:
@@ -85,6 +97,10 @@ class Objective:
     high_order_weighting: str = "constant"
     high_order_fraction: float = 1.0
     stratified_times: bool = False
+    importance_density: str = "noise"
+    level_values: tuple[float, ...] = ()
+    """The data of each grey level. If given, all losses are in bits/dim and order 1 has its weight in the bound on
+    -ln P(x0), whose other terms the objective then has, too; see objectives/bound.py."""
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -101,10 +117,20 @@ class Objective:
             raise ValueError(f"training.high_order_estimator is {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
         if self.residual_first and self.estimator != "published":
             raise ValueError("training.residual_first needs training.high_order_estimator=published")
-        for field in ("first_order_weighting", "high_order_weighting"):
-            if getattr(self, field) not in WEIGHTINGS:
-                raise ValueError(f"training.{field} is {getattr(self, field)!r}; known: {', '.join(WEIGHTINGS)}")
-        if not 0 < self.high_order_fraction <= 1 or abs(self.every * self.high_order_fraction - 1) > 1e-3:
+        if self.order == 3 and self.estimator in TRACE_ESTIMATORS:
+            raise ValueError(
+                f"training.high_order_estimator is {self.estimator!r}, which has no third order: set "
+                "training.score_matching_order to at most 2"
+            )
+        choices = {"first_order_weighting": WEIGHTINGS, "high_order_weighting": HIGH_ORDER_WEIGHTINGS}
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"training.{field} is {getattr(self, field)!r}; known: {', '.join(known)}")
+        if self.level_values and not (self.likelihood_weighting and self.reduce_mean):
+            raise ValueError(
+                "training.bits_per_dim needs training.likelihood_weighting=True and training.reduce_mean=True"
+            )
+        if not 0 < (fraction := self.high_order_fraction) <= 1 or abs(round(1 / fraction) * fraction - 1) > 1e-3:
             raise ValueError(
                 f"training.high_order_fraction is {self.high_order_fraction}; it must be 1, 1/2, 1/3, 1/4 and so on"
             )
@@ -112,13 +138,19 @@ class Objective:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
 
     @property
+    def times(self) -> TimeDistribution:
+        return TimeDistribution(
+            self.t_min, self.importance_weighting, self.importance_density, stratified=self.stratified_times
+        )
+
+    @property
     def needs_two_probes(self) -> bool:
-        return self.order > 1 and self.estimator == "unbiased" and not self.exact
+        return self.order > 1 and self.estimator in ("unbiased", "unbiased_trace") and not self.exact
 
     @property
     def every(self) -> int:
         """The k of which each k-th example has the terms of orders 2 and 3."""
-        return round(1 / self.high_order_fraction)
+        return round(1 / self.high_order_fraction) if self.order > 1 else 1
 
     @property
     def needs_residual(self) -> bool:
@@ -131,118 +163,76 @@ class Objective:
         return self.order > 1 and self.every > 1 and self.high_order_weighting == "residual"
 
     def for_evaluation(self) -> "Objective":
-        """The same terms on all examples, with constant weights: the values of two runs are comparable."""
+        """The same terms on all examples, with constant weights."""
+        high = "constant" if self.high_order_weighting == "residual" else self.high_order_weighting
         return dataclasses.replace(
-            self, first_order_weighting="constant", high_order_weighting="constant", high_order_fraction=1.0
+            self, first_order_weighting="constant", high_order_weighting=high, high_order_fraction=1.0
         )
 
+    def quantiles(self, sde: SDE, t: PerExample) -> PerExample:
+        return self.times.quantiles(sde, t)
 
-class Residual(NamedTuple):
-    """The size of the noise that the score leaves unexplained, which weights may follow."""
+    def draw_noise(
+        self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
+    ) -> Noise:
+        """Times, noise and Rademacher probes for a batch of the given shape.
 
-    value: PerExample
-    """r(t) = E|u|^2 / d at the time of each example."""
-    harmonic_mean: Scalar
-    """Over all times; it gives weights 1 / r the mean 1."""
+        Args:
+            density: of the times of the examples that have orders 2 and 3, relative to the objective's density, over
+                equal parts of [0, 1], the range of `quantiles`. Its mean is 1. None: the objective's density.
+        """
+        t_key, z_key, probe_key = jax.random.split(key, 3)
+        rademacher, quantiles, time_weight = PROBES["rademacher"], self.times.draw_quantiles(t_key, shape[0]), None
+        if density is not None:
+            own = jnp.arange(shape[0]) % self.every == 0
+            moved, weight = with_density(quantiles, density)
+            quantiles, time_weight = jnp.where(own, moved, quantiles), jnp.where(own, weight, 1.0)
+        return Noise(
+            t=self.times.at_quantiles(sde, quantiles),
+            z=jax.random.normal(z_key, shape),
+            probe=rademacher(probe_key, shape),
+            second_probe=rademacher(jax.random.fold_in(probe_key, 1), shape) if self.needs_two_probes else None,
+            z_start=jax.random.normal(jax.random.fold_in(probe_key, 2), shape) if self.level_values else None,
+            time_weight=time_weight,
+        )
 
+    def losses(
+        self, score_fn: ScoreFn, sde: SDE, x0: Batch, noise: Noise, residual: Residual | None = None
+    ) -> dict[str, PerExample]:
+        """The objective of each example as `total`, and its terms, unweighted, by their names in `TERMS`.
 
-class Noise(NamedTuple):
-    """The randomness of one evaluation of the losses."""
+        Estimated by one probe, order k costs one network evaluation with k derivatives; by two probes, about twice
+        that. With a high_order_fraction below 1, examples without the terms of orders 2 and 3 have 0 there, and the
+        others have the terms divided by the fraction, so that means over a batch have the same expectation.
 
-    t: PerExample
-    z: Batch
-    probe: Batch
-    second_probe: Batch | None = None
-    """Independent of the first; for the unbiased estimator only."""
-    time_weight: PerExample | None = None
-    """The density of the objective's times divided by the density that t was drawn from; None where they are equal."""
+        Raises:
+            ValueError: if the weights follow the residual, and there is none.
+        """
+        if self.needs_residual and residual is None:
+            raise ValueError("the objective's weights follow the residual: give it, or use objective.for_evaluation()")
+        score, terms = _score_and_terms(score_fn, sde, self, x0, noise)
+        terms = {"first": first_order(score, sde, self, noise)} | terms
+        if noise.time_weight is not None:
+            terms = {name: noise.time_weight * value for name, value in terms.items()}
+        terms = self._bound_terms(sde, x0, noise) | terms
+        if not self.needs_residual:
+            residual = None
+        weights = term_weights(sde, self, noise.t, residual, num_dims(x0))
+        known = {} if residual is None else {"residual": mean_square(score + noise.z)}
+        return {"total": weighted_total(terms, self, weights)} | terms | known
 
-
-def draw_noise(
-    key: Array, sde: SDE, objective: Objective, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
-) -> Noise:
-    """Times, noise and Rademacher probes for a batch of the given shape.
-
-    Args:
-        density: of the times of the examples that have orders 2 and 3, relative to the objective's density, over equal
-            parts of [0, 1], the range of `quantiles_of_times`. Its mean is 1. None: the objective's density.
-    """
-    t_key, z_key, probe_key = jax.random.split(key, 3)
-    rademacher, quantiles, time_weight = PROBES["rademacher"], draw_quantiles(t_key, objective, shape[0]), None
-    if density is not None:
-        own = jnp.arange(shape[0]) % objective.every == 0
-        moved, weight = with_density(quantiles, density)
-        quantiles, time_weight = jnp.where(own, moved, quantiles), jnp.where(own, weight, 1.0)
-    return Noise(
-        t=times_of_quantiles(sde, objective, quantiles),
-        z=jax.random.normal(z_key, shape),
-        probe=rademacher(probe_key, shape),
-        second_probe=rademacher(jax.random.fold_in(probe_key, 1), shape) if objective.needs_two_probes else None,
-        time_weight=time_weight,
-    )
-
-
-def draw_times(key: Array, sde: SDE, objective: Objective, batch: int) -> PerExample:
-    """t uniform on [t_min, 1], or with density proportional to g^2 / sigma^2 ([S21b] Sec. 5.1)."""
-    return times_of_quantiles(sde, objective, draw_quantiles(key, objective, batch))
-
-
-def draw_quantiles(key: Array, objective: Objective, batch: int) -> PerExample:
-    """Uniform numbers in [0, 1): independent, or as evenly spaced as possible ([K21] App. I.1)."""
-    if objective.stratified_times:
-        return (jax.random.uniform(key) + jnp.arange(batch) / batch) % 1.0
-    return jax.random.uniform(key, (batch,))
-
-
-def times_of_quantiles(sde: SDE, objective: Objective, quantiles: PerExample) -> PerExample:
-    """The times whose distribution function, under the objective's density of times, has these values."""
-    if objective.importance_weighting:
-        total = sde.importance_weight(jnp.asarray(sde.t_max), objective.t_min)
-        return sde.time_of_quantile(quantiles * total, objective.t_min)
-    return objective.t_min + quantiles * (sde.t_max - objective.t_min)
-
-
-def quantiles_of_times(sde: SDE, objective: Objective, t: PerExample) -> PerExample:
-    """The inverse of `times_of_quantiles`."""
-    if objective.importance_weighting:
-        total = sde.importance_weight(jnp.asarray(sde.t_max), objective.t_min)
-        return sde.importance_weight(t, objective.t_min) / total
-    return (t - objective.t_min) / (sde.t_max - objective.t_min)
-
-
-def with_density(quantiles: PerExample, density: Float[Array, " bins"]) -> tuple[PerExample, PerExample]:
-    """Uniform quantiles moved so that they have a piecewise constant density with mean 1, and one over the density."""
-    bins = len(density)
-    cumulative = jnp.concatenate([jnp.zeros(1), jnp.cumsum(density)]) / bins
-    moved = jnp.interp(quantiles, cumulative / cumulative[-1], jnp.linspace(0.0, 1.0, bins + 1))
-    return moved, 1 / density[jnp.minimum((moved * bins).astype(jnp.int32), bins - 1)]
-
-
-def score_matching_losses(
-    score_fn: ScoreFn, sde: SDE, objective: Objective, x0: Batch, noise: Noise, residual: Residual | None = None
-) -> dict[str, PerExample]:
-    """The objective of each example as `total`, and its terms, unweighted, by their names in `TERMS`.
-
-    Estimated by one probe, order k costs one network evaluation with k derivatives; by two probes, about twice that.
-    With a high_order_fraction below 1, examples without the terms of orders 2 and 3 have 0 there, and the others have
-    the terms divided by the fraction, so that means over a batch have the same expectation.
-
-    Args:
-        residual: r(t), for weights that follow it. Then the result also has |u|^2 / d as `residual`.
-
-    Raises:
-        ValueError: if the weights follow the residual, and there is none.
-    """
-    if objective.needs_residual and residual is None:
-        raise ValueError("the objective's weights follow the residual: give it, or use objective.for_evaluation()")
-    score, terms = _score_and_terms(score_fn, sde, objective, x0, noise)
-    terms = {"first": first_order(score, sde, objective, noise)} | terms
-    if noise.time_weight is not None:
-        terms = {name: noise.time_weight * value for name, value in terms.items()}
-    if residual is None or not objective.needs_residual:
-        return {"total": weighted_total(terms, objective)} | terms
-    weights = residual_weights(sde, objective, noise.t, residual, num_dims(x0))
-    return {"total": weighted_total(terms, objective, weights)} | terms | {"residual": mean_square(score + noise.z)}
+    def _bound_terms(self, sde: SDE, x0: Batch, noise: Noise) -> dict[str, PerExample]:
+        """The terms of the bound that have no gradient, in bits/dim."""
+        if not self.level_values:
+            return {}
+        if noise.z_start is None:
+            raise ValueError("losses in bits/dim need noise at the start; draw the noise for their objective")
+        values = jnp.asarray(self.level_values)
+        nats = {
+            "reconstruction": reconstruction(sde, x0, noise.z_start, self.t_min, values),
+            "prior": prior_divergence(sde, x0, sde.prior_sigma),
+        }
+        return {name: value / (num_dims(x0) * math.log(2)) for name, value in nats.items()}
 
 
 def _score_and_terms(
@@ -292,36 +282,41 @@ def weighted_total(
     """The sum over orders of the order's weight times the sum of its terms.
 
     Args:
-        weights: of each example, by term; see `residual_weights`. None: 1.
+        weights: of each example, by term; see `term_weights`. None, or none for a term: 1.
     """
-    weighted = terms if weights is None else {name: weights[name] * value for name, value in terms.items()}
-    order_weights = (1.0, objective.second_weight, objective.third_weight)
+    weighted = {name: value * weights[name] if weights and name in weights else value for name, value in terms.items()}
+    order_weights = (1.0, 1.0, objective.second_weight, objective.third_weight)
     total = jnp.zeros(())
-    for order, weight in zip(ORDERS, order_weights, strict=True):
+    for order, weight in zip((0, *ORDERS), order_weights, strict=True):
         total += weight * sum(value for name, value in weighted.items() if TERMS[name].order == order)
     return total
 
 
-def residual_weights(
-    sde: SDE, objective: Objective, t: PerExample, residual: Residual, d: int
+def term_weights(
+    sde: SDE, objective: Objective, t: PerExample, residual: Residual | None, d: int
 ) -> dict[str, PerExample]:
-    """The weight of each term at each time, by generalised least squares. Ours.
+    """The weight of each term at each time, for the terms with a weight other than 1.
 
-    Generalised least squares divides the square of each error by its variance, which is known if u given x_t is
-    N(0, r I). The weights of the first order are proportional to 1 / r, with mean 1 over all times. The weights
-    of orders 2 and 3 are relative to the weight of the first order.
+    Weights that follow the residual are by generalised least squares (ours), which divides the square of each error by
+    its variance. The variance is known if u given x_t is N(0, r I). The weights of the first order are proportional to
+    1 / r, with mean 1 over all times. The weights of orders 2 and 3 are relative to the weight of the first order.
     """
-    r, ones = residual.value, jnp.ones_like(residual.value)
-    first = residual.harmonic_mean / r if objective.first_order_weighting == "residual" else ones
-    if objective.high_order_weighting == "constant":
-        return dict.fromkeys(TERMS, ones) | {"first": first}
-    relative = {
-        "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": 1 / (2 * r**2)},
-        "unbiased": {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d / (2 * r**2)},
-        "exact": {"second_frob": d / (2 * r), "third": 1 / (2 * r**2 * d)},
-    }["exact" if objective.exact else objective.estimator]
-    likelihood = likelihood_weight(sde, objective, t)
-    return {"first": first} | {name: likelihood * first * weight for name, weight in relative.items()}
+    weights = {}
+    if residual is not None and objective.first_order_weighting == "residual":
+        weights["first"] = residual.harmonic_mean / residual.value
+    if objective.high_order_weighting == "first_order":
+        relative = {name: jnp.ones_like(t) for name, term in TERMS.items() if term.order > 1}
+    elif residual is None or objective.high_order_weighting == "constant":
+        return weights
+    else:
+        r = residual.value
+        unbiased = {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d / (2 * r**2)}
+        relative = {
+            "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": 1 / (2 * r**2)},
+            "exact": {"second_frob": d / (2 * r), "third": 1 / (2 * r**2 * d)},
+        }.get("exact" if objective.exact else objective.estimator, unbiased)
+    first = likelihood_weight(sde, objective, t) * weights.get("first", 1.0)
+    return weights | {name: first * weight for name, weight in relative.items()}
 
 
 def _probe_terms(
@@ -383,34 +378,10 @@ def _constant(score_fn: ScoreFn) -> ScoreFn:
     return jax.tree.map(lambda leaf: stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, score_fn)
 
 
-def _unbiased_terms(
-    scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
-) -> tuple[Batch, dict[str, PerExample]]:
-    """sigma times the score, and the terms of orders 2 and 3 as unbiased estimates of their exact form (ours)."""
-    if noise.second_probe is None:
-        raise ValueError("the unbiased estimator needs two probes; draw the noise for its objective")
-    probes = noise.probe, noise.second_probe
+TRACE_ESTIMATORS = {"squared_trace": squared_trace, "unbiased_trace": unbiased_trace}
+"""Estimators of the second order that consists of its trace."""
 
-    def unexplained(score: Batch) -> Batch:
-        return noise.z + stop_gradient(score)
-
-    derivatives = probe_derivatives(scaled_score, xt, probes, unexplained, trace_gradients=order == 3)
-    u = unexplained(derivatives.value)
-    # scaled_score already holds one factor of sigma
-    spread_probes = [sigma * jv + v for jv, v in zip(derivatives.jacobian_probes, probes, strict=True)]
-    spread_u = sigma * derivatives.jacobian_direction + u
-    terms = {
-        "second_frob": unbiased_second_order_frob(spread_probes, spread_u, u),
-        "second_trace": unbiased_second_order_trace(spread_probes, u, probes),
-    }
-    if order == 3:
-        trace_gradients = [sigma**2 * gradient for gradient in derivatives.trace_gradients]
-        spread_bars = stop_gradient((spread_probes, spread_u))
-        terms["third"] = unbiased_third_order(trace_gradients, *spread_bars, u, probes)
-    return derivatives.value, terms
-
-
-ESTIMATORS = {"published": _probe_terms, "unbiased": _unbiased_terms}
+ESTIMATORS = {"published": _probe_terms, "unbiased": unbiased_terms, **TRACE_ESTIMATORS}
 """Estimators of orders 2 and 3 with probes, by training.high_order_estimator."""
 
 
@@ -443,10 +414,14 @@ def first_order(scaled_score: Batch, sde: SDE, objective: Objective, noise: Nois
 
 
 def likelihood_weight(sde: SDE, objective: Objective, t: PerExample) -> PerExample:
-    """g^2 / sigma^2 with likelihood weighting, unless the times are drawn in proportion to it; otherwise 1."""
-    if objective.likelihood_weighting and not objective.importance_weighting:
-        return (sde.diffusion(t) / sde.alpha_sigma(t)[1]) ** 2
-    return jnp.ones_like(t)
+    """g^2 / sigma^2 with likelihood weighting, over what the density of times is proportional to; otherwise 1.
+
+    For losses in bits/dim the constant factors are those of the bound.
+    """
+    if not objective.likelihood_weighting:
+        return jnp.ones_like(t)
+    weight = objective.times.likelihood_weight(sde, t)
+    return weight * objective.times.total(sde) / (2 * math.log(2)) if objective.level_values else weight
 
 
 def second_order_frob(jacobian_probe: Batch, u: Batch, probe: Batch) -> PerExample:
@@ -497,56 +472,6 @@ def third_order_residual(trace_gradient: Batch, jacobian_probe_bar: Batch, u: Ba
     return error / num_dims(u)
 
 
-def unbiased_second_order_frob(spread_probes: Sequence[Batch], spread_u: Batch, u: Batch) -> PerExample:
-    """(|M v|^2 - 2 u.M u + |u|^4) / d^2, |M v|^2 averaged over probes v: the Jacobian. Ours; one draw may be negative.
-
-    Its mean over probes is |M - u u^T|_F^2 / d^2, the exact second order, where M = sigma^2 J + I.
-
-    Args:
-        spread_probes: M v for each probe.
-        spread_u: M u.
-        u: z + sigma s-bar.
-    """
-    squares = sum(inner(spread, spread) for spread in spread_probes) / len(spread_probes)
-    return (squares - 2 * inner(u, spread_u) + inner(u, u) ** 2) / num_dims(u) ** 2
-
-
-def unbiased_second_order_trace(spread_probes: Sequence[Batch], u: Batch, probes: tuple[Batch, Batch]) -> PerExample:
-    """r_1 r_2 / d^2 with r_i = v_i.M v_i - |u|^2: the Jacobian's trace. Ours; one draw may be negative.
-
-    A product of two independent estimates is an unbiased estimate of the square, (tr M - |u|^2)^2 / d^2. The square of
-    one estimate would also punish the off-diagonal part of J. Arguments as above.
-    """
-    first, second = (inner(v, spread) - inner(u, u) for v, spread in zip(probes, spread_probes, strict=True))
-    return first * second / num_dims(u) ** 2
-
-
-def unbiased_third_order(
-    trace_gradients: Sequence[Batch],
-    spread_probes_bar: Sequence[Batch],
-    spread_u_bar: Batch,
-    u: Batch,
-    probes: tuple[Batch, Batch],
-) -> PerExample:
-    """e_1.e_2 / d^3: the gradient of the Jacobian's trace. Ours; one draw may be negative.
-
-    e_i = sigma^3 grad(v_i.J v_i) + |u|^2 u - (v_i.M-bar v_i) u - 2 M-bar u
-
-    Its mean over probes is `exact_third_order` / d^2, which is the scale of the published term.
-
-    Args:
-        trace_gradients: sigma^3 grad_x (v.J v) for each probe.
-        spread_probes_bar, spread_u_bar: M-bar v for each probe, and M-bar u.
-        u: z + sigma s-bar.
-        probes: v_1 and v_2.
-    """
-    first, second = (
-        gradient + append_dims(inner(u, u) - inner(v, spread), u) * u - 2 * spread_u_bar
-        for gradient, v, spread in zip(trace_gradients, probes, spread_probes_bar, strict=True)
-    )
-    return inner(first, second) / num_dims(u) ** 3
-
-
 def exact_second_order(jacobian: Float[Array, "batch d d"], u: Float[Array, "batch d"]) -> PerExample:
     """|sigma^2 J + I - u u^T|_F^2 / d^2: the Jacobian of the score ([L22] Theorem 4.1).
 
@@ -582,12 +507,18 @@ def exact_third_order(
     return mean_square(error)
 
 
-def objective_from_config(training: Config) -> Objective:
-    """The objective that config.training describes.
+def denoising_from_config(config: Config) -> Objective:
+    """Denoising score matching as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.
     """
+    training, data = config.training, config.data
+    if training.bits_per_dim and data.uniform_dequantization:
+        raise ValueError(
+            "training.bits_per_dim is True, which needs levels without noise: set data.uniform_dequantization to False"
+        )
+    values = level_values(data.levels, data.centered, not data.bin_centers).tolist() if training.bits_per_dim else ()
     return Objective(
         order=training.score_matching_order,
         t_min=training.smallest_time,
@@ -603,4 +534,22 @@ def objective_from_config(training: Config) -> Objective:
         high_order_weighting=training.high_order_weighting,
         high_order_fraction=training.high_order_fraction,
         stratified_times=training.stratified_times,
+        importance_density=training.importance_density,
+        level_values=tuple(values),
     )
+
+
+OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {"denoising": denoising_from_config}
+"""The builders of objectives, by training.objective."""
+
+
+def objective_from_config(config: Config) -> TrainingObjective:
+    """The objective that config.training names and describes.
+
+    Raises:
+        ValueError: for an unknown name, or a field whose value is not allowed.
+    """
+    name = config.training.objective
+    if name not in OBJECTIVES:
+        raise ValueError(f"training.objective is {name!r}; known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name](config)

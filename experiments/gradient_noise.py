@@ -20,13 +20,17 @@ from ml_collections import config_flags
 
 from build import TRAIN_KEY, Run, build
 from datasets import BatchOrder, source_from_config
-from losses import TERMS, draw_noise, score_matching_losses
+from losses import TERMS
 from report.formatting import text_table
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run; its newest checkpoint is used.")
 _BATCHES = flags.DEFINE_integer("batches", 200, "Number of batches.", lower_bound=2)
 flags.mark_flags_as_required(["config", "workdir"])
+
+
+WITH_GRADIENT = [name for name, term in TERMS.items() if term.order]
+"""The terms of an objective of order 3."""
 
 
 def main(argv: list[str]) -> None:
@@ -39,7 +43,7 @@ def main(argv: list[str]) -> None:
     signal = mean_products(gradients)
     noise = np.sqrt(np.mean(np.sum((gradients - gradients.mean(0)) ** 2, axis=2), axis=0))
     rows = []
-    for i, term in enumerate(TERMS):
+    for i, term in enumerate(WITH_GRADIENT):
         size = np.sqrt(max(signal[i, i], 0))
         cosine = signal[0, i] / (np.sqrt(max(signal[0, 0], 0)) * size) if size else float("nan")
         rows.append((term, f"{size:.4f}", f"{noise[i]:.4f}", f"{size / noise[i]:.4f}", f"{cosine:+.2f}"))
@@ -51,7 +55,7 @@ def main(argv: list[str]) -> None:
 def term_gradients(run: Run, params: object, batches: int) -> np.ndarray:
     """Returns the gradient of each term's mean over a batch as [batches, terms, parameters].
 
-    The terms are in the order of `TERMS`. Each batch has its own noise.
+    The terms are in the order of `WITH_GRADIENT`. Each batch has its own noise.
     """
     source = source_from_config(run.config, "train")
     order = BatchOrder(len(source), run.config.training.batch_size, run.config.seed)
@@ -61,14 +65,14 @@ def term_gradients(run: Run, params: object, batches: int) -> np.ndarray:
     def gradients(params: object, images: jax.Array, key: jax.Array) -> jax.Array:
         data_key, noise_key = jax.random.split(key)
         x0 = run.preprocess(data_key, images)
-        noise = draw_noise(noise_key, run.sde, objective, x0.shape)
+        noise = objective.draw_noise(noise_key, run.sde, x0.shape)
 
         def means(params: object) -> jax.Array:
-            losses = score_matching_losses(run.score_fn(params), run.sde, objective, x0, noise)
-            return jnp.stack([jnp.mean(losses[term]) for term in TERMS])
+            losses = objective.losses(run.score_fn(params), run.sde, x0, noise)
+            return jnp.stack([jnp.mean(losses[term]) for term in WITH_GRADIENT])
 
         _, pull_back = jax.vjp(means, params)
-        return jnp.stack([ravel_pytree(pull_back(one)[0])[0] for one in jnp.eye(len(TERMS))])
+        return jnp.stack([ravel_pytree(pull_back(one)[0])[0] for one in jnp.eye(len(WITH_GRADIENT))])
 
     keys = jax.random.split(run.key(TRAIN_KEY), batches)
     return np.stack([gradients(params, source.images(order[n]), keys[n]) for n in range(batches)])

@@ -38,6 +38,7 @@ from tests.golden_common import (
 from tests.golden_dequantizer import check_dequantizer, check_dequantizer_trees
 from tests.golden_idode import check_idode_configs, check_schedule, check_vdm_network, check_vdm_trees
 from tests.golden_idode_likelihood import check_idode_likelihood
+from tests.golden_idode_losses import check_idode_losses
 from tests.golden_likelihood import check_likelihood
 from tests.golden_losses import check_losses
 from tests.golden_score_sde import check_discrete_network, check_score_sde_trees
@@ -119,6 +120,7 @@ KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "likelihood": check_likelihood,
     "likelihood_idode": check_idode_likelihood,
     "losses": check_losses,
+    "losses_idode": check_idode_losses,
     "param_trees": check_param_trees,
     "param_trees_dequantizer": check_dequantizer_trees,
     "param_trees_score_sde": check_score_sde_trees,
