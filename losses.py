@@ -35,7 +35,7 @@ from objectives.objective import Noise, Residual, TrainingObjective
 from objectives.times import TimeDistribution, with_density
 from objectives.trace import squared_trace, unbiased_trace
 from objectives.unbiased import unbiased_terms
-from sde_lib import SDE
+from sde_lib import SDE, SDES, LinearGammaSDE
 
 ORDERS = (1, 2, 3)
 WEIGHTINGS = ("constant", "residual")
@@ -136,6 +136,7 @@ class Objective(TrainingObjective):
             )
         if not 0 < self.t_min < SDE.t_max:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
+        assert self.times  # checks its fields
 
     @property
     def times(self) -> TimeDistribution:
@@ -517,6 +518,12 @@ def denoising_from_config(config: Config) -> Objective:
     if training.bits_per_dim and data.uniform_dequantization:
         raise ValueError(
             "training.bits_per_dim is True, which needs levels without noise: set data.uniform_dequantization to False"
+        )
+    by_velocity = training.importance_weighting and training.importance_density == "velocity"
+    if by_velocity and not issubclass(SDES.get(training.sde, SDE), LinearGammaSDE):
+        raise ValueError(
+            f"training.importance_density is 'velocity', which training.sde={training.sde} does not define: set it to "
+            "'noise'"
         )
     values = level_values(data.levels, data.centered, not data.bin_centers).tolist() if training.bits_per_dim else ()
     return Objective(
