@@ -44,7 +44,7 @@ def check_idode_likelihood(path: Path) -> Iterator[Result]:
     noisy = dequantizer.with_noise(jnp.asarray(draws).reshape(-1, *draws.shape[2:]), jnp.asarray(images, jnp.int32))
     probes = jnp.asarray(np.concatenate([data["hutchinson"]] * len(draws)))
     result = ode_log_likelihood(
-        score_fn, model.sde, noisy.x, probes[None], t_min=dequantizer.t_min, method="dopri5", rtol=1e-5, atol=1e-5
+        score_fn, model.sde, noisy.x, probes[None], t_min=dequantizer.t_min, method="dopri5", rtol=3e-6, atol=3e-6
     )
     require_success(result.info)
     yield from _constants(dequantizer, data, noisy, num_dims(noisy.x))
