@@ -18,7 +18,7 @@ for Diffusion ODEs", ICML 2023 (truncated normal, normal); [K21] Kingma et al., 
 import dataclasses
 import math
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from typing import Any, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -206,7 +206,7 @@ class NormalDequantizer:
     """The SDE's own noise at `t_min` without truncation: the bound of a variational autoencoder ([K21], [Z23]).
 
     x = alpha y_k + sigma e with e normal, and -ln P(k) <= E[ln q(x | k) - ln p(x) - ln P(k | x)], where `level_logp` of
-    the SDE decodes. Here there are no bins: all of the bound is in `log_q`, ln q(x | k) - ln P(k | x).
+    the SDE decodes. `log_q` is ln q(u | k) - ln P(k | x), where u counts in bins, but may leave the bin of its level.
 
     With `bare_levels`, the network has been trained on k / (levels - 1), else on the middles of the levels' bins.
     """
@@ -217,8 +217,13 @@ class NormalDequantizer:
     bare_levels: bool
     t_min: float
 
-    bins_per_unit: ClassVar[int] = 1
-    unit_scale: ClassVar[float] = 1.0
+    @property
+    def bins_per_unit(self) -> int:
+        return self.levels - 1 if self.bare_levels else self.levels
+
+    @property
+    def unit_scale(self) -> float:
+        return 0.5 if self.centered else 1.0
 
     @property
     def description(self) -> dict[str, Any]:
@@ -233,7 +238,8 @@ class NormalDequantizer:
         x0, t = values[images], jnp.full(len(images), self.t_min)
         mean, sigma = self.sde.marginal(x0, t)
         x = mean + append_dims(sigma, x0) * normal
-        log_q = -0.5 * inner(normal, normal) - num_dims(x) * jnp.log(math.sqrt(2 * math.pi) * sigma)
+        sigma_in_bins = sigma * self.bins_per_unit * self.unit_scale
+        log_q = -0.5 * inner(normal, normal) - num_dims(x) * jnp.log(math.sqrt(2 * math.pi) * sigma_in_bins)
         return Dequantized(x, log_q - self.sde.level_logp(x, x0, t, values))
 
 
