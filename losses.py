@@ -136,7 +136,7 @@ class Objective(TrainingObjective):
             )
         if not 0 < self.t_min < SDE.t_max:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
-        assert self.times  # checks its fields
+        _ = self.times  # It checks its fields when it is built.
 
     @property
     def times(self) -> TimeDistribution:
