@@ -31,6 +31,7 @@ from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, level
 from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
 from objectives.bound import prior_divergence, reconstruction
+from objectives.discrete import DiscreteObjective
 from objectives.objective import Noise, Residual, TrainingObjective
 from objectives.times import TimeDistribution, with_density
 from objectives.trace import squared_trace, unbiased_trace
@@ -546,6 +547,29 @@ def denoising_from_config(config: Config) -> Objective:
     )
 
 
+def discrete_from_config(config: Config) -> DiscreteObjective:
+    """The objective for training.continuous=False, with model.num_scales noise levels.
+
+    Raises:
+        ValueError: if config.training asks for an objective that discrete time does not have.
+    """
+    training = config.training
+    if training.objective != "denoising":
+        raise ValueError(f"training.objective is {training.objective!r}, which needs training.continuous=True")
+    if training.score_matching_order > 1:
+        raise ValueError(
+            f"training.score_matching_order is {training.score_matching_order}; orders 2 and 3 need "
+            "training.continuous=True"
+        )
+    for field in ("likelihood_weighting", "importance_weighting", "stratified_times", "bits_per_dim"):
+        if training[field]:
+            raise ValueError(f"training.{field} is True, which needs training.continuous=True")
+    weighting = training.first_order_weighting
+    if weighting != "constant":
+        raise ValueError(f"training.first_order_weighting is {weighting!r}, which needs training.continuous=True")
+    return DiscreteObjective(config.model.num_scales, training.reduce_mean)
+
+
 OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {"denoising": denoising_from_config}
 """The builders of objectives, by training.objective."""
 
@@ -559,4 +583,4 @@ def objective_from_config(config: Config) -> TrainingObjective:
     name = config.training.objective
     if name not in OBJECTIVES:
         raise ValueError(f"training.objective is {name!r}; known: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](config)
+    return OBJECTIVES[name](config) if config.training.continuous else discrete_from_config(config)

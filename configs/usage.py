@@ -18,7 +18,7 @@ CHOICES = {
     "training.first_order_weighting": ("constant", "residual"),
     "training.high_order_weighting": ("constant", "residual", "first_order"),
     "training.importance_density": ("noise", "velocity"),
-    "model.name": ("ncsnpp", "vdm", "mlp", "mlp_published"),
+    "model.name": ("ncsnpp", "ddpm", "ncsn", "ncsnv2_64", "vdm", "mlp", "mlp_published"),
     "model.parameterization": ("noise", "velocity"),
     "model.embedding_type": ("fourier", "positional"),
     "sampling.method": ("pc", "ode", "dpm_solver", "heun"),

@@ -57,7 +57,7 @@ class Network:
 @each_schedule
 def test_velocity_and_noise_of_one_function_have_the_same_likelihood(sde: LinearGammaSDE) -> None:
     x = jax.random.normal(KEY, (4, D))
-    models = (ScoreModel(Network(None), sde, "velocity"), ScoreModel(Network(sde), sde, "noise"))
+    models = (ScoreModel(Network(None), sde, parameterization="velocity"), ScoreModel(Network(sde), sde, parameterization="noise"))
     solve = {"t_min": 0.0, "method": "rk4", "num_steps": 12}
     first, second = (ode_log_likelihood(model.score_fn({}), sde, x, None, **solve).logp for model in models)
     np.testing.assert_allclose(first, second, rtol=1e-5)
@@ -82,7 +82,7 @@ def test_the_second_order_is_that_of_the_paper_in_its_variables(sde: LinearGamma
     )
     x0 = jnp.asarray(np.random.default_rng(0).choice(values, (4, D)), jnp.float32)
     noise = objective.draw_noise(KEY, sde, x0.shape)._replace(t=jnp.array([0.1, 0.4, 0.7, 0.95]))
-    losses = objective.losses(ScoreModel(Network(None), sde, "velocity").score_fn({}), sde, x0, noise)
+    losses = objective.losses(ScoreModel(Network(None), sde, parameterization="velocity").score_fn({}), sde, x0, noise)
     alpha, sigma = sde.alpha_sigma(noise.t)
     xt = alpha[:, None] * x0 + sigma[:, None] * noise.z
     velocity, tangent = jax.jvp(lambda x: velocity_of(x, noise.t), (xt,), (noise.probe,))
@@ -253,10 +253,10 @@ def config_with(**fields: Any) -> Config:
     ("fields", "message"),
     [
         ({"model__parameterization": "flow"}, "model.parameterization is 'flow'; known: noise, velocity"),
-        ({"training__sde": "vpsde"}, "model.parameterization is 'velocity', which training.sde=vpsde does not define"),
+        ({"training__sde": "vpsde"}, "model.parameterization is 'velocity', which VPSDE.* does not define"),
         (
             {"training__sde": "vesde", "model__scale_by_sigma": True},
-            "model.parameterization is 'velocity', but with model.scale_by_sigma=True",
+            "model.parameterization is 'velocity', which needs model.scale_by_sigma=False",
         ),
         ({"training__importance_density": "data"}, "training.importance_density is 'data'; known: noise, velocity"),
         ({"training__sde": "vpsde", "model__parameterization": "noise"}, "which training.sde=vpsde does not define"),
