@@ -57,7 +57,10 @@ class Network:
 @each_schedule
 def test_velocity_and_noise_of_one_function_have_the_same_likelihood(sde: LinearGammaSDE) -> None:
     x = jax.random.normal(KEY, (4, D))
-    models = (ScoreModel(Network(None), sde, parameterization="velocity"), ScoreModel(Network(sde), sde, parameterization="noise"))
+    models = (
+        ScoreModel(Network(None), sde, parameterization="velocity"),
+        ScoreModel(Network(sde), sde, parameterization="noise"),
+    )
     solve = {"t_min": 0.0, "method": "rk4", "num_steps": 12}
     first, second = (ode_log_likelihood(model.score_fn({}), sde, x, None, **solve).logp for model in models)
     np.testing.assert_allclose(first, second, rtol=1e-5)
