@@ -4,7 +4,9 @@
     python main.py --config=configs/idode/digits.py --workdir=runs/idode --mode=eval
 
 The network of configs/digits/ncsnpp.py, so that the two differ in the SDE, in what the network predicts, and in the
-loss.
+loss. After 4000 steps in 351 s on two shared CPU cores (commit 6df5907, 359 test images): 2.079 +- 0.015 bits/dim with
+truncated normal noise, and 1.862 +- 0.013 if it starts later, with --config.eval.start_time=0.118. See
+docs/results/idode.md.
 """
 
 from configs.default import Config
