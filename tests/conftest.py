@@ -43,6 +43,7 @@ SLOW = {
     "test_flowpp",
     "test_golden",
     "test_hosts",
+    "test_idode",
     "test_langevin",
     "test_likelihood",
     "test_losses",
