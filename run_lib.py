@@ -7,7 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from configs.usage import alternatives, record_reads, recorder_of, unrecorded
 from datasets import Source
 from dequantization.noise import dequantizer_from_config
 from dequantization.training import DequantizerTraining, dequantizer_state, evaluation_dequantizer, score_params
-from evaluators import Evaluator, evaluators_from_config
+from evaluators import MODES, Evaluator, evaluators_from_config
+from evaluators.class_training import ClassifierTraining, classifier_folder
 from evaluators.diagnostics import DiagnosticsEvaluator
 from evaluators.estimators import estimator_from_config
 from evaluators.fid import prepare_statistics
@@ -248,25 +249,59 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
     run, folder = build(config), Workdir(path / deq_folder)
     if folder.path == path:
         raise ValueError(f"--deq_folder={deq_folder} is the workdir of the score model; name a folder inside it")
-    training, order = DequantizerTraining(run), config.training.score_matching_order
+    training = DequantizerTraining(run)
     params = score_params(run, Workdir(path))
     score_fn = run.score_fn(params)
     folder.prepare()
     with folder.lock(), training.open_checkpoints(folder, params) as checkpoints:
         state = checkpoints.resume() or training.first_state()
         _check_not_beyond(int(state.step), config.deq.n_iters, "deq.n_iters", folder)
-        folder.write_description(config, num_parameters(state))
-        with MetricsWriter(folder.train) as metrics:
-            callbacks = [
-                record_metrics(metrics, order, shown="bpd"),
-                stop_after_failures(config.training.max_nonfinite, folder),
-                record_test_loss(lambda params: training.test_bound(score_fn, params), metrics, order),
-                save_checkpoints(checkpoints),
-                warn_after_first_call(config, "train_deq"),
-            ]
-            if not stop.now():
-                training_loop(training.training(score_fn), state, config.training, callbacks)
+        test = functools.partial(training.test_bound, score_fn)
+        _train_beside(config, "train_deq", folder, training.training(score_fn), state, checkpoints, test)
     stop.check()
+
+
+def train_classifier(config: Config, path: Path) -> None:
+    """Trains the classifier of noisy images that --mode=classes uses, to step `control.classifier_n_iters`.
+
+    It is in the subfolder classifier/ of the workdir of a score model, which need not be trained yet. Batch size,
+    optimizer, records and checkpoints are configured as for the score model.
+
+    Raises:
+        KeyboardInterrupt, ValueError, OSError, FloatingPointError: as in `train_deq`.
+    """
+    run, folder = build(config), classifier_folder(path)
+    training = ClassifierTraining(run)
+    folder.prepare()
+    with folder.lock(), training.open_checkpoints(folder) as checkpoints:
+        state = checkpoints.resume() or training.first_state()
+        _check_not_beyond(int(state.step), training.last_step, "control.classifier_n_iters", folder)
+        _train_beside(config, "train_classifier", folder, training.training(), state, checkpoints, training.test)
+    stop.check()
+
+
+def _train_beside(
+    config: Config,
+    mode: str,
+    folder: Workdir,
+    training: Training,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    test: Callable[[Any], Mapping[str, float]],
+) -> None:
+    """Trains a model other than the score model, in a folder of its own."""
+    order = config.training.score_matching_order
+    folder.write_description(config, num_parameters(state))
+    with MetricsWriter(folder.train) as metrics:
+        callbacks = [
+            record_metrics(metrics, order, shown="bpd" if mode == "train_deq" else "loss"),
+            stop_after_failures(config.training.max_nonfinite, folder),
+            record_test_loss(test, metrics, order),
+            save_checkpoints(checkpoints),
+            warn_after_first_call(config, mode),
+        ]
+        if not stop.now():
+            training_loop(training, state, config.training, callbacks)
 
 
 def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "deq") -> None:
@@ -300,6 +335,19 @@ def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: 
     _check_eval_folder(eval_folder)
     evaluator = DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, [evaluator], Workdir(path), eval_folder)
+
+
+def control(config: Config, path: Path, mode: str, eval_folder: str = "eval") -> None:
+    """Computes latent codes or conditional samples, with the evaluator that `evaluators.MODES` names.
+
+    Checkpoints are chosen, results written and interruptions resumed as in `evaluate`.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError, RuntimeError: as in `evaluate`.
+    """
+    run = build(config)
+    _check_eval_folder(eval_folder)
+    evaluate_with(run, [MODES[mode](run, Workdir(path))], Workdir(path), eval_folder)
 
 
 def evaluate_with(run: Run, evaluators: Sequence[Evaluator], workdir: Workdir, eval_folder: str) -> None:

@@ -25,6 +25,8 @@ check_annotations()  # before a test imports one of the modules
 SLOW = {
     "test_bits_per_dim",
     "test_bound_likelihood",
+    "test_control_modes",
+    "test_controllable",
     "test_cost",
     "test_density_grid",
     "test_dequantization",
