@@ -79,6 +79,8 @@ def train(config: Config, path: Path) -> None:
     run, workdir = build(config), Workdir(path)
     train_source, test_source = (datasets.source_from_config(config, split) for split in datasets.SPLITS)
     parallel.require_same(f"{train_source.description}; {test_source.description}", "data")
+    if config.data.num_classes:
+        datasets.check_classes(train_source, config.data.num_classes)
     new = not workdir.has_checkpoints()
     init_state = initial_state(run) if config.training.init_from and new else None
     snapshots, order = Snapshots(run, workdir), config.training.score_matching_order
@@ -217,9 +219,9 @@ def score_training(run: Run, source: Source, end: int | None = None) -> Training
         # Checkpoints are kept permanently at multiples of snapshot_freq, so calls end there, too.
         every = (training.n_jitted_steps, training.snapshot_freq)
         for step, batches in datasets.training_calls(
-            source, training.batch_size, run.config.seed, first_step, last, every
+            source, training.batch_size, run.config.seed, first_step, last, every, run.config.data.num_classes > 0
         ):
-            yield step, parallel.global_array(run.mesh, batches, axis=1)
+            yield step, jax.tree.map(lambda rows: parallel.global_array(run.mesh, rows, axis=1), batches)
 
     def update(state: TrainState, batches: jax.Array) -> tuple[TrainState, Metrics]:
         return train_steps(state, batches, key)

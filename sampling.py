@@ -21,7 +21,8 @@ from jaxtyping import Array, Float, Int, Key
 import ode
 from arrays import Batch, PerExample, ReportProgress, ScoreFn, in_parts
 from configs.default import Config
-from samplers.controllable import GuidedScore as GuidedScore  # conditions of samples are found here, too
+from samplers.controllable import ClassifierFreeScore as ClassifierFreeScore  # conditions are found here, too
+from samplers.controllable import GuidedScore as GuidedScore
 from samplers.controllable import Observation, observe, observed_prior
 from samplers.controllable import basis_of_matrix as basis_of_matrix
 from samplers.controllable import colorization_basis as colorization_basis

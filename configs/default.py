@@ -62,6 +62,9 @@ def _training() -> ConfigDict:
     training.high_order_fraction = 1.0
     # spread the times of a batch evenly instead of drawing them independently
     training.stratified_times = False
+    # part of the examples whose class the network is not told, with data.num_classes, so that it also learns the score
+    # of all classes together
+    training.label_dropout = 0.1
     training.likelihood_weighting = False  # weight the first order by g^2 (True) or by sigma^2 (False)
     # draw times with density proportional to g^2 / sigma^2; needs likelihood_weighting
     training.importance_weighting = False
@@ -109,6 +112,8 @@ def _data() -> ConfigDict:
     data.levels = 256  # grey levels of a channel; bits/dim are computed for this number of levels
     data.centered = False  # scale images to [-1, 1] (True) or to [0, 1] (False) for the network
     data.random_flip = True  # mirror training images left to right at random
+    # classes of the labels that the network is told (ncsnpp only); 0: it is not told any
+    data.num_classes = 0
     data.uniform_dequantization = False  # add uniform noise of one grey level to training images
     return data
 
@@ -304,7 +309,9 @@ def _control() -> ConfigDict:
     # shape [observations, pixels], and `observations` of shape [images, observations] if not those of the images
     control.matrix = "blocks"
     control.labels = ()  # classes that --mode=classes draws; none means all
-    control.guidance = 1.0  # factor of the classifier's gradient in --mode=classes
+    # strength of the guidance in --mode=classes: 0 ignores the class, 1 is the conditional score, and more gives more
+    # typical images of the class
+    control.guidance = 1.0
     control.classifier_blocks = 1  # residual blocks in each group of the classifier of noisy images; published: 4
     control.classifier_width = 1  # width of the classifier, in units of 16, 32 and 64 channels; published: 10
     control.classifier_n_iters = 2000  # step at which --mode=train_classifier ends

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ import optax
 from jaxtyping import Array, Float
 
 import datasets
-from arrays import Batch, append_dims
+from arrays import Batch, LabelledBatch, append_dims
 from build import EVAL_KEY, INIT_KEY, TRAIN_KEY, Run
-from datasets import BatchOrder, Source
+from datasets import Source
 from evaluators.control_inputs import require_images
 from infra import parallel
 from infra.checkpoints import Checkpoints, abstract_state, params_digest
@@ -25,13 +25,6 @@ from train_state import TrainState, create_state, optimizer_from_config
 
 FOLDER = "classifier"
 """The subfolder of the workdir for the classifier."""
-
-
-class LabelledBatch(NamedTuple):
-    """Images as integer levels, and their classes."""
-
-    images: Array
-    labels: Array
 
 
 class ClassifierTraining:
@@ -48,8 +41,8 @@ class ClassifierTraining:
         self.train_source, self.test_source = (
             datasets.source_from_config(run.config, split) for split in datasets.SPLITS
         )
-        self.train_labels, self.test_labels = _labels(self.train_source), _labels(self.test_source)
-        self.num_classes = int(max(self.train_labels.max(), self.test_labels.max())) + 1
+        self.test_labels = datasets.labels_of(self.test_source)
+        self.num_classes = number_of_classes(self.train_source)
         self.network = WideResnet(self.num_classes, control.classifier_blocks, control.classifier_width)
         self.optimizer = optimizer_from_config(run.config.optim, control.classifier_n_iters)
         self.last_step: int = control.classifier_n_iters
@@ -113,11 +106,9 @@ class ClassifierTraining:
 
     def _calls(self, first_step: int) -> Iterator[tuple[int, LabelledBatch]]:
         size, seed = self.run.config.training.batch_size, self.run.config.seed
-        order = BatchOrder(len(self.train_source), size, seed)
-        batches = datasets.training_batches(self.train_source, size, seed, first_step, self.last_step)
-        for step, rows in enumerate(batches, start=first_step):
-            labels = self.train_labels[order[step][parallel.local_rows(size)]]
-            yield step + 1, LabelledBatch(*(parallel.global_array(self.run.mesh, a) for a in (rows, labels)))
+        batches = datasets.training_batches(self.train_source, size, seed, first_step, self.last_step, with_labels=True)
+        for step, rows in enumerate(batches, start=first_step + 1):
+            yield step, LabelledBatch(*(parallel.global_array(self.run.mesh, array) for array in rows))
 
     def _on_devices(self, images: np.ndarray, labels: np.ndarray) -> LabelledBatch:
         rows = parallel.local_rows(len(images))
@@ -168,12 +159,9 @@ def noisy(sde: Any, x0: Batch, t: Float[Array, " batch"], key: Array) -> Batch:
     return mean + append_dims(sigma, x0) * jax.random.normal(key, x0.shape)
 
 
-def _labels(source: Source) -> np.ndarray:
-    """The class of each image. Raises ValueError if the data have none."""
-    labels = getattr(source, "labels", None)
-    if labels is None:
-        raise ValueError(f"{source.description} has no class labels, which a classifier needs")
-    return np.asarray(labels, np.int32)
+def number_of_classes(source: Source) -> int:
+    """The number of classes of labelled images. Raises ValueError if the images have no classes."""
+    return int(datasets.labels_of(source).max()) + 1
 
 
 def classifier_folder(workdir: Path) -> Workdir:

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from arrays import Batch, ReportProgress, mean_square
+import datasets
+from arrays import Batch, ReportProgress, ScoreFn, mean_square
 from build import SAMPLE_KEY, Run
 from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values
-from evaluators.class_training import ClassifierTraining
+from evaluators.class_training import ClassifierTraining, number_of_classes
 from evaluators.classifier import classifier_from_config
 from evaluators.control_inputs import (
     Problem,
@@ -33,7 +34,7 @@ from evaluators.control_inputs import (
 from infra import parallel
 from infra.workdir import EvaluationFolder, Workdir
 from models.score import Params
-from sampling import GuidedScore, Observation, pc_from_config
+from sampling import ClassifierFreeScore, GuidedScore, Observation, pc_from_config
 
 PROBLEMS: dict[str, tuple[str, Callable[[Any, Any, int], Problem]]] = {
     "inpaint": ("inpainting", inpainting),
@@ -182,7 +183,10 @@ def _square_errors(observation: Observation, x0: Batch, x: Batch) -> tuple[Array
 
 
 class ClassesEvaluator:
-    """Draws `control.num_draws` images of each class, guided by the classifier of --mode=train_classifier.
+    """Draws `control.num_draws` images of each class, with a guidance of `control.guidance`.
+
+    A network that is told classes (`data.num_classes`) guides itself. Other networks are guided by the classifier of
+    --mode=train_classifier.
 
     The share of images that the classifier of clean images (`eval.features=classifier`) assigns to their class is
     reported. It has never seen noisy images, so it is independent of the classifier that guides.
@@ -197,14 +201,16 @@ class ClassesEvaluator:
         self.run, self.preprocess = run, require_images(run, "classes")
         control = run.config.control
         self.sampler = run.sampler()
-        training = ClassifierTraining(run)
-        self.labels = tuple(control.labels) or tuple(range(training.num_classes))
-        if max(self.labels) >= training.num_classes:
+        source = datasets.source_from_config(run.config, "train")
+        num_classes = run.config.data.num_classes or number_of_classes(source)
+        self.labels = tuple(control.labels) or tuple(range(num_classes))
+        if max(self.labels) >= num_classes:
             raise ValueError(
-                f"control.labels is {self.labels}; the classes of {run.config.data.dataset} are 0 to "
-                f"{training.num_classes - 1}"
+                f"control.labels is {self.labels}; the classes of {run.config.data.dataset} are 0 to {num_classes - 1}"
             )
-        self.classifier, self.origin = training.newest(workdir)
+        self.classifier, self.origin = None, "the network itself"
+        if not run.config.data.num_classes:
+            self.classifier, self.origin = ClassifierTraining(run).newest(workdir)
         self.scale, self.num_draws = float(control.guidance), control.num_draws
         parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
         self.count = len(self.labels) * self.num_draws
@@ -221,7 +227,7 @@ class ClassesEvaluator:
             "labels": list(self.labels),
             "draws": self.num_draws,
             "guidance": self.scale,
-            "classifier": self.origin,
+            "guided_by": self.origin,
             "round_size": self.round_size,
             "sampling": run.sampling_description(),
             "seed": run.config.seed,
@@ -246,6 +252,12 @@ class ClassesEvaluator:
             "values": cache.folder.name,
         }
 
+    def _guided(self, params: Params, labels: Array) -> ScoreFn:
+        score_fn = self.run.score_fn(params)
+        if self.classifier is None:
+            return ClassifierFreeScore(score_fn, score_fn.with_classes(labels), self.scale)
+        return GuidedScore(score_fn, self.classifier, labels, self.scale)
+
     def _labels_of(self, numbers: np.ndarray) -> np.ndarray:
         """The classes of the images with these numbers: `num_draws` images of one class, then those of the next."""
         return np.asarray(self.labels)[np.minimum(numbers // self.num_draws, len(self.labels) - 1)]
@@ -255,8 +267,7 @@ class ClassesEvaluator:
         numbers = np.arange(number * self.round_size, (number + 1) * self.round_size)
         rows = parallel.local_rows(len(numbers))
         indices, labels = (parallel.global_array(run.mesh, a[rows]) for a in (numbers, self._labels_of(numbers)))
-        score_fn = GuidedScore(run.score_fn(params), self.classifier, labels, self.scale)
-        samples = self.sampler(score_fn, run.key(SAMPLE_KEY), indices, run.data_shape, show)
+        samples = self.sampler(self._guided(params, labels), run.key(SAMPLE_KEY), indices, run.data_shape, show)
         images = finite_levels(self.preprocess, samples.x, "Cannot draw images of classes")
         cost = {"nfe": np.asarray(samples.nfe), "seconds": np.asarray(time.monotonic() - started)}
         return {"images": images} | cost

@@ -81,8 +81,8 @@ class WideResnetBlock(nn.Module):
         h = nn.relu(GroupNorm(name="init_bn")(x))
         shortcut = h if self.activate_shortcut else x
         h = _conv(self.channels, "conv1", self.stride)(h)
-        h = nn.relu(GroupNorm(name="bn_2")(h))
         h += nn.Dense(self.channels)(nn.swish(embedding))[:, None, None, :]
+        h = nn.relu(GroupNorm(name="bn_2")(h))
         h = _conv(self.channels, "conv2")(h)
         return h + _shortcut(shortcut, h.shape[-1], self.stride)
 

@@ -8,6 +8,7 @@ Two ways to condition:
   p_t(unknown | known with noise), not p_t(unknown | known). The two agree as the noise vanishes, so corrector steps
   make the samples better.
 - `GuidedScore`: the score of p_t(x | class) from a classifier of noisy images, by Bayes' rule.
+- `ClassifierFreeScore`: guidance by a score function that is told the class (Ho & Salimans, 2022).
 
 Source: [S21a] Song et al., ICLR 2021.
 """
@@ -135,3 +136,22 @@ class GuidedScore:
             return jnp.sum(jnp.take_along_axis(log_p, self.labels[:, None], axis=1))
 
         return jax.grad(total_log_probability)(x)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("unconditional", "conditional", "weight"), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class ClassifierFreeScore:
+    """A `ScoreFn`: (1 - weight) unconditional + weight conditional (Ho & Salimans, 2022).
+
+    Weight 0 ignores the class, 1 is the score of p_t(x | class), and more is guidance by the implicit classifier
+    p_t(x | class) / p_t(x), as in `GuidedScore`.
+    """
+
+    unconditional: ScoreFn
+    conditional: ScoreFn
+    weight: float | Float[Array, ""]
+
+    def __call__(self, x: Batch, t: PerExample) -> Batch:
+        return (1 - self.weight) * self.unconditional(x, t) + self.weight * self.conditional(x, t)

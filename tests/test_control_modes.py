@@ -134,6 +134,33 @@ def test_classes_are_drawn_with_a_trained_classifier(workdir):
     assert "Samples of classes" in (workdir / "report.html").read_text()
 
 
+def test_a_network_that_is_told_classes_is_trained_and_guides_itself(tmp_path):
+    fields = {"training__batch_size": 8, "training__n_iters": 3, "training__eval_freq": 5, "data__num_classes": 10}
+    sampler = {"sampling__method": "heun", "sampling__max_nfe": 5, "control__labels": (1, 2)}
+    config = config_with(**fields, **sampler, eval__statistics_dir=str(tmp_path / "stats"))
+    run_lib.train(config, tmp_path)
+    run = build(config)
+    state = run.load_state(tmp_path)
+    embedding, fresh = (s.params["class_embedding"]["embedding"] for s in (state, run.fresh_state()))
+    assert embedding.shape == (11, 32)
+    assert np.all(np.any(embedding != fresh, axis=1)[:10].sum() > 5), "classes are trained"
+    score_fn, x, t = run.score_fn(state.params), jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), np.full(4, 0.5)
+    scores = {
+        "any": score_fn(x, t),
+        "number 10": score_fn.with_classes(np.full(4, 10))(x, t),
+        "class 1": score_fn.with_classes(np.full(4, 1))(x, t),
+    }
+    np.testing.assert_array_equal(scores["any"], scores["number 10"])
+    assert np.any(scores["any"] != scores["class 1"])
+    run_lib.control(config, tmp_path, "classes")
+    result = json.loads((tmp_path / "eval" / "step_3.json").read_text())["classes"]
+    assert (result["guided_by"], result["labels"]) == ("the network itself", [1, 2])
+    with pytest.raises(ValueError, match="only ncsnpp with model.conditional=True"):
+        build(config_with(data__num_classes=10, model__conditional=False))
+    with pytest.raises(ValueError, match="data.num_classes is 2, but .* has class 9"):
+        run_lib.train(config_with(**fields | {"data__num_classes": 2}), tmp_path / "few")
+
+
 BAD_INPUT = {
     "no image file": ("encode", {"control__images": "none.npz"}, "control.images is 'none.npz', but there is no such"),
     "no latents": ("decode", {"control__latents": "none.npz"}, "control.latents is 'none.npz', but there is no such"),

@@ -9,7 +9,7 @@ import pytest
 
 from evaluators.latents import spherical_interpolation
 from models.wideresnet import WideResnet
-from samplers.controllable import GuidedScore, Observation, basis_of_matrix, colorization_basis
+from samplers.controllable import ClassifierFreeScore, GuidedScore, Observation, basis_of_matrix, colorization_basis
 from sampling import ODESampler, PredictorCorrector
 from sde_lib import VESDE, VPSDE
 from tests.analytic import asymmetric_mixture, gaussian
@@ -37,6 +37,14 @@ def test_guidance_by_the_posterior_gives_the_score_of_the_class(sde):
     scale = np.abs(of_classes).max()  # float32 rounds relative to the terms of the sum
     np.testing.assert_allclose(guided(x, t), want, atol=1e-5 * scale)
     assert np.abs(MIXTURE.score(sde, x, t) - want).max() > 0.01 * scale
+
+    # Guidance without a classifier, by the scores of the mixture and of its component.
+    def of_class(x, t):
+        return want
+
+    for weight, expected in ((0.0, MIXTURE.score(sde, x, t)), (1.0, want), (2.0, 2 * want - MIXTURE.score(sde, x, t))):
+        free = ClassifierFreeScore(guided.score_fn, of_class, weight)
+        np.testing.assert_allclose(free(x, t), expected, atol=1e-6 * scale)
     unguided = dataclasses.replace(guided, scale=0.0)
     np.testing.assert_array_equal(unguided(x, t), MIXTURE.score(sde, x, t))
 
