@@ -82,8 +82,10 @@ class ConditionalEvaluator:
         rounds = cache.all(sizes, lambda number, show: self._round(params, number, show), "sampling", "sample")
         values = {name: np.concatenate([each[name] for each in rounds])[: self.count] for name in PER_SAMPLE}
         images = values["images"].reshape(self.num_images, self.num_draws, *self.run.data_shape)
+        rows = self._picture(images)
         if jax.process_index() == 0:
-            self._write_picture(images, folder)
+            flat = rows.reshape(-1, *self.run.data_shape)
+            folder.write_picture(self.name, flat, self.run.config.data.levels, rows.shape[1])
         unit = images.astype(np.float64) / (self.run.config.data.levels - 1)
         spread = float(np.sqrt(unit.var(axis=1, ddof=1).mean())) if self.num_draws > 1 else None
         unknown = mean_estimate(values["unknown"].reshape(self.num_images, -1).mean(axis=1))
@@ -142,8 +144,8 @@ class ConditionalEvaluator:
         known = components / self.preprocess.unit_scale + _components(Observation(x0, mask, basis), shift)
         return x0, Observation(known, mask, basis)
 
-    def _write_picture(self, images: np.ndarray, folder: EvaluationFolder) -> None:
-        """Rows of an original, what is known of it, and the images that were drawn."""
+    def _picture(self, images: np.ndarray) -> np.ndarray:
+        """Rows of an original, what is known of it, and the images that were drawn. All hosts must call this."""
         shown = np.arange(pad_to_devices(min(self.num_images, SHOWN)))
         indices = np.minimum(shown, self.num_images - 1)
         x0, observation = self._observation(indices)
@@ -151,9 +153,7 @@ class ConditionalEvaluator:
         observed = finite_levels(self.preprocess, _shown(observation, fill), self.name)
         count = min(self.num_images, SHOWN)
         originals = self.source.images(indices)[:count]
-        rows = np.concatenate([originals[:, None], observed[:count, None], images[:count]], axis=1)
-        flat = rows.reshape(-1, *images.shape[2:])
-        folder.write_picture(self.name, flat, self.run.config.data.levels, rows.shape[1])
+        return np.concatenate([originals[:, None], observed[:count, None], images[:count]], axis=1)
 
 
 PER_SAMPLE = ("images", "known", "unknown")
