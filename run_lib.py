@@ -65,7 +65,7 @@ from report.formatting import text_table
 from report.page import write_report
 from report.run_files import read_run
 from sources import prepare_from_config
-from train_state import TrainState, reset_parts
+from train_state import TrainingBatches, TrainState, reset_parts
 
 
 def train(config: Config, path: Path) -> None:
@@ -215,7 +215,7 @@ def score_training(run: Run, source: Source, end: int | None = None) -> Training
     last = training.n_iters if end is None else end
     train_steps, key = run.train_steps(), run.key(TRAIN_KEY)
 
-    def calls(first_step: int) -> Iterator[tuple[int, jax.Array]]:
+    def calls(first_step: int) -> Iterator[tuple[int, TrainingBatches]]:
         # Checkpoints are kept permanently at multiples of snapshot_freq, so calls end there, too.
         every = (training.n_jitted_steps, training.snapshot_freq)
         for step, batches in datasets.training_calls(
@@ -223,7 +223,7 @@ def score_training(run: Run, source: Source, end: int | None = None) -> Training
         ):
             yield step, jax.tree.map(lambda rows: parallel.global_array(run.mesh, rows, axis=1), batches)
 
-    def update(state: TrainState, batches: jax.Array) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batches: TrainingBatches) -> tuple[TrainState, Metrics]:
         return train_steps(state, batches, key)
 
     return Training(f"order {training.score_matching_order}", last, calls, update)

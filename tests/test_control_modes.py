@@ -43,7 +43,7 @@ def workdir(tmp_path_factory):
     moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
     params = jax.tree.unflatten(tree, moved)
     with run.open_checkpoints(Workdir(path)) as checkpoints:
-        checkpoints.save(state.replace(params=params, ema_params=jax.tree.map(np.copy, params)))
+        checkpoints.save(state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params)))
     Workdir(path).write_description(run.config, 1)
     return path
 
