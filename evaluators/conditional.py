@@ -149,7 +149,7 @@ class ConditionalEvaluator:
         shown = np.arange(pad_to_devices(min(self.num_images, SHOWN)))
         indices = np.minimum(shown, self.num_images - 1)
         x0, observation = self._observation(indices)
-        fill = jnp.full_like(x0, self.preprocess.scale(jnp.asarray(self.problem.fill)))
+        fill = self.preprocess.scale(jnp.full_like(x0, self.problem.fill))
         observed = finite_levels(self.preprocess, _shown(observation, fill), self.name)
         count = min(self.num_images, SHOWN)
         originals = self.source.images(indices)[:count]

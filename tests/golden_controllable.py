@@ -47,7 +47,7 @@ def check_classifier(path: Path) -> Iterator[Result]:
     yield from _by_example(
         "guidance_logits", jax.jit(NoisyClassifier.__call__)(classifier, data["x"], t), data["guidance_logits"]
     )
-    guided = GuidedScore(_no_score, classifier, jnp.asarray(data["class_labels"]))
+    guided = GuidedScore(jax.tree_util.Partial(_no_score), classifier, jnp.asarray(data["class_labels"]))
     yield from _by_example(
         "guidance_grad", jax.jit(GuidedScore.classifier_score)(guided, jnp.asarray(data["x"]), t), data["guidance_grad"]
     )

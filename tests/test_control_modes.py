@@ -26,7 +26,7 @@ def config_with(**fields):
     config = get_config()
     config.model.sigma_max = 1.0
     config.eval.update(batch_size=8, max_examples=12)
-    config.sampling.update(num_steps=6, batch_size=16, rtol=1e-4, atol=1e-4)
+    config.sampling.update(num_steps=6, batch_size=16, rtol=1e-5, atol=1e-5)
     config.control.update(num_images=3, num_draws=2, num_steps=5)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
     return config
@@ -40,7 +40,7 @@ def workdir(tmp_path_factory):
     state = run.fresh_state()
     leaves, tree = jax.tree.flatten(state.params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    moved = [leaf + 0.1 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    moved = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
     params = jax.tree.unflatten(tree, moved)
     with run.open_checkpoints(Workdir(path)) as checkpoints:
         checkpoints.save(state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params)))
@@ -76,19 +76,19 @@ def test_codes_are_encoded_decoded_and_interpolated(workdir, monkeypatch):
     assert codes["latents"].shape == (12, 8, 8, 1)
     assert codes["ids"].tolist() == list(range(12))
     assert result["n"] == 12
-    assert 0 < result["reconstruction_error"] <= result["largest_error"] < 100 * config.sampling.atol
+    assert 0 < result["reconstruction_error"] <= result["largest_error"] < 0.05, "less than a grey level of 1 / 17"
 
     run_lib.control(config, workdir, "decode")
     originals = load_digits("test").images(np.arange(12))
     decoded = picture(workdir, "decoded")
     assert np.mean(decoded != originals) == pytest.approx(result["changed_levels"], abs=1e-3)
-    assert result["changed_levels"] < 0.02, "the network adds noise of a level, so few levels may change"
+    assert result["changed_levels"] < 0.1, "data have noise up to the next level, so few levels may change"
 
     run_lib.control(config, workdir, "interpolate")
     strips = picture(workdir, "interpolation").reshape(3, 5, 8, 8, 1)
-    assert np.mean(strips[:, 0] != originals[0:6:2]) < 0.02
-    assert np.mean(strips[:, -1] != originals[1:6:2]) < 0.02
-    assert np.mean(strips[:, 2] != strips[:, 0]) > 0.1
+    assert np.mean(strips[:, 0] != originals[0:6:2]) < 0.1
+    assert np.mean(strips[:, -1] != originals[1:6:2]) < 0.1
+    assert np.mean(strips[:, 2] != originals[0:6:2]) > 0.3
     assert len(read_run(workdir).pictures) == 3
 
 
@@ -118,10 +118,16 @@ def test_known_parts_are_kept(workdir, tmp_path):
     assert results(workdir)["restoration"]["known_error"] < 1e-5
 
 
-def test_classes_are_drawn_with_a_trained_classifier(workdir):
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """The folder of the classifier of clean images, which is trained once."""
+    return tmp_path_factory.mktemp("judge")
+
+
+def test_classes_are_drawn_with_a_trained_classifier(workdir, judge):
     fields = {"training__batch_size": 8, "control__classifier_n_iters": 3, "training__log_freq": 1}
     sampler = {"sampling__method": "heun", "sampling__max_nfe": 5}
-    config = config_with(**fields, **sampler, control__labels=(3, 7), eval__statistics_dir=str(workdir / "stats"))
+    config = config_with(**fields, **sampler, control__labels=(3, 7), eval__statistics_dir=str(judge))
     with pytest.raises(FileNotFoundError, match=r"no classifier in .*; train one with --mode=train_classifier"):
         run_lib.control(config, workdir, "classes")
     run_lib.train_classifier(config, workdir)
@@ -135,10 +141,10 @@ def test_classes_are_drawn_with_a_trained_classifier(workdir):
     assert "Samples of classes" in (workdir / "report.html").read_text()
 
 
-def test_a_network_that_is_told_classes_is_trained_and_guides_itself(tmp_path):
+def test_a_network_that_is_told_classes_is_trained_and_guides_itself(tmp_path, judge):
     fields = {"training__batch_size": 8, "training__n_iters": 3, "training__eval_freq": 5, "data__num_classes": 10}
     sampler = {"sampling__method": "heun", "sampling__max_nfe": 5, "control__labels": (1, 2)}
-    config = config_with(**fields, **sampler, eval__statistics_dir=str(tmp_path / "stats"))
+    config = config_with(**fields, **sampler, eval__statistics_dir=str(judge))
     run_lib.train(config, tmp_path)
     run = build(config)
     state = run.load_state(tmp_path)
