@@ -128,7 +128,12 @@ class Run:
 
     def network_description(self) -> dict[str, Any]:
         """The fields that a checkpoint must agree with: of the network, the SDE, and the kind of data."""
-        free = ("ema_rate", "ema_warmup", "dropout", "num_scales", "remat", "dtype")
+        free = {"ema_rate", "ema_warmup", "dropout", "remat", "dtype"}
+        training: dict[str, Any] = {"training.sde": self.config.training.sde}
+        if self.model.levels is None:
+            free |= {"num_scales", "interpolation"}  # checkpoints of older versions do not have them
+        else:
+            training["training.continuous"] = False
         model = {f"model.{k}": v for k, v in self.config.model.to_dict().items() if k not in free}
         if self.density is not None:
             data = {"data dimensions": self.density.dims}
@@ -136,7 +141,7 @@ class Run:
             data = {f"data.{k}": self.config.data[k] for k in ("image_size", "num_channels", "levels", "centered")}
         # Checkpoints of older versions do not have the number of classes.
         classes = {"data.num_classes": self.config.data.num_classes} if self.config.data.num_classes else {}
-        return {"training.sde": self.config.training.sde, **model, **data, **classes}
+        return {**training, **model, **data, **classes}
 
 
 def build(config: Config) -> Run:
@@ -148,10 +153,6 @@ def build(config: Config) -> Run:
     with unrecorded(config):  # a field that is only checked has no effect
         check_config(config)
         training = config.training
-        if not training.continuous:
-            raise ValueError(
-                "training.continuous is False, but training in discrete time is not supported: set it to True"
-            )
         _check_init(training)
         parts = training.accumulation_steps
         _check_kind_of_data(config)
@@ -169,7 +170,7 @@ def build(config: Config) -> Run:
 def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPreprocess) -> Trainer:
     return Trainer(
         model=model,
-        objective=objective_from_config(config.training),
+        objective=objective_from_config(config),
         optimizer=optimizer_from_config(config.optim, config.training.n_iters),
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,
