@@ -111,10 +111,8 @@ def test_known_parts_are_kept(workdir, tmp_path):
     run_lib.control(config_with(), workdir, "restore")
     drawn = picture(workdir, "restoration").reshape(3, 4, 4, 2, 4, 2)
     means = drawn.mean(axis=(3, 5))
-    # Samples are rounded down to levels, so means differ by up to one level; pixels below 0 are cut off.
-    inside = np.all((drawn > 0) & (drawn < 16), axis=(3, 5))[:, 2:]
-    assert inside.sum() > 5
-    assert np.abs(means[:, 2:] - means[:, :1])[inside].max() <= 1
+    # The second column has the observed means, rounded down to levels after noise of up to a level.
+    assert np.abs(means[:, 1] - means[:, 0]).max() <= 1
     assert results(workdir)["restoration"]["known_error"] < 1e-5
 
 
