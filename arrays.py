@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,14 @@ Factor: TypeAlias = Float[Array, "batch *#dims"]
 
 ScoreFn: TypeAlias = Callable[[Batch, PerExample], Batch]
 """score(x, t): an estimate of grad_x ln q_t(x). All that losses, likelihoods and samplers see of a network."""
+
+
+class LabelledBatch(NamedTuple):
+    """Images as integer levels, and their classes. Both may have another axis before that of the examples."""
+
+    images: Any
+    labels: Any
+
 
 ReportProgress: TypeAlias = Callable[[int, int], None]
 """report(steps_done, total_steps), called between the compiled calls of a long computation. It raises to stop it."""

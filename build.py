@@ -140,7 +140,9 @@ class Run:
             data = {"data dimensions": self.density.dims}
         else:
             data = {f"data.{k}": self.config.data[k] for k in ("image_size", "num_channels", "levels", "centered")}
-        return {**training, **model, **data}
+        # Checkpoints of older versions do not have the number of classes.
+        classes = {"data.num_classes": self.config.data.num_classes} if self.config.data.num_classes else {}
+        return {**training, **model, **data, **classes}
 
 
 def build(config: Config) -> Run:
@@ -163,6 +165,7 @@ def build(config: Config) -> Run:
                 f"optim.schedule is {config.optim.schedule!r} and training.n_iters_from_start is "
                 f"{training.n_iters_from_start}; schedules end at training.n_iters: set that instead"
             )
+        _check_classes(config, objective.every)
         parallel.divisible(training.batch_size, "training.batch_size", parts * objective.every)
     return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
 
@@ -177,6 +180,8 @@ def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPr
         accumulation_steps=config.training.accumulation_steps,
         unroll_parts=jax.default_backend() == "cpu",
         ema_warmup=config.model.ema_warmup,
+        num_classes=config.data.num_classes,
+        label_dropout=config.training.label_dropout if config.data.num_classes else 0.0,
     )
 
 
@@ -197,6 +202,21 @@ def _check_init(training: Config) -> None:
         raise ValueError(
             f"training.init_reset is {training.init_reset!r}, but training.init_from is empty; parts are reset only "
             "when a new run starts from the checkpoint of another"
+        )
+
+
+def _check_classes(config: Config, every: int) -> None:
+    """Raises ValueError if the network cannot be told the classes of the data."""
+    if not config.data.num_classes:
+        return
+    if config.model.name != "ncsnpp" or not config.model.conditional:
+        raise ValueError(
+            f"data.num_classes is {config.data.num_classes}, but only ncsnpp with model.conditional=True is told "
+            "classes: set it to 0"
+        )
+    if every > 1:
+        raise ValueError(
+            "training.high_order_fraction is not 1, but with data.num_classes all examples need all terms: set it to 1"
         )
 
 

@@ -8,15 +8,15 @@ hosts. Points of a density are 32-bit floats, which are not changed.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int
 
-from arrays import Batch, append_dims
+from arrays import Batch, LabelledBatch, append_dims
 from configs.default import Config
 from coordinates import GaussianReference
 from infra.parallel import local_rows, pad_rows
@@ -26,6 +26,21 @@ from sources import source_from_config as source_from_config
 from sources.densities import DENSITIES
 from sources.source import Examples
 from sources.splits import SPLITS as SPLITS
+
+
+def labels_of(source: Source) -> Int[np.ndarray, " n"]:
+    """The class of each image. Raises ValueError if the data have no classes."""
+    labels = getattr(source, "labels", None)
+    if labels is None:
+        raise ValueError(f"{source.description} has no class labels")
+    return np.asarray(labels, np.int32)
+
+
+def check_classes(source: Source, num_classes: int) -> None:
+    """Raises ValueError if the images have no classes, or classes that are not below `data.num_classes`."""
+    largest = int(labels_of(source).max())
+    if largest >= num_classes:
+        raise ValueError(f"data.num_classes is {num_classes}, but {source.description} has class {largest}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +73,32 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 class _TrainingBatches:
     """Random access to this host's rows of every training batch, for grain to read ahead from."""
 
-    def __init__(self, source: Source, order: BatchOrder, num_batches: int):
+    def __init__(self, source: Source, order: BatchOrder, num_batches: int, with_labels: bool):
         self.source, self.order, self.num_batches = source, order, num_batches
+        self.labels = labels_of(source) if with_labels else None
 
     def __len__(self) -> int:
         return self.num_batches
 
-    def __getitem__(self, index: int) -> Examples:
-        return self.source.images(self.order[index][local_rows(self.order.batch_size)])
+    def __getitem__(self, index: int) -> Examples | LabelledBatch:
+        rows = self.order[index][local_rows(self.order.batch_size)]
+        images = self.source.images(rows)
+        return images if self.labels is None else LabelledBatch(images, self.labels[rows])
 
 
-def training_batches(source: Source, batch_size: int, seed: int, first_step: int, num_steps: int) -> Iterator[Examples]:
-    """This host's rows of batches first_step, ..., num_steps - 1, read ahead in threads."""
+def training_batches(
+    source: Source, batch_size: int, seed: int, first_step: int, num_steps: int, with_labels: bool = False
+) -> Iterator[Any]:
+    """This host's rows of batches first_step, ..., num_steps - 1, read ahead in threads.
+
+    The batches are `Examples`, or `LabelledBatch` if `with_labels`.
+
+    Raises:
+        ValueError: if the data have no labels.
+    """
     if first_step >= num_steps:
         return iter(())
-    batches = _TrainingBatches(source, BatchOrder(len(source), batch_size, seed), num_steps)
+    batches = _TrainingBatches(source, BatchOrder(len(source), batch_size, seed), num_steps, with_labels)
     read = grain.ReadOptions(num_threads=2, prefetch_buffer_size=16)
     iterator = iter(grain.MapDataset.source(batches).to_iter_dataset(read))
     iterator.set_state({"next_index": first_step})
@@ -80,19 +106,27 @@ def training_batches(source: Source, batch_size: int, seed: int, first_step: int
 
 
 def training_calls(
-    source: Source, batch_size: int, seed: int, first_step: int, last_step: int, every: Sequence[int]
-) -> Iterator[tuple[int, Float[np.ndarray, "steps batch *dims"] | UInt8[np.ndarray, "steps batch *dims"]]]:
+    source: Source,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    last_step: int,
+    every: Sequence[int],
+    with_labels: bool = False,
+) -> Iterator[tuple[int, Any]]:
     """For each compiled call from `first_step` on: the step that it leads to, and this host's rows of its batches.
+
+    Batches are those of `training_batches`, stacked along a new first axis of steps.
 
     Args:
         every: calls end at multiples of any of these numbers of steps, wherever training starts. So a resumed run makes
             the same calls, and those steps can be saved.
     """
-    batches = training_batches(source, batch_size, seed, first_step, last_step)
+    batches = training_batches(source, batch_size, seed, first_step, last_step, with_labels)
     step = first_step
     while step < last_step:
         end = min(last_step, *((step // steps + 1) * steps for steps in every))
-        yield end, np.stack([next(batches) for _ in range(step, end)])
+        yield end, jax.tree.map(lambda *each: np.stack(each), *(next(batches) for _ in range(step, end)))
         step = end
 
 

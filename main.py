@@ -13,8 +13,16 @@ resumes when it is run again. The other modes:
     stats       measures the real images that samples are compared with, and prints the FIDs of real images
     cost        measures memory and time of a training step before a run starts, as --config.cost.* ask
     diagnose    shows where a model of images is bad: bits/dim by start time, errors by noise level
+    encode      computes the latent codes of images, and the error of their reconstruction
+    decode      turns latent codes into images
+    interpolate draws strips of pictures between pairs of images
+    inpaint     fills in the unknown part of images; see --config.control.mask
+    colorize    colours grey images
+    restore     draws images with given linear observations; see --config.control.matrix
+    classes     draws images of given classes, guided by the classifier of --mode=train_classifier
     export      writes a checkpoint as the published code stores it, to exported/ in the workdir
     train_deq   trains a dequantizer for a trained score model; --mode=eval uses it with --config.eval.dequantizer=True
+    train_classifier  trains a classifier of noisy images, which guides --mode=classes
 
 Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are requests to stop, in every mode: the state is saved within seconds, and the exit
 code is 75. The same command then resumes. A second Ctrl-C stops at once, with code 130. Other exit codes: 0 after
@@ -35,7 +43,13 @@ from configs.default import Config
 from configs.usage import record_reads
 from infra import stop  # JAX is imported late, so that --help, mistyped flags and signals are answered at once
 
-MODES = ("train", "train_deq", "eval", "diagnose", "export", "report", "prepare", "stats", "cost")
+CONTROL = ("encode", "decode", "interpolate", "inpaint", "colorize", "restore", "classes")
+"""The modes for latent codes and conditional samples."""
+
+MODES = (
+    *("train", "train_deq", "train_classifier", "eval", "diagnose", *CONTROL),
+    *("export", "report", "prepare", "stats", "cost"),
+)
 BAD_INPUT, FAILED = 2, 1
 """Exit codes other than 0, stop.STOPPED and stop.KILLED."""
 
@@ -52,12 +66,12 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the numbe
 _COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows next to this one.")
 
 
-_OF_SEVERAL_HOSTS = ("train", "train_deq", "eval", "diagnose", "export", "stats", "cost")
+_OF_SEVERAL_HOSTS = tuple(mode for mode in MODES if mode not in ("report", "prepare"))
 
 EFFECT = {
     "config": tuple(mode for mode in MODES if mode != "report"),
     "workdir": tuple(mode for mode in MODES if mode not in ("prepare", "stats")),
-    "eval_folder": ("eval", "diagnose"),
+    "eval_folder": ("eval", "diagnose", *CONTROL),
     "deq_folder": ("train_deq", "eval", "diagnose", "export"),
     "coordinator": _OF_SEVERAL_HOSTS,
     "num_processes": _OF_SEVERAL_HOSTS,
@@ -134,6 +148,10 @@ def _run(mode: str, workdir: Path) -> None:
         run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value, _DEQ_FOLDER.value)
     elif mode == "train_deq":
         run_lib.train_deq(_CONFIG.value, workdir, _DEQ_FOLDER.value)
+    elif mode == "train_classifier":
+        run_lib.train_classifier(_CONFIG.value, workdir)
+    elif mode in CONTROL:
+        run_lib.control(_CONFIG.value, workdir, mode, _EVAL_FOLDER.value)
     elif mode == "diagnose":
         run_lib.diagnose(_CONFIG.value, workdir, _EVAL_FOLDER.value, _DEQ_FOLDER.value)
     elif mode == "export":

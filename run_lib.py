@@ -7,7 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from configs.usage import alternatives, record_reads, recorder_of, unrecorded
 from datasets import Source
 from dequantization.noise import dequantizer_from_config
 from dequantization.training import DequantizerTraining, dequantizer_state, evaluation_dequantizer, score_params
-from evaluators import Evaluator, evaluators_from_config
+from evaluators import MODES, Evaluator, evaluators_from_config
+from evaluators.class_training import ClassifierTraining, classifier_folder
 from evaluators.diagnostics import DiagnosticsEvaluator
 from evaluators.estimators import estimator_from_config
 from evaluators.fid import prepare_statistics
@@ -64,7 +65,7 @@ from report.formatting import text_table
 from report.page import write_report
 from report.run_files import read_run
 from sources import prepare_from_config
-from train_state import TrainState, reset_parts
+from train_state import TrainingBatches, TrainState, reset_parts
 
 
 def train(config: Config, path: Path) -> None:
@@ -78,6 +79,8 @@ def train(config: Config, path: Path) -> None:
     run, workdir = build(config), Workdir(path)
     train_source, test_source = (datasets.source_from_config(config, split) for split in datasets.SPLITS)
     parallel.require_same(f"{train_source.description}; {test_source.description}", "data")
+    if config.data.num_classes:
+        datasets.check_classes(train_source, config.data.num_classes)
     new = not workdir.has_checkpoints()
     init_state = initial_state(run) if config.training.init_from and new else None
     snapshots, order = Snapshots(run, workdir), config.training.score_matching_order
@@ -212,15 +215,15 @@ def score_training(run: Run, source: Source, end: int | None = None) -> Training
     last = training.n_iters if end is None else end
     train_steps, key = run.train_steps(), run.key(TRAIN_KEY)
 
-    def calls(first_step: int) -> Iterator[tuple[int, jax.Array]]:
+    def calls(first_step: int) -> Iterator[tuple[int, TrainingBatches]]:
         # Checkpoints are kept permanently at multiples of snapshot_freq, so calls end there, too.
         every = (training.n_jitted_steps, training.snapshot_freq)
         for step, batches in datasets.training_calls(
-            source, training.batch_size, run.config.seed, first_step, last, every
+            source, training.batch_size, run.config.seed, first_step, last, every, run.config.data.num_classes > 0
         ):
-            yield step, parallel.global_array(run.mesh, batches, axis=1)
+            yield step, jax.tree.map(lambda rows: parallel.global_array(run.mesh, rows, axis=1), batches)
 
-    def update(state: TrainState, batches: jax.Array) -> tuple[TrainState, Metrics]:
+    def update(state: TrainState, batches: TrainingBatches) -> tuple[TrainState, Metrics]:
         return train_steps(state, batches, key)
 
     return Training(f"order {training.score_matching_order}", last, calls, update)
@@ -248,25 +251,59 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
     run, folder = build(config), Workdir(path / deq_folder)
     if folder.path == path:
         raise ValueError(f"--deq_folder={deq_folder} is the workdir of the score model; name a folder inside it")
-    training, order = DequantizerTraining(run), config.training.score_matching_order
+    training = DequantizerTraining(run)
     params = score_params(run, Workdir(path))
     score_fn = run.score_fn(params)
     folder.prepare()
     with folder.lock(), training.open_checkpoints(folder, params) as checkpoints:
         state = checkpoints.resume() or training.first_state()
         _check_not_beyond(int(state.step), config.deq.n_iters, "deq.n_iters", folder)
-        folder.write_description(config, num_parameters(state))
-        with MetricsWriter(folder.train) as metrics:
-            callbacks = [
-                record_metrics(metrics, order, shown="bpd"),
-                stop_after_failures(config.training.max_nonfinite, folder),
-                record_test_loss(lambda params: training.test_bound(score_fn, params), metrics, order),
-                save_checkpoints(checkpoints),
-                warn_after_first_call(config, "train_deq"),
-            ]
-            if not stop.now():
-                training_loop(training.training(score_fn), state, config.training, callbacks)
+        test = functools.partial(training.test_bound, score_fn)
+        _train_beside(config, "train_deq", folder, training.training(score_fn), state, checkpoints, test)
     stop.check()
+
+
+def train_classifier(config: Config, path: Path) -> None:
+    """Trains the classifier of noisy images that --mode=classes uses, to step `control.classifier_n_iters`.
+
+    It is in the subfolder classifier/ of the workdir of a score model, which need not be trained yet. Batch size,
+    optimizer, records and checkpoints are configured as for the score model.
+
+    Raises:
+        KeyboardInterrupt, ValueError, OSError, FloatingPointError: as in `train_deq`.
+    """
+    run, folder = build(config), classifier_folder(path)
+    training = ClassifierTraining(run)
+    folder.prepare()
+    with folder.lock(), training.open_checkpoints(folder) as checkpoints:
+        state = checkpoints.resume() or training.first_state()
+        _check_not_beyond(int(state.step), training.last_step, "control.classifier_n_iters", folder)
+        _train_beside(config, "train_classifier", folder, training.training(), state, checkpoints, training.test)
+    stop.check()
+
+
+def _train_beside(
+    config: Config,
+    mode: str,
+    folder: Workdir,
+    training: Training,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    test: Callable[[Any], Mapping[str, float]],
+) -> None:
+    """Trains a model other than the score model, in a folder of its own."""
+    order = config.training.score_matching_order
+    folder.write_description(config, num_parameters(state))
+    with MetricsWriter(folder.train) as metrics:
+        callbacks = [
+            record_metrics(metrics, order, shown="bpd" if mode == "train_deq" else "loss"),
+            stop_after_failures(config.training.max_nonfinite, folder),
+            record_test_loss(test, metrics, order),
+            save_checkpoints(checkpoints),
+            warn_after_first_call(config, mode),
+        ]
+        if not stop.now():
+            training_loop(training, state, config.training, callbacks)
 
 
 def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "deq") -> None:
@@ -300,6 +337,19 @@ def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: 
     _check_eval_folder(eval_folder)
     evaluator = DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, [evaluator], Workdir(path), eval_folder)
+
+
+def control(config: Config, path: Path, mode: str, eval_folder: str = "eval") -> None:
+    """Computes latent codes or conditional samples, with the evaluator that `evaluators.MODES` names.
+
+    Checkpoints are chosen, results written and interruptions resumed as in `evaluate`.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError, RuntimeError: as in `evaluate`.
+    """
+    run = build(config)
+    _check_eval_folder(eval_folder)
+    evaluate_with(run, [MODES[mode](run, Workdir(path))], Workdir(path), eval_folder)
 
 
 def evaluate_with(run: Run, evaluators: Sequence[Evaluator], workdir: Workdir, eval_folder: str) -> None:

@@ -21,6 +21,11 @@ from jaxtyping import Array, Float, Int, Key
 import ode
 from arrays import Batch, ReportProgress, ScoreFn, in_parts
 from configs.default import Config
+from samplers.controllable import ClassifierFreeScore as ClassifierFreeScore  # conditions are found here, too
+from samplers.controllable import GuidedScore as GuidedScore
+from samplers.controllable import Observation, observe, observed_prior
+from samplers.controllable import basis_of_matrix as basis_of_matrix
+from samplers.controllable import colorization_basis as colorization_basis
 from samplers.few_step import SCHEDULES, DataRange, LogNoiseLevels, denoise, dpm_solver, heun, noise_levels
 from samplers.langevin import annealed_langevin_dynamics
 from samplers.predictor_corrector import CORRECTORS, PREDICTORS, Update, check_ancestral
@@ -46,6 +51,8 @@ class Sampler(abc.ABC):
         smallest_time: sampling ends at this time.
         noise_removal: returns the mean of x_0 given the last x, or for the predictor-corrector sampler the mean of the
             last update, instead of the last x itself.
+        temperature: factor of x at t_max. Samplers that follow the ODE keep it: 1 samples the model, less than 1 more
+            typical images ([S21a] Sec. 4.3). Noise that is added later does not have this factor.
 
     Raises:
         ValueError: from the constructors, for a name or number that is not allowed.
@@ -54,8 +61,11 @@ class Sampler(abc.ABC):
     sde: SDE
     smallest_time: float = 1e-5
     noise_removal: bool = True
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"sampling.temperature must not be negative, got {self.temperature}")
         if not 0 < self.smallest_time < self.sde.t_max:
             raise ValueError(
                 f"sampling.smallest_time must lie between 0 and {self.sde.t_max}, got {self.smallest_time}"
@@ -74,7 +84,11 @@ class Sampler(abc.ABC):
         Calls `progress` between the parts of the computation, so that it can be watched and stopped.
         """
         keys = image_keys(key, image_indices)
-        return self.solve(ode.as_pytree(score_fn), prior_samples(self.sde, keys, image_shape), keys, progress)
+        return self.solve(ode.as_pytree(score_fn), self._start(keys, image_shape), keys, progress)
+
+    def _start(self, keys: ImageKeys, image_shape: tuple[int, ...]) -> Batch:
+        """Draws x at t_max."""
+        return self.temperature * prior_samples(self.sde, keys, image_shape)
 
     @property
     def follows_ode(self) -> bool:
@@ -150,22 +164,59 @@ class PredictorCorrector(Sampler):
         return self.probability_flow and self.corrector == "none"
 
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
+        return self._run(score_fn, x, keys, progress)
+
+    def conditional(
+        self,
+        score_fn: ScoreFn,
+        key: Key[Array, ""],
+        image_indices: Int[Array, " batch"],
+        observation: Observation,
+        progress: ReportProgress | None = None,
+    ) -> Samples:
+        """Draws the images with these numbers, with the known components of the observation; see `controllable`."""
+        keys = image_keys(key, image_indices)
+        x = observed_prior(observation, self.sde, self._start(keys, observation.known.shape[1:]))
+        return self._run(ode.as_pytree(score_fn), x, keys, progress, observation)
+
+    def _run(
+        self,
+        score_fn: ScoreFn,
+        x: Batch,
+        keys: ImageKeys,
+        progress: ReportProgress | None,
+        observation: Observation | None = None,
+    ) -> Samples:
         """Compiles one program for any part of the steps."""
 
         def advance(state: Update, first: int, last: int) -> Update:
-            return _pc_steps(self, score_fn, keys, state, first, last)
+            return _pc_steps(self, score_fn, keys, state, first, last, observation)
 
         state = in_parts(advance, (x, x), self.num_steps, progress)
         x, x_mean = state
         each = (self.predictor != "none") + self.corrector_steps * (self.corrector != "none")
         return Samples(x_mean if self.noise_removal else x, self.num_steps * each)
 
-    def step(self, score_fn: ScoreFn, state: Update, i: Array, draw: Callable[[Array | int], Batch]) -> Update:
+    def step(
+        self,
+        score_fn: ScoreFn,
+        state: Update,
+        i: Array,
+        draw: Callable[[Array | int], Batch],
+        observation: Observation | None = None,
+    ) -> Update:
         """Runs step i: the corrector, then the predictor.
 
         Args:
-            draw: standard normal noise by number: 0 for the predictor, j for the j-th step of the corrector.
+            draw: standard normal noise by number: 0 for the predictor, j for the j-th step of the corrector, and after
+                these in the same order for the known components of an observation.
         """
+
+        def observed(update: Update, number: Array | int) -> Update:
+            if observation is None:
+                return update
+            return observe(observation, self.sde, update, t, draw(self.corrector_steps + 1 + number))
+
         t = jnp.full(len(state[0]), jnp.linspace(self.sde.t_max, self.smallest_time, self.num_steps)[i])
         predict, correct = PREDICTORS[self.predictor], CORRECTORS[self.corrector]
         if correct is not None:
@@ -173,11 +224,14 @@ class PredictorCorrector(Sampler):
             state = jax.lax.fori_loop(
                 1,
                 self.corrector_steps + 1,
-                lambda j, state: correct(score_fn, self.sde, state[0], t, draw(j), self.num_steps, self.snr),
+                lambda j, state: observed(
+                    correct(score_fn, self.sde, state[0], t, draw(j), self.num_steps, self.snr), j
+                ),
                 state,
             )
         if predict is not None:
-            state = predict(score_fn, self.sde, state[0], t, draw(0), self.num_steps, self.probability_flow)
+            update = predict(score_fn, self.sde, state[0], t, draw(0), self.num_steps, self.probability_flow)
+            state = observed(update, 0)
         return state
 
 
@@ -189,12 +243,13 @@ def _pc_steps(
     state: Update,
     first: Int[Array, ""] | int,
     last: Int[Array, ""] | int,
+    observation: Observation | None = None,
 ) -> Update:
     """Runs steps first, ..., last - 1. The bounds are traced, so one program can run any part of the steps."""
     image_shape = state[0].shape[1:]
 
     def step(i: Array, state: Update) -> Update:
-        return sampler.step(score_fn, state, i, functools.partial(_noise, keys, image_shape, i))
+        return sampler.step(score_fn, state, i, functools.partial(_noise, keys, image_shape, i), observation)
 
     return jax.lax.fori_loop(first, last, step, state)
 
@@ -225,14 +280,26 @@ class ODESampler(Sampler):
         return True
 
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
-        flow = _ProbabilityFlow(self.sde, score_fn)
-        times = self.sde.t_max, self.smallest_time
-        settings = {"method": self.method, "rtol": self.rtol, "atol": self.atol}
-        x, info = ode.integrate(flow, x, *times, **settings, progress=progress)
-        ode.require_success(info)
+        x, nfe = self._integrate(score_fn, x, self.sde.t_max, self.smallest_time, progress)
         if self.noise_removal:
             x = _denoise(score_fn, self.sde, x, self.smallest_time)
-        return Samples(x, int(info.nfe) + self.noise_removal)
+        return Samples(x, nfe + self.noise_removal)
+
+    def encode(self, score_fn: ScoreFn, x: Batch, progress: ReportProgress | None = None) -> Samples:
+        """Computes the latents of images: x at t_max from x at smallest_time."""
+        return Samples(*self._integrate(ode.as_pytree(score_fn), x, self.smallest_time, self.sde.t_max, progress))
+
+    def decode(self, score_fn: ScoreFn, latents: Batch, progress: ReportProgress | None = None) -> Samples:
+        """Inverts `encode`, to the tolerances of the solver. It removes no noise."""
+        return Samples(*self._integrate(ode.as_pytree(score_fn), latents, self.sde.t_max, self.smallest_time, progress))
+
+    def _integrate(
+        self, score_fn: ScoreFn, x: Batch, start: float, end: float, progress: ReportProgress | None
+    ) -> tuple[Batch, int]:
+        settings = {"method": self.method, "rtol": self.rtol, "atol": self.atol}
+        x, info = ode.integrate(_ProbabilityFlow(self.sde, score_fn), x, start, end, **settings, progress=progress)
+        ode.require_success(info)
+        return x, int(info.nfe)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("score_fn",), meta_fields=("sde",))
@@ -376,7 +443,8 @@ def sampler_from_config(config: Config, sde: SDE, data_range: DataRange) -> Samp
     return SAMPLERS[config.sampling.method](config, sde, data_range)
 
 
-def _pc_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+def pc_from_config(config: Config, sde: SDE, data_range: DataRange = None) -> PredictorCorrector:
+    """The predictor-corrector sampler with the fields of `sampling`, whatever sampling.method says."""
     del data_range
     sampling = config.sampling
     return PredictorCorrector(
@@ -390,7 +458,8 @@ def _pc_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
     )
 
 
-def _ode_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+def ode_from_config(config: Config, sde: SDE, data_range: DataRange = None) -> ODESampler:
+    """The sampler by the ODE with the fields of `sampling`, whatever sampling.method says."""
     del data_range
     sampling = config.sampling
     fields = _common_fields(config, sde)
@@ -420,7 +489,8 @@ def _langevin_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sa
 def _common_fields(config: Config, sde: SDE) -> dict[str, Any]:
     """The fields of every `Sampler`."""
     sampling = config.sampling
-    return {"sde": sde, "smallest_time": sampling.smallest_time, "noise_removal": sampling.noise_removal}
+    names = ("smallest_time", "noise_removal", "temperature")
+    return {"sde": sde, **{name: sampling[name] for name in names}}
 
 
 def _fast_fields(config: Config, sde: SDE, data_range: DataRange) -> dict[str, Any]:
@@ -435,8 +505,8 @@ def _fast_fields(config: Config, sde: SDE, data_range: DataRange) -> dict[str, A
 
 
 SAMPLERS: dict[str, Callable[[Config, SDE, DataRange], Sampler]] = {
-    "pc": _pc_from_config,
-    "ode": _ode_from_config,
+    "pc": pc_from_config,
+    "ode": ode_from_config,
     "dpm_solver": _dpm_solver_from_config,
     "heun": _heun_from_config,
     "langevin": _langevin_from_config,

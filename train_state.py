@@ -10,15 +10,17 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from arrays import Batch, PerExample
+from arrays import Batch, LabelledBatch, PerExample
 from configs.default import Config
 from models.score import Params, ScoreModel
 from objectives.objective import Draws, Residual, TrainingObjective
 
 Metrics = dict[str, Array]
-TrainingBatch: TypeAlias = UInt8[Array, "batch height width channel"] | Float[Array, "batch d"]
-"""Images as integer levels, or points."""
-TrainingBatches: TypeAlias = UInt8[Array, "steps batch height width channel"] | Float[Array, "steps batch d"]
+TrainingBatch: TypeAlias = UInt8[Array, "batch height width channel"] | Float[Array, "batch d"] | LabelledBatch
+"""Images as integer levels, alone or with their classes, or points."""
+TrainingBatches: TypeAlias = (
+    UInt8[Array, "steps batch height width channel"] | Float[Array, "steps batch d"] | LabelledBatch
+)
 
 
 NUM_LARGEST = 3
@@ -188,21 +190,25 @@ class Trainer:
     model: ScoreModel
     objective: TrainingObjective
     optimizer: optax.GradientTransformation
-    preprocess: Callable[[Array, TrainingBatch], Batch]
+    preprocess: Callable[[Array, Array], Batch]
+    """From images as integer levels, or points, to the data that the network sees."""
     ema_rate: float
     accumulation_steps: int = 1
     unroll_parts: bool = False
     """Unroll the loop over the parts of a batch: for CPUs, where XLA's gradients of convolutions are slow in loops."""
     ema_warmup: bool = False
+    num_classes: int = 0
+    label_dropout: float = 0.0
+    """Part of the examples whose class the network is not told."""
 
     def train_steps(self, state: TrainState, images: TrainingBatches, key: Array) -> tuple[TrainState, Metrics]:
         """One step for each batch along the first axis of `images`.
 
         Metrics are means over the steps that did not fail. `failed` and `largest_times` have a row for each step.
         """
-        if len(images) == 1:
+        if len(jax.tree.leaves(images)[0]) == 1:
             # No loop for a single step, see `unroll_parts`.
-            return self.train_step(state, images[0], key)
+            return self.train_step(state, jax.tree.map(lambda a: a[0], images), key)
         state, metrics = jax.lax.scan(lambda s, batch: self.train_step(s, batch, key), state, images)
         kept, weights = {}, 1 - metrics["failed"]
         for name in ("failed", "largest_times"):
@@ -250,22 +256,26 @@ class Trainer:
         result, except for the choice of the units that dropout leaves out.
         """
         data_key, noise_key, dropout_key = jax.random.split(key, 3)
-        x0 = self.preprocess(data_key, images)
+        if isinstance(images, LabelledBatch):
+            x0 = self.preprocess(data_key, images.images)
+            classes = self._told_classes(jax.random.fold_in(data_key, 1), images.labels)
+        else:
+            x0, classes = self.preprocess(data_key, images), None
         density = residuals.density() if residuals is not None and self.objective.draws_own_times else None
         noise = self.objective.draw_noise(noise_key, self.model.sde, x0.shape, density)
         if self.accumulation_steps == 1:
-            return self.loss_gradient(params, x0, noise, dropout_key, residuals)
+            return self.loss_gradient(params, x0, noise, dropout_key, residuals, classes)
 
         def accumulate(
-            total: Params, part: tuple[Batch, Draws, Array]
+            total: Params, part: tuple[Batch, Draws, Array | None, Array]
         ) -> tuple[Params, tuple[Metrics, ResidualTable | None]]:
-            x0, noise, key = part
+            x0, noise, classes, key = part
             if self.unroll_parts:
                 x0 = _once_known(x0, total)
-            gradient, metrics, table = self.loss_gradient(params, x0, noise, key, residuals)
+            gradient, metrics, table = self.loss_gradient(params, x0, noise, key, residuals, classes)
             return jax.tree.map(jnp.add, total, gradient), (metrics, table)
 
-        batches = jax.tree.map(self._split, (x0, noise))
+        batches = jax.tree.map(self._split, (x0, noise, classes))
         parts = (*batches, jax.random.split(dropout_key, self.accumulation_steps))
         zeros = jax.tree.map(jnp.zeros_like, params)
         total, (metrics, table) = jax.lax.scan(accumulate, zeros, parts, unroll=self.unroll_parts)
@@ -273,18 +283,33 @@ class Trainer:
         metrics, table = jax.tree.map(lambda a: jnp.mean(a, axis=0), (metrics, table))
         return jax.tree.map(lambda g: g / self.accumulation_steps, total), metrics | worst, table
 
+    def _told_classes(self, key: Array, labels: Int[Array, " batch"]) -> Int[Array, " batch"]:
+        """The classes that the network is told: at random, the number after the last class, which means any class."""
+        untold = jax.random.bernoulli(key, self.label_dropout, labels.shape)
+        return jnp.where(untold, self.num_classes, labels)
+
     def loss_gradient(
-        self, params: Params, x0: Batch, noise: Draws, dropout_key: Array, residuals: ResidualTable | None
+        self,
+        params: Params,
+        x0: Batch,
+        noise: Draws,
+        dropout_key: Array,
+        residuals: ResidualTable | None,
+        classes: Int[Array, " batch"] | None = None,
     ) -> tuple[Params, Metrics, ResidualTable | None]:
         """Gradient of the mean total loss over x0; the mean of each term, and the `largest` losses with their times;
-        the residuals of this batch."""
+        the residuals of this batch.
+
+        Args:
+            classes: that the network is told, if it is told any.
+        """
         residual = quantiles = None
         if residuals is not None and self.objective.needs_residual:
             quantiles = self.objective.quantiles(self.model.sde, noise.t)
             residual = residuals.at(quantiles)
 
         def mean_loss(params: Params) -> tuple[Array, tuple[Metrics, ResidualTable | None]]:
-            score_fn = self.model.score_fn(params, dropout_key)
+            score_fn = self.model.score_fn(params, dropout_key).with_classes(classes)
             losses = self.objective.losses(score_fn, self.model.sde, x0, noise, residual)
             metrics = {name: jnp.mean(value) for name, value in losses.items()}
             metrics |= largest(jax.lax.stop_gradient(losses["total"]), noise.t)

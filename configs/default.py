@@ -22,6 +22,7 @@ def get_config() -> Config:
     config.sampling = _sampling()
     config.eval = _eval()
     config.deq = _deq()
+    config.control = _control()
     config.cost = _cost()
     return config
 
@@ -73,6 +74,9 @@ def _training() -> ConfigDict:
     training.high_order_fraction = 1.0
     # spread the times of a batch evenly instead of drawing them independently
     training.stratified_times = False
+    # part of the examples whose class the network is not told, with data.num_classes, so that it also learns the score
+    # of all classes together
+    training.label_dropout = 0.1
     training.likelihood_weighting = False  # weight the first order by g^2 (True) or by sigma^2 (False)
     # draw times with density proportional to g^2 / sigma^2; needs likelihood_weighting
     training.importance_weighting = False
@@ -126,6 +130,8 @@ def _data() -> ConfigDict:
     data.levels = 256  # grey levels of a channel; bits/dim are computed for this number of levels
     data.centered = False  # scale images to [-1, 1] (True) or to [0, 1] (False) for the network
     data.random_flip = True  # mirror training images left to right at random
+    # classes of the labels that the network is told (ncsnpp only); 0: it is not told any
+    data.num_classes = 0
     data.uniform_dequantization = False  # add uniform noise of one grey level to training images
     # train on (level + 1/2) / levels, the middle of the bin of each level, instead of level / (levels - 1)
     data.bin_centers = False
@@ -228,6 +234,9 @@ def _sampling() -> ConfigDict:
     # return the mean of the last update (pc) or the denoised last sample (other methods), without noise
     sampling.noise_removal = True
     sampling.smallest_time = 1e-5  # time at which sampling ends
+    # factor of the noise from which sampling starts, and of latents that are decoded; less than 1 gives more typical
+    # images with less variety, from samplers that follow the ODE
+    sampling.temperature = 1.0
     sampling.ode_solver = "dopri5"  # solver of ode: dopri5 (on the devices) or scipy (on the host, as published)
     sampling.rtol = 1e-5  # relative tolerance of ode
     sampling.atol = 1e-5  # absolute tolerance of ode
@@ -323,6 +332,31 @@ def _deq() -> ConfigDict:
     deq.ema_rate = 0.99  # decay of the averaged parameters, which evaluation uses
     deq.offset = True  # train on the bound with its start-time correction
     return deq
+
+
+def _control() -> ConfigDict:
+    """Latent codes and conditional samples. docs/evaluation.md describes their modes."""
+    control = ConfigDict()
+    # .npz file with an array `images` of integer images to encode or to condition on; empty: those of eval.bpd_dataset
+    control.images = ""
+    control.latents = ""  # .npz file with latents to decode; empty: those that --mode=encode wrote for the checkpoint
+    control.num_images = 8  # images to condition on, or pairs of images to interpolate between
+    control.num_draws = 6  # samples for each image, or for each class
+    control.num_steps = 9  # pictures in a strip between two images, with both ends
+    # known part of the images of --mode=inpaint: left, right, top, bottom or border, which is all but the central
+    # quarter; or a file: .npz with an array `mask` of 0 and 1 (1: known), or a picture, where bright pixels are known
+    control.mask = "left"
+    # linear observations of --mode=restore: blocks, means over 2x2 pixels; or an .npz file with an array `matrix` of
+    # shape [observations, pixels], and `observations` of shape [images, observations] if not those of the images
+    control.matrix = "blocks"
+    control.labels = ()  # classes that --mode=classes draws; none means all
+    # strength of the guidance in --mode=classes: 0 ignores the class, 1 is the conditional score, and more gives more
+    # typical images of the class
+    control.guidance = 1.0
+    control.classifier_blocks = 1  # residual blocks in each group of the classifier of noisy images; published: 4
+    control.classifier_width = 1  # width of the classifier, in units of 16, 32 and 64 channels; published: 10
+    control.classifier_n_iters = 2000  # step at which --mode=train_classifier ends
+    return control
 
 
 def _cost() -> ConfigDict:

@@ -6,18 +6,37 @@ results of different settings never mix. The random numbers of an example depend
 of the example, but not on its batch.
 """
 
+import functools
 from collections.abc import Callable
 
 import datasets
 from build import Run
 from dequantization.noise import Dequantizer
 from evaluators.bits_per_dim import BitsPerDimEvaluator
+from evaluators.conditional import PROBLEMS, ClassesEvaluator, ConditionalEvaluator
 from evaluators.estimators import places_from_config
 from evaluators.evaluator import Evaluator as Evaluator
 from evaluators.fid import comparison_from_config
+from evaluators.latents import DecodeEvaluator, EncodeEvaluator, InterpolateEvaluator
 from evaluators.loss import LossEvaluator
 from evaluators.points import PointLikelihoodEvaluator, PointSamplesEvaluator
 from evaluators.samples import SamplesEvaluator
+from infra.workdir import Workdir
+
+
+def _conditional(mode: str, run: Run, workdir: Workdir) -> Evaluator:
+    del workdir
+    return ConditionalEvaluator(run, mode)
+
+
+MODES: dict[str, Callable[[Run, Workdir], Evaluator]] = {
+    "encode": lambda run, workdir: EncodeEvaluator(run),
+    "decode": lambda run, workdir: DecodeEvaluator(run),
+    "interpolate": lambda run, workdir: InterpolateEvaluator(run),
+    **{mode: functools.partial(_conditional, mode) for mode in PROBLEMS},
+    "classes": ClassesEvaluator,
+}
+"""The evaluators that are modes of main.py of their own, from the run and the workdir of the score model."""
 
 
 def evaluators_from_config(run: Run, dequantizer: Callable[[], Dequantizer]) -> list[Evaluator]:

@@ -44,9 +44,11 @@ def image_grid(
     return Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas)
 
 
-def save_grid(path: Path, images: UInt8[np.ndarray, "n height width channels"], levels: int) -> None:
+def save_grid(
+    path: Path, images: UInt8[np.ndarray, "n height width channels"], levels: int, columns: int | None = None
+) -> None:
     """Writes a grid of images to a PNG file."""
-    write_atomic(path, image_png(image_grid(images, levels)))
+    write_atomic(path, image_png(image_grid(images, levels, columns)))
 
 
 def image_png(image: Image.Image) -> bytes:

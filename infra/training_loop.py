@@ -162,8 +162,9 @@ def _explain(call: Call, number: int, limit: int, workdir: Workdir) -> str:
     times = np.atleast_2d(jax.device_get(call.metrics.get("largest_times", np.empty(0))))
     times = times[min(number, len(times) - 1)]
     batches = parallel.fetch(call.batches)
+    arrays = batches._asdict() if hasattr(batches, "_asdict") else {"batches": batches}
     if jax.process_index() == 0:
-        write_npz(workdir.failed_batch, batches=batches, first_step=call.before + 1, step=step, times=times)
+        write_npz(workdir.failed_batch, **arrays, first_step=call.before + 1, step=step, times=times)
     where = f"; the largest losses of this step are at t = {', '.join(f'{t:.3g}' for t in times)}" if len(times) else ""
     return (
         f"loss or gradient not finite in {limit} steps in a row, the last of which is step {step}{where}; its batch is "

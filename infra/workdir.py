@@ -10,6 +10,9 @@
     samples/LABEL/images_K.npz, .png  all samples, at most 10,000 in a file; K is the number of the first
     samples/points/LABEL.npz          points drawn from a model; data.npz: test points
     samples/snapshots/step_STEP.npz   samples drawn during training, with pictures in .png files
+    latents/LABEL.npz                 latent codes of images: evaluators/latents.py
+    pictures/LABEL_WHAT.npz, .png     images of latent codes, and conditional samples
+    classifier/                       the classifier that guides samples, a folder like that of a dequantizer
     density/LABEL.npz                 the density of a model of points on a grid
     cost.json                         costs of a training step, from --mode=cost
     failed_batch.npz                  the batches in which losses were not finite too often: training_loop.py
@@ -62,7 +65,10 @@ class Workdir:
     path: Path
 
     CHECKPOINTS: ClassVar[str] = "checkpoints"
-    OTHER_FOLDERS: ClassVar[tuple[str, ...]] = (CHECKPOINTS, "train", "samples", "density", "exported", "figures")
+    OTHER_FOLDERS: ClassVar[tuple[str, ...]] = (
+        *(CHECKPOINTS, "train", "samples", "density", "exported", "figures"),
+        *("latents", "pictures", "classifier"),
+    )
     """Subfolders that are not for results."""
 
     @property
@@ -100,6 +106,14 @@ class Workdir:
     @property
     def density(self) -> Path:
         return self.path / "density"
+
+    @property
+    def latents(self) -> Path:
+        return self.path / "latents"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
 
     @property
     def failed_batch(self) -> Path:
@@ -260,6 +274,17 @@ class EvaluationFolder:
         """The label in samples/ and density/, where the artefacts of all evaluation folders are."""
         return self.label if self.name == "eval" else f"{self.label}_{self.name.replace('/', '_')}"
 
+    def write_picture(self, what: str, images: NumpyImages, levels: int, columns: int = 0) -> None:
+        """Writes images as an array and as a picture to pictures/; without `columns`, at most `PER_GRID` are drawn.
+
+        Args:
+            what: what they show, one word.
+            columns: images in a row of the picture; 0: as square as possible.
+        """
+        path = self.workdir.pictures / f"{self.artefact_label}_{what}"
+        ImageGrid(images, levels, self.step, columns=columns).write(path.with_name(f"{path.name}.npz"))
+        save_grid(path.with_name(f"{path.name}.png"), images if columns else images[:PER_GRID], levels, columns or None)
+
 
 @dataclasses.dataclass(frozen=True)
 class ImageGrid:
@@ -270,15 +295,19 @@ class ImageGrid:
     step: int
     name: str = ""
     """The name of the file, without its ending."""
+    columns: int = 0
+    """Images in a row of the picture; 0: as square as possible."""
 
     def write(self, path: Path) -> None:
-        write_npz(path, samples=self.images, levels=self.levels, step=self.step)
+        columns = {"columns": self.columns} if self.columns else {}
+        write_npz(path, samples=self.images, levels=self.levels, step=self.step, **columns)
 
     @classmethod
     def read(cls, path: Path) -> "ImageGrid":
         """Raises ValueError if the file is damaged."""
         arrays = _named_arrays(path, "samples", "levels")
-        return cls(arrays["samples"], int(arrays["levels"]), int(arrays.get("step", 0)), path.stem)
+        step, columns = int(arrays.get("step", 0)), int(arrays.get("columns", 0))
+        return cls(arrays["samples"], int(arrays["levels"]), step, path.stem, columns)
 
 
 @dataclasses.dataclass(frozen=True)

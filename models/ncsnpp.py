@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from arrays import PerExample, append_dims
 from configs.default import Config
@@ -89,18 +89,21 @@ class NCSNpp(nn.Module):
     centered: bool = True  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
     dtype: str = "float32"  # of feature maps; parameters, moments, embeddings and the output keep the images' precision
     remat: str = "none"  # what the backward pass recomputes of each block; see `REMAT_POLICIES`
+    num_classes: int = 0  # classes 0, ..., num_classes - 1 that the network is told; the next number means any class
 
     def __post_init__(self) -> None:
         _check_fields(self)
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: FeatureMap, labels: PerExample, train: bool) -> FeatureMap:
+    def __call__(
+        self, x: FeatureMap, labels: PerExample, train: bool, classes: Int[Array, " batch"] | None = None
+    ) -> FeatureMap:
         self._check_size(x)
         images = x if self.centered else 2 * x - 1
         if self.dtype == "bfloat16":
             images = images.astype(jnp.bfloat16)
-        block = functools.partial(self._block, embedding=self._embed(labels), train=train)
+        block = functools.partial(self._block, embedding=self._embed(labels, classes), train=train)
         skips = self._down_path(images, block)
         h = self._middle(skips[-1], block)
         h = self._up_path(h, skips, block, channels=x.shape[-1]).astype(x.dtype)
@@ -108,7 +111,7 @@ class NCSNpp(nn.Module):
             return h
         return h / append_dims(labels if self.ladder is None else self.ladder.sigma(labels), h)
 
-    def _embed(self, labels: PerExample) -> Embedding | None:
+    def _embed(self, labels: PerExample, classes: Int[Array, " batch"] | None) -> Embedding | None:
         if self.embedding_type == "fourier":
             embedding = GaussianFourierProjection(self.nf, self.fourier_scale)(jnp.log(labels))
         else:
@@ -116,7 +119,11 @@ class NCSNpp(nn.Module):
         if not self.conditional:
             return None
         embedding = nn.Dense(4 * self.nf, kernel_init=kernel_init())(embedding)
-        return nn.Dense(4 * self.nf, kernel_init=kernel_init())(self._act(embedding))
+        embedding = nn.Dense(4 * self.nf, kernel_init=kernel_init())(self._act(embedding))
+        if not self.num_classes:
+            return embedding
+        classes = jnp.full(labels.shape, self.num_classes) if classes is None else classes
+        return embedding + nn.Embed(self.num_classes + 1, 4 * self.nf, name="class_embedding")(classes)
 
     def _down_path(self, images: FeatureMap, block: Block) -> list[AnySize]:
         """The feature maps of the way down, from the highest resolution to the lowest."""
@@ -287,7 +294,8 @@ def ncsnpp_from_config(config: Config) -> NCSNpp:
             "model.embedding_type is 'fourier', which embeds ln sigma; with training.continuous=False it must be "
             "'positional'"
         )
-    return ncsnpp_from_fields(config.model, config.data.centered, ladder_from_config(config))
+    network = ncsnpp_from_fields(config.model, config.data.centered, ladder_from_config(config))
+    return network.clone(num_classes=config.data.num_classes)
 
 
 def check_scale_by_sigma(config: Config) -> None:

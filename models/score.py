@@ -7,7 +7,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from arrays import Batch, PerExample
 from configs.default import Config
@@ -31,6 +31,8 @@ class ScoreNetwork(Protocol):
 
     With `scale_by_sigma`, the network divides its output by sigma, and the result is the score. The classes of
     models/conditioning.py say what the labels are, and what the output is without `scale_by_sigma`.
+
+    A network with `data.num_classes` also takes `classes`, one for each example.
     """
 
     @property
@@ -89,15 +91,22 @@ class NetworkScore:
     params: Params
     dropout_key: Array | None
     model: ScoreModel = flax.struct.field(pytree_node=False)
+    classes: Int[Array, " batch"] | None = None
+    """The class of each example, for networks with `data.num_classes`; None: the score of all classes together."""
 
     def __call__(self, x: Batch, t: PerExample) -> Batch:
         conditioning = self.model.conditioning
         return conditioning.score(self._output(x, conditioning.labels(t)), x, t)
 
+    def with_classes(self, classes: Int[Array, " batch"] | None) -> "NetworkScore":
+        """The score function of examples of these classes."""
+        return dataclasses.replace(self, classes=classes)
+
     def _output(self, x: Batch, labels: PerExample) -> Batch:
         train = self.dropout_key is not None
         rngs = {"dropout": self.dropout_key} if train else None
-        return self.model.network.apply({"params": self.params}, x, labels, train, rngs=rngs)
+        classes = {} if self.classes is None else {"classes": self.classes}
+        return self.model.network.apply({"params": self.params}, x, labels, train, **classes, rngs=rngs)
 
 
 def score_model_from_config(config: Config) -> ScoreModel:

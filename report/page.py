@@ -33,6 +33,10 @@ SECTIONS = (
     Section("Diagnostics", [sections.diagnostics]),
     Section("Sample quality", [result_tables.sample_quality], "No evaluation of samples yet."),
     Section("Samples", [sections.samples, sections.points, sections.snapshots], "No samples drawn yet."),
+    Section(
+        "Latent codes and conditional samples",
+        [result_tables.latent_codes, result_tables.conditional_samples, sections.control_pictures],
+    ),
     Section("Density", [sections.densities]),
     Section("Time", [sections.times], "No training recorded yet."),
     Section("Configuration", [sections.configurations], "No configuration stored."),

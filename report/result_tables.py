@@ -80,6 +80,26 @@ def sample_quality(runs: Sequence[RunFiles]) -> list[Block]:
     ]
 
 
+def latent_codes(runs: Sequence[RunFiles]) -> list[Block]:
+    """The errors of reconstructions."""
+    table = _table("latents", _LATENT_CODES, runs, "Latent codes")
+    return [*table, Note(_ABOUT_LATENT_CODES)] if table else []
+
+
+def conditional_samples(runs: Sequence[RunFiles]) -> list[Block]:
+    """The errors of images of which a part was known, and the share of images that have the wanted class."""
+    tables = [table for part in CONDITIONAL for table in _table(part, _CONDITIONAL, runs, part.capitalize())]
+    return [
+        *tables,
+        *([Note(_ABOUT_CONDITIONAL)] if tables else []),
+        *_table("classes", _CLASSES, runs, "Samples of classes"),
+    ]
+
+
+CONDITIONAL = ("inpainting", "colorization", "restoration")
+"""The parts of an evaluation with images of which a part was known."""
+
+
 def _warnings(part: str, runs: Sequence[RunFiles]) -> list[Block]:
     """The warnings in this part of the evaluations, each once."""
     warnings = dict.fromkeys(result[part].get("warning") for result in _results_with(part, runs))
@@ -186,4 +206,42 @@ _SAMPLE_QUALITY = [
     field("sampler", "sampler"),
     *_COSTS,
     field("compared with", "statistics_data"),
+]
+
+_LATENT_CODES = [
+    field("error of reconstruction", "reconstruction_error", show=small_error),
+    field("largest error", "largest_error", show=small_error),
+    field("pixels with another level", "changed_levels", show=small_error),
+    field("variance of latents", "latent_variance"),
+    field("images", "n"),
+    field("tolerance", "rtol"),
+    *_COSTS,
+    field("data", "data"),
+]
+_ABOUT_LATENT_CODES = (
+    "Images are encoded by the ODE and decoded again. The error is the root mean square difference between image and "
+    "its reconstruction, in units of the range of the data; the largest error is that of a single pixel. The variance "
+    "of latents is relative to that of the prior, and is 1 if the latents follow the prior."
+)
+
+_CONDITIONAL = [
+    field("error of known components", "known_error", show=small_error),
+    field("difference of other components", "unknown_error", show=small_error),
+    field("spread of pixels", "spread", show=small_error),
+    field("images", "n"),
+    field("draws", "draws"),
+    *_COSTS,
+    field("data", "data"),
+]
+_ABOUT_CONDITIONAL = (
+    "Root mean squares, in units of the range of the data. The spread is the standard deviation of a pixel over the "
+    "images that were drawn for the same observation."
+)
+
+_CLASSES = [
+    field("images with their class", "accuracy", "se", show=with_error),
+    field("guidance", "guidance"),
+    field("images", "n"),
+    field("accuracy of the judge on real images", "judge_accuracy"),
+    *_COSTS,
 ]

@@ -26,6 +26,7 @@ class RunFiles:
     data_points: PointCloud | None = None
     snapshots: Sequence[Snapshot] = ()  # sorted by step
     density: DensityGrid | None = None  # the newest
+    pictures: Mapping[str, ImageGrid] = dataclasses.field(default_factory=dict)  # by the names of their files
 
     @property
     def order(self) -> int | None:
@@ -106,6 +107,7 @@ def read_run(path: Path) -> RunFiles:
         data_points=data_points,
         snapshots=sorted(snapshots.values(), key=lambda snapshot: snapshot.step),
         density=_newest(densities),
+        pictures=read_all(ImageGrid, workdir.pictures.glob("*.npz"), problems),
     )
 
 

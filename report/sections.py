@@ -21,6 +21,9 @@ Runs = Sequence[RunFiles]
 MAX_IMAGES = 64
 """Images in a grid, at most."""
 
+MAX_ROWS = 16
+"""Rows of a picture with a fixed number of columns, at most."""
+
 MAX_SNAPSHOTS = 6
 """Snapshots of a run, at most."""
 
@@ -48,6 +51,21 @@ def samples(runs: Runs) -> list[Block]:
     pictures = {caption: image_grid(_first_images(grid), grid.levels) for caption, grid in grids}
     missing = "No samples drawn yet." if not drawn else "No real images stored for comparison." if real is None else ""
     return [*_gallery("samples", pictures), *([Note(missing)] if grids and missing else [])]
+
+
+def control_pictures(runs: Runs) -> list[Block]:
+    """The pictures of latent codes and of conditional samples."""
+    pictures = {
+        f"{run.title}, {name.replace('_', ' ')}": image_grid(_first_rows(grid), grid.levels, grid.columns or None)
+        for run in runs
+        for name, grid in run.pictures.items()
+    }
+    return _gallery("control", pictures)
+
+
+def _first_rows(grid: ImageGrid) -> np.ndarray:
+    """The rows of a picture that are shown."""
+    return grid.images[: grid.columns * MAX_ROWS] if grid.columns else _first_images(grid)
 
 
 def points(runs: Runs) -> list[Block]:

@@ -30,6 +30,8 @@ SLOW = {
     "test_baselines",
     "test_bits_per_dim",
     "test_bound_likelihood",
+    "test_control_modes",
+    "test_controllable",
     "test_cost",
     "test_density_grid",
     "test_dequantization",

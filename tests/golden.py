@@ -35,6 +35,7 @@ from tests.golden_common import (
     tree_differences,
     tree_shapes,
 )
+from tests.golden_controllable import check_class_conditional, check_classifier, check_controllable
 from tests.golden_dequantizer import check_dequantizer, check_dequantizer_trees
 from tests.golden_discrete import check_discrete_losses, check_sampler_chain, check_score_fn, check_updates
 from tests.golden_idode import check_idode_configs, check_schedule, check_vdm_network, check_vdm_trees
@@ -115,7 +116,10 @@ def check_published_checkpoint(path: Path) -> Iterator[Result]:
 
 
 KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
+    "classifier_wideresnet": check_classifier,
     "configs": check_configs,
+    "controllable": check_controllable,
+    "controllable_class": check_class_conditional,
     "dequantizer": check_dequantizer,
     "idode_configs": check_idode_configs,
     "likelihood": check_likelihood,

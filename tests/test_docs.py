@@ -14,6 +14,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from configs.default import get_config
+from main import MODES
 from tools import config_reference
 
 ROOT = Path(__file__).parent.parent
@@ -23,8 +24,6 @@ CONFIGS = [*sorted((ROOT / "configs").glob("*/*.py")), ROOT / "configs" / "score
 SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", ".cache"} & set(path.relative_to(ROOT).parts)]
 
 LONGEST_README = 130
-MODES = ("train", "train_deq", "eval", "diagnose", "export", "report", "prepare", "stats", "cost")
-
 PROGRAM = re.compile(r"(?:srun )?(?:\.venv/bin/)?(?:python (?:main\.py|-m [\w.]+)|make|pip install)(?= |$)")
 LABEL = re.compile(r"\[([A-Z]+\d\d[a-z]?)\]")
 FIELD = re.compile(
@@ -176,10 +175,6 @@ def test_targets_and_requirements_exist(words: list[str]) -> None:
     else:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert [word for word in words[1:] if word not in targets] == []
-
-
-def test_modes_are_those_of_main() -> None:
-    assert f"MODES = {MODES}".replace("'", '"') in (ROOT / "main.py").read_text()
 
 
 def test_help_lists_the_modes() -> None:

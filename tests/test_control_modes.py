@@ -1,0 +1,219 @@
+"""The modes for latent codes and conditional samples, on a small network: files, results, resumption, bad input."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import main
+import run_lib
+from build import build
+from configs.digits.smoke import get_config
+from evaluators import MODES
+from evaluators.control_inputs import MASKS, inpainting, restoration
+from evaluators.latents import EncodeEvaluator
+from infra.files import read_npz
+from infra.workdir import Workdir
+from report.run_files import read_run
+from sources import load_digits
+
+
+def config_with(**fields):
+    config = get_config()
+    config.model.sigma_max = 1.0
+    config.eval.update(batch_size=8, max_examples=12)
+    config.sampling.update(num_steps=6, batch_size=16, rtol=1e-5, atol=1e-5)
+    config.control.update(num_images=3, num_draws=2, num_steps=5)
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """With a checkpoint of a network whose last layers are not nearly zero, as they are at first."""
+    path = tmp_path_factory.mktemp("control")
+    run = build(config_with())
+    state = run.fresh_state()
+    leaves, tree = jax.tree.flatten(state.params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    moved = [leaf + 0.05 * jax.random.normal(key, leaf.shape) for leaf, key in zip(leaves, keys, strict=True)]
+    params = jax.tree.unflatten(tree, moved)
+    with run.open_checkpoints(Workdir(path)) as checkpoints:
+        checkpoints.save(state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params)))
+    Workdir(path).write_description(run.config, 1)
+    return path
+
+
+def results(workdir: Path) -> dict:
+    return json.loads((workdir / "eval" / "step_0.json").read_text())
+
+
+def picture(workdir: Path, what: str) -> np.ndarray:
+    return read_npz(workdir / "pictures" / f"step_0_{what}.npz")["samples"]
+
+
+def test_codes_are_encoded_decoded_and_interpolated(workdir, monkeypatch):
+    config, original = config_with(), EncodeEvaluator._batch
+
+    def interrupted(self, params, number, show):
+        if number == 1:
+            raise KeyboardInterrupt
+        return original(self, params, number, show)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncodeEvaluator, "_batch", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_lib.control(config, workdir, "encode")
+    (folder,) = (workdir / "eval").glob("latents-*")
+    before = (folder / "batch0.npz").stat().st_mtime_ns
+    run_lib.control(config, workdir, "encode")
+    assert (folder / "batch0.npz").stat().st_mtime_ns == before, "the first batch was encoded twice"
+    result, codes = results(workdir)["latents"], read_npz(workdir / "latents" / "step_0.npz")
+    assert codes["latents"].shape == (12, 8, 8, 1)
+    assert codes["ids"].tolist() == list(range(12))
+    assert result["n"] == 12
+    assert 0 < result["reconstruction_error"] <= result["largest_error"] < 0.05, "less than a grey level of 1 / 17"
+
+    run_lib.control(config, workdir, "decode")
+    originals = load_digits("test").images(np.arange(12))
+    decoded = picture(workdir, "decoded")
+    assert np.mean(decoded != originals) == pytest.approx(result["changed_levels"], abs=1e-3)
+    assert result["changed_levels"] < 0.1, "data have noise up to the next level, so few levels may change"
+
+    run_lib.control(config, workdir, "interpolate")
+    strips = picture(workdir, "interpolation").reshape(3, 5, 8, 8, 1)
+    assert np.mean(strips[:, 0] != originals[0:6:2]) < 0.1
+    assert np.mean(strips[:, -1] != originals[1:6:2]) < 0.1
+    assert np.mean(strips[:, 2] != originals[0:6:2]) > 0.3
+    assert len(read_run(workdir).pictures) == 3
+
+
+def test_known_parts_are_kept(workdir, tmp_path):
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:, :] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    run_lib.control(config_with(control__mask=str(tmp_path / "mask.png")), workdir, "inpaint")
+    rows = picture(workdir, "inpainting").reshape(3, 4, 8, 8, 1)
+    originals = load_digits("test").images(np.arange(3))
+    np.testing.assert_array_equal(rows[:, 0], originals)
+    np.testing.assert_array_equal(rows[:, 1, 2:], originals[:, 2:])
+    np.testing.assert_array_equal(rows[:, 2:, 2:], np.repeat(originals[:, None, 2:], 2, axis=1))
+    assert np.mean(rows[:, 2, :2] != rows[:, 3, :2]) > 0.1
+    result = results(workdir)["inpainting"]
+    assert result["known_error"] < 1e-6
+    assert result["unknown_error"] > 0.1
+    assert (result["n"], result["draws"], result["nfe"]) == (3, 2, 12)
+
+    run_lib.control(config_with(), workdir, "restore")
+    drawn = picture(workdir, "restoration").reshape(3, 4, 4, 2, 4, 2)
+    means = drawn.mean(axis=(3, 5))
+    # The second column has the observed means, rounded down to levels after noise of up to a level.
+    assert np.abs(means[:, 1] - means[:, 0]).max() <= 1
+    assert results(workdir)["restoration"]["known_error"] < 1e-5
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory):
+    """The folder of the classifier of clean images, which is trained once."""
+    return tmp_path_factory.mktemp("judge")
+
+
+def test_classes_are_drawn_with_a_trained_classifier(workdir, judge):
+    fields = {"training__batch_size": 8, "control__classifier_n_iters": 3, "training__log_freq": 1}
+    sampler = {"sampling__method": "heun", "sampling__max_nfe": 5}
+    config = config_with(**fields, **sampler, control__labels=(3, 7), eval__statistics_dir=str(judge))
+    with pytest.raises(FileNotFoundError, match=r"no classifier in .*; train one with --mode=train_classifier"):
+        run_lib.control(config, workdir, "classes")
+    run_lib.train_classifier(config, workdir)
+    metrics = [json.loads(line) for line in (workdir / "classifier/train/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics] == [1, 2, 3]
+    assert all(0 < line["total"] < 20 and 0 <= line["accuracy"] <= 1 for line in metrics)
+    run_lib.control(config, workdir, "classes")
+    result = results(workdir)["classes"]
+    assert (result["labels"], result["n"], result["guidance"]) == ([3, 7], 4, 1.0)
+    assert picture(workdir, "classes").shape == (4, 8, 8, 1)
+    assert "Samples of classes" in (workdir / "report.html").read_text()
+
+
+def test_a_network_that_is_told_classes_is_trained_and_guides_itself(tmp_path, judge):
+    fields = {"training__batch_size": 8, "training__n_iters": 3, "training__eval_freq": 5, "data__num_classes": 10}
+    sampler = {"sampling__method": "heun", "sampling__max_nfe": 5, "control__labels": (1, 2)}
+    config = config_with(**fields, **sampler, eval__statistics_dir=str(judge))
+    run_lib.train(config, tmp_path)
+    run = build(config)
+    state = run.load_state(tmp_path)
+    embedding, fresh = (s.params["class_embedding"]["embedding"] for s in (state, run.fresh_state()))
+    assert embedding.shape == (11, 32)
+    assert np.all(np.any(embedding != fresh, axis=1)[:10].sum() > 5), "classes are trained"
+    score_fn, x, t = run.score_fn(state.params), jax.random.normal(jax.random.key(0), (4, 8, 8, 1)), jnp.full(4, 0.5)
+    scores = {
+        "any": score_fn(x, t),
+        "number 10": score_fn.with_classes(jnp.full(4, 10))(x, t),
+        "class 1": score_fn.with_classes(jnp.full(4, 1))(x, t),
+    }
+    np.testing.assert_array_equal(scores["any"], scores["number 10"])
+    assert np.any(scores["any"] != scores["class 1"])
+    run_lib.control(config, tmp_path, "classes")
+    result = json.loads((tmp_path / "eval" / "step_3.json").read_text())["classes"]
+    assert (result["guided_by"], result["labels"]) == ("the network itself", [1, 2])
+    with pytest.raises(ValueError, match="only ncsnpp with"):
+        build(config_with(data__num_classes=10, model__conditional=False))
+    with pytest.raises(ValueError, match=r"data\.num_classes is 2, but .* has class 9"):
+        run_lib.train(config_with(**fields | {"data__num_classes": 2}), tmp_path / "few")
+
+
+BAD_INPUT = {
+    "no image file": ("encode", {"control__images": "none.npz"}, "control.images is 'none.npz', but there is no such"),
+    "no latents": ("decode", {"control__latents": "none.npz"}, "control.latents is 'none.npz', but there is no such"),
+    "too many pairs": ("interpolate", {"control__num_images": 999}, "which are 179 pairs"),
+    "unknown mask": ("inpaint", {"control__mask": "middle"}, "neither a file nor one of left, right, top, bottom"),
+    "no colours": ("colorize", {}, "data.num_channels is 1, but --mode=colorize is for images of 3 channels"),
+    "no matrix": ("restore", {"control__matrix": "none.npz"}, "control.matrix is 'none.npz', but there is no such"),
+    "no such class": ("classes", {"control__labels": (10,)}, "the classes of digits are 0 to 9"),
+    "batch size": ("encode", {"eval__batch_size": 7}, "eval.batch_size is 7, which is not divisible by 4 devices"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_is_one_error_before_any_work(name, workdir):
+    mode, fields, message = BAD_INPUT[name]
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        run_lib.control(config_with(**fields), workdir, mode)
+    assert "\n" not in str(raised.value)
+
+
+def test_masks_and_matrices_in_files(tmp_path):
+    shape = (4, 4, 1)
+    for name, known in MASKS.items():
+        assert known(4, 4).sum() == (12 if name == "border" else 8), name
+    each = np.random.default_rng(0).integers(0, 2, (2, *shape))
+    np.savez(tmp_path / "mask.npz", mask=each)
+    config = config_with(control__mask=str(tmp_path / "mask.npz"))
+    problem = inpainting(config, shape, 2)
+    np.testing.assert_array_equal(problem.mask_of(np.array([1, 1, 0])), each[[1, 1, 0]])
+    with pytest.raises(ValueError, match=r"control\.mask=.* has shape \(2, 4, 4, 1\); it must be \[h, w\]"):
+        inpainting(config, shape, 3)
+    np.savez(tmp_path / "mask.npz", mask=np.ones((4, 4)))
+    with pytest.raises(ValueError, match="makes all pixels known"):
+        inpainting(config, shape, 2)
+    matrix = np.arange(32.0).reshape(2, 16)
+    np.savez(tmp_path / "matrix.npz", matrix=matrix, observations=np.ones((2, 2)))
+    config = config_with(control__matrix=str(tmp_path / "matrix.npz"))
+    problem = restoration(config, shape, 2)
+    assert problem.components is not None
+    assert problem.basis is not None
+    image = problem.components.reshape(2, 16) @ problem.basis.T
+    np.testing.assert_allclose(image @ matrix.T, 1, atol=1e-5)
+    with pytest.raises(ValueError, match=r"observations in control\.matrix=.* must be \[3, 2\]"):
+        restoration(config, shape, 3)
+    np.savez(tmp_path / "matrix.npz", matrix=np.ones((2, 15)))
+    with pytest.raises(ValueError, match=r"has shape \(2, 15\); it must be \[m, 16\]"):
+        restoration(config, shape, 2)
+
+
+def test_every_mode_is_on_the_command_line():
+    assert set(main.CONTROL) == set(MODES)
