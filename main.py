@@ -12,6 +12,8 @@ resumes when it is run again. The other modes:
                     --config.data.archive=PATH
     stats       measures the real images that samples are compared with, and prints the FIDs of real images
     cost        measures memory and time of a training step before a run starts, as --config.cost.* ask
+    selftest    checks the devices, the connection between processes, the disk, the memory and time of a training step,
+                and whether the files that the configuration needs are there; prints a table
     diagnose    shows where a model of images is bad: bits/dim by start time, errors by noise level
     export      writes a checkpoint as the published code stores it, to exported/ in the workdir
     train_deq   trains a dequantizer for a trained score model; --mode=eval uses it with --config.eval.dequantizer=True
@@ -35,7 +37,7 @@ from configs.default import Config
 from configs.usage import record_reads
 from infra import stop  # JAX is imported late, so that --help, mistyped flags and signals are answered at once
 
-MODES = ("train", "train_deq", "eval", "diagnose", "export", "report", "prepare", "stats", "cost")
+MODES = ("train", "train_deq", "eval", "diagnose", "export", "report", "prepare", "stats", "cost", "selftest")
 BAD_INPUT, FAILED = 2, 1
 """Exit codes other than 0, stop.STOPPED and stop.KILLED."""
 
@@ -52,7 +54,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the numbe
 _COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows next to this one.")
 
 
-_OF_SEVERAL_HOSTS = ("train", "train_deq", "eval", "diagnose", "export", "stats", "cost")
+_OF_SEVERAL_HOSTS = ("train", "train_deq", "eval", "diagnose", "export", "stats", "cost", "selftest")
 
 EFFECT = {
     "config": tuple(mode for mode in MODES if mode != "report"),
@@ -86,7 +88,14 @@ def main(argv: Sequence[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     with stop.on_signals():
-        return _run_and_report(str(_MODE.value), Path(_WORKDIR.value or "").expanduser().absolute())
+        return _leave(_run_and_report(str(_MODE.value), Path(_WORKDIR.value or "").expanduser().absolute()))
+
+
+def _leave(code: int) -> int:
+    """Returns the exit code, or ends the process with it if something of it cannot be waited for."""
+    from infra import parallel, waiting
+
+    return parallel.leave_processes(code) if code in (BAD_INPUT, FAILED) else waiting.leave(code)
 
 
 def _run_and_report(mode: str, workdir: Path) -> int:
@@ -119,7 +128,8 @@ def _run(mode: str, workdir: Path) -> None:
     if mode != "cost":  # which measures how long a program takes to compile
         jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     if _COORDINATOR.value:
-        parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        seconds = parallel.JOIN_SECONDS if mode != "selftest" else parallel.JOIN_SECONDS / 5
+        parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds)
     parallel.check_devices()
     import run_lib
 
@@ -144,6 +154,8 @@ def _run(mode: str, workdir: Path) -> None:
         run_lib.stats(_CONFIG.value)
     elif mode == "cost":
         run_lib.cost(_CONFIG.value, workdir)
+    elif mode == "selftest":
+        run_lib.selftest(_CONFIG.value, workdir)
     else:
         run_lib.report(workdir, [Path(other).expanduser() for other in _COMPARE.value or []])
     if _CONFIG.value is not None:
