@@ -33,7 +33,8 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from configs.default import Config
+from configs.checks import flat
+from configs.default import Config, get_config
 from configs.usage import record_reads
 from infra import stop  # JAX is imported late, so that --help, mistyped flags and signals are answered at once
 
@@ -191,18 +192,33 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except (KeyError, AttributeError) as error:
+        if "no attribute 'get_config'" in str(error):
+            sys.exit(_complain(f"{_config_argument(argv)} has no function get_config"))
         said = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "'").split())
         said = said.replace("' Did", "; did").strip("'\"")
         sys.exit(_complain(f"the configuration has no such field: {said}"))
     except SyntaxError as error:
         sys.exit(_complain(f"cannot parse the configuration: {error}"))
     except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
-        sys.exit(_complain(str(error)))
+        unknown = _unknown_field(argv) if isinstance(error, TypeError) else None
+        sys.exit(_complain(f"the configuration has no such field: {unknown}" if unknown else str(error)))
     if flags.FLAGS["config"].present:
         path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
         if not Path(path).is_file():
             sys.exit(_complain(f"--config={path}: there is no such file"))
     return rest
+
+
+def _config_argument(argv: Sequence[str]) -> str:
+    """The argument --config=PATH."""
+    return next((argument for argument in argv if argument.startswith(("--config=", "-config="))), "--config")
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """The first field among the arguments that no configuration has, for errors that do not name it."""
+    given = (argument.split("=")[0].lstrip("-") for argument in argv if argument.lstrip("-").startswith("config."))
+    known = {f"config.{field}" for field in flat(get_config())}
+    return next((field for field in given if field not in known), None)
 
 
 if __name__ == "__main__":

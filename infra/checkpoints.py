@@ -216,7 +216,7 @@ class Checkpoints:
                 return left[-1], self.restore(left[-1])
             except DamagedCheckpointError as error:
                 failures[left[-1]] = error
-                if (self._manager.directory / str(left[-1])).exists():
+                if len(left) > 1 and (self._manager.directory / str(left[-1])).exists():
                     logging.warning("%s; trying an earlier one", error)
             self._manager.reload()  # there may be a newer one
         if failures:
