@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import jax
 import numpy as np
-from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -78,6 +77,8 @@ def join_processes(
         raise ValueError(
             f"--coordinator={coordinator} has no port; name address:port of the first process, as host0:1234"
         )
+    if given and not 0 < int(coordinator.rpartition(":")[2]) < 2**16:
+        raise ValueError(f"--coordinator={coordinator} has no port between 1 and 65535 after the colon")
     if not given:
         _check_slurm_devices()
     if given and (num_processes is None or process_id is None or not 0 <= process_id < num_processes):
@@ -88,17 +89,32 @@ def join_processes(
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, which is a request to stop
     try:
         if given and num_processes is not None and process_id is not None:
-            logging.info("Waiting for %d processes at %s, for at most %g s", num_processes, coordinator, seconds)
-            meet(coordinator, num_processes, process_id, seconds)
+            with waiting(f"{num_processes} processes at {coordinator}", seconds + 60, notice=3.0):
+                meet(coordinator, num_processes, process_id, seconds)
         with waiting(f"all processes of --coordinator={coordinator} to connect", seconds):
             # JAX's own limit comes later, because it ends the process with a stack trace.
             later = int(seconds) + 60
             address = coordinator if given else None
-            jax.distributed.initialize(address, num_processes, process_id, initialization_timeout=later)
+            jax.distributed.initialize(
+                address,
+                num_processes,
+                process_id,
+                initialization_timeout=later,
+                cluster_detection_method="deactivate" if given and _alone_on_node() else None,
+            )
             # The devices connect now, before any process compiles, because they wait for each other for 30 s only.
             multihost_utils.sync_global_devices("joined")
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"--coordinator={coordinator}: cannot connect to the other processes: {error}") from error
+
+
+def _alone_on_node() -> bool:
+    """Whether SLURM runs one task on a node, or there is no SLURM: the process then uses all GPUs of its machine.
+
+    Under SLURM, JAX would otherwise take one GPU for each task, even if there is one task with eight GPUs.
+    """
+    tasks, nodes = (os.environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES"))
+    return not (tasks.isdigit() and nodes.isdigit() and int(tasks) > max(1, int(nodes)))
 
 
 def leave_processes(code: int) -> int:
@@ -123,7 +139,8 @@ def _check_slurm_devices() -> None:
         raise ValueError(
             f"this SLURM task has {gpus} GPUs, but with --coordinator=auto each task uses one, and there are {on_node} "
             f"tasks on a node: start {gpus} tasks on each node (srun --ntasks-per-node={gpus}), or leave out "
-            "--coordinator if there is one task only, which then uses all its GPUs"
+            "--coordinator if there is one task only, which then uses all its GPUs. For several nodes with one task "
+            "each, use --coordinator=HOST:PORT"
         )
 
 

@@ -34,6 +34,7 @@ class _Wait(NamedTuple):
     what: str
     since: float
     limit: float
+    notice: float
 
 
 _waits: dict[int, _Wait] = {}
@@ -42,18 +43,18 @@ _started, _left_behind = threading.Event(), threading.Event()
 
 
 @contextlib.contextmanager
-def waiting(what: str, limit: float = LIMIT) -> Iterator[None]:
-    """Announces what the block waits for if it takes longer than `NOTICE`, and ends the process at the limit.
+def waiting(what: str, limit: float = LIMIT, notice: float = NOTICE) -> Iterator[None]:
+    """Announces what the block waits for after some time, and ends the process at the limit.
 
     Args:
         what: completes "waiting for ...".
-        limit: seconds.
+        limit, notice: seconds.
     """
     if not _started.is_set():
         _started.set()
         threading.Thread(target=_watch, daemon=True, name="waits").start()
     number = next(_numbers)
-    _waits[number] = _Wait(what, time.monotonic(), limit)
+    _waits[number] = _Wait(what, time.monotonic(), limit, notice)
     try:
         yield
     finally:
@@ -66,7 +67,7 @@ def _watch() -> None:
         time.sleep(_INTERVAL)
         for number, wait in list(_waits.items()):
             seconds = time.monotonic() - wait.since
-            if seconds > NOTICE and number not in announced:
+            if seconds > wait.notice and number not in announced:
                 announced.add(number)
                 logging.info("Waiting for %s, for at most %.0f s", wait.what, wait.limit)
             if seconds > wait.limit:

@@ -147,7 +147,6 @@ def contradicting_fields(chance: Chance, folder: Path) -> Case:
             ("train", image, {"data.num_channels": some}),
             ("train", image, {"data.levels": 40 + some}),
             ("train", image, {"data.path": "x.npz"}),
-            ("train", image, {"model.nf": chance.choice((13, 17, 22, 29))}),
             ("eval", image, {"eval.enable_bpd": False, "eval.enable_sampling": False}),
             ("eval", image, {"eval.ode_steps": 2 * some + 1}),
             ("eval", image, {"eval.begin_ckpt": some, "eval.end_ckpt": some - 1}),

@@ -23,7 +23,7 @@ CONFIGS = sorted((ROOT / "configs").glob("*/*.py"))
 SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", ".cache"} & set(path.relative_to(ROOT).parts)]
 
 LONGEST_README = 130
-MODES = ("train", "train_deq", "eval", "diagnose", "export", "report", "prepare", "stats", "cost")
+MODES = ("train", "train_deq", "eval", "diagnose", "export", "report", "prepare", "stats", "cost", "selftest")
 
 PROGRAM = re.compile(r"(?:srun )?(?:\.venv/bin/)?(?:python (?:main\.py|-m [\w.]+)|make|pip install)(?= |$)")
 LABEL = re.compile(r"\[([A-Z]+\d\d[a-z]?)\]")
