@@ -152,7 +152,6 @@ def build(config: Config) -> Run:
             )
         _check_init(training)
         parts = training.accumulation_steps
-        parallel.divisible(training.batch_size, "training.batch_size", parts)
         _check_kind_of_data(config)
         objective = _trainer(config, score_model_from_config(config), training_preprocess(config)).objective
         if training.n_iters_from_start and config.optim.schedule != "constant":
@@ -160,8 +159,7 @@ def build(config: Config) -> Run:
                 f"optim.schedule is {config.optim.schedule!r} and training.n_iters_from_start is "
                 f"{training.n_iters_from_start}; schedules end at training.n_iters: set that instead"
             )
-        if objective.order > 1:
-            parallel.divisible(training.batch_size, "training.batch_size", parts * objective.every)
+        parallel.divisible(training.batch_size, "training.batch_size", parts * objective.every)
     return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
 
 

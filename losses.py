@@ -7,17 +7,18 @@ targets are built from u = z + sigma s, the part of the noise that the score doe
 gradient.
 
 Every term is a pure function that returns one number for each example and takes its noise as an argument.
-`score_matching_losses` computes the terms, and `weighted_total` adds them up.
+`Objective.losses` computes the terms, and `weighted_total` adds them up.
 
 Orders 2 and 3 have three forms: exact, for few dimensions; the published estimates with one probe; and unbiased
-estimates of the exact form with two probes, which are ours. The published estimates hold (u.v)^2 where the exact form
-holds |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard deviation.
+estimates of the exact form with two probes, which are ours (`objectives/unbiased.py`). The published estimates hold
+(u.v)^2 where the exact form holds |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard
+deviation.
 
 Sources: [L22] Lu et al., ICML 2022; [S21b] Song et al., NeurIPS 2021.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -25,9 +26,12 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from arrays import Batch, Factor, PerExample, Scalar, ScoreFn, append_dims, inner, mean_square, num_dims
+from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
 from configs.default import Config
-from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_derivatives, probe_trace_gradient
+from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
+from objectives.objective import Noise, Residual, TrainingObjective
+from objectives.times import TimeDistribution, with_density
+from objectives.unbiased import unbiased_terms
 from sde_lib import SDE
 
 ORDERS = (1, 2, 3)
@@ -54,7 +58,7 @@ TERMS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Objective:
+class Objective(TrainingObjective):
     """The loss that training minimises, over times t in [t_min, 1].
 
     With `exact`, orders 2 and 3 are computed from the whole Jacobian, for data of few dimensions; otherwise they are
@@ -104,12 +108,16 @@ class Objective:
         for field in ("first_order_weighting", "high_order_weighting"):
             if getattr(self, field) not in WEIGHTINGS:
                 raise ValueError(f"training.{field} is {getattr(self, field)!r}; known: {', '.join(WEIGHTINGS)}")
-        if not 0 < self.high_order_fraction <= 1 or abs(self.every * self.high_order_fraction - 1) > 1e-3:
+        if not 0 < (fraction := self.high_order_fraction) <= 1 or abs(round(1 / fraction) * fraction - 1) > 1e-3:
             raise ValueError(
                 f"training.high_order_fraction is {self.high_order_fraction}; it must be 1, 1/2, 1/3, 1/4 and so on"
             )
         if not 0 < self.t_min < SDE.t_max:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
+
+    @property
+    def times(self) -> TimeDistribution:
+        return TimeDistribution(self.t_min, self.importance_weighting, self.stratified_times)
 
     @property
     def needs_two_probes(self) -> bool:
@@ -118,7 +126,7 @@ class Objective:
     @property
     def every(self) -> int:
         """The k of which each k-th example has the terms of orders 2 and 3."""
-        return round(1 / self.high_order_fraction)
+        return round(1 / self.high_order_fraction) if self.order > 1 else 1
 
     @property
     def needs_residual(self) -> bool:
@@ -131,118 +139,59 @@ class Objective:
         return self.order > 1 and self.every > 1 and self.high_order_weighting == "residual"
 
     def for_evaluation(self) -> "Objective":
-        """The same terms on all examples, with constant weights: the values of two runs are comparable."""
+        """The same terms on all examples, with constant weights."""
         return dataclasses.replace(
             self, first_order_weighting="constant", high_order_weighting="constant", high_order_fraction=1.0
         )
 
+    def quantiles(self, sde: SDE, t: PerExample) -> PerExample:
+        return self.times.quantiles(sde, t)
 
-class Residual(NamedTuple):
-    """The size of the noise that the score leaves unexplained, which weights may follow."""
+    def draw_noise(
+        self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
+    ) -> Noise:
+        """Times, noise and Rademacher probes for a batch of the given shape.
 
-    value: PerExample
-    """r(t) = E|u|^2 / d at the time of each example."""
-    harmonic_mean: Scalar
-    """Over all times; it gives weights 1 / r the mean 1."""
+        Args:
+            density: of the times of the examples that have orders 2 and 3, relative to the objective's density, over
+                equal parts of [0, 1], the range of `quantiles`. Its mean is 1. None: the objective's density.
+        """
+        t_key, z_key, probe_key = jax.random.split(key, 3)
+        rademacher, quantiles, time_weight = PROBES["rademacher"], self.times.draw_quantiles(t_key, shape[0]), None
+        if density is not None:
+            own = jnp.arange(shape[0]) % self.every == 0
+            moved, weight = with_density(quantiles, density)
+            quantiles, time_weight = jnp.where(own, moved, quantiles), jnp.where(own, weight, 1.0)
+        return Noise(
+            t=self.times.at_quantiles(sde, quantiles),
+            z=jax.random.normal(z_key, shape),
+            probe=rademacher(probe_key, shape),
+            second_probe=rademacher(jax.random.fold_in(probe_key, 1), shape) if self.needs_two_probes else None,
+            time_weight=time_weight,
+        )
 
+    def losses(
+        self, score_fn: ScoreFn, sde: SDE, x0: Batch, noise: Noise, residual: Residual | None = None
+    ) -> dict[str, PerExample]:
+        """The objective of each example as `total`, and its terms, unweighted, by their names in `TERMS`.
 
-class Noise(NamedTuple):
-    """The randomness of one evaluation of the losses."""
+        Estimated by one probe, order k costs one network evaluation with k derivatives; by two probes, about twice
+        that. With a high_order_fraction below 1, examples without the terms of orders 2 and 3 have 0 there, and the
+        others have the terms divided by the fraction, so that means over a batch have the same expectation.
 
-    t: PerExample
-    z: Batch
-    probe: Batch
-    second_probe: Batch | None = None
-    """Independent of the first; for the unbiased estimator only."""
-    time_weight: PerExample | None = None
-    """The density of the objective's times divided by the density that t was drawn from; None where they are equal."""
-
-
-def draw_noise(
-    key: Array, sde: SDE, objective: Objective, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
-) -> Noise:
-    """Times, noise and Rademacher probes for a batch of the given shape.
-
-    Args:
-        density: of the times of the examples that have orders 2 and 3, relative to the objective's density, over equal
-            parts of [0, 1], the range of `quantiles_of_times`. Its mean is 1. None: the objective's density.
-    """
-    t_key, z_key, probe_key = jax.random.split(key, 3)
-    rademacher, quantiles, time_weight = PROBES["rademacher"], draw_quantiles(t_key, objective, shape[0]), None
-    if density is not None:
-        own = jnp.arange(shape[0]) % objective.every == 0
-        moved, weight = with_density(quantiles, density)
-        quantiles, time_weight = jnp.where(own, moved, quantiles), jnp.where(own, weight, 1.0)
-    return Noise(
-        t=times_of_quantiles(sde, objective, quantiles),
-        z=jax.random.normal(z_key, shape),
-        probe=rademacher(probe_key, shape),
-        second_probe=rademacher(jax.random.fold_in(probe_key, 1), shape) if objective.needs_two_probes else None,
-        time_weight=time_weight,
-    )
-
-
-def draw_times(key: Array, sde: SDE, objective: Objective, batch: int) -> PerExample:
-    """t uniform on [t_min, 1], or with density proportional to g^2 / sigma^2 ([S21b] Sec. 5.1)."""
-    return times_of_quantiles(sde, objective, draw_quantiles(key, objective, batch))
-
-
-def draw_quantiles(key: Array, objective: Objective, batch: int) -> PerExample:
-    """Uniform numbers in [0, 1): independent, or as evenly spaced as possible ([K21] App. I.1)."""
-    if objective.stratified_times:
-        return (jax.random.uniform(key) + jnp.arange(batch) / batch) % 1.0
-    return jax.random.uniform(key, (batch,))
-
-
-def times_of_quantiles(sde: SDE, objective: Objective, quantiles: PerExample) -> PerExample:
-    """The times whose distribution function, under the objective's density of times, has these values."""
-    if objective.importance_weighting:
-        total = sde.importance_weight(jnp.asarray(sde.t_max), objective.t_min)
-        return sde.time_of_quantile(quantiles * total, objective.t_min)
-    return objective.t_min + quantiles * (sde.t_max - objective.t_min)
-
-
-def quantiles_of_times(sde: SDE, objective: Objective, t: PerExample) -> PerExample:
-    """The inverse of `times_of_quantiles`."""
-    if objective.importance_weighting:
-        total = sde.importance_weight(jnp.asarray(sde.t_max), objective.t_min)
-        return sde.importance_weight(t, objective.t_min) / total
-    return (t - objective.t_min) / (sde.t_max - objective.t_min)
-
-
-def with_density(quantiles: PerExample, density: Float[Array, " bins"]) -> tuple[PerExample, PerExample]:
-    """Uniform quantiles moved so that they have a piecewise constant density with mean 1, and one over the density."""
-    bins = len(density)
-    cumulative = jnp.concatenate([jnp.zeros(1), jnp.cumsum(density)]) / bins
-    moved = jnp.interp(quantiles, cumulative / cumulative[-1], jnp.linspace(0.0, 1.0, bins + 1))
-    return moved, 1 / density[jnp.minimum((moved * bins).astype(jnp.int32), bins - 1)]
-
-
-def score_matching_losses(
-    score_fn: ScoreFn, sde: SDE, objective: Objective, x0: Batch, noise: Noise, residual: Residual | None = None
-) -> dict[str, PerExample]:
-    """The objective of each example as `total`, and its terms, unweighted, by their names in `TERMS`.
-
-    Estimated by one probe, order k costs one network evaluation with k derivatives; by two probes, about twice that.
-    With a high_order_fraction below 1, examples without the terms of orders 2 and 3 have 0 there, and the others have
-    the terms divided by the fraction, so that means over a batch have the same expectation.
-
-    Args:
-        residual: r(t), for weights that follow it. Then the result also has |u|^2 / d as `residual`.
-
-    Raises:
-        ValueError: if the weights follow the residual, and there is none.
-    """
-    if objective.needs_residual and residual is None:
-        raise ValueError("the objective's weights follow the residual: give it, or use objective.for_evaluation()")
-    score, terms = _score_and_terms(score_fn, sde, objective, x0, noise)
-    terms = {"first": first_order(score, sde, objective, noise)} | terms
-    if noise.time_weight is not None:
-        terms = {name: noise.time_weight * value for name, value in terms.items()}
-    if residual is None or not objective.needs_residual:
-        return {"total": weighted_total(terms, objective)} | terms
-    weights = residual_weights(sde, objective, noise.t, residual, num_dims(x0))
-    return {"total": weighted_total(terms, objective, weights)} | terms | {"residual": mean_square(score + noise.z)}
+        Raises:
+            ValueError: if the weights follow the residual, and there is none.
+        """
+        if self.needs_residual and residual is None:
+            raise ValueError("the objective's weights follow the residual: give it, or use objective.for_evaluation()")
+        score, terms = _score_and_terms(score_fn, sde, self, x0, noise)
+        terms = {"first": first_order(score, sde, self, noise)} | terms
+        if noise.time_weight is not None:
+            terms = {name: noise.time_weight * value for name, value in terms.items()}
+        if residual is None or not self.needs_residual:
+            return {"total": weighted_total(terms, self)} | terms
+        weights = residual_weights(sde, self, noise.t, residual, num_dims(x0))
+        return {"total": weighted_total(terms, self, weights)} | terms | {"residual": mean_square(score + noise.z)}
 
 
 def _score_and_terms(
@@ -383,34 +332,7 @@ def _constant(score_fn: ScoreFn) -> ScoreFn:
     return jax.tree.map(lambda leaf: stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, score_fn)
 
 
-def _unbiased_terms(
-    scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
-) -> tuple[Batch, dict[str, PerExample]]:
-    """sigma times the score, and the terms of orders 2 and 3 as unbiased estimates of their exact form (ours)."""
-    if noise.second_probe is None:
-        raise ValueError("the unbiased estimator needs two probes; draw the noise for its objective")
-    probes = noise.probe, noise.second_probe
-
-    def unexplained(score: Batch) -> Batch:
-        return noise.z + stop_gradient(score)
-
-    derivatives = probe_derivatives(scaled_score, xt, probes, unexplained, trace_gradients=order == 3)
-    u = unexplained(derivatives.value)
-    # scaled_score already holds one factor of sigma
-    spread_probes = [sigma * jv + v for jv, v in zip(derivatives.jacobian_probes, probes, strict=True)]
-    spread_u = sigma * derivatives.jacobian_direction + u
-    terms = {
-        "second_frob": unbiased_second_order_frob(spread_probes, spread_u, u),
-        "second_trace": unbiased_second_order_trace(spread_probes, u, probes),
-    }
-    if order == 3:
-        trace_gradients = [sigma**2 * gradient for gradient in derivatives.trace_gradients]
-        spread_bars = stop_gradient((spread_probes, spread_u))
-        terms["third"] = unbiased_third_order(trace_gradients, *spread_bars, u, probes)
-    return derivatives.value, terms
-
-
-ESTIMATORS = {"published": _probe_terms, "unbiased": _unbiased_terms}
+ESTIMATORS = {"published": _probe_terms, "unbiased": unbiased_terms}
 """Estimators of orders 2 and 3 with probes, by training.high_order_estimator."""
 
 
@@ -497,56 +419,6 @@ def third_order_residual(trace_gradient: Batch, jacobian_probe_bar: Batch, u: Ba
     return error / num_dims(u)
 
 
-def unbiased_second_order_frob(spread_probes: Sequence[Batch], spread_u: Batch, u: Batch) -> PerExample:
-    """(|M v|^2 - 2 u.M u + |u|^4) / d^2, |M v|^2 averaged over probes v: the Jacobian. Ours; one draw may be negative.
-
-    Its mean over probes is |M - u u^T|_F^2 / d^2, the exact second order, where M = sigma^2 J + I.
-
-    Args:
-        spread_probes: M v for each probe.
-        spread_u: M u.
-        u: z + sigma s-bar.
-    """
-    squares = sum(inner(spread, spread) for spread in spread_probes) / len(spread_probes)
-    return (squares - 2 * inner(u, spread_u) + inner(u, u) ** 2) / num_dims(u) ** 2
-
-
-def unbiased_second_order_trace(spread_probes: Sequence[Batch], u: Batch, probes: tuple[Batch, Batch]) -> PerExample:
-    """r_1 r_2 / d^2 with r_i = v_i.M v_i - |u|^2: the Jacobian's trace. Ours; one draw may be negative.
-
-    A product of two independent estimates is an unbiased estimate of the square, (tr M - |u|^2)^2 / d^2. The square of
-    one estimate would also punish the off-diagonal part of J. Arguments as above.
-    """
-    first, second = (inner(v, spread) - inner(u, u) for v, spread in zip(probes, spread_probes, strict=True))
-    return first * second / num_dims(u) ** 2
-
-
-def unbiased_third_order(
-    trace_gradients: Sequence[Batch],
-    spread_probes_bar: Sequence[Batch],
-    spread_u_bar: Batch,
-    u: Batch,
-    probes: tuple[Batch, Batch],
-) -> PerExample:
-    """e_1.e_2 / d^3: the gradient of the Jacobian's trace. Ours; one draw may be negative.
-
-    e_i = sigma^3 grad(v_i.J v_i) + |u|^2 u - (v_i.M-bar v_i) u - 2 M-bar u
-
-    Its mean over probes is `exact_third_order` / d^2, which is the scale of the published term.
-
-    Args:
-        trace_gradients: sigma^3 grad_x (v.J v) for each probe.
-        spread_probes_bar, spread_u_bar: M-bar v for each probe, and M-bar u.
-        u: z + sigma s-bar.
-        probes: v_1 and v_2.
-    """
-    first, second = (
-        gradient + append_dims(inner(u, u) - inner(v, spread), u) * u - 2 * spread_u_bar
-        for gradient, v, spread in zip(trace_gradients, probes, spread_probes_bar, strict=True)
-    )
-    return inner(first, second) / num_dims(u) ** 3
-
-
 def exact_second_order(jacobian: Float[Array, "batch d d"], u: Float[Array, "batch d"]) -> PerExample:
     """|sigma^2 J + I - u u^T|_F^2 / d^2: the Jacobian of the score ([L22] Theorem 4.1).
 
@@ -582,8 +454,8 @@ def exact_third_order(
     return mean_square(error)
 
 
-def objective_from_config(training: Config) -> Objective:
-    """The objective that config.training describes.
+def denoising_from_config(training: Config) -> Objective:
+    """Denoising score matching as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.
@@ -604,3 +476,18 @@ def objective_from_config(training: Config) -> Objective:
         high_order_fraction=training.high_order_fraction,
         stratified_times=training.stratified_times,
     )
+
+
+OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {"denoising": denoising_from_config}
+"""The builders of objectives, by training.objective."""
+
+
+def objective_from_config(training: Config) -> TrainingObjective:
+    """The objective that config.training names and describes.
+
+    Raises:
+        ValueError: for an unknown name, or a field whose value is not allowed.
+    """
+    if training.objective not in OBJECTIVES:
+        raise ValueError(f"training.objective is {training.objective!r}; known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[training.objective](training)

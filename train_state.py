@@ -12,8 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from arrays import Batch, PerExample
 from configs.default import Config
-from losses import Noise, Objective, Residual, draw_noise, quantiles_of_times, score_matching_losses
 from models.score import Params, ScoreModel
+from objectives.objective import Draws, Residual, TrainingObjective
 
 Metrics = dict[str, Array]
 TrainingBatch: TypeAlias = UInt8[Array, "batch height width channel"] | Float[Array, "batch d"]
@@ -29,7 +29,7 @@ RESIDUAL_BINS, RESIDUAL_MEMORY = 64, 0.999
 
 
 class ResidualTable(NamedTuple):
-    """A running estimate of r(t) = E|u|^2 / d by noise level, over equal parts of `losses.quantiles_of_times`.
+    """A running estimate of r(t) = E|u|^2 / d by noise level, over equal parts of `TrainingObjective.quantiles`.
 
     Both sums forget old batches by the factor `RESIDUAL_MEMORY` in each step, and begin as one batch of r = 1, which a
     score of 0 has.
@@ -179,7 +179,7 @@ class Trainer:
     """Everything that a training step needs besides the state and the batch; fixed for the run."""
 
     model: ScoreModel
-    objective: Objective
+    objective: TrainingObjective
     optimizer: optax.GradientTransformation
     preprocess: Callable[[Array, TrainingBatch], Batch]
     ema_rate: float
@@ -245,12 +245,12 @@ class Trainer:
         data_key, noise_key, dropout_key = jax.random.split(key, 3)
         x0 = self.preprocess(data_key, images)
         density = residuals.density() if residuals is not None and self.objective.draws_own_times else None
-        noise = draw_noise(noise_key, self.model.sde, self.objective, x0.shape, density)
+        noise = self.objective.draw_noise(noise_key, self.model.sde, x0.shape, density)
         if self.accumulation_steps == 1:
             return self.loss_gradient(params, x0, noise, dropout_key, residuals)
 
         def accumulate(
-            total: Params, part: tuple[Batch, Noise, Array]
+            total: Params, part: tuple[Batch, Draws, Array]
         ) -> tuple[Params, tuple[Metrics, ResidualTable | None]]:
             x0, noise, key = part
             if self.unroll_parts:
@@ -267,19 +267,21 @@ class Trainer:
         return jax.tree.map(lambda g: g / self.accumulation_steps, total), metrics | worst, table
 
     def loss_gradient(
-        self, params: Params, x0: Batch, noise: Noise, dropout_key: Array, residuals: ResidualTable | None
+        self, params: Params, x0: Batch, noise: Draws, dropout_key: Array, residuals: ResidualTable | None
     ) -> tuple[Params, Metrics, ResidualTable | None]:
         """Gradient of the mean total loss over x0; the mean of each term, and the `largest` losses with their times;
         the residuals of this batch."""
-        quantiles = quantiles_of_times(self.model.sde, self.objective, noise.t)
-        residual = None if residuals is None else residuals.at(quantiles)
+        residual = quantiles = None
+        if residuals is not None and self.objective.needs_residual:
+            quantiles = self.objective.quantiles(self.model.sde, noise.t)
+            residual = residuals.at(quantiles)
 
         def mean_loss(params: Params) -> tuple[Array, tuple[Metrics, ResidualTable | None]]:
             score_fn = self.model.score_fn(params, dropout_key)
-            losses = score_matching_losses(score_fn, self.model.sde, self.objective, x0, noise, residual)
+            losses = self.objective.losses(score_fn, self.model.sde, x0, noise, residual)
             metrics = {name: jnp.mean(value) for name, value in losses.items()}
             metrics |= largest(jax.lax.stop_gradient(losses["total"]), noise.t)
-            table = ResidualTable.of_batch(quantiles, losses["residual"]) if "residual" in losses else None
+            table = None if quantiles is None else ResidualTable.of_batch(quantiles, losses["residual"])
             return metrics["total"], (metrics, table)
 
         gradient, (metrics, table) = jax.grad(mean_loss, has_aux=True)(params)

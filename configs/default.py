@@ -40,6 +40,7 @@ def _training() -> ConfigDict:
     # steps that a run which starts from training.init_from makes, instead of training to n_iters; 0 means to n_iters
     training.n_iters_from_start = 0
     training.n_jitted_steps = 1  # training steps per compiled call; more steps help if a step is very short
+    training.objective = "denoising"  # what training minimises: denoising (denoising score matching)
     training.score_matching_order = 1  # highest order of denoising score matching in the loss: 1, 2 or 3
     training.second_order_weight = 1.0  # weight of the second-order terms; the first-order term has weight 1
     training.third_order_weight = 1.0  # weight of the third-order term

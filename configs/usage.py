@@ -10,6 +10,7 @@ from configs.default import Config
 
 CHOICES = {
     "training.sde": ("vesde", "linearvesde", "vpsde", "subvpsde"),
+    "training.objective": ("denoising",),
     "training.score_matching_order": (1, 2, 3),
     "training.init_from": ("", "PATH"),
     "training.snapshot_sampler": ("few_step", "configured"),

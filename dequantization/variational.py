@@ -15,9 +15,8 @@ import optax
 from jaxtyping import Array
 
 from arrays import Batch, PerExample, ScoreFn
-from bound_likelihood import bound_draw
+from bound_likelihood import GaussianReference, bound_draw
 from configs.default import Config
-from coordinates import GaussianReference
 from datasets import random_mirror
 from dequantization.noise import Bins, Dequantized, Images, Keys
 from likelihood import bits_per_dim

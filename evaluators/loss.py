@@ -11,7 +11,6 @@ from datasets import Source, evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
 from infra import parallel, stop
 from infra.workdir import EvaluationFolder
-from losses import draw_noise, score_matching_losses
 from models.score import Params
 
 
@@ -67,5 +66,5 @@ class LossEvaluator:
         data_key, noise_key = jax.random.split(key)
         x0 = self.preprocess(data_key, images)
         objective = self.run.trainer.objective.for_evaluation()
-        noise = draw_noise(noise_key, self.run.sde, objective, x0.shape)
-        return score_matching_losses(self.run.score_fn(params), self.run.sde, objective, x0, noise)
+        noise = objective.draw_noise(noise_key, self.run.sde, x0.shape)
+        return objective.losses(self.run.score_fn(params), self.run.sde, x0, noise)

@@ -15,10 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from coordinates import GaussianReference
 from evaluation import MeanEstimate, mean_estimate
-from likelihood import ode_log_likelihood
-from losses import ORDERS, Objective, draw_noise, score_matching_losses
+from likelihood import GaussianReference, ode_log_likelihood
+from losses import ORDERS, Objective
 from models.mlp import MLP
 from models.score import NetworkScore, ScoreModel
 from ode import require_success
@@ -30,7 +29,7 @@ from train_state import Trainer, TrainState, create_state
 DATA, SDE, T_MIN = Checkerboard(), VESDE(sigma_min=0.01, sigma_max=50.0), 1e-5
 MODEL = ScoreModel(MLP(time_widths=(64, 64), data_widths=(64, 64), widths=(128, 128), scale_by_sigma=True), SDE)
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(2e-3))
-compiled_losses = jax.jit(score_matching_losses, static_argnums=(1, 2))
+compiled_losses = jax.jit(Objective.losses, static_argnums=(0, 2))
 BATCH_SIZE, STEPS_PER_CALL, LIMIT = 256, 50, 5.0
 
 
@@ -75,8 +74,8 @@ def train(state: TrainState, order: int, num_steps: int) -> TrainState:
 def losses(score_fn: NetworkScore, x: jax.Array) -> str:
     """The terms of all orders, averaged over the same noisy points for every model."""
     objective = Objective(order=3, t_min=T_MIN, exact=True)
-    noise = jax.jit(draw_noise, static_argnums=(1, 2, 3))(jax.random.key(3), SDE, objective, x.shape)
-    terms = compiled_losses(score_fn, SDE, objective, x, noise)
+    noise = jax.jit(Objective.draw_noise, static_argnums=(0, 2, 3))(objective, jax.random.key(3), SDE, x.shape)
+    terms = compiled_losses(objective, score_fn, SDE, x, noise)
     return "  ".join(f"{name} {np.mean(value):.4f}" for name, value in terms.items() if name != "total")
 
 

@@ -32,7 +32,7 @@ from datasets import source_from_config
 from experiments.provenance import commit, machine
 from infra.files import write_atomic
 from infra.workdir import Workdir
-from losses import ESTIMATORS, Noise, Objective, draw_noise, score_matching_losses
+from losses import ESTIMATORS, Noise, Objective
 from models.score import Params
 
 SIGMAS = (0.02, 0.2, 2.0, 20.0)
@@ -69,7 +69,7 @@ def measured_noise(model: Model, estimator: str) -> dict[float, tuple[float, dic
 
     @jax.jit
     def derivatives(params: Params, x0: Batch, t: PerExample, key: Array) -> tuple[PerExample, dict[str, PerExample]]:
-        noise = draw_noise(key, run.sde, objective, x0.shape)._replace(t=t)
+        noise = objective.draw_noise(key, run.sde, x0.shape)._replace(t=t)
         own_sigma = append_dims(run.sde.alpha_sigma(t)[1], x0)
 
         def terms(theta: Array) -> dict[str, PerExample]:
@@ -78,7 +78,7 @@ def measured_noise(model: Model, estimator: str) -> dict[float, tuple[float, dic
                 slope, curvature = x / own_sigma**2, (x - stop_gradient(x)) ** 2 / (2 * own_sigma**3)
                 return run.score_fn(params)(x, t) + theta * (slope + curvature)
 
-            return score_matching_losses(score_fn, run.sde, objective, x0, noise)
+            return objective.losses(score_fn, run.sde, x0, noise)
 
         values, slopes = jax.jvp(terms, (jnp.zeros(()),), (jnp.ones(()),))
         return values["first"], {name: slopes[name] for name in TERMS}
@@ -145,14 +145,12 @@ def fraction_rows(model: Model, batches: int = 24) -> list[str]:
         objective = Objective(order=3, estimator="unbiased", high_order_fraction=fraction)
 
         def loss(params: Params, x0: Batch, noise: Noise, objective: Objective = objective) -> Array:
-            return jnp.mean(
-                score_matching_losses(model.run.score_fn(params), model.run.sde, objective, x0, noise)["total"]
-            )
+            return jnp.mean(objective.losses(model.run.score_fn(params), model.run.sde, x0, noise)["total"])
 
         gradient, values, seconds = jax.jit(jax.grad(loss)), [], []
         for number in range(batches):
             x0 = images_of(model, number)
-            noise = draw_noise(jax.random.key(number), model.run.sde, objective, x0.shape)
+            noise = objective.draw_noise(jax.random.key(number), model.run.sde, x0.shape)
             started = time.monotonic()
             leaves = jax.block_until_ready(jax.tree.leaves(gradient(model.params, x0, noise)))
             seconds.append(time.monotonic() - started)

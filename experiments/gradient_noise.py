@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from build import TRAIN_KEY, Run, build
 from datasets import BatchOrder, source_from_config
-from losses import TERMS, draw_noise, score_matching_losses
+from losses import TERMS
 from report.formatting import text_table
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration of the run.")
@@ -61,10 +61,10 @@ def term_gradients(run: Run, params: object, batches: int) -> np.ndarray:
     def gradients(params: object, images: jax.Array, key: jax.Array) -> jax.Array:
         data_key, noise_key = jax.random.split(key)
         x0 = run.preprocess(data_key, images)
-        noise = draw_noise(noise_key, run.sde, objective, x0.shape)
+        noise = objective.draw_noise(noise_key, run.sde, x0.shape)
 
         def means(params: object) -> jax.Array:
-            losses = score_matching_losses(run.score_fn(params), run.sde, objective, x0, noise)
+            losses = objective.losses(run.score_fn(params), run.sde, x0, noise)
             return jnp.stack([jnp.mean(losses[term]) for term in TERMS])
 
         _, pull_back = jax.vjp(means, params)

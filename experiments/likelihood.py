@@ -23,9 +23,8 @@ from ml_collections import config_flags
 
 from arrays import Batch, num_dims
 from build import EVAL_KEY, build
-from coordinates import GaussianReference
 from datasets import preprocess_from_config, source_from_config
-from likelihood import LogLikelihood, Probes, draw_probes, ode_log_likelihood
+from likelihood import GaussianReference, LogLikelihood, Probes, draw_probes, ode_log_likelihood
 from models.score import NetworkScore, score_model_from_config
 from ode import require_success
 from report.formatting import text_table

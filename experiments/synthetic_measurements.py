@@ -29,7 +29,7 @@ from experiments.synthetic import (
     Problem,
 )
 from likelihood import GaussianReference, ode_log_likelihood
-from losses import Objective, draw_noise, score_matching_losses
+from losses import Objective
 from ode import as_pytree, require_success
 from sources.densities import Density
 from sources.marginals import Marginals, marginals_of, sample_at
@@ -124,8 +124,8 @@ def loss_variances(run: Run, score_fn: ScoreFn) -> dict[str, Any]:
     variances = {}
     for name, importance in (("uniform", False), ("importance", True)):
         weighting = Objective(t_min=t_min_of(run), likelihood_weighting=True, importance_weighting=importance)
-        noise = draw_noise(jax.random.key(5), run.sde, weighting, x0.shape)
-        loss = score_matching_losses(score_fn, run.sde, weighting, x0, noise)["total"]
+        noise = weighting.draw_noise(jax.random.key(5), run.sde, x0.shape)
+        loss = weighting.losses(score_fn, run.sde, x0, noise)["total"]
         values = np.asarray(loss, np.float64)
         variances[name] = float(values.var(ddof=1) / values.mean() ** 2)
     return {"loss_variance": variances}

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict
 
-from losses import ORDERS, TERMS, Noise, Objective, score_matching_losses
+from losses import ORDERS, TERMS, Noise, Objective
 from models.score import score_model_from_config
 from tests.golden_common import Result, golden_config, golden_params, relative_error
 
@@ -61,7 +61,7 @@ def _losses_and_gradient(data: Any, order: int) -> Callable[[Any, dict[str, floa
     noise = Noise(*(jnp.asarray(data[name]) for name in ("t", "z", "v")))
 
     def means(params: Any) -> dict[str, Any]:
-        losses = score_matching_losses(model.score_fn(params), model.sde, objective, jnp.asarray(data["x"]), noise)
+        losses = objective.losses(model.score_fn(params), model.sde, jnp.asarray(data["x"]), noise)
         return {term: jnp.mean(value) for term, value in losses.items() if term != "total"}
 
     # It runs a few times only, so nearly all of the time is that of the compiler.

@@ -7,7 +7,7 @@ import pytest
 
 from arrays import append_dims
 from derivatives import exact_trace_gradient
-from losses import Objective, draw_noise, draw_times, exact_second_order_trace, score_matching_losses
+from losses import Objective, exact_second_order_trace
 from sde_lib import SDES, VESDE, VPSDE, SubVPSDE
 from sources.densities import paper_mixture
 from tests.analytic import asymmetric_mixture
@@ -17,8 +17,8 @@ DENSITY = asymmetric_mixture(D)
 VP = VPSDE()
 
 # One compilation each: operation by operation, they would take a hundred.
-compiled_losses = jax.jit(score_matching_losses, static_argnums=(0, 1, 2))
-compiled_noise = jax.jit(draw_noise, static_argnums=(1, 2, 3))
+compiled_losses = jax.jit(Objective.losses, static_argnums=(0, 1, 2))
+compiled_noise = jax.jit(Objective.draw_noise, static_argnums=(0, 2, 3))
 
 
 def mixture_score(sde):
@@ -50,7 +50,7 @@ def test_terms_average_over_probes_to_what_the_paper_derives():
     """
     sde, d = VP, D
     x0 = DENSITY.sample(jax.random.key(0), (5, d))
-    noise = compiled_noise(jax.random.key(1), sde, Objective(order=3, t_min=1e-2), x0.shape)
+    noise = compiled_noise(Objective(order=3, t_min=1e-2), jax.random.key(1), sde, x0.shape)
     score_fn = wrong_score(sde, (0.3, 0.2, 0.1))
     probes = all_sign_vectors(d)
 
@@ -61,7 +61,7 @@ def test_terms_average_over_probes_to_what_the_paper_derives():
         exact = exact_trace_gradient(lambda x: score_fn(x, noise.t), mean + sigma * noise.z)
         objective = Objective(order=3, t_min=1e-2)
         draws = jax.vmap(lambda v: noise._replace(probe=jnp.broadcast_to(v, x0.shape)))(probes)
-        terms = jax.vmap(lambda draw: score_matching_losses(score_fn, sde, objective, x0, draw))(draws)
+        terms = jax.vmap(lambda draw: objective.losses(score_fn, sde, x0, draw))(draws)
         return sigma, exact, terms, third_order_vector(score_fn, sde, x0, noise, probes)
 
     sigma, (value, jacobian, trace_gradient), terms, quadratic = values()
@@ -107,11 +107,11 @@ def third_order_vector(score_fn, sde, x0, noise, probes):
 def test_exact_terms_are_those_of_the_whole_jacobian():
     """Losses of the exact form equal those written out for the whole Jacobian, and their sum has their weights."""
     x0 = DENSITY.sample(jax.random.key(0), (4, D))
-    noise = compiled_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
+    noise = compiled_noise(Objective(t_min=1e-2), jax.random.key(1), VP, x0.shape)
     score_fn = wrong_score(VP, (0.3, 0.2, 0.1))
     weights = {"second_weight": 0.5, "third_weight": 0.1, "exact": True, "t_min": 1e-2}
-    terms = compiled_losses(score_fn, VP, Objective(order=3, **weights), x0, noise)
-    expected = compiled_losses(score_fn, VP, Objective(t_min=1e-2), x0, noise)
+    terms = compiled_losses(Objective(order=3, **weights), score_fn, VP, x0, noise)
+    expected = compiled_losses(Objective(t_min=1e-2), score_fn, VP, x0, noise)
     np.testing.assert_allclose(terms["first"], expected["first"], rtol=1e-5)
 
     def one(x, t):
@@ -134,7 +134,7 @@ def test_exact_terms_are_those_of_the_whole_jacobian():
     np.testing.assert_allclose(terms["second_frob"], second, rtol=1e-4)
     np.testing.assert_allclose(terms["third"], jnp.mean(third**2, axis=1), rtol=1e-3)
     np.testing.assert_allclose(terms["total"], terms["first"] + 0.5 * second + 0.1 * terms["third"], rtol=1e-4)
-    second_order = compiled_losses(score_fn, VP, Objective(order=2, **weights), x0, noise)
+    second_order = compiled_losses(Objective(order=2, **weights), score_fn, VP, x0, noise)
     np.testing.assert_allclose(second_order["total"], terms["first"] + 0.5 * second, rtol=1e-4)
     assert set(second_order) == {"total", "first", "second_frob"}
     np.testing.assert_allclose(
@@ -151,8 +151,8 @@ def test_the_true_score_is_stationary_for_the_exact_orders(d):
     def terms(c, key):
         data_key, noise_key = jax.random.split(key)
         x0 = density.sample(data_key, (2000, d))
-        noise = draw_noise(noise_key, VP, objective, x0.shape)
-        losses = score_matching_losses(lambda x, t: density.score(VP, x, t) + c * x**3, VP, objective, x0, noise)
+        noise = objective.draw_noise(noise_key, VP, x0.shape)
+        losses = objective.losses(lambda x, t: density.score(VP, x, t) + c * x**3, VP, x0, noise)
         return jnp.stack([jnp.mean(value) for name, value in losses.items() if name != "total"])
 
     def z_scores(c):
@@ -175,10 +175,10 @@ def test_true_score_is_stationary_for_every_order(name):
     def gradients(params, key):
         data_key, noise_key = jax.random.split(key)
         x0 = DENSITY.sample(data_key, (batch, D))
-        noise = draw_noise(noise_key, sde, objective, x0.shape)
+        noise = objective.draw_noise(noise_key, sde, x0.shape)
 
         def terms(params):
-            losses = score_matching_losses(wrong_score(sde, params), sde, objective, x0, noise)
+            losses = objective.losses(wrong_score(sde, params), sde, x0, noise)
             return jnp.stack([jnp.mean(value) for name, value in losses.items() if name != "total"])
 
         return jax.jacrev(terms)(params)
@@ -199,11 +199,11 @@ def test_true_score_is_stationary_for_every_order(name):
 def test_bars_carry_no_gradient():
     """The second order does not move the score's value, nor the third its Jacobian."""
     x0 = DENSITY.sample(jax.random.key(0), (4, D))
-    noise = compiled_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
+    noise = compiled_noise(Objective(t_min=1e-2), jax.random.key(1), VP, x0.shape)
 
     def term(name):
         def of_params(params):
-            losses = score_matching_losses(wrong_score(VP, params), VP, Objective(order=3, t_min=1e-2), x0, noise)
+            losses = Objective(order=3, t_min=1e-2).losses(wrong_score(VP, params), VP, x0, noise)
             return jnp.mean(losses[name])
 
         return jax.jit(jax.grad(of_params))((0.1, 0.1, 0.1))
@@ -230,10 +230,10 @@ def test_weightings_estimate_one_objective(sde):
         x0 = jnp.zeros((n, 1))
         results = []
         for objective, key in zip((uniform, sampled), keys, strict=True):
-            noise = draw_noise(key, sde, objective, x0.shape)
+            noise = objective.draw_noise(key, sde, x0.shape)
             scale = jnp.tanh(3 * noise.t)[:, None]
-            losses = score_matching_losses(
-                lambda x, t, s=scale: -s * x / append_dims(sde.alpha_sigma(t)[1], x), sde, objective, x0, noise
+            losses = objective.losses(
+                lambda x, t, s=scale: -s * x / append_dims(sde.alpha_sigma(t)[1], x), sde, x0, noise
             )
             results.append((jnp.mean(losses["total"]), jnp.std(losses["total"]) / np.sqrt(n)))
         return results
@@ -246,26 +246,26 @@ def test_weightings_estimate_one_objective(sde):
 def test_times_have_their_density():
     sde, t_min = VPSDE(), 1e-3
     objective = Objective(t_min=t_min, likelihood_weighting=True, importance_weighting=True)
-    times = draw_times(jax.random.key(0), sde, objective, 50_000)
+    times = objective.times.draw(jax.random.key(0), sde, 50_000)
     levels = sde.importance_weight(times, t_min) / sde.importance_weight(jnp.array(1.0), t_min)
     assert abs(jnp.mean(levels) - 0.5) < 5 * np.sqrt(1 / 12 / 50_000)
-    uniform = draw_times(jax.random.key(0), sde, Objective(t_min=t_min), 50_000)
+    uniform = Objective(t_min=t_min).times.draw(jax.random.key(0), sde, 50_000)
     assert jnp.min(uniform) >= t_min
     assert abs(jnp.mean(uniform) - (1 + t_min) / 2) < 5 * np.sqrt(1 / 12 / 50_000)
 
 
 def test_half_sum_and_weights():
     x0 = DENSITY.sample(jax.random.key(0), (4, D))
-    noise = compiled_noise(jax.random.key(1), VP, Objective(t_min=1e-2), x0.shape)
+    noise = compiled_noise(Objective(t_min=1e-2), jax.random.key(1), VP, x0.shape)
     score_fn = mixture_score(VP)
-    mean = compiled_losses(score_fn, VP, Objective(t_min=1e-2), x0, noise)
-    half = compiled_losses(score_fn, VP, Objective(t_min=1e-2, reduce_mean=False), x0, noise)
+    mean = compiled_losses(Objective(t_min=1e-2), score_fn, VP, x0, noise)
+    half = compiled_losses(Objective(t_min=1e-2, reduce_mean=False), score_fn, VP, x0, noise)
     np.testing.assert_allclose(half["total"], 0.5 * D * mean["total"], rtol=1e-6)
     weighted = Objective(order=3, t_min=1e-2, second_weight=0.5, third_weight=0.1)
-    third = compiled_losses(score_fn, VP, weighted, x0, noise)
+    third = compiled_losses(weighted, score_fn, VP, x0, noise)
     total = third["first"] + 0.5 * (third["second_frob"] + third["second_trace"]) + 0.1 * third["third"]
     np.testing.assert_allclose(third["total"], total, rtol=1e-6)
-    second = compiled_losses(score_fn, VP, Objective(order=2, t_min=1e-2), x0, noise)
+    second = compiled_losses(Objective(order=2, t_min=1e-2), score_fn, VP, x0, noise)
     np.testing.assert_allclose(second["second_frob"], third["second_frob"], rtol=1e-5)
     assert set(second) == {"total", "first", "second_frob", "second_trace"}
 

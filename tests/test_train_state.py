@@ -13,7 +13,6 @@ from build import TRAIN_KEY, build
 from configs.digits.smoke import get_config
 from datasets import source_from_config, training_batches
 from infra import parallel
-from losses import draw_noise
 from models.layers import ResnetBlockDDPMpp, conv
 from models.ncsnpp import apply_with_remat
 from models.score import ScoreModel
@@ -186,7 +185,7 @@ def test_a_step_that_is_not_finite_changes_only_the_step(batches):
     skipped, failure = jax.jit(trainer.train_step)(first, images[1], key)
     assert failure["failed"] == 1
     noise_key = jax.random.split(jax.random.fold_in(key, 1), 3)[1]
-    noise = draw_noise(noise_key, run.sde, trainer.objective, images[1].shape)
+    noise = trainer.objective.draw_noise(noise_key, run.sde, images[1].shape)
     assert failure["largest_times"][0] == pytest.approx(float(noise.t[5]), rel=1e-5)
     unchanged = first.replace(step=first.step + 1)
     jax.tree.map(np.testing.assert_array_equal, skipped, unchanged)

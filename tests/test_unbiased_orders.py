@@ -16,16 +16,11 @@ from losses import (
     Noise,
     Objective,
     Residual,
-    draw_noise,
-    draw_times,
-    quantiles_of_times,
     residual_weights,
-    score_matching_losses,
     second_order_trace,
     third_order,
-    unbiased_second_order_trace,
-    unbiased_third_order,
 )
+from objectives.unbiased import unbiased_second_order_trace, unbiased_third_order
 from sde_lib import SDE, VESDE, VPSDE
 from tests.analytic import asymmetric_mixture
 
@@ -52,14 +47,14 @@ def test_estimates_average_over_probes_to_the_exact_losses(d: int) -> None:
     first, second = (v.reshape(-1, d) for v in np.broadcast_arrays(signs[:, None], signs[None]))
     pairs, n = len(first), 3
     x0 = asymmetric_mixture(d).sample(jax.random.key(0), (n, d))
-    noise = draw_noise(jax.random.key(1), VP, UNBIASED, x0.shape)
+    noise = UNBIASED.draw_noise(jax.random.key(1), VP, x0.shape)
     score_fn = wrong_score(VP, d, jnp.ones(()))
 
     def each_pair(a: Array) -> Array:
         return jnp.repeat(a, pairs, axis=0)
 
     every = Noise(each_pair(noise.t), each_pair(noise.z), jnp.tile(first, (n, 1)), jnp.tile(second, (n, 1)))
-    values = jax.jit(lambda: score_matching_losses(score_fn, VP, UNBIASED, each_pair(x0), every))()
+    values = jax.jit(lambda: UNBIASED.losses(score_fn, VP, each_pair(x0), every))()
     for name, expected in jax.jit(lambda: exact_terms(score_fn, x0, noise))().items():
         np.testing.assert_allclose(jnp.mean(values[name].reshape(n, pairs), axis=1), expected, rtol=1e-3, atol=1e-6)
         assert jnp.min(expected) > 1e-6
@@ -67,7 +62,7 @@ def test_estimates_average_over_probes_to_the_exact_losses(d: int) -> None:
 
 def exact_terms(score_fn: ScoreFn, x0: Batch, noise: Noise) -> dict[str, PerExample]:
     """Returns the exact losses in the scale of the published terms, with the trace by reverse mode."""
-    exact = score_matching_losses(score_fn, VP, dataclasses.replace(UNBIASED, exact=True), x0, noise)
+    exact = dataclasses.replace(UNBIASED, exact=True).losses(score_fn, VP, x0, noise)
     d = x0.shape[1]
     mean, sigma = VP.marginal(x0, noise.t)
     xt, sigma = mean + sigma[:, None] * noise.z, sigma[:, None]
@@ -89,8 +84,8 @@ def test_the_true_score_is_stationary() -> None:
     def terms(error: Array, key: Array) -> Array:
         data_key, noise_key = jax.random.split(key)
         x0 = density.sample(data_key, (2000, d))
-        noise = draw_noise(noise_key, VP, UNBIASED, x0.shape)
-        losses = score_matching_losses(wrong_score(VP, d, error), VP, UNBIASED, x0, noise)
+        noise = UNBIASED.draw_noise(noise_key, VP, x0.shape)
+        losses = UNBIASED.losses(wrong_score(VP, d, error), VP, x0, noise)
         return jnp.stack([jnp.mean(losses[name]) for name in HIGH])
 
     @jax.jit
@@ -133,10 +128,10 @@ def test_variance_falls_by_the_number_of_dimensions(d: int) -> None:
         objective = Objective(order=3, estimator=estimator)
         data_key, noise_key = jax.random.split(key)
         x0 = np.sqrt(variance) * jax.random.normal(data_key, (n, d))
-        noise = draw_noise(noise_key, sde, objective, x0.shape)._replace(t=jnp.full(n, t))
+        noise = objective.draw_noise(noise_key, sde, x0.shape)._replace(t=jnp.full(n, t))
 
         def terms(slope: Array, curvature: Array) -> dict[str, PerExample]:
-            return score_matching_losses(lambda x, _: score_fn((slope, curvature), x), sde, objective, x0, noise)
+            return objective.losses(lambda x, _: score_fn((slope, curvature), x), sde, x0, noise)
 
         zero = jnp.zeros(())
         second = jax.jvp(lambda a: terms(a, zero), (zero,), (jnp.ones(()),))[1]
@@ -157,8 +152,8 @@ def test_variance_falls_by_the_number_of_dimensions(d: int) -> None:
 
 
 def test_the_published_estimator_is_the_default_and_draws_the_same_noise() -> None:
-    default = draw_noise(jax.random.key(0), VP, Objective(order=3), (4, 3))
-    both = draw_noise(jax.random.key(0), VP, UNBIASED, (4, 3))
+    default = Objective(order=3).draw_noise(jax.random.key(0), VP, (4, 3))
+    both = UNBIASED.draw_noise(jax.random.key(0), VP, (4, 3))
     assert Objective().estimator == "published"
     assert default.second_probe is None
     np.testing.assert_array_equal(default.probe, both.probe)
@@ -169,14 +164,14 @@ def test_the_published_estimator_is_the_default_and_draws_the_same_noise() -> No
 def test_bars_carry_no_gradient() -> None:
     """The second order does not move the score's value, nor the third its Jacobian."""
     x0 = asymmetric_mixture(3).sample(jax.random.key(0), (4, 3))
-    noise = draw_noise(jax.random.key(1), VP, UNBIASED, x0.shape)
+    noise = UNBIASED.draw_noise(jax.random.key(1), VP, x0.shape)
 
     def term(name: str) -> list[float]:
         def of_parameters(p: tuple[float, float, float]) -> Array:
             def score_fn(x: Batch, t: PerExample) -> Batch:
                 return p[0] + p[1] * x + p[2] * jnp.roll(x, 1, axis=1) ** 2 * x
 
-            return jnp.mean(score_matching_losses(score_fn, VP, UNBIASED, x0, noise)[name])
+            return jnp.mean(UNBIASED.losses(score_fn, VP, x0, noise)[name])
 
         return [float(g) for g in jax.grad(of_parameters)((0.1, 0.1, 0.1))]
 
@@ -200,8 +195,8 @@ def fractions_of_the_batch(objective: Objective, density: Array | None, keys: Ar
     score_fn = wrong_score(VP, 2, jnp.ones(()))
 
     def one(key: Array) -> dict[str, Array]:
-        noise = draw_noise(key, VP, objective, x0.shape, density)
-        losses = score_matching_losses(score_fn, VP, objective, x0, noise)
+        noise = objective.draw_noise(key, VP, x0.shape, density)
+        losses = objective.losses(score_fn, VP, x0, noise)
         return {name: jnp.mean(value) for name, value in losses.items()}
 
     return jax.jit(lambda: jax.lax.map(one, keys))()
@@ -231,14 +226,14 @@ def test_a_part_of_the_batch_costs_a_part() -> None:
 
     def cost(objective: Objective) -> float:
         x0 = jnp.ones((64, d))
-        noise = draw_noise(keys[2], VP, objective, x0.shape)
+        noise = objective.draw_noise(keys[2], VP, x0.shape)
 
         def loss(weights: tuple[Array, Array]) -> Array:
             def score_fn(x: Batch, t: PerExample) -> Batch:
                 del t
                 return jnp.tanh(jnp.tanh(x @ weights[0]) @ weights[0].T @ weights[0]) @ weights[1]
 
-            return jnp.mean(score_matching_losses(score_fn, VP, objective, x0, noise)["total"])
+            return jnp.mean(objective.losses(score_fn, VP, x0, noise)["total"])
 
         analysis: Any = jax.jit(jax.grad(loss)).lower((first, second)).compile().cost_analysis()
         return float(analysis["flops"])
@@ -257,12 +252,12 @@ def test_stratified_times_are_even_and_have_the_density() -> None:
         Objective(t_min=1e-3, stratified_times=True),
         Objective(t_min=1e-3, stratified_times=True, likelihood_weighting=True, importance_weighting=True),
     ):
-        times = draw_times(jax.random.key(0), VP, objective, 100)
-        quantiles = np.sort(quantiles_of_times(VP, objective, times))
+        times = objective.times.draw(jax.random.key(0), VP, 100)
+        quantiles = np.sort(objective.quantiles(VP, times))
         np.testing.assert_allclose(np.diff(quantiles), 0.01, atol=2e-4)
     own = dataclasses.replace(UNBIASED, high_order_fraction=0.5, stratified_times=True)
-    noise = draw_noise(jax.random.key(1), VP, own, (400, 1), jnp.array([0.5, 1.5]))
-    quantiles = quantiles_of_times(VP, own, noise.t)
+    noise = own.draw_noise(jax.random.key(1), VP, (400, 1), jnp.array([0.5, 1.5]))
+    quantiles = own.quantiles(VP, noise.t)
     assert abs(np.mean(quantiles[::2] < 0.5) - 0.25) <= 1 / 200
     assert abs(np.mean(quantiles[1::2] < 0.5) - 0.5) <= 1 / 200
     assert noise.time_weight is not None

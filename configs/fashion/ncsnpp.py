@@ -1,6 +1,6 @@
 """NCSN++ (VE) on FashionMNIST: 60,000 grey images of 28x28 pixels with 256 levels, without dequantization noise.
 
-    python main.py --config=configs/fashion/ncsnpp.py --workdir=WORKDIR --mode=prepare --config.data.archive=PATH
+    python main.py --config=configs/fashion/ncsnpp.py --mode=prepare --config.data.archive=PATH
     python main.py --config=configs/fashion/ncsnpp.py --workdir=WORKDIR --mode=train
 
 The experiment `make fashion-orders` continues from this model with each order of score matching. At this length of

@@ -1,0 +1,86 @@
+"""What all objectives have in common, and the noise that the terms of denoising score matching take."""
+
+import abc
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float
+
+from arrays import Batch, PerExample, Scalar, ScoreFn
+from sde_lib import SDE
+
+
+@runtime_checkable
+class Draws(Protocol):
+    """The randomness of one evaluation of an objective: a pytree whose arrays have one row for each example."""
+
+    @property
+    def t(self) -> PerExample: ...
+
+
+class Residual(NamedTuple):
+    """The size of the noise that the score leaves unexplained, which weights may follow."""
+
+    value: PerExample
+    """r(t) = E|u|^2 / d at the time of each example."""
+    harmonic_mean: Scalar
+    """Over all times; it gives weights 1 / r the mean 1."""
+
+
+class Noise(NamedTuple):
+    """The randomness of one evaluation of the losses."""
+
+    t: PerExample
+    z: Batch
+    probe: Batch
+    second_probe: Batch | None = None
+    """Independent of the first; for the unbiased estimator only."""
+    time_weight: PerExample | None = None
+    """The density of the objective's times divided by the density that t was drawn from; None where they are equal."""
+
+
+class TrainingObjective(abc.ABC):
+    """A loss that training minimises. It sees a network as a score function only, and owns its randomness."""
+
+    @abc.abstractmethod
+    def draw_noise(
+        self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
+    ) -> Any:
+        """Draws the randomness for a batch of the given shape, as `Draws`.
+
+        Args:
+            density: of times, for objectives with `draws_own_times`.
+        """
+
+    @abc.abstractmethod
+    def losses(
+        self, score_fn: ScoreFn, sde: SDE, x0: Batch, noise: Any, residual: Residual | None = None
+    ) -> dict[str, PerExample]:
+        """Computes the objective of each example as `total`, and its terms by their names in `losses.TERMS`.
+
+        Args:
+            noise: from `draw_noise`.
+            residual: r(t), for objectives with `needs_residual`. Then the result also has |u|^2 / d as `residual`.
+        """
+
+    def for_evaluation(self) -> "TrainingObjective":
+        """Returns the objective that evaluation computes, so that the values of two runs are comparable."""
+        return self
+
+    @property
+    def every(self) -> int:
+        """The size of the groups of examples that must stay together when a batch is divided."""
+        return 1
+
+    @property
+    def needs_residual(self) -> bool:
+        """Whether weights follow the residual."""
+        return False
+
+    @property
+    def draws_own_times(self) -> bool:
+        """Whether a part of the examples has times from a density of its own, which follows the residual."""
+        return False
+
+    def quantiles(self, sde: SDE, t: PerExample) -> PerExample:
+        """Returns the distribution function of times, at these times. Only for objectives with `needs_residual`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its times are distributed")
