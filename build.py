@@ -137,8 +137,12 @@ class Run:
         return {"training.sde": self.config.training.sde, **model, **data}
 
 
-def build(config: Config) -> Run:
+def build(config: Config, *, for_training: bool = True) -> Run:
     """Builds the objects that the configuration describes.
+
+    Args:
+        for_training: also check how the fields of a training go together, and that its batch fits the devices. An
+            evaluation does not depend on that, and may run on other devices.
 
     Raises:
         ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
@@ -150,16 +154,10 @@ def build(config: Config) -> Run:
             raise ValueError(
                 "training.continuous is False, but training in discrete time is not supported: set it to True"
             )
-        _check_init(training)
-        parts = training.accumulation_steps
         _check_kind_of_data(config)
         objective = _trainer(config, score_model_from_config(config), training_preprocess(config)).objective
-        if training.n_iters_from_start and config.optim.schedule != "constant":
-            raise ValueError(
-                f"optim.schedule is {config.optim.schedule!r} and training.n_iters_from_start is "
-                f"{training.n_iters_from_start}; schedules end at training.n_iters: set that instead"
-            )
-        parallel.divisible(training.batch_size, "training.batch_size", parts * objective.every)
+        if for_training:
+            _check_training(config, training.accumulation_steps * objective.every)
     return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
 
 
@@ -174,6 +172,24 @@ def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPr
         unroll_parts=jax.default_backend() == "cpu",
         ema_warmup=config.model.ema_warmup,
     )
+
+
+def _check_training(config: Config, parts: int) -> None:
+    """Raises ValueError for fields that only a training uses, and that do not go together or do not fit the devices.
+
+    Args:
+        parts: the groups of examples of a batch that each device needs.
+    """
+    training = config.training
+    _check_init(training)
+    if training.n_iters_from_start and config.optim.schedule != "constant":
+        raise ValueError(
+            f"optim.schedule is {config.optim.schedule!r} and training.n_iters_from_start is "
+            f"{training.n_iters_from_start}; schedules end at training.n_iters: set that instead"
+        )
+    if training.snapshot_sampling and config.data.dataset in DENSITIES:
+        raise ValueError("training.snapshot_sampling is True, but it draws images, not points: set it to False")
+    parallel.divisible(training.batch_size, "training.batch_size", parts)
 
 
 def _check_init(training: Config) -> None:
@@ -193,5 +209,3 @@ def _check_kind_of_data(config: Config) -> None:
         raise ValueError(f"model.name is {name!r}, but {config.data.dataset} has {kind}: set it to {fitting!r}")
     if training.exact_derivatives and not points:
         raise ValueError("training.exact_derivatives is True, but images have too many dimensions: set it to False")
-    if training.snapshot_sampling and points:
-        raise ValueError("training.snapshot_sampling is True, but it draws images, not points: set it to False")

@@ -148,7 +148,7 @@ def _same_section_first(read_with: list[tuple[str, set[str]]], field: str) -> li
 
 def _build_settings(config: Config, mode: str) -> None:
     """Builds all that a mode needs except data, networks of evaluators, and checkpoints."""
-    run = build(config)
+    run = build(config, for_training=mode not in ("eval", "diagnose", "export"))
     if mode == "train":
         _ = run.trainer, config.training.init_from and config.training.init_reset
         Snapshots(run, Workdir(Path()))
@@ -288,7 +288,7 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
         ValueError, OSError: for bad input, before anything is written.
         RuntimeError: if an ODE solve fails.
     """
-    run = build(config)
+    run = build(config, for_training=False)
     _check_eval_folder(eval_folder)
     evaluators = evaluators_from_config(run, lambda: evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, evaluators, Workdir(path), eval_folder)
@@ -302,7 +302,7 @@ def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: 
     Raises:
         FileNotFoundError, ValueError, OSError, RuntimeError: as in `evaluate`.
     """
-    run = build(config)
+    run = build(config, for_training=False)
     _check_eval_folder(eval_folder)
     evaluator = DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, [evaluator], Workdir(path), eval_folder)
@@ -416,7 +416,7 @@ def export(config: Config, path: Path, deq_folder: str = "deq") -> Path:
         FileNotFoundError: if there is no checkpoint.
         ValueError, OSError: for bad input, before anything is written.
     """
-    run, workdir = build(config), Workdir(path)
+    run, workdir = build(config, for_training=False), Workdir(path)
     if config.eval.dequantizer:
         state = dequantizer_state(run, Workdir(path / deq_folder))
         name, ema_rate = "dequantizer", config.deq.ema_rate

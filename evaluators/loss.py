@@ -22,6 +22,7 @@ class LossEvaluator:
     def __init__(self, run: Run, source: Source):
         self.run, self.source = run, source
         self.batch_size = run.config.training.batch_size
+        parallel.divisible(self.batch_size, "training.batch_size")
         self.eval_batches = run.config.training.eval_batches
         self.num_batches = len(evaluation_batch_sizes(source, self.batch_size))
         self.preprocess = run.preprocess.without_flip()
