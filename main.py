@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from configs.checks import flat
 from configs.default import Config, get_config
@@ -79,6 +79,9 @@ def main(argv: Sequence[str]) -> int:
         missing.append(_CONFIG.name)
     if missing:
         return _complain(f"--{missing[0]} is missing; see python main.py --help")
+    if _CONFIG.value is not None and not isinstance(_CONFIG.value, ConfigDict):
+        kind = type(_CONFIG.value).__name__
+        return _complain(f"--config={_config_file()}: get_config returns {kind}; it must return a ConfigDict")
     for name, modes in EFFECT.items():
         if flags.FLAGS[name].present and _MODE.value not in modes:
             return _complain(
@@ -198,15 +201,23 @@ def _parse_flags(argv: list[str]) -> list[str]:
         said = said.replace("' Did", "; did").strip("'\"")
         sys.exit(_complain(f"the configuration has no such field: {said}"))
     except SyntaxError as error:
-        sys.exit(_complain(f"cannot parse the configuration: {error}"))
-    except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
+        sys.exit(_complain(f"cannot parse the configuration {_config_argument(argv)}: {error}"))
+    except Exception as error:  # absl's own errors, and those of the configuration, whose file may contain anything
         unknown = _unknown_field(argv) if isinstance(error, TypeError) else None
-        sys.exit(_complain(f"the configuration has no such field: {unknown}" if unknown else str(error)))
+        if unknown:
+            sys.exit(_complain(f"the configuration has no such field: {unknown}"))
+        inside = "Traceback" in str(error) or not isinstance(error, flags.Error | TypeError | ValueError | OSError)
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        sys.exit(_complain(f"cannot load {_config_argument(argv)}: {last}" if inside else str(error)))
     if flags.FLAGS["config"].present:
-        path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+        path = _config_file()
         if not Path(path).is_file():
             sys.exit(_complain(f"--config={path}: there is no such file"))
     return rest
+
+
+def _config_file() -> str:
+    return config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
 
 
 def _config_argument(argv: Sequence[str]) -> str:

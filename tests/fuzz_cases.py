@@ -19,7 +19,8 @@ IMAGES = ("configs/digits/smoke.py", "configs/digits/ncsnpp.py", "configs/vp/cif
 POINTS = ("configs/toy/smoke.py", "configs/toy/mixture_vp.py")
 MODES = ("train", "eval", "train_deq", "diagnose", "export", "cost", "selftest")
 DEFAULTS = flat(get_config())
-NO_PATH = "no/such/path"
+DERIVED = "from configs.default import get_config as default\n\n\ndef get_config():\n    c = default()\n"
+"""The beginning of a configuration of a user's own."""
 
 
 class Case(NamedTuple):
@@ -60,7 +61,7 @@ def value_of_another_type(chance: Chance, folder: Path) -> Case:
         bool: ("2", "maybe", "None", ""),
         int: ("1.5", "many", "None", "(1, 2)", ""),
         float: ("much", "None", "(0.1,)", "1,5", ""),
-        tuple: ("(1, 'a')", "(1, None)", "5", "((1, 2),)", "(1, 2", "x", "('a',)"),
+        tuple: ("(1, 'a')", "(1, None)", "((1, 2),)", "(1, 2", "x", "('a',)", "(1.5,)"),
     }
     choices = [text for text in texts[type(default)] if not (field == "cost.memory" and "'a'" in text)]
     value = chance.choice(choices)
@@ -176,6 +177,9 @@ def wrong_flag(chance: Chance, folder: Path) -> Case:
     broken.write_text(
         chance.choice(
             (
+                "def get_config():\n    return 1 / 0\n",
+                f"{DERIVED}    del c.eval\n    return c\n",
+                f"{DERIVED}    c.seeds = 3\n    return c\n",
                 "def get_config(:\n", "x = 1\n", "def get_config():\n    return undefined_name\n", "import no_module\n",
                 "def get_config():\n    raise ValueError('no')\n", "\0\0", "def get_config():\n    return 3\n", "]",
                 "def get_config(a, b):\n    return a\n", "get_config = 1\n", "def get_config():\n    return {'a': 1}\n",
@@ -194,9 +198,9 @@ def wrong_flag(chance: Chance, folder: Path) -> Case:
             Case([config, workdir, "--mode=train", word or "y"], (word or "y",)),
             Case([f"--config={folder / 'none.py'}", workdir, "--mode=eval"], ("none.py",)),
             Case([f"--config={folder}", workdir, "--mode=eval"], (str(folder),)),
-            Case([f"--config={broken}", workdir, "--mode=train"], (broken.name,)),
-            Case([f"--config={broken}", workdir, "--mode=eval"], (broken.name,)),
-            Case([f"--config={broken}", workdir, "--mode=cost"], (broken.name,)),
+            Case([f"--config={broken}", workdir, "--mode=train"], (broken.name, "seeds", "lacks the field")),
+            Case([f"--config={broken}", workdir, "--mode=eval"], (broken.name, "seeds", "lacks the field")),
+            Case([f"--config={broken}", workdir, "--mode=cost"], (broken.name, "seeds", "lacks the field")),
             Case([config, workdir, "--mode=train", "--eval_folder=e"], ("--eval_folder",)),
             Case([config, workdir, "--mode=eval", f"--eval_folder={chance.choice(('/x', '../x', 'train', ''))}"],
                  ("--eval_folder",)),

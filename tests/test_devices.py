@@ -68,10 +68,8 @@ def test_devices_change_only_the_order_of_sums(tmp_path):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"training.batch_size": 6},
-        {"training.accumulation_steps": 3, "training.batch_size": 8},
-        {"training.n_iters_from_start": 7, "optim.schedule": "cosine"},
-        {"training.init_reset": "opt"},
+        {"training.batch_size": 6, "training.accumulation_steps": 3},
+        {"training.init_reset": "opt", "training.n_iters_from_start": 7, "optim.schedule": "cosine"},
     ],
 )
 def test_an_evaluation_is_not_refused_because_of_fields_of_training(fields, tmp_path):
