@@ -104,7 +104,7 @@ def test_a_collective_names_the_process_that_does_not_come(tmp_path, monkeypatch
     for number, age in ((1, 1000), (2, 0)):  # the mark of the second is from an earlier run
         mark = tmp_path / ".selftest" / str(number)
         mark.write_text("")
-        os.utime(mark, (time.time() - age,) * 2)
+        os.utime(mark, (time.time() - age, time.time() - age))
     with pytest.raises(TimeoutError, match=r"the sum over 4 devices took longer than 0.5 s; no sign of process 1$"):
         selftest.collective(tmp_path, seconds=0.5)
     release.set()
