@@ -590,7 +590,8 @@ def _step_in_words(run: Run, size: int) -> str:
     text = ", ".join(parts)
     if row.get("error") == NOT_COMPILED:
         limit = f"--config.cost.selftest_seconds={fields.selftest_seconds:g}"
-        return f"{text}; not compiled within {limit}, so its memory and time are not known; a larger value shows them"
+        estimate = f"{row['estimated_gb']:.3g} of {fields.memory_gb or device_memory():.3g} GB by an upper estimate"
+        return f"{text}, {estimate}; not compiled within {limit}, and a larger value shows its memory and time"
     if "error" in row:
         raise RuntimeError(f"{text}: {row['error']}")
     return text
