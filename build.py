@@ -128,13 +128,18 @@ class Run:
 
     def network_description(self) -> dict[str, Any]:
         """The fields that a checkpoint must agree with: of the network, the SDE, and the kind of data."""
-        free = ("ema_rate", "ema_warmup", "dropout", "num_scales", "remat", "dtype")
+        free = {"ema_rate", "ema_warmup", "dropout", "remat", "dtype"}
+        training: dict[str, Any] = {"training.sde": self.config.training.sde}
+        if self.model.levels is None:
+            free |= {"num_scales", "interpolation"}  # checkpoints of older versions do not have them
+        else:
+            training["training.continuous"] = False
         model = {f"model.{k}": v for k, v in self.config.model.to_dict().items() if k not in free}
         if self.density is not None:
             data = {"data dimensions": self.density.dims}
         else:
             data = {f"data.{k}": self.config.data[k] for k in ("image_size", "num_channels", "levels", "centered")}
-        return {"training.sde": self.config.training.sde, **model, **data}
+        return {**training, **model, **data}
 
 
 def build(config: Config, *, for_training: bool = True) -> Run:
@@ -149,22 +154,17 @@ def build(config: Config, *, for_training: bool = True) -> Run:
     """
     with unrecorded(config):  # a field that is only checked has no effect
         check_config(config)
-        training = config.training
-        if not training.continuous:
-            raise ValueError(
-                "training.continuous is False, but training in discrete time is not supported: set it to True"
-            )
         _check_kind_of_data(config)
         objective = _trainer(config, score_model_from_config(config), training_preprocess(config)).objective
         if for_training:
-            _check_training(config, training.accumulation_steps * objective.every)
+            _check_training(config, config.training.accumulation_steps * objective.every)
     return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
 
 
 def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPreprocess) -> Trainer:
     return Trainer(
         model=model,
-        objective=objective_from_config(config.training),
+        objective=objective_from_config(config),
         optimizer=optimizer_from_config(config.optim, config.training.n_iters),
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
 from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
+from objectives.discrete import DiscreteObjective
 from objectives.objective import Noise, Residual, TrainingObjective
 from objectives.times import TimeDistribution, with_density
 from objectives.unbiased import unbiased_terms
@@ -454,12 +455,13 @@ def exact_third_order(
     return mean_square(error)
 
 
-def denoising_from_config(training: Config) -> Objective:
+def denoising_from_config(config: Config) -> Objective:
     """Denoising score matching as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.
     """
+    training = config.training
     return Objective(
         order=training.score_matching_order,
         t_min=training.smallest_time,
@@ -478,16 +480,40 @@ def denoising_from_config(training: Config) -> Objective:
     )
 
 
+def discrete_from_config(config: Config) -> DiscreteObjective:
+    """The objective for training.continuous=False, with model.num_scales noise levels.
+
+    Raises:
+        ValueError: if config.training asks for an objective that discrete time does not have.
+    """
+    training = config.training
+    if training.objective != "denoising":
+        raise ValueError(f"training.objective is {training.objective!r}, which needs training.continuous=True")
+    if training.score_matching_order > 1:
+        raise ValueError(
+            f"training.score_matching_order is {training.score_matching_order}; orders 2 and 3 need "
+            "training.continuous=True"
+        )
+    for field in ("likelihood_weighting", "importance_weighting", "stratified_times"):
+        if training[field]:
+            raise ValueError(f"training.{field} is True, which needs training.continuous=True")
+    weighting = training.first_order_weighting
+    if weighting != "constant":
+        raise ValueError(f"training.first_order_weighting is {weighting!r}, which needs training.continuous=True")
+    return DiscreteObjective(config.model.num_scales, training.reduce_mean)
+
+
 OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {"denoising": denoising_from_config}
 """The builders of objectives, by training.objective."""
 
 
-def objective_from_config(training: Config) -> TrainingObjective:
+def objective_from_config(config: Config) -> TrainingObjective:
     """The objective that config.training names and describes.
 
     Raises:
         ValueError: for an unknown name, or a field whose value is not allowed.
     """
-    if training.objective not in OBJECTIVES:
-        raise ValueError(f"training.objective is {training.objective!r}; known: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[training.objective](training)
+    name = config.training.objective
+    if name not in OBJECTIVES:
+        raise ValueError(f"training.objective is {name!r}; known: {', '.join(OBJECTIVES)}")
+    return OBJECTIVES[name](config) if config.training.continuous else discrete_from_config(config)

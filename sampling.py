@@ -159,6 +159,26 @@ class PredictorCorrector(Sampler):
         each = (self.predictor != "none") + self.corrector_steps * (self.corrector != "none")
         return Samples(x_mean if self.noise_removal else x, self.num_steps * each)
 
+    def step(self, score_fn: ScoreFn, state: Update, i: Array, draw: Callable[[Array | int], Batch]) -> Update:
+        """Runs step i: the corrector, then the predictor.
+
+        Args:
+            draw: standard normal noise by number: 0 for the predictor, j for the j-th step of the corrector.
+        """
+        t = jnp.full(len(state[0]), jnp.linspace(self.sde.t_max, self.smallest_time, self.num_steps)[i])
+        predict, correct = PREDICTORS[self.predictor], CORRECTORS[self.corrector]
+        if correct is not None:
+            # A loop keeps the program small: NCSN has 100 steps of the corrector.
+            state = jax.lax.fori_loop(
+                1,
+                self.corrector_steps + 1,
+                lambda j, state: correct(score_fn, self.sde, state[0], t, draw(j), self.num_steps, self.snr),
+                state,
+            )
+        if predict is not None:
+            state = predict(score_fn, self.sde, state[0], t, draw(0), self.num_steps, self.probability_flow)
+        return state
+
 
 @functools.partial(jax.jit, static_argnames="sampler")
 def _pc_steps(
@@ -170,20 +190,10 @@ def _pc_steps(
     last: Int[Array, ""] | int,
 ) -> Update:
     """Runs steps first, ..., last - 1. The bounds are traced, so one program can run any part of the steps."""
-    sde, num_steps = sampler.sde, sampler.num_steps
-    predict, correct = PREDICTORS[sampler.predictor], CORRECTORS[sampler.corrector]
-    batch, *image_shape = state[0].shape
+    image_shape = state[0].shape[1:]
 
     def step(i: Array, state: Update) -> Update:
-        t = jnp.full(batch, jnp.linspace(sde.t_max, sampler.smallest_time, num_steps)[i])
-        if correct is not None:
-            for j in range(sampler.corrector_steps):
-                noise = _noise(keys, tuple(image_shape), i, j + 1)
-                state = correct(score_fn, sde, state[0], t, noise, num_steps, sampler.snr)
-        if predict is not None:
-            noise = _noise(keys, tuple(image_shape), i, 0)
-            state = predict(score_fn, sde, state[0], t, noise, num_steps, sampler.probability_flow)
-        return state
+        return sampler.step(score_fn, state, i, functools.partial(_noise, keys, image_shape, i))
 
     return jax.lax.fori_loop(first, last, step, state)
 

@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, append_dims, inner, num_dims
@@ -103,10 +104,21 @@ class SDE(abc.ABC):
         dt = self.t_max / num_steps
         return self.drift(x, t) * dt, self.diffusion(t) * math.sqrt(dt)
 
+    def chain_alpha_sigma(self, t: PerExample, num_steps: int) -> tuple[PerExample, PerExample]:
+        """Scale and standard deviation of x_i given x_0 in the discrete chain, for the level i of each time.
+
+        The chain has `num_steps` levels 0, ..., N - 1, and i = floor(t (N - 1)). Discretely trained models know the
+        data at these noise levels only; see `chain_times`.
+
+        Raises:
+            ValueError: if no discrete chain is published for the SDE.
+        """
+        raise ValueError(f"{self} has no discrete chain; vesde and vpsde have one")
+
     def step_alpha(self, t: PerExample, num_steps: int) -> PerExample:
         """(alpha_{t + dt} / alpha_t)^2 of one forward step: the factor of the Langevin step sizes in [S21a] Alg. 5.
 
-        It follows from the marginals, so it holds for every SDE and any number of steps.
+        It follows from the marginals, so it holds for every SDE and any number of steps. VP has that of its chain.
         """
         before = jnp.maximum(t - self.t_max / num_steps, 0)
         return (self.alpha_sigma(t)[0] / self.alpha_sigma(before)[0]) ** 2
@@ -115,6 +127,17 @@ class SDE(abc.ABC):
 def _chain_index(t: PerExample, num_steps: int) -> Array:
     """The index i = floor(t (N - 1)) of the time t in the discrete chain."""
     return (t * (num_steps - 1) / SDE.t_max).astype(jnp.int32)
+
+
+def chain_times(num_steps: int) -> Float[Array, " levels"]:
+    """The times t_i = i / (N - 1) of the N levels of a discrete chain.
+
+    Where t_i (N - 1) would be rounded to less than i in float32, t_i is the next larger number, so that
+    floor(t_i (N - 1)) = i.
+    """
+    levels, last = np.arange(num_steps), np.float32(num_steps - 1)
+    times = (levels / last).astype(np.float32)
+    return jnp.asarray(np.where(times * last < levels, np.nextafter(times, np.float32(2)), times))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +182,9 @@ class VESDE(SDE):
         sigma, below = self.chain_sigmas(t, num_steps)
         log_step = self._log_ratio / max(num_steps - 1, 1)
         return jnp.zeros_like(x), sigma * jnp.where(below == 0, 1.0, math.sqrt(-math.expm1(-2 * log_step)))
+
+    def chain_alpha_sigma(self, t: PerExample, num_steps: int) -> tuple[PerExample, PerExample]:
+        return jnp.ones_like(t), self.chain_sigmas(t, num_steps)[0]
 
     def chain_sigmas(self, t: PerExample, num_steps: int) -> tuple[PerExample, PerExample]:
         """sigma_i and sigma_{i-1} of the SMLD chain with `num_steps` steps."""
@@ -255,15 +281,29 @@ class VPSDE(_LinearBetaSDE):
         # sqrt(1 - beta) - 1 without cancellation
         return append_dims(-beta / (1 + jnp.sqrt(1 - beta)), x) * x, jnp.sqrt(beta)
 
+    def chain_alpha_sigma(self, t: PerExample, num_steps: int) -> tuple[PerExample, PerExample]:
+        """alpha_i^2 is the product of 1 - beta_j over j <= i, and sigma_i^2 = 1 - alpha_i^2 ([H20] Eqn. 4)."""
+        log_alpha_squared = jnp.cumsum(jnp.log1p(-self._chain_betas(num_steps)))[_chain_index(t, num_steps)]
+        return jnp.exp(0.5 * log_alpha_squared), jnp.sqrt(-jnp.expm1(log_alpha_squared))
+
+    def step_alpha(self, t: PerExample, num_steps: int) -> PerExample:
+        """1 - beta_i, as published; for so few steps that there is no chain, the factor of the marginals."""
+        if num_steps <= self.beta_max:
+            return super().step_alpha(t, num_steps)
+        return 1 - self.chain_beta(t, num_steps)
+
     def chain_beta(self, t: PerExample, num_steps: int) -> PerExample:
         """beta_i of the DDPM chain with `num_steps` steps.
 
         Raises:
             ValueError: if there are so few steps that beta_i, a variance below 1, would exceed 1.
         """
+        return self._chain_betas(num_steps)[_chain_index(t, num_steps)]
+
+    def _chain_betas(self, num_steps: int) -> Float[Array, " levels"]:
         if num_steps <= self.beta_max:
             raise ValueError(f"the discrete chain of {self} needs more than {self.beta_max} steps, got {num_steps}")
-        return jnp.linspace(self.beta_min / num_steps, self.beta_max / num_steps, num_steps)[_chain_index(t, num_steps)]
+        return jnp.linspace(self.beta_min / num_steps, self.beta_max / num_steps, num_steps)
 
 
 @dataclasses.dataclass(frozen=True)

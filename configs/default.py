@@ -30,7 +30,9 @@ def _training() -> ConfigDict:
     """The SDE, the objective, and the schedule of a training run."""
     training = ConfigDict()
     training.sde = "vesde"  # forward SDE: vesde, linearvesde, vpsde or subvpsde
-    training.continuous = True  # train in continuous time; False is not supported
+    # train in continuous time (True), or at model.num_scales discrete noise levels (False), which is SMLD for vesde and
+    # DDPM for vpsde
+    training.continuous = True
     training.smallest_time = 1e-5  # losses and likelihoods use times in [smallest_time, 1]
     # examples in a batch, over all devices; the published runs use 128 for orders 1 and 2, and 48 for order 3
     training.batch_size = 128
@@ -115,23 +117,30 @@ def _data() -> ConfigDict:
 def _model() -> ConfigDict:
     """The constants of the SDE, and the score network."""
     model = ConfigDict()
-    # network: ncsnpp (NCSN++ and DDPM++) or vdm (Kingma et al., 2021; VP and sub-VP SDEs only) for images; for points
-    # mlp (ours) or mlp_published (that of the paper)
+    # network for images: ncsnpp (NCSN++ and DDPM++), ddpm, ncsn, ncsnv2_64, ncsnv2_128 or ncsnv2_256 (NCSNv2 for images
+    # of this size), or vdm (Kingma et al., 2021; VP and sub-VP SDEs only); for points mlp (ours) or mlp_published (that
+    # of the paper). ncsn and ncsnv2_* need training.sde=vesde and training.continuous=False
     model.name = "ncsnpp"
     model.sigma_min = 0.01  # smallest noise level of the VE SDE
     model.sigma_max = 50.0  # largest noise level of the VE and linear VE SDEs
     model.beta_min = 0.1  # noise rate of the VP and sub-VP SDEs at t = 0
     model.beta_max = 20.0  # noise rate of the VP and sub-VP SDEs at t = 1
-    model.num_scales = 1000  # steps of predictor-corrector samplers if sampling.num_steps is 0
+    # steps of predictor-corrector samplers if sampling.num_steps is 0; with training.continuous=False also the number
+    # of noise levels
+    model.num_scales = 1000
     model.ema_rate = 0.999  # decay of the averaged parameters, which evaluation uses
     model.ema_warmup = False  # begin with a smaller decay: min(ema_rate, (1 + step) / (10 + step))
     model.dropout = 0.1  # dropout rate in the residual blocks
-    model.embedding_type = "fourier"  # time embedding: fourier (of ln sigma) or positional (of 999 t)
+    # time embedding of ncsnpp: fourier (of ln sigma) or positional (of 999 t, or of the number of a noise level)
+    model.embedding_type = "fourier"
     model.fourier_scale = 16  # standard deviation of the Fourier frequencies
     model.trainable_embedding = False  # train the Fourier frequencies; True is not supported
     model.conditional = True  # feed the time embedding to the residual blocks
     model.nonlinearity = "swish"  # swish, elu, relu or lrelu
-    model.normalization = "GroupNorm"  # the only choice
+    # normalization: GroupNorm, the only choice of ncsnpp; InstanceNorm++, InstanceNorm or VarianceNorm for ddpm and
+    # ncsnv2_*; ncsn needs InstanceNorm++
+    model.normalization = "GroupNorm"
+    model.interpolation = "bilinear"  # how ncsn and ncsnv2_* enlarge feature maps: bilinear or nearest_neighbor
     model.nf = 128  # channels at full resolution
     model.ch_mult = (1, 2, 2, 2)  # channels at each resolution, in units of nf
     model.num_res_blocks = 4  # residual blocks at each resolution; of vdm, blocks down (one more up)

@@ -17,7 +17,7 @@ CHOICES = {
     "training.high_order_estimator": ("published", "unbiased"),
     "training.first_order_weighting": ("constant", "residual"),
     "training.high_order_weighting": ("constant", "residual"),
-    "model.name": ("ncsnpp", "vdm", "mlp", "mlp_published"),
+    "model.name": ("ncsnpp", "ddpm", "ncsn", "ncsnv2_64", "vdm", "mlp", "mlp_published"),
     "model.embedding_type": ("fourier", "positional"),
     "sampling.method": ("pc", "ode", "dpm_solver", "heun"),
     "sampling.schedule": ("auto", "log_snr", "power", "time"),

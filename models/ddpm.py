@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from configs.default import Config
-from models.ladder import Ladder
+from models.ladder import Ladder, ladder_from_config
 from models.layers import NONLINEARITIES, AttnBlockpp, Embedding, Normalization, ResnetBlockDDPMpp, conv
-from models.ncsnpp import NCSNpp
+from models.ncsnpp import NCSNpp, check_scale_by_sigma
 from models.normalization import NORMALIZATIONS, PUBLISHED_GROUPS, check_normalization
 from models.resample import AnySize, FeatureMap, Projected, Taps
 
@@ -86,3 +86,18 @@ def ddpm_from_fields(model: Config, centered: bool, ladder: Ladder | None = None
         ladder=ladder,
         centered=centered,
     )
+
+
+def ddpm_from_config(config: Config) -> DDPM:
+    """The network that config.model describes, for the SDE of config.training.
+
+    Raises:
+        ValueError: a field of config.model has a value that is not allowed.
+    """
+    check_scale_by_sigma(config)
+    if config.model.scale_by_sigma and config.training.continuous:
+        raise ValueError(
+            "model.name is 'ddpm' with model.scale_by_sigma=True, which divides by the sigma of a noise level: set "
+            "training.continuous=False"
+        )
+    return ddpm_from_fields(config.model, config.data.centered, ladder_from_config(config))

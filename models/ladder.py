@@ -32,3 +32,8 @@ class Ladder:
 def ladder_from_fields(model: Config) -> Ladder:
     """The ladder with the fields of config.model."""
     return Ladder(float(model.sigma_min), float(model.sigma_max), model.num_scales)
+
+
+def ladder_from_config(config: Config) -> Ladder | None:
+    """The ladder of a network that divides its output by the sigma of a level; None for other networks."""
+    return ladder_from_fields(config.model) if config.model.scale_by_sigma and not config.training.continuous else None

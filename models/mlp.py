@@ -97,6 +97,11 @@ def mlp_from_config(config: Config) -> MLP:
     for field in ("mlp_time_widths", "mlp_data_widths", "mlp_widths"):
         if not model[field] or min(model[field]) < 1:
             raise ValueError(f"model.{field} is {model[field]}; it must name at least one width, each at least 1")
+    if model.scale_by_sigma and not config.training.continuous:
+        raise ValueError(
+            "model.scale_by_sigma is True, but with training.continuous=False the mlp sees numbers of noise levels, "
+            "not sigma: set it to False"
+        )
     published = model.name == "mlp_published"
     if published and model.scale_by_sigma:
         raise ValueError("model.scale_by_sigma is True, but mlp_published sees unscaled points: set it to False")

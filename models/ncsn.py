@@ -2,7 +2,7 @@
 
 from arrays import PerExample
 from configs.default import Config
-from models.ncsnv2 import NCSNv2, refine_net_from_fields
+from models.ncsnv2 import NCSNv2, check_smld, refine_net_from_fields
 from models.normalization import ConditionalInstanceNorm2dPlus
 from models.refinenet import ConditionalResidualBlock, CondRefineBlock, Normalize
 
@@ -40,3 +40,13 @@ def ncsn_from_fields(model: Config, centered: bool) -> NCSNv2:
         ValueError: if a field has a value that is not allowed.
     """
     return refine_net_from_fields(NCSN, model, centered)
+
+
+def ncsn_from_config(config: Config) -> NCSNv2:
+    """The network that config.model describes.
+
+    Raises:
+        ValueError: a field of config.model has a value that is not allowed, or training is not SMLD.
+    """
+    check_smld(config)
+    return ncsn_from_fields(config.model, config.data.centered)

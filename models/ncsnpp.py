@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from arrays import PerExample, append_dims
 from configs.default import Config
-from models.ladder import Ladder
+from models.ladder import Ladder, ladder_from_config
 from models.layers import (
     NONLINEARITIES,
     AttnBlockpp,
@@ -281,12 +281,22 @@ def ncsnpp_from_config(config: Config) -> NCSNpp:
     Raises:
         ValueError: a field of config.model has a value that is not allowed.
     """
+    check_scale_by_sigma(config)
+    if config.model.embedding_type == "fourier" and not config.training.continuous:
+        raise ValueError(
+            "model.embedding_type is 'fourier', which embeds ln sigma; with training.continuous=False it must be "
+            "'positional'"
+        )
+    return ncsnpp_from_fields(config.model, config.data.centered, ladder_from_config(config))
+
+
+def check_scale_by_sigma(config: Config) -> None:
+    """Raises ValueError if model.scale_by_sigma does not suit the SDE."""
     scale_by_sigma, sde = config.model.scale_by_sigma, config.training.sde
     if scale_by_sigma != SDES[sde].scale_by_sigma:
         raise ValueError(
             f"model.scale_by_sigma is {scale_by_sigma}, but networks for training.sde={sde} need {not scale_by_sigma}"
         )
-    return ncsnpp_from_fields(config.model, config.data.centered)
 
 
 def ncsnpp_from_fields(model: Config, centered: bool, ladder: Ladder | None = None) -> NCSNpp:

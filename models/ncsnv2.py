@@ -141,3 +141,23 @@ def refine_net_from_fields(network: type[NCSNv2], model: Config, centered: bool)
         scale_by_sigma=model.scale_by_sigma,
         centered=centered,
     )
+
+
+def ncsnv2_from_config(config: Config) -> NCSNv2:
+    """The network that config.model describes.
+
+    Raises:
+        ValueError: a field of config.model has a value that is not allowed, or training is not SMLD.
+    """
+    check_smld(config)
+    return ncsnv2_from_fields(config.model, config.data.centered)
+
+
+def check_smld(config: Config) -> None:
+    """Raises ValueError unless training is in discrete time with the VE SDE, whose noise levels the labels number."""
+    training, name = config.training, config.model.name
+    if training.sde != "vesde" or training.continuous:
+        raise ValueError(
+            f"model.name is {name!r}, whose labels number noise levels of the VE SDE: set training.sde=vesde and "
+            "training.continuous=False"
+        )

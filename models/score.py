@@ -1,4 +1,4 @@
-"""From a network to a score function: how it is told the time, and what its output means ([S21a] App. C)."""
+"""From a network to a score function. models/conditioning.py says what the network sees and returns."""
 
 import dataclasses
 from collections.abc import Callable
@@ -9,10 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from arrays import Batch, PerExample, append_dims
+from arrays import Batch, PerExample
 from configs.default import Config
-from models.mlp import POINT_NETWORKS, TIMES_PER_UNIT, mlp_from_config
+from models.conditioning import Conditioning, conditioning
+from models.ddpm import ddpm_from_config
+from models.mlp import POINT_NETWORKS, mlp_from_config
+from models.ncsn import ncsn_from_config
 from models.ncsnpp import ncsnpp_from_config
+from models.ncsnv2 import NETWORKS as NCSNV2_NETWORKS
+from models.ncsnv2 import ncsnv2_from_config
 from models.vdm import vdm_from_config
 from sde_lib import SDE, sde_from_config
 
@@ -24,8 +29,8 @@ Params: TypeAlias = Any
 class ScoreNetwork(Protocol):
     """A linen module called with (x, labels, train), with one label for each example; its output is shaped as x.
 
-    - With `scale_by_sigma`, labels are sigma_t. The network divides its output by them, and the result is the score.
-    - Without it, labels are 999 t, and the output is -sigma_t times the score.
+    With `scale_by_sigma`, the network divides its output by sigma, and the result is the score. The classes of
+    models/conditioning.py say what the labels are, and what the output is without `scale_by_sigma`.
     """
 
     @property
@@ -38,6 +43,9 @@ class ScoreNetwork(Protocol):
 
 NETWORKS: dict[str, Callable[[Config], ScoreNetwork]] = {
     "ncsnpp": ncsnpp_from_config,
+    "ddpm": ddpm_from_config,
+    "ncsn": ncsn_from_config,
+    **dict.fromkeys(NCSNV2_NETWORKS, ncsnv2_from_config),
     "vdm": vdm_from_config,
     **dict.fromkeys(POINT_NETWORKS, mlp_from_config),
 }
@@ -50,6 +58,17 @@ class ScoreModel:
 
     network: ScoreNetwork
     sde: SDE
+    levels: int | None = None
+    """The number of noise levels that the network was trained at; None for continuous time."""
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How the network is told the time, and what its output means.
+
+        Raises:
+            ValueError: if the SDE has no discrete chain with this number of levels.
+        """
+        return conditioning(self.sde, self.network.scale_by_sigma, self.levels)
 
     def init(self, key: Array, data_shape: tuple[int, ...]) -> Params:
         """Initial parameters for images of shape [height, width, channels], or points of shape [d]."""
@@ -70,10 +89,8 @@ class NetworkScore:
     model: ScoreModel = flax.struct.field(pytree_node=False)
 
     def __call__(self, x: Batch, t: PerExample) -> Batch:
-        sigma = self.model.sde.alpha_sigma(t)[1]
-        if self.model.network.scale_by_sigma:
-            return self._output(x, sigma)
-        return -self._output(x, TIMES_PER_UNIT * t) / append_dims(sigma, x)
+        conditioning = self.model.conditioning
+        return conditioning.score(self._output(x, conditioning.labels(t)), x, t)
 
     def _output(self, x: Batch, labels: PerExample) -> Batch:
         train = self.dropout_key is not None
@@ -88,7 +105,10 @@ def score_model_from_config(config: Config) -> ScoreModel:
         ValueError: if a name is unknown, or a field has a value that is not allowed.
     """
     sde = sde_from_config(config)  # first: the network must suit it
-    return ScoreModel(build_network(config), sde)
+    levels = None if config.training.continuous else config.model.num_scales
+    model = ScoreModel(build_network(config), sde, levels)
+    _ = model.conditioning  # raises ValueError
+    return model
 
 
 def build_network(config: Config) -> ScoreNetwork:

@@ -143,7 +143,6 @@ def contradicting_fields(chance: Chance, folder: Path) -> Case:
             ("train", image, {"training.score_matching_order": 2, "training.reduce_mean": False}),
             ("train", image, {"training.init_reset": "opt"}),
             ("train", image, {"training.n_iters_from_start": some, "optim.schedule": "cosine"}),
-            ("train", image, {"training.continuous": False}),
             ("train", image, {"data.image_size": 8 + some}),
             ("train", image, {"data.num_channels": some}),
             ("train", image, {"data.levels": 40 + some}),

@@ -36,10 +36,11 @@ from tests.golden_common import (
     tree_shapes,
 )
 from tests.golden_dequantizer import check_dequantizer, check_dequantizer_trees
+from tests.golden_discrete import check_discrete_losses, check_sampler_chain, check_score_fn, check_updates
 from tests.golden_idode import check_schedule, check_vdm_network, check_vdm_trees
 from tests.golden_likelihood import check_likelihood
 from tests.golden_losses import check_losses
-from tests.golden_score_sde import check_discrete_network, check_score_sde_trees
+from tests.golden_score_sde import check_discrete_network, check_score_sde_configs, check_score_sde_trees
 from tests.golden_sde import check_sde
 from train_state import create_state, optimizer_from_config
 
@@ -116,6 +117,8 @@ KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "dequantizer": check_dequantizer,
     "likelihood": check_likelihood,
     "losses": check_losses,
+    "losses_ddpm": check_discrete_losses,
+    "losses_smld": check_discrete_losses,
     "param_trees": check_param_trees,
     "param_trees_dequantizer": check_dequantizer_trees,
     "param_trees_score_sde": check_score_sde_trees,
@@ -128,7 +131,11 @@ KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "network_ncsnpp_discrete": check_discrete_network,
     "released_checkpoint": check_published_checkpoint,
     "resample": check_resample,
+    "samplers_discrete": check_updates,
+    "samplers_discrete_chain": check_sampler_chain,
     "schedule_idode": check_schedule,
+    "score_fn_discrete": check_score_fn,
+    "score_sde_configs": check_score_sde_configs,
     "sde": check_sde,
 }
 """The checks, by the first words of the names of their files."""

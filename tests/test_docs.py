@@ -19,7 +19,7 @@ from tools import config_reference
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-CONFIGS = sorted((ROOT / "configs").glob("*/*.py"))
+CONFIGS = [*sorted((ROOT / "configs").glob("*/*.py")), ROOT / "configs" / "score_sde.py"]
 SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", ".cache"} & set(path.relative_to(ROOT).parts)]
 
 LONGEST_README = 130

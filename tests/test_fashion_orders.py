@@ -54,7 +54,7 @@ def test_branches_are_objectives() -> None:
     for fields in BRANCHES.values():
         config = get_config()
         config.training.update(fields)
-        objective_from_config(config.training)
+        objective_from_config(config)
 
 
 def write_run(plan: Plan, branch: str, seed: int, tmin: float) -> None:

@@ -130,6 +130,21 @@ def test_a_wrong_schedule_is_noticed(tmp_path: Path) -> None:
     assert failed(path) == ["vp F_target", "sp_gamma_of_quantile_float64"]
 
 
+def test_a_wrong_update_of_a_chain_is_noticed(tmp_path: Path) -> None:
+    chain, path = "vp_short", tmp_path / "samplers_discrete.npz"
+    data = np.load(FOLDER / path.name)
+    config = json.dumps({chain: json.loads(str(data["config"]))[chain]})
+    kept = {key: data[key] for key in data.files if key.startswith(f"{chain}/")}
+    np.savez(path, config=np.asarray(config), **{**kept, f"{chain}/ald_x": kept[f"{chain}/ald_x"] * (1 + 2e-4)})
+    assert failed(path) == [f"{chain} ald, x"]
+
+
+def test_a_wrong_field_of_score_sde_is_noticed(tmp_path: Path) -> None:
+    path = copy("score_sde_configs.json", tmp_path)
+    rewrite_json(path, lambda golden: golden["differences"]["vp/ddpm/cifar10"].update({"model.num_scales": 999}))
+    assert failed(path) == ["vp/ddpm/cifar10"]
+
+
 @pytest.mark.parametrize("name", ["unknown.npz", "networks.npz", "sde_heat.npz"])
 def test_unknown_kinds_are_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes((FOLDER / "sde_vesde.npz").read_bytes())

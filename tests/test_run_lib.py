@@ -237,7 +237,7 @@ def test_missing_and_unwritable_workdirs(arguments):
     [
         ("seed", -1, r"seed is -1; it must lie in \[0, 4294967295\]"),
         ("training__n_iters", 0, "training.n_iters is 0; it must be at least 1"),
-        ("training__continuous", False, "training.continuous is False"),
+        ("training__continuous", False, "with training.continuous=False the mlp sees"),
         ("training__init_reset", "lr", "init_reset names 'lr'; it takes any of step,opt,ema"),
         ("training__init_reset", "opt", "init_reset is 'opt', but training.init_from is empty"),
         ("model__ema_rate", 1.0, "model.ema_rate is 1.0"),

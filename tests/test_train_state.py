@@ -13,6 +13,7 @@ from build import TRAIN_KEY, build
 from configs.digits.smoke import get_config
 from datasets import source_from_config, training_batches
 from infra import parallel
+from losses import Objective
 from models.layers import ResnetBlockDDPMpp, conv
 from models.ncsnpp import apply_with_remat
 from models.score import ScoreModel
@@ -103,7 +104,7 @@ def gradient_with(order, remat="none", residual_first=False, **options):
     trainer = dataclasses.replace(
         run.trainer,
         model=ScoreModel(OneBlock(remat), VPSDE()),
-        objective=dataclasses.replace(run.trainer.objective, residual_first=residual_first, third_weight=20.0),
+        objective=Objective(order=order, residual_first=residual_first, third_weight=20.0),
         **options,
     )
     params = trainer.model.init(jax.random.key(0), (4, 4, 1))

@@ -15,6 +15,13 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 DEFAULT = ROOT / "configs" / "default.py"
+SCORE_SDE = ROOT / "configs" / "score_sde.py"
+
+ABOUT_SCORE_SDE = """
+[configs/score_sde.py](../configs/score_sde.py) has all configurations of score_sde with its own values. A colon and a
+name choose one: `--config=configs/score_sde.py:vp/ddpm/cifar10`. A name that is also a file above has the values of the
+paper there, and those of score_sde here. The names are
+"""
 
 INTRODUCTION = """\
 # Configuration
@@ -100,7 +107,7 @@ def _comments(source: str) -> dict[int, str]:
 
 def page() -> str:
     """The text of docs/configuration.md."""
-    parts = [INTRODUCTION, _file_table()]
+    parts = [INTRODUCTION, _file_table(), ABOUT_SCORE_SDE + ", ".join(f"`{name}`" for name in score_sde_names()) + "."]
     for section in sections(DEFAULT.read_text()):
         parts.append(f"\n## {section.name or 'Top level'}\n")
         if section.name:
@@ -119,6 +126,15 @@ def _file_table() -> str:
             name = path.relative_to(ROOT)
             rows.append((f"[{name}](../{name})", docstring.split("\n")[0]))
     return _table(("file", "model and data"), rows)
+
+
+def score_sde_names() -> list[str]:
+    """The names of the configurations in configs/score_sde.py, which this program does not import."""
+    for statement in ast.parse(SCORE_SDE.read_text()).body:
+        if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "CONFIGURATIONS":
+            assert isinstance(statement.value, ast.Dict)
+            return [str(key.value) for key in statement.value.keys if isinstance(key, ast.Constant)]
+    raise ValueError(f"{SCORE_SDE.name} does not define CONFIGURATIONS")
 
 
 def _table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,6 +2,8 @@
 
     python main.py --config=configs/subvp/cifar10_ddpmpp_deep_continuous.py --workdir=WORKDIR --mode=train
 
+With the values of score_sde instead: --config=configs/score_sde.py:subvp/cifar10_ddpmpp_deep_continuous
+
 106.6M parameters. Published, order 1: 2.99 bits/dim, FID 2.92 by the ODE, FID 2.41 by predictor-corrector ([S21a]
 Tables 2 and 3). The 2.99 bits/dim need a smallest time of 1e-5 (--config.training.smallest_time=1e-5).
 Hardware and training time are not published.

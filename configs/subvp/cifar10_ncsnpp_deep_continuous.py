@@ -2,6 +2,8 @@
 
     python main.py --config=configs/subvp/cifar10_ncsnpp_deep_continuous.py --workdir=WORKDIR --mode=train
 
+With the values of score_sde instead: --config=configs/score_sde.py:subvp/cifar10_ncsnpp_deep_continuous
+
 107.5M parameters. Samples are drawn by predictor-corrector with the Euler-Maruyama predictor and no corrector, as
 published. Hardware and training time are not published.
 """

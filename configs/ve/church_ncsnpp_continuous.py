@@ -2,6 +2,8 @@
 
     python main.py --config=configs/ve/church_ncsnpp_continuous.py --workdir=WORKDIR --mode=train
 
+With the values of score_sde instead: --config=configs/score_sde.py:ve/church_ncsnpp_continuous
+
 65.6M parameters. Bits/dim, FID, hardware and training time are not published.
 """
 

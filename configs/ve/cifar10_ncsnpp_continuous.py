@@ -2,6 +2,8 @@
 
     python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=WORKDIR --mode=train
 
+With the values of score_sde instead: --config=configs/score_sde.py:ve/cifar10_ncsnpp_continuous
+
 [L22] continues a first-order model for 100,000 steps, with order 2 at batch size 128 or with order 3 at batch size 48:
 
     --config.training.score_matching_order=3 --config.training.init_from=FIRST_ORDER_CHECKPOINT

@@ -2,6 +2,8 @@
 
     python main.py --config=configs/ve/cifar10_ncsnpp_deep_continuous.py --workdir=WORKDIR --mode=train
 
+With the values of score_sde instead: --config=configs/score_sde.py:ve/cifar10_ncsnpp_deep_continuous
+
 107.6M parameters. Published, order 1: FID 2.20 and Inception Score 9.89 by predictor-corrector ([S21a] Table 3).
 Bits/dim, hardware and training time are not published.
 """

@@ -2,6 +2,8 @@
 
     python main.py --config=configs/ve/ffhq_256_ncsnpp_continuous.py --workdir=WORKDIR --mode=train
 
+With the values of score_sde instead: --config=configs/score_sde.py:ve/ffhq_256_ncsnpp_continuous
+
 data.path must name its .tfrecords file of this size, ffhq-r08.tfrecords, or a folder of its images.
 65.6M parameters. Bits/dim, FID, hardware and training time are not published.
 """

@@ -2,6 +2,8 @@
 
     python main.py --config=configs/vp/cifar10_ddpmpp_continuous.py --workdir=WORKDIR --mode=train
 
+With the values of score_sde instead: --config=configs/score_sde.py:vp/cifar10_ddpmpp_continuous
+
 61.8M parameters. Published, order 1: 3.16 bits/dim, FID 3.93 by the ODE, FID 2.55 by predictor-corrector ([S21a] Tables
 2 and 3). With likelihood weighting, importance sampling and variational dequantization, the best published value is
 2.83 bits/dim, without flips ([S21b]):

@@ -2,6 +2,8 @@
 
     python main.py --config=configs/vp/cifar10_ddpmpp_deep_continuous.py --workdir=WORKDIR --mode=train
 
+With the values of score_sde instead: --config=configs/score_sde.py:vp/cifar10_ddpmpp_deep_continuous
+
 106.6M parameters. Published, order 1: 3.13 bits/dim, FID 3.08 by the ODE, FID 2.41 by predictor-corrector ([S21a]
 Tables 2 and 3). Hardware and training time are not published.
 """

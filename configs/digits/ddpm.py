@@ -1,0 +1,31 @@
+"""DDPM on the digits of configs/digits/ncsnpp.py: the VP SDE in discrete time, with 200 noise levels.
+
+    python main.py --config=configs/digits/ddpm.py --workdir=runs/digits_ddpm --mode=train
+    python main.py --config=configs/digits/ddpm.py --workdir=runs/digits_ddpm --mode=eval
+
+The network is a small DDPM++. Samples are drawn by ancestral sampling. Bits/dim are those of the ODE whose score is the
+model's at any time, from the time of the second level on: the model has not seen less noise than that of the first.
+"""
+
+from configs.default import Config
+from configs.digits.ncsnpp import get_config as digits
+
+
+def get_config() -> Config:
+    config = digits()
+    config.training.sde = "vpsde"
+    config.training.continuous = False
+    config.training.smallest_time = 5e-3
+    config.data.centered = True
+
+    config.model.num_scales = 200
+    config.model.embedding_type = "positional"
+    config.model.scale_by_sigma = False
+    config.model.fir = False
+    config.model.progressive_input = "none"
+
+    config.sampling.method = "pc"
+    config.sampling.predictor = "ancestral_sampling"
+    config.sampling.corrector = "none"
+    config.sampling.smallest_time = 1e-3
+    return config

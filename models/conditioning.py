@@ -1,0 +1,112 @@
+"""How a network is told the time, and what its output means ([S21a] App. C)."""
+
+import dataclasses
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+
+from arrays import Batch, PerExample, append_dims
+from models.mlp import TIMES_PER_UNIT
+from sde_lib import SDE, VESDE, VPSDE
+
+
+@runtime_checkable
+class Conditioning(Protocol):
+    """The two translations between a score function and a network."""
+
+    def labels(self, t: PerExample) -> PerExample:
+        """The labels that tell the network the times."""
+        ...
+
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        """The score at x and these times, from the network's output."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseLevels:
+    """Labels are sigma_t, and the output is the score: the network divides by sigma_t itself."""
+
+    sde: SDE
+
+    def labels(self, t: PerExample) -> PerExample:
+        return self.sde.alpha_sigma(t)[1]
+
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        del x, t
+        return output
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledTimes:
+    """Labels are 999 t, and the output is the noise in x: -sigma_t times the score."""
+
+    sde: SDE
+
+    def labels(self, t: PerExample) -> PerExample:
+        return TIMES_PER_UNIT * t
+
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        return -output / append_dims(self.sde.alpha_sigma(t)[1], x)
+
+
+@dataclasses.dataclass(frozen=True)
+class LadderLevels:
+    """For SMLD: labels number the levels of a ladder from the largest sigma, and the output is the score.
+
+    The label of a time is that of the nearest level, so between two levels the score function has a step.
+    """
+
+    sde: VESDE
+    levels: int
+
+    def labels(self, t: PerExample) -> PerExample:
+        return jnp.round((self.sde.t_max - t) * (self.levels - 1) / self.sde.t_max)
+
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        del x, t
+        return output
+
+
+@dataclasses.dataclass(frozen=True)
+class ChainLevels:
+    """For DDPM: labels number the levels of the chain from the smallest noise, and the output is the noise in x.
+
+    Labels between two levels are not rounded, but the sigma that divides the output is that of the level below, as
+    published.
+    """
+
+    sde: VPSDE
+    levels: int
+
+    def labels(self, t: PerExample) -> PerExample:
+        return t * (self.levels - 1) / self.sde.t_max
+
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        return -output / append_dims(self.sde.chain_alpha_sigma(t, self.levels)[1], x)
+
+
+DISCRETE: dict[type[SDE], type[LadderLevels] | type[ChainLevels]] = {VESDE: LadderLevels, VPSDE: ChainLevels}
+"""The conditionings of networks trained in discrete time, by SDE."""
+
+
+def conditioning(sde: SDE, scale_by_sigma: bool, levels: int | None) -> Conditioning:
+    """The conditioning of a network.
+
+    Args:
+        scale_by_sigma: whether the network divides its output by sigma.
+        levels: the number of noise levels of a network that was trained in discrete time; None for continuous time.
+
+    Raises:
+        ValueError: if discrete time is not defined for the SDE, or there are fewer than two levels.
+    """
+    if levels is None:
+        return NoiseLevels(sde) if scale_by_sigma else ScaledTimes(sde)
+    if type(sde) not in DISCRETE:
+        raise ValueError(f"training.continuous is False, which needs training.sde vesde or vpsde, got {sde}")
+    if levels < 2:
+        raise ValueError(f"model.num_scales is {levels}; training in discrete time needs at least 2 noise levels")
+    # Without computing anything, this raises ValueError if there are too few levels.
+    jax.eval_shape(lambda t: sde.chain_alpha_sigma(t, levels), jnp.zeros(1))
+    return DISCRETE[type(sde)](sde, levels)  # type: ignore[arg-type]
