@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ReportProgress, ScoreFn, append_dims, inner, num_dims
+from arrays import Batch, PerExample, ScoreFn, append_dims, inner, num_dims
 from derivatives import UNROLLED_DIMS, Field, divergence_estimates, exact_divergence
 from likelihood import Probes
 from ode import Info, as_pytree, integrate
@@ -76,7 +76,6 @@ def ode_score(
     *,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    progress: ReportProgress | None = None,
 ) -> OdeScore:
     """Computes grad_x ln p_t(x) of the density of the ODE, each example at its own time ([L22] Thm D.1).
 
@@ -89,36 +88,11 @@ def ode_score(
             unbiased for entries of mean 0 and variance 1. None: the exact divergence, at the cost of d derivatives.
         rtol, atol: tolerances of the adaptive solver, which controls the error over the whole batch. The score counts
             in units of 1 / sigma_t, so that atol limits the error of the distances in score_distances.py at all t.
-        progress: called within the two solves, as in `ode.integrate`. It is not used in few dimensions without probes.
     """
-    if progress is not None and not (probes is None and num_dims(x) <= UNROLLED_DIMS):
-        return _solve_in_parts(as_pytree(score_fn), probes, x, t, rtol=rtol, atol=atol, sde=sde, progress=progress)
     if probes is None and num_dims(x) <= UNROLLED_DIMS:
         return _solve_forward(as_pytree(score_fn), x, t, rtol=rtol, atol=atol, sde=sde)
     latent, path = _solve(as_pytree(score_fn), probes, x, t, jnp.zeros(1, x.dtype), rtol=rtol, atol=atol, sde=sde)
     return OdeScore(path.score[0], latent, path.x[0], path.info)
-
-
-def _solve_in_parts(
-    score_fn: ScoreFn,
-    probes: Probes | None,
-    x: Batch,
-    start: PerExample,
-    *,
-    rtol: float,
-    atol: float,
-    sde: SDE,
-    progress: ReportProgress,
-) -> OdeScore:
-    """`_solve` for a single time. It reports its progress, and is therefore not one compiled call."""
-    solve = partial(integrate, rtol=rtol, atol=atol, progress=progress)
-    with jax.default_matmul_precision("highest"):
-        latent, forward = solve(_Flow(score_fn, start, sde), x, 0.0, 1.0)
-        unit = append_dims(sde.alpha_sigma(start)[1], x)
-        state = (latent, -unit * latent / sde.prior_sigma**2)
-        (returned, scaled), back = solve(_ScoreFlow(score_fn, probes, start, sde), state, 1.0, 0.0)
-    info = _total(forward, jax.tree.map(lambda a: a[None], back), start, sde)
-    return OdeScore(scaled / unit, latent, returned, info)
 
 
 @partial(jax.jit, static_argnames=("rtol", "atol", "sde"))
@@ -300,7 +274,6 @@ def likelihood_by_start(
     *,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    progress: ReportProgress | None = None,
 ) -> tuple[Float[Array, "starts batch"], Info]:
     """Computes ln p(x) in nats with each of several start times t, at which the data are x ([L22] Fig. 6).
 
@@ -309,7 +282,6 @@ def likelihood_by_start(
     Args:
         starts: start times in (0, T).
         probes: for div h, fixed for the solve and the same for all start times. None: the exact divergence.
-        progress: called within the solve, as in `ode.integrate`.
 
     Returns:
         The log-likelihoods, and the report of the solve. See `ode.require_success`.
@@ -326,7 +298,7 @@ def likelihood_by_start(
     field = _LikelihoodFlow(as_pytree(score_fn), repeated, t, sde)
     with jax.default_matmul_precision("highest"):
         state = (jnp.tile(x, (n, *(1,) * (x.ndim - 1))), jnp.zeros_like(t))
-        (latent, divergence), info = integrate(field, state, 0.0, 1.0, rtol=rtol, atol=atol, progress=progress)
+        (latent, divergence), info = integrate(field, state, 0.0, 1.0, rtol=rtol, atol=atol)
     begun = t[jnp.maximum(info.worst_example, 0)]
     # The examples are repeated for each start; the report gives the index of the example itself.
     worst_example = jnp.where(info.success, -1, info.worst_example % len(x))

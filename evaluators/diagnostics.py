@@ -1,6 +1,7 @@
 """Where an image model is good or bad, by noise level ([L22] Fig. 6 and 7)."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,7 +103,7 @@ class DiagnosticsEvaluator:
         """Computes the values of the images of one batch: [images, starts] or [images, times].
 
         Args:
-            show: called within the solves, with the percentage of the current one.
+            show: called between the solves, with their number and that of all.
         """
         started, settings, run = time.monotonic(), self.run.config.eval, self.run
         key = run.key(EVAL_KEY)
@@ -112,25 +113,26 @@ class DiagnosticsEvaluator:
         indices = parallel.global_array(run.mesh, batch.indices[rows])
         keys = image_keys(jax.random.fold_in(key, number), indices)
         score_fn, x0 = run.score_fn(params), self.preprocess(jax.random.fold_in(key, number), images)
-        rows_of_time = [
-            self._at_time(score_fn, x0, jnp.full(len(x0), t, x0.dtype), jax.random.fold_in(key, k), keys, show)
-            for k, t in enumerate(self.nodes.t)
-        ]
+        solves, rows_of_time = 2 * len(self.nodes.t) + len(self.starts), []
+        for k, t in enumerate(self.nodes.t):
+            times = jnp.full(len(x0), t, x0.dtype)
+            rows_of_time.append(self._at_time(score_fn, x0, times, jax.random.fold_in(key, k), keys))
+            show(2 * (k + 1), solves)
         values = {name: np.stack([row[name] for row in rows_of_time], axis=1) for name in CURVES}
-        values["bpd"] = self._bpd_by_start(score_fn, images, keys, show)
+        values["bpd"] = self._bpd_by_start(
+            score_fn, images, keys, lambda done: show(2 * len(self.nodes.t) + done, solves)
+        )
         used = {name: value[: self.sizes[number]] for name, value in values.items()}
         return used | {"seconds": np.asarray(time.monotonic() - started)}
 
     def _at_time(
-        self, score_fn: NetworkScore, x0: Batch, t: PerExample, key: Array, keys: Array, show: ReportProgress
+        self, score_fn: NetworkScore, x0: Batch, t: PerExample, key: Array, keys: Array
     ) -> dict[str, np.ndarray]:
         sde = self.run.sde
         z, first, second = draw_noise_and_probes(key, keys, x0)
         mean, sigma = sde.marginal(x0, t)
         x = mean + append_dims(sigma, x0) * z
-        scores = [
-            ode_score(score_fn, sde, x, t, probe[None], **self.tolerances, progress=show) for probe in (first, second)
-        ]
+        scores = [ode_score(score_fn, sde, x, t, probe[None], **self.tolerances) for probe in (first, second)]
         for solved in scores:
             require_success(solved.info)
         weight = 0.5 * sde.diffusion(t) ** 2
@@ -140,15 +142,15 @@ class DiagnosticsEvaluator:
         return {name: np.asarray(value, np.float64) for name, value in zip(CURVES, fetched, strict=True)}
 
     def _bpd_by_start(
-        self, score_fn: NetworkScore, images: Array, keys: Array, show: ReportProgress
+        self, score_fn: NetworkScore, images: Array, keys: Array, solved: Callable[[int], None]
     ) -> Float[np.ndarray, "images starts"]:
         noisy = dequantized(self.dequantizer, keys, images, 0)
         probe = draw_noise_and_probes(self.run.key(EVAL_KEY), keys, noisy.x)[1]
         log_q = np.asarray(parallel.fetch(noisy.log_q), np.float64)
         columns = []
-        for start in self.starts:
+        for number, start in enumerate(self.starts, start=1):
             logp, info = likelihood_by_start(
-                score_fn, self.run.sde, noisy.x, np.array([start]), probe[None], **self.tolerances, progress=show
+                score_fn, self.run.sde, noisy.x, np.array([start]), probe[None], **self.tolerances
             )
             require_success(info)
             terms = {"nll": -np.asarray(parallel.fetch(logp), np.float64)[0], "dequantization": log_q}
@@ -159,4 +161,5 @@ class DiagnosticsEvaluator:
                 unit_scale=self.dequantizer.unit_scale,
             )
             columns.append(values["bpd"])
+            solved(number)
         return np.stack(columns, axis=1)

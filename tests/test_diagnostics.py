@@ -37,7 +37,7 @@ def test_diagnosis_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def check() -> None:
         reports.append(None)
-        if len(reports) == 4:  # before the batch, and within a solve
+        if len(reports) == 2:  # before the batch, and after the solves of the first time
             raise KeyboardInterrupt
 
     monkeypatch.setattr(stop, "check", check)
