@@ -13,6 +13,7 @@ FIELDS: dict[str, Any] = {
     "training.n_iters": 6,
     "training.snapshot_freq": 4,
     "training.log_freq": 2,
+    "training.snapshot_sampling": False,
     "data.random_flip": True,
     "deq.n_iters": 3,
     "eval.dequantizer": True,
