@@ -7,7 +7,11 @@ import time
 
 import pytest
 
+import run_lib
+from configs.digits.smoke import get_config as digits
+from configs.toy.smoke import get_config as toy
 from infra import selftest, stop, waiting
+from infra.cost import NOT_COMPILED
 from infra.rendezvous import meet
 
 
@@ -121,3 +125,31 @@ def test_checks_of_this_machine(tmp_path):
     failed = selftest.check("disk", lambda: selftest.disk(tmp_path / "none", 1))
     assert not failed.passed
     assert failed.line.startswith("disk                  FAILED")
+
+
+def test_the_self_test_prints_a_line_for_each_check(tmp_path, monkeypatch, capsys):
+    """Without a step, whose cost tests/test_cost.py measures."""
+    costs = {"gflop": 2.0, "estimated_gb": 0.5, "total_gb": 0.4, "step_seconds": 0.1}
+    monkeypatch.setattr(run_lib, "case_cost", lambda *_: costs)
+    config = toy()
+    run_lib.selftest(config, tmp_path / "good")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == [
+        "devices",
+        "collective",
+        "disk",
+        "train data",
+        "test data",
+        "step",
+    ]
+    assert all(" ok " in line for line in lines[1:])
+    assert "0.1 s/step, 0.00167 h for 60 steps" in lines[-1]
+    monkeypatch.setattr(run_lib, "case_cost", lambda *_: {"gflop": 2.0, "estimated_gb": 0.5, "error": NOT_COMPILED})
+    config = digits()
+    config.data.dataset, config.data.path = "npz", str(tmp_path / "none.npz")
+    with pytest.raises(ValueError, match=r"3 of 7 checks failed: train data, test data, features .classifier.; see"):
+        run_lib.selftest(config, tmp_path / "bad")
+    said = capsys.readouterr().out
+    assert "0.5 of" in said
+    assert "not compiled within --config.cost.selftest_seconds=60" in said
+    assert "which is not a file" in said
