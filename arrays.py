@@ -6,6 +6,7 @@ from typing import TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Shaped
 
 Batch: TypeAlias = Float[Array, "batch *dims"]
@@ -66,6 +67,15 @@ def in_parts(
 def append_dims(values: Shaped[Array, " batch"], like: Shaped[Array, "batch *dims"]) -> Shaped[Array, "batch *#dims"]:
     """Reshapes one number for each example so that it multiplies a batch shaped as `like`."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def level_values(levels: int, centered: bool, bare: bool) -> Float[np.ndarray, " {levels}"]:
+    """The data of each grey level: k / (levels - 1) of `bare` levels k, otherwise the middles of the levels' bins.
+
+    The bins tile [0, 1]. With `centered`, values are scaled from [0, 1] to [-1, 1].
+    """
+    unit = np.arange(levels) / (levels - 1) if bare else (np.arange(levels) + 0.5) / levels
+    return (2 * unit - 1 if centered else unit).astype(np.float32)
 
 
 def inner(a: Batch, b: Batch) -> PerExample:

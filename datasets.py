@@ -134,6 +134,8 @@ class Preprocess:
     centered: bool
     random_flip: bool = False
     dequantize: bool = False
+    bin_centers: bool = False
+    """Whether data without noise are the middles of bins, (k + 1/2) / levels, instead of k / (levels - 1)."""
     rounding: str = "truncate"
     """How samples become levels if the data are bare levels, one of `ROUNDINGS`."""
 
@@ -148,6 +150,8 @@ class Preprocess:
             images = random_mirror(flip_key, images)
         if self.dequantize:
             return self.scale(uniform_dequantize(noise_key, images, self.levels))
+        if self.bin_centers:
+            return self.scale((images.astype(jnp.float32) + 0.5) / self.levels)
         return self.scale(images.astype(jnp.float32) / (self.levels - 1))
 
     def without_flip(self) -> "Preprocess":
@@ -173,10 +177,12 @@ class Preprocess:
         return (-1.0, 1.0) if self.centered else (0.0, 1.0)
 
     def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
-        """Samples as integer levels: the bins of dequantized data, otherwise levels by `rounding`."""
+        """Samples as integer levels: the bins of data with noise or in the middle of bins, otherwise by `rounding`."""
         unit = self.unscale(x)
-        to_bare_levels = ROUNDINGS[self.rounding]
-        level = jnp.floor(unit * self.levels) if self.dequantize else to_bare_levels(unit * (self.levels - 1))
+        if self.dequantize or self.bin_centers:
+            level = jnp.floor(unit * self.levels)
+        else:
+            level = ROUNDINGS[self.rounding](unit * (self.levels - 1))
         return jnp.clip(level, 0, self.levels - 1).astype(jnp.uint8)
 
 
@@ -214,12 +220,19 @@ def training_preprocess(config: Config) -> Preprocess | PointPreprocess:
 
 
 def preprocess_from_config(config: Config, *, train: bool) -> Preprocess:
-    """For training as configured. For evaluation without mirroring and with dequantization, as bits/dim need."""
+    """For training as configured. For evaluation without mirroring and with dequantization, as bits/dim need.
+
+    Raises:
+        ValueError: if the configuration asks for uniform noise in the bins and for the middles of the bins.
+    """
+    if config.data.bin_centers and config.data.uniform_dequantization:
+        raise ValueError("data.bin_centers and data.uniform_dequantization are True, but exclude each other: set one")
     return Preprocess(
         levels=config.data.levels,
         centered=config.data.centered,
         random_flip=config.data.random_flip and train,
         dequantize=config.data.uniform_dequantization or not train,
+        bin_centers=config.data.bin_centers,
         rounding=config.eval.rounding,
     )
 

@@ -18,6 +18,7 @@ Sources: [L22] Lu et al., ICML 2022; [S21b] Song et al., NeurIPS 2021.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -26,30 +27,37 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, mean_square, num_dims
+from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, level_values, mean_square, num_dims
 from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
+from objectives.bound import prior_divergence, reconstruction
 from objectives.discrete import DiscreteObjective
 from objectives.objective import Noise, Residual, TrainingObjective
 from objectives.times import TimeDistribution, with_density
+from objectives.trace import squared_trace, unbiased_trace
 from objectives.unbiased import unbiased_terms
-from sde_lib import SDE
+from sde_lib import SDE, SDES, LinearGammaSDE
 
 ORDERS = (1, 2, 3)
 WEIGHTINGS = ("constant", "residual")
 """Weights by noise level: the published constants, or one over the variance of each term's error."""
+
+HIGH_ORDER_WEIGHTINGS = (*WEIGHTINGS, "first_order")
+"""The same for orders 2 and 3; or the weights that the first order has, likelihood weighting included ([Z23])."""
 
 
 class Term(NamedTuple):
     """A term of the objective."""
 
     order: int
-    """The order of score matching that the term belongs to, and whose weight it has."""
+    """The order of score matching that the term belongs to, and whose weight it has. 0: no gradient, and weight 1."""
     title: str
     """The title in plots and tables."""
 
 
 TERMS = {
+    "reconstruction": Term(0, "reconstruction of levels"),
+    "prior": Term(0, "divergence from the prior"),
     "first": Term(1, "first order: score"),
     "second_frob": Term(2, "second order: Jacobian"),
     "second_trace": Term(2, "second order: trace"),
@@ -66,7 +74,7 @@ class Objective(TrainingObjective):
     estimated with Hutchinson probes, as `estimator` says. The exact second order has the term of the Jacobian only: in
     one dimension the trace is the Jacobian.
 
-    Weightings are the published constants, or follow the residual r(t), see `residual_weights`. Only every
+    Weightings are the published constants, or follow the residual r(t), see `term_weights`. Only every
     `1 / high_order_fraction`-th example has the terms of orders 2 and 3; their expectation is the same.
 
     Raises:
@@ -90,6 +98,10 @@ class Objective(TrainingObjective):
     high_order_weighting: str = "constant"
     high_order_fraction: float = 1.0
     stratified_times: bool = False
+    importance_density: str = "noise"
+    level_values: tuple[float, ...] = ()
+    """The data of each grey level. If given, all losses are in bits/dim and order 1 has its weight in the bound on
+    -ln P(x0), whose other terms the objective then has, too; see objectives/bound.py."""
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -106,23 +118,36 @@ class Objective(TrainingObjective):
             raise ValueError(f"training.high_order_estimator is {self.estimator!r}; known: {', '.join(ESTIMATORS)}")
         if self.residual_first and self.estimator != "published":
             raise ValueError("training.residual_first needs training.high_order_estimator=published")
-        for field in ("first_order_weighting", "high_order_weighting"):
-            if getattr(self, field) not in WEIGHTINGS:
-                raise ValueError(f"training.{field} is {getattr(self, field)!r}; known: {', '.join(WEIGHTINGS)}")
+        if self.order == 3 and self.estimator in TRACE_ESTIMATORS:
+            raise ValueError(
+                f"training.high_order_estimator is {self.estimator!r}, which has no third order: set "
+                "training.score_matching_order to at most 2"
+            )
+        choices = {"first_order_weighting": WEIGHTINGS, "high_order_weighting": HIGH_ORDER_WEIGHTINGS}
+        for field, known in choices.items():
+            if getattr(self, field) not in known:
+                raise ValueError(f"training.{field} is {getattr(self, field)!r}; known: {', '.join(known)}")
+        if self.level_values and not (self.likelihood_weighting and self.reduce_mean):
+            raise ValueError(
+                "training.bits_per_dim needs training.likelihood_weighting=True and training.reduce_mean=True"
+            )
         if not 0 < (fraction := self.high_order_fraction) <= 1 or abs(round(1 / fraction) * fraction - 1) > 1e-3:
             raise ValueError(
                 f"training.high_order_fraction is {self.high_order_fraction}; it must be 1, 1/2, 1/3, 1/4 and so on"
             )
         if not 0 < self.t_min < SDE.t_max:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
+        _ = self.times  # It checks its fields when it is built.
 
     @property
     def times(self) -> TimeDistribution:
-        return TimeDistribution(self.t_min, self.importance_weighting, self.stratified_times)
+        return TimeDistribution(
+            self.t_min, self.importance_weighting, self.importance_density, stratified=self.stratified_times
+        )
 
     @property
     def needs_two_probes(self) -> bool:
-        return self.order > 1 and self.estimator == "unbiased" and not self.exact
+        return self.order > 1 and self.estimator in ("unbiased", "unbiased_trace") and not self.exact
 
     @property
     def every(self) -> int:
@@ -141,8 +166,9 @@ class Objective(TrainingObjective):
 
     def for_evaluation(self) -> "Objective":
         """The same terms on all examples, with constant weights."""
+        high = "constant" if self.high_order_weighting == "residual" else self.high_order_weighting
         return dataclasses.replace(
-            self, first_order_weighting="constant", high_order_weighting="constant", high_order_fraction=1.0
+            self, first_order_weighting="constant", high_order_weighting=high, high_order_fraction=1.0
         )
 
     def quantiles(self, sde: SDE, t: PerExample) -> PerExample:
@@ -168,6 +194,7 @@ class Objective(TrainingObjective):
             z=jax.random.normal(z_key, shape),
             probe=rademacher(probe_key, shape),
             second_probe=rademacher(jax.random.fold_in(probe_key, 1), shape) if self.needs_two_probes else None,
+            z_start=jax.random.normal(jax.random.fold_in(probe_key, 2), shape) if self.level_values else None,
             time_weight=time_weight,
         )
 
@@ -189,10 +216,25 @@ class Objective(TrainingObjective):
         terms = {"first": first_order(score, sde, self, noise)} | terms
         if noise.time_weight is not None:
             terms = {name: noise.time_weight * value for name, value in terms.items()}
-        if residual is None or not self.needs_residual:
-            return {"total": weighted_total(terms, self)} | terms
-        weights = residual_weights(sde, self, noise.t, residual, num_dims(x0))
-        return {"total": weighted_total(terms, self, weights)} | terms | {"residual": mean_square(score + noise.z)}
+        terms = self._bound_terms(sde, x0, noise) | terms
+        if not self.needs_residual:
+            residual = None
+        weights = term_weights(sde, self, noise.t, residual, num_dims(x0))
+        known = {} if residual is None else {"residual": mean_square(score + noise.z)}
+        return {"total": weighted_total(terms, self, weights)} | terms | known
+
+    def _bound_terms(self, sde: SDE, x0: Batch, noise: Noise) -> dict[str, PerExample]:
+        """The terms of the bound that have no gradient, in bits/dim."""
+        if not self.level_values:
+            return {}
+        if noise.z_start is None:
+            raise ValueError("losses in bits/dim need noise at the start; draw the noise for their objective")
+        values = jnp.asarray(self.level_values)
+        nats = {
+            "reconstruction": reconstruction(sde, x0, noise.z_start, self.t_min, values),
+            "prior": prior_divergence(sde, x0, sde.prior_sigma),
+        }
+        return {name: value / (num_dims(x0) * math.log(2)) for name, value in nats.items()}
 
 
 def _score_and_terms(
@@ -242,36 +284,41 @@ def weighted_total(
     """The sum over orders of the order's weight times the sum of its terms.
 
     Args:
-        weights: of each example, by term; see `residual_weights`. None: 1.
+        weights: of each example, by term; see `term_weights`. None, or none for a term: 1.
     """
-    weighted = terms if weights is None else {name: weights[name] * value for name, value in terms.items()}
-    order_weights = (1.0, objective.second_weight, objective.third_weight)
+    weighted = {name: value * weights[name] if weights and name in weights else value for name, value in terms.items()}
+    order_weights = (1.0, 1.0, objective.second_weight, objective.third_weight)
     total = jnp.zeros(())
-    for order, weight in zip(ORDERS, order_weights, strict=True):
+    for order, weight in zip((0, *ORDERS), order_weights, strict=True):
         total += weight * sum(value for name, value in weighted.items() if TERMS[name].order == order)
     return total
 
 
-def residual_weights(
-    sde: SDE, objective: Objective, t: PerExample, residual: Residual, d: int
+def term_weights(
+    sde: SDE, objective: Objective, t: PerExample, residual: Residual | None, d: int
 ) -> dict[str, PerExample]:
-    """The weight of each term at each time, by generalised least squares. Ours.
+    """The weight of each term at each time, for the terms with a weight other than 1.
 
-    Generalised least squares divides the square of each error by its variance, which is known if u given x_t is
-    N(0, r I). The weights of the first order are proportional to 1 / r, with mean 1 over all times. The weights
-    of orders 2 and 3 are relative to the weight of the first order.
+    Weights that follow the residual are by generalised least squares (ours), which divides the square of each error by
+    its variance. The variance is known if u given x_t is N(0, r I). The weights of the first order are proportional to
+    1 / r, with mean 1 over all times. The weights of orders 2 and 3 are relative to the weight of the first order.
     """
-    r, ones = residual.value, jnp.ones_like(residual.value)
-    first = residual.harmonic_mean / r if objective.first_order_weighting == "residual" else ones
-    if objective.high_order_weighting == "constant":
-        return dict.fromkeys(TERMS, ones) | {"first": first}
-    relative = {
-        "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": 1 / (2 * r**2)},
-        "unbiased": {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d / (2 * r**2)},
-        "exact": {"second_frob": d / (2 * r), "third": 1 / (2 * r**2 * d)},
-    }["exact" if objective.exact else objective.estimator]
-    likelihood = likelihood_weight(sde, objective, t)
-    return {"first": first} | {name: likelihood * first * weight for name, weight in relative.items()}
+    weights = {}
+    if residual is not None and objective.first_order_weighting == "residual":
+        weights["first"] = residual.harmonic_mean / residual.value
+    if objective.high_order_weighting == "first_order":
+        relative = {name: jnp.ones_like(t) for name, term in TERMS.items() if term.order > 1}
+    elif residual is None or objective.high_order_weighting == "constant":
+        return weights
+    else:
+        r = residual.value
+        unbiased = {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d / (2 * r**2)}
+        relative = {
+            "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": 1 / (2 * r**2)},
+            "exact": {"second_frob": d / (2 * r), "third": 1 / (2 * r**2 * d)},
+        }.get("exact" if objective.exact else objective.estimator, unbiased)
+    first = likelihood_weight(sde, objective, t) * weights.get("first", 1.0)
+    return weights | {name: first * weight for name, weight in relative.items()}
 
 
 def _probe_terms(
@@ -333,7 +380,10 @@ def _constant(score_fn: ScoreFn) -> ScoreFn:
     return jax.tree.map(lambda leaf: stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, score_fn)
 
 
-ESTIMATORS = {"published": _probe_terms, "unbiased": unbiased_terms}
+TRACE_ESTIMATORS = {"squared_trace": squared_trace, "unbiased_trace": unbiased_trace}
+"""Estimators of the second order that consists of its trace."""
+
+ESTIMATORS = {"published": _probe_terms, "unbiased": unbiased_terms, **TRACE_ESTIMATORS}
 """Estimators of orders 2 and 3 with probes, by training.high_order_estimator."""
 
 
@@ -366,10 +416,14 @@ def first_order(scaled_score: Batch, sde: SDE, objective: Objective, noise: Nois
 
 
 def likelihood_weight(sde: SDE, objective: Objective, t: PerExample) -> PerExample:
-    """g^2 / sigma^2 with likelihood weighting, unless the times are drawn in proportion to it; otherwise 1."""
-    if objective.likelihood_weighting and not objective.importance_weighting:
-        return (sde.diffusion(t) / sde.alpha_sigma(t)[1]) ** 2
-    return jnp.ones_like(t)
+    """g^2 / sigma^2 with likelihood weighting, over what the density of times is proportional to; otherwise 1.
+
+    For losses in bits/dim the constant factors are those of the bound.
+    """
+    if not objective.likelihood_weighting:
+        return jnp.ones_like(t)
+    weight = objective.times.likelihood_weight(sde, t)
+    return weight * objective.times.total(sde) / (2 * math.log(2)) if objective.level_values else weight
 
 
 def second_order_frob(jacobian_probe: Batch, u: Batch, probe: Batch) -> PerExample:
@@ -461,7 +515,18 @@ def denoising_from_config(config: Config) -> Objective:
     Raises:
         ValueError: for a field whose value is not allowed.
     """
-    training = config.training
+    training, data = config.training, config.data
+    if training.bits_per_dim and data.uniform_dequantization:
+        raise ValueError(
+            "training.bits_per_dim is True, which needs levels without noise: set data.uniform_dequantization to False"
+        )
+    by_velocity = training.importance_weighting and training.importance_density == "velocity"
+    if by_velocity and not issubclass(SDES.get(training.sde, SDE), LinearGammaSDE):
+        raise ValueError(
+            f"training.importance_density is 'velocity', which training.sde={training.sde} does not define: set it to "
+            "'noise'"
+        )
+    values = level_values(data.levels, data.centered, not data.bin_centers).tolist() if training.bits_per_dim else ()
     return Objective(
         order=training.score_matching_order,
         t_min=training.smallest_time,
@@ -477,6 +542,8 @@ def denoising_from_config(config: Config) -> Objective:
         high_order_weighting=training.high_order_weighting,
         high_order_fraction=training.high_order_fraction,
         stratified_times=training.stratified_times,
+        importance_density=training.importance_density,
+        level_values=tuple(values),
     )
 
 
@@ -494,7 +561,7 @@ def discrete_from_config(config: Config) -> DiscreteObjective:
             f"training.score_matching_order is {training.score_matching_order}; orders 2 and 3 need "
             "training.continuous=True"
         )
-    for field in ("likelihood_weighting", "importance_weighting", "stratified_times"):
+    for field in ("likelihood_weighting", "importance_weighting", "stratified_times", "bits_per_dim"):
         if training[field]:
             raise ValueError(f"training.{field} is True, which needs training.continuous=True")
     weighting = training.first_order_weighting

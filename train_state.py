@@ -149,17 +149,24 @@ def optimizer_from_config(optim: Config, n_iters: int) -> optax.GradientTransfor
         return warm_up(step) * factor(jnp.minimum(step / n_iters, 1.0))
 
     scheduled = warm_up if optim.schedule == "constant" else rate
-    return optax.chain(clip, _with_decay(adam, optim.weight_decay), optax.scale_by_learning_rate(scheduled))
+    return optax.chain(clip, _with_decay(adam, optim), optax.scale_by_learning_rate(scheduled))
 
 
-def _with_decay(adam: optax.GradientTransformation, weight_decay: float) -> optax.GradientTransformation:
-    """Adds a multiple of the parameters to Adam's updates."""
+def _with_decay(adam: optax.GradientTransformation, optim: Config) -> optax.GradientTransformation:
+    """Adds a multiple of the parameters to Adam's updates; biases are left out unless `decay_biases`."""
+    rate: float = optim.weight_decay
+    if not rate:
+        return adam
+
+    def decay(path: Any, leaf: Array) -> Array:
+        is_bias = path[-1] == jax.tree_util.DictKey("bias")
+        return jnp.zeros_like(leaf) if is_bias and not optim.decay_biases else rate * leaf
 
     def update(updates: Params, state: optax.OptState, params: Params = None) -> tuple[Params, optax.OptState]:
         updates, state = adam.update(updates, state, params)
-        return optax.tree.add_scale(updates, weight_decay, params), state
+        return jax.tree.map(jnp.add, updates, jax.tree_util.tree_map_with_path(decay, params)), state
 
-    return optax.GradientTransformation(adam.init, update) if weight_decay else adam
+    return optax.GradientTransformation(adam.init, update)
 
 
 def schedules_at(opt_state: optax.OptState, step: Array) -> optax.OptState:

@@ -29,7 +29,9 @@ def get_config() -> Config:
 def _training() -> ConfigDict:
     """The SDE, the objective, and the schedule of a training run."""
     training = ConfigDict()
-    training.sde = "vesde"  # forward SDE: vesde, linearvesde, vpsde or subvpsde
+    # forward SDE: vesde, linearvesde, vpsde or subvpsde; with gamma = 2 ln(sigma / alpha) linear in time,
+    # lineargammavpsde or straightpathsde (alpha = 1 - sigma)
+    training.sde = "vesde"
     # train in continuous time (True), or at model.num_scales discrete noise levels (False), which is SMLD for vesde and
     # DDPM for vpsde
     training.continuous = True
@@ -52,12 +54,14 @@ def _training() -> ConfigDict:
     # this needs the least memory; it adds a third to the arithmetic, and model.remat adds its own
     training.residual_first = False
     # estimator of orders 2 and 3 with probes: published (one probe, an upper bound), or unbiased (two probes: about a
-    # third of the gradient's noise in 64 dimensions, for up to twice the cost)
+    # third of the gradient's noise in 64 dimensions, for up to twice the cost). Of order 2 with its trace only:
+    # squared_trace (one probe, as in i-DODE) or unbiased_trace (two probes)
     training.high_order_estimator = "published"
     # weights by noise level: constant (as published), or residual: proportional to one over the variance of each term's
     # error, from the part of the noise that the score does not explain, which is measured during training
     training.first_order_weighting = "constant"
-    training.high_order_weighting = "constant"  # the same for orders 2 and 3, relative to the first order
+    # the same for orders 2 and 3, relative to the first order; or first_order: the same weights as the first order has
+    training.high_order_weighting = "constant"
     # part of the batch that has the terms of orders 2 and 3, as one over an integer; the expectation is the same. With
     # high_order_weighting=residual, this part has times of its own, where the weights are large
     training.high_order_fraction = 1.0
@@ -66,6 +70,12 @@ def _training() -> ConfigDict:
     training.likelihood_weighting = False  # weight the first order by g^2 (True) or by sigma^2 (False)
     # draw times with density proportional to g^2 / sigma^2; needs likelihood_weighting
     training.importance_weighting = False
+    # with importance_weighting, the error whose weight the density of times is proportional to: that of the noise
+    # (g^2 / sigma^2) or of the velocity (alpha^2 g^2 / sigma^2, for SDEs with gamma_min)
+    training.importance_density = "noise"
+    # state losses in bits/dim, as terms of the bound on -ln p of images whose levels have no noise: with the weights of
+    # orders 1 and 2 in it, and the terms of reconstruction and prior, which have no gradient
+    training.bits_per_dim = False
     # average over dimensions (True) or take half the sum (False); orders 2 and 3 need the average
     training.reduce_mean = True
     training.log_freq = 100  # steps between records of the training loss
@@ -111,6 +121,8 @@ def _data() -> ConfigDict:
     data.centered = False  # scale images to [-1, 1] (True) or to [0, 1] (False) for the network
     data.random_flip = True  # mirror training images left to right at random
     data.uniform_dequantization = False  # add uniform noise of one grey level to training images
+    # train on (level + 1/2) / levels, the middle of the bin of each level, instead of level / (levels - 1)
+    data.bin_centers = False
     return data
 
 
@@ -118,13 +130,15 @@ def _model() -> ConfigDict:
     """The constants of the SDE, and the score network."""
     model = ConfigDict()
     # network for images: ncsnpp (NCSN++ and DDPM++), ddpm, ncsn, ncsnv2_64, ncsnv2_128 or ncsnv2_256 (NCSNv2 for images
-    # of this size), or vdm (Kingma et al., 2021; VP and sub-VP SDEs only); for points mlp (ours) or mlp_published (that
+    # of this size), or vdm (Kingma et al., 2021; no VE SDEs); for points mlp (ours) or mlp_published (that
     # of the paper). ncsn and ncsnv2_* need training.sde=vesde and training.continuous=False
     model.name = "ncsnpp"
     model.sigma_min = 0.01  # smallest noise level of the VE SDE
     model.sigma_max = 50.0  # largest noise level of the VE and linear VE SDEs
     model.beta_min = 0.1  # noise rate of the VP and sub-VP SDEs at t = 0
     model.beta_max = 20.0  # noise rate of the VP and sub-VP SDEs at t = 1
+    model.gamma_min = -13.3  # 2 ln(sigma / alpha) at t = 0 of the SDEs that are linear in it
+    model.gamma_max = 5.0  # the same at t = 1
     # steps of predictor-corrector samplers if sampling.num_steps is 0; with training.continuous=False also the number
     # of noise levels
     model.num_scales = 1000
@@ -156,6 +170,9 @@ def _model() -> ConfigDict:
     model.progressive_combine = "sum"  # how the input pyramid joins the network: sum or cat
     model.init_scale = 0.0  # variance scale of the last layer of each block; 0 means nearly zero
     model.scale_by_sigma = True  # divide the network's output by sigma; ncsnpp needs True exactly for vesde
+    # output of networks without scale_by_sigma: noise, or velocity (of the SDEs with gamma_min only), a combination of
+    # noise and data that is about as large at all times
+    model.parameterization = "noise"
     model.conv_size = 3  # the only choice
     model.data_init = False  # data-dependent initialization; True is not supported for score networks
     model.fourier_features = True  # vdm also sees sin and cos of 2 pi 2^k x, k = 6 and 7, of the image x
@@ -181,6 +198,7 @@ def _optim() -> ConfigDict:
     optim.beta2 = 0.999  # decay of the second moment
     optim.eps = 1e-8  # constant added to the denominator of an update
     optim.weight_decay = 0.0  # decoupled weight decay, as a multiple of the learning rate
+    optim.decay_biases = True  # apply the weight decay to parameters named bias, too
     optim.warmup = 5000  # steps over which the learning rate rises linearly from 0
     # learning rate over the run, a factor beside the warm-up: constant, or linear or cosine, to 0 at the last step
     optim.schedule = "constant"
@@ -258,7 +276,9 @@ def _eval() -> ConfigDict:
     evaluate.dequantizer = False  # use a trained dequantizer instead of eval.dequantization
     # dequantizer to use instead of the run's own: its folder, one step's folder in its checkpoints, or a published file
     evaluate.dequantizer_checkpoint = ""
-    evaluate.dequantization = "uniform"  # noise that turns grey levels into a density: uniform or truncated_normal
+    # noise that turns grey levels into a density: uniform or truncated_normal; or the SDE's own, decoded: normal
+    evaluate.dequantization = "uniform"
+    evaluate.start_time = 0.0  # time at which bits/dim take the noisy image to be x_t; 0 means training.smallest_time
     evaluate.truncation = 3.0  # half a grey level in standard deviations of the noise, for truncated_normal
     # draws of the noise averaged inside the logarithm; more draws tighten the bound, but need probe=exact
     evaluate.num_importance_samples = 1

@@ -9,15 +9,17 @@ from ml_collections import ConfigDict
 from configs.default import Config
 
 CHOICES = {
-    "training.sde": ("vesde", "linearvesde", "vpsde", "subvpsde"),
+    "training.sde": ("vesde", "linearvesde", "vpsde", "subvpsde", "lineargammavpsde", "straightpathsde"),
     "training.objective": ("denoising",),
     "training.score_matching_order": (1, 2, 3),
     "training.init_from": ("", "PATH"),
     "training.snapshot_sampler": ("few_step", "configured"),
-    "training.high_order_estimator": ("published", "unbiased"),
+    "training.high_order_estimator": ("published", "unbiased", "squared_trace", "unbiased_trace"),
     "training.first_order_weighting": ("constant", "residual"),
-    "training.high_order_weighting": ("constant", "residual"),
+    "training.high_order_weighting": ("constant", "residual", "first_order"),
+    "training.importance_density": ("noise", "velocity"),
     "model.name": ("ncsnpp", "ddpm", "ncsn", "ncsnv2_64", "vdm", "mlp", "mlp_published"),
+    "model.parameterization": ("noise", "velocity"),
     "model.embedding_type": ("fourier", "positional"),
     "sampling.method": ("pc", "ode", "dpm_solver", "heun"),
     "sampling.schedule": ("auto", "log_snr", "power", "time"),
@@ -26,7 +28,7 @@ CHOICES = {
     "eval.probe": ("rademacher", "exact"),
     "eval.likelihood_at": ("x", "x_tmin", "both"),
     "eval.end_ckpt": (0, 1),
-    "eval.dequantization": ("uniform", "truncated_normal"),
+    "eval.dequantization": ("uniform", "truncated_normal", "normal"),
 }
 """Fields that decide which other fields have an effect, besides those that are True or False, with values to try."""
 

@@ -8,11 +8,11 @@ from a density q(u | k) on that box, in units of one bin,
 and from M draws, -ln P(k) <= E[-ln (1/M) sum_j p(y_k + w u_j) w^d / q(u_j | k)]. This bound gets tighter with M and
 tends to -ln P(k) (Burda et al., 2016). Uniform noise has ln q = 0. Truncated normal noise has the shape of the SDE's
 own noise at the time at which it just fills a bin. The model is evaluated from that time on, so it may have been
-trained on bare levels; docs/dequantization.md derives this. A dequantizer is a pytree; its leaves are the parameters of
-its network.
+trained on bare levels; docs/dequantization.md derives this. Normal noise is the SDE's own, and may leave the bin. A
+dequantizer is a pytree; its leaves are the parameters of its network.
 
 Sources: Theis et al., ICLR 2016 (uniform); [Z23] Zheng et al., "Improved Techniques for Maximum Likelihood Estimation
-for Diffusion ODEs", ICML 2023 (truncated normal).
+for Diffusion ODEs", ICML 2023 (truncated normal, normal); [K21] Kingma et al., NeurIPS 2021 (normal).
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ import numpy as np
 import scipy.special
 from jaxtyping import Array, Float, Integer, Key
 
-from arrays import Batch, PerExample
+from arrays import Batch, PerExample, append_dims, inner, level_values, num_dims
 from configs.default import Config
 from sde_lib import SDE
 
@@ -123,7 +123,10 @@ class UniformDequantizer:
         return {"dequantization": "uniform", "t_min": self.t_min}
 
     def __call__(self, keys: Keys, images: Images) -> Dequantized:
-        noise = jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys)
+        return self.with_noise(jax.vmap(lambda key: jax.random.uniform(key, images.shape[1:]))(keys), images)
+
+    def with_noise(self, noise: Batch, images: Images) -> Dequantized:
+        """Args: noise: uniform on [0, 1)."""
         return Dequantized(self.bins.data_of(images, noise), jnp.zeros(len(images), noise.dtype))
 
 
@@ -182,11 +185,62 @@ class TruncatedNormalDequantizer:
 
     def __call__(self, keys: Keys, images: Images) -> Dequantized:
         tau, dims = self.tau, images.shape[1:]
-        normal = jax.vmap(lambda key: jax.random.truncated_normal(key, -tau, tau, dims))(keys)
+        return self.with_noise(jax.vmap(lambda key: jax.random.truncated_normal(key, -tau, tau, dims))(keys), images)
+
+    def with_noise(self, normal: Batch, images: Images) -> Dequantized:
+        """Args: normal: standard normal noise, truncated to [-tau, tau]."""
+        tau = self.tau
         middle = images.astype(normal.dtype) + (0.0 if self.bare_levels else 0.5)
         x = self.alpha * _scale((middle + normal / (2 * tau)) / self.bins_per_unit, self.centered)
         log_peak = math.log(2 * tau / math.sqrt(2 * math.pi)) - math.log(math.erf(tau / math.sqrt(2)))
         return Dequantized(x, jnp.sum(log_peak - 0.5 * jnp.square(normal), axis=range(1, images.ndim)))
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[],
+    meta_fields=["sde", "levels", "centered", "bare_levels", "t_min"],
+)
+@dataclasses.dataclass(frozen=True)
+class NormalDequantizer:
+    """The SDE's own noise at `t_min` without truncation: the bound of a variational autoencoder ([K21], [Z23]).
+
+    x = alpha y_k + sigma e with e normal, and -ln P(k) <= E[ln q(x | k) - ln p(x) - ln P(k | x)], where `level_logp` of
+    the SDE decodes. `log_q` is ln q(u | k) - ln P(k | x), where u counts in bins, but may leave the bin of its level.
+
+    With `bare_levels`, the network has been trained on k / (levels - 1), else on the middles of the levels' bins.
+    """
+
+    sde: SDE
+    levels: int
+    centered: bool
+    bare_levels: bool
+    t_min: float
+
+    @property
+    def bins_per_unit(self) -> int:
+        return self.levels - 1 if self.bare_levels else self.levels
+
+    @property
+    def unit_scale(self) -> float:
+        return 0.5 if self.centered else 1.0
+
+    @property
+    def description(self) -> dict[str, Any]:
+        return {"dequantization": "normal", "t_min": self.t_min}
+
+    def __call__(self, keys: Keys, images: Images) -> Dequantized:
+        return self.with_noise(jax.vmap(lambda key: jax.random.normal(key, images.shape[1:]))(keys), images)
+
+    def with_noise(self, normal: Batch, images: Images) -> Dequantized:
+        """Args: normal: standard normal noise."""
+        values = jnp.asarray(level_values(self.levels, self.centered, self.bare_levels))
+        x0, t = values[images], jnp.full(len(images), self.t_min)
+        mean, sigma = self.sde.marginal(x0, t)
+        x = mean + append_dims(sigma, x0) * normal
+        sigma_in_bins = sigma * self.bins_per_unit * self.unit_scale
+        log_q = -0.5 * inner(normal, normal) - num_dims(x) * jnp.log(math.sqrt(2 * math.pi) * sigma_in_bins)
+        return Dequantized(x, log_q - self.sde.level_logp(x, x0, t, values))
 
 
 def _scale(unit: Batch, centered: bool) -> Batch:
@@ -221,17 +275,21 @@ def check_levels(images: np.ndarray, levels: int, description: str) -> None:
         raise ValueError(f"{description} has a pixel of level {wrong}; data.levels={levels} allows 0 to {levels - 1}")
 
 
-DEQUANTIZATIONS = ("uniform", "truncated_normal")
+DEQUANTIZATIONS = ("uniform", "truncated_normal", "normal")
 """The choices of eval.dequantization."""
 
 
-def dequantizer_from_config(config: Config, sde: SDE) -> UniformDequantizer | TruncatedNormalDequantizer:
+def dequantizer_from_config(
+    config: Config, sde: SDE
+) -> UniformDequantizer | TruncatedNormalDequantizer | NormalDequantizer:
     """The dequantizer that `eval.dequantization` names, which needs no training.
 
     Raises:
-        ValueError: for an unknown name, or a truncation that is not allowed.
+        ValueError: for an unknown name, a truncation that is not allowed, or noise that needs data without noise.
     """
-    data, name, t_min = config.data, config.eval.dequantization, config.training.smallest_time
+    data, name = config.data, config.eval.dequantization
+    t_min = config.eval.start_time or config.training.smallest_time
+    in_bins = data.uniform_dequantization or data.bin_centers
     if name == "uniform":
         return UniformDequantizer(data.levels, data.centered, t_min)
     if name == "truncated_normal":
@@ -239,8 +297,15 @@ def dequantizer_from_config(config: Config, sde: SDE) -> UniformDequantizer | Tr
             sde,
             levels=data.levels,
             centered=data.centered,
-            bare_levels=not data.uniform_dequantization,
+            bare_levels=not in_bins,
             smallest_time=t_min,
             truncation=config.eval.truncation,
         )
+    if name == "normal":
+        if data.uniform_dequantization:
+            raise ValueError(
+                "eval.dequantization is 'normal', which needs a model of levels without noise, but "
+                "data.uniform_dequantization is True: use uniform or truncated_normal"
+            )
+        return NormalDequantizer(sde, data.levels, data.centered, not in_bins, t_min)
     raise ValueError(f"eval.dequantization is {name!r}; known: {', '.join(DEQUANTIZATIONS)}")

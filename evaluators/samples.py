@@ -54,11 +54,12 @@ class SamplesEvaluator:
         run, config = self.run, self.run.config
         _warn_about_ode_samples(run)
         self.comparison.prepare()  # Errors in the real images are reported before any sample is drawn.
+        in_bins = config.data.uniform_dequantization or config.data.bin_centers
         described = {
             "sampling": run.sampling_description(),
             "num_scales": config.model.num_scales,
             "seed": config.seed,
-            "rounding": "down" if config.data.uniform_dequantization else config.eval.rounding,
+            "rounding": "down" if in_bins else config.eval.rounding,
         }
         cache = BatchCache(folder.path, "samples", described | {"network": run.network_description()}, params)
         count, size = config.eval.num_samples, config.sampling.batch_size

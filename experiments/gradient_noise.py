@@ -29,6 +29,10 @@ _BATCHES = flags.DEFINE_integer("batches", 200, "Number of batches.", lower_boun
 flags.mark_flags_as_required(["config", "workdir"])
 
 
+WITH_GRADIENT = [name for name, term in TERMS.items() if term.order]
+"""The terms of an objective of order 3."""
+
+
 def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
@@ -39,7 +43,7 @@ def main(argv: list[str]) -> None:
     signal = mean_products(gradients)
     noise = np.sqrt(np.mean(np.sum((gradients - gradients.mean(0)) ** 2, axis=2), axis=0))
     rows = []
-    for i, term in enumerate(TERMS):
+    for i, term in enumerate(WITH_GRADIENT):
         size = np.sqrt(max(signal[i, i], 0))
         cosine = signal[0, i] / (np.sqrt(max(signal[0, 0], 0)) * size) if size else float("nan")
         rows.append((term, f"{size:.4f}", f"{noise[i]:.4f}", f"{size / noise[i]:.4f}", f"{cosine:+.2f}"))
@@ -51,7 +55,7 @@ def main(argv: list[str]) -> None:
 def term_gradients(run: Run, params: object, batches: int) -> np.ndarray:
     """Returns the gradient of each term's mean over a batch as [batches, terms, parameters].
 
-    The terms are in the order of `TERMS`. Each batch has its own noise.
+    The terms are in the order of `WITH_GRADIENT`. Each batch has its own noise.
     """
     source = source_from_config(run.config, "train")
     order = BatchOrder(len(source), run.config.training.batch_size, run.config.seed)
@@ -65,10 +69,10 @@ def term_gradients(run: Run, params: object, batches: int) -> np.ndarray:
 
         def means(params: object) -> jax.Array:
             losses = objective.losses(run.score_fn(params), run.sde, x0, noise)
-            return jnp.stack([jnp.mean(losses[term]) for term in TERMS])
+            return jnp.stack([jnp.mean(losses[term]) for term in WITH_GRADIENT])
 
         _, pull_back = jax.vjp(means, params)
-        return jnp.stack([ravel_pytree(pull_back(one)[0])[0] for one in jnp.eye(len(TERMS))])
+        return jnp.stack([ravel_pytree(pull_back(one)[0])[0] for one in jnp.eye(len(WITH_GRADIENT))])
 
     keys = jax.random.split(run.key(TRAIN_KEY), batches)
     return np.stack([gradients(params, source.images(order[n]), keys[n]) for n in range(batches)])

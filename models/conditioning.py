@@ -1,14 +1,15 @@
 """How a network is told the time, and what its output means ([S21a] App. C)."""
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 
 from arrays import Batch, PerExample, append_dims
 from models.mlp import TIMES_PER_UNIT
-from sde_lib import SDE, VESDE, VPSDE
+from sde_lib import SDE, VESDE, VPSDE, LinearGammaSDE
 
 
 @runtime_checkable
@@ -52,6 +53,27 @@ class ScaledTimes:
 
 
 @dataclasses.dataclass(frozen=True)
+class Velocities:
+    """Labels are 999 t, and the output is the velocity of [Z23], from which the noise in x follows."""
+
+    sde: LinearGammaSDE
+
+    def labels(self, t: PerExample) -> PerExample:
+        return TIMES_PER_UNIT * t
+
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        return -self.sde.noise_of_velocity(x, output, t) / append_dims(self.sde.alpha_sigma(t)[1], x)
+
+
+PARAMETERIZATIONS: dict[str, tuple[type[SDE], Callable[[Any], Conditioning]]] = {
+    "noise": (SDE, ScaledTimes),
+    "velocity": (LinearGammaSDE, Velocities),
+}
+"""What a network without `scale_by_sigma` predicts in continuous time, by model.parameterization, with the SDEs that
+define it."""
+
+
+@dataclasses.dataclass(frozen=True)
 class LadderLevels:
     """For SMLD: labels number the levels of a ladder from the largest sigma, and the output is the score.
 
@@ -91,18 +113,31 @@ DISCRETE: dict[type[SDE], type[LadderLevels] | type[ChainLevels]] = {VESDE: Ladd
 """The conditionings of networks trained in discrete time, by SDE."""
 
 
-def conditioning(sde: SDE, scale_by_sigma: bool, levels: int | None) -> Conditioning:
+def conditioning(sde: SDE, scale_by_sigma: bool, levels: int | None, parameterization: str = "noise") -> Conditioning:
     """The conditioning of a network.
 
     Args:
         scale_by_sigma: whether the network divides its output by sigma.
         levels: the number of noise levels of a network that was trained in discrete time; None for continuous time.
+        parameterization: one of `PARAMETERIZATIONS`.
 
     Raises:
-        ValueError: if discrete time is not defined for the SDE, or there are fewer than two levels.
+        ValueError: if discrete time or the parameterization is not defined for the SDE, or there are fewer than two
+            levels.
     """
+    if parameterization not in PARAMETERIZATIONS:
+        known = ", ".join(PARAMETERIZATIONS)
+        raise ValueError(f"model.parameterization is {parameterization!r}; known: {known}")
+    if parameterization != "noise" and (scale_by_sigma or levels is not None):
+        raise ValueError(
+            f"model.parameterization is {parameterization!r}, which needs model.scale_by_sigma=False and "
+            "training.continuous=True"
+        )
     if levels is None:
-        return NoiseLevels(sde) if scale_by_sigma else ScaledTimes(sde)
+        sdes, without_scale = PARAMETERIZATIONS[parameterization]
+        if not isinstance(sde, sdes):
+            raise ValueError(f"model.parameterization is {parameterization!r}, which {sde} does not define")
+        return NoiseLevels(sde) if scale_by_sigma else without_scale(sde)
     if type(sde) not in DISCRETE:
         raise ValueError(f"training.continuous is False, which needs training.sde vesde or vpsde, got {sde}")
     if levels < 2:

@@ -60,6 +60,8 @@ class ScoreModel:
     sde: SDE
     levels: int | None = None
     """The number of noise levels that the network was trained at; None for continuous time."""
+    parameterization: str = "noise"
+    """What the network predicts, one of `conditioning.PARAMETERIZATIONS`."""
 
     @property
     def conditioning(self) -> Conditioning:
@@ -68,7 +70,7 @@ class ScoreModel:
         Raises:
             ValueError: if the SDE has no discrete chain with this number of levels.
         """
-        return conditioning(self.sde, self.network.scale_by_sigma, self.levels)
+        return conditioning(self.sde, self.network.scale_by_sigma, self.levels, self.parameterization)
 
     def init(self, key: Array, data_shape: tuple[int, ...]) -> Params:
         """Initial parameters for images of shape [height, width, channels], or points of shape [d]."""
@@ -106,7 +108,7 @@ def score_model_from_config(config: Config) -> ScoreModel:
     """
     sde = sde_from_config(config)  # first: the network must suit it
     levels = None if config.training.continuous else config.model.num_scales
-    model = ScoreModel(build_network(config), sde, levels)
+    model = ScoreModel(build_network(config), sde, levels, config.model.parameterization)
     _ = model.conditioning  # raises ValueError
     return model
 

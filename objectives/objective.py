@@ -34,6 +34,8 @@ class Noise(NamedTuple):
     probe: Batch
     second_probe: Batch | None = None
     """Independent of the first; for the unbiased estimator only."""
+    z_start: Batch | None = None
+    """Standard normal noise of x_tmin, for the reconstruction of levels only."""
     time_weight: PerExample | None = None
     """The density of the objective's times divided by the density that t was drawn from; None where they are equal."""
 

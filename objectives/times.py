@@ -6,18 +6,31 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from arrays import PerExample
-from sde_lib import SDE
+from arrays import PerExample, Scalar
+from sde_lib import SDE, LinearGammaSDE
 
 
 @dataclasses.dataclass(frozen=True)
 class TimeDistribution:
-    """Times t in [t_min, t_max]: uniform, or with density proportional to g^2 / sigma^2 ([S21b] Sec. 5.1)."""
+    """Times t in [t_min, t_max]: uniform, or with `importance_weighting` for the likelihood-weighted loss.
+
+    Then the density is proportional to the weight of an error: g^2 / sigma^2 for that of the noise ([S21b] Sec. 5.1),
+    or alpha^2 g^2 / sigma^2 for that of the velocity of SDEs with linear gamma ([Z23]), as `importance_density` says.
+
+    Raises:
+        ValueError: for another `importance_density`.
+    """
 
     t_min: float
     importance_weighting: bool = False
+    importance_density: str = "noise"
     stratified: bool = False
     """Spread the quantiles of a batch as evenly as possible ([K21] App. I.1), instead of drawing them independently."""
+
+    def __post_init__(self) -> None:
+        if self.importance_density not in DENSITIES:
+            known = ", ".join(DENSITIES)
+            raise ValueError(f"training.importance_density is {self.importance_density!r}; known: {known}")
 
     def draw(self, key: Array, sde: SDE, batch: int) -> PerExample:
         return self.at_quantiles(sde, self.draw_quantiles(key, batch))
@@ -30,17 +43,44 @@ class TimeDistribution:
 
     def at_quantiles(self, sde: SDE, quantiles: PerExample) -> PerExample:
         """Returns the times at which the distribution function has these values."""
-        if self.importance_weighting:
-            total = sde.importance_weight(jnp.asarray(sde.t_max), self.t_min)
-            return sde.time_of_quantile(quantiles * total, self.t_min)
-        return self.t_min + quantiles * (sde.t_max - self.t_min)
+        if not self.importance_weighting:
+            return self.t_min + quantiles * (sde.t_max - self.t_min)
+        if self.importance_density == "velocity":
+            return _with_velocity(sde).time_of_velocity_quantile(quantiles, self.t_min)
+        return sde.time_of_quantile(quantiles * self.total(sde), self.t_min)
 
     def quantiles(self, sde: SDE, t: PerExample) -> PerExample:
         """Returns the distribution function, the inverse of `at_quantiles`."""
-        if self.importance_weighting:
-            total = sde.importance_weight(jnp.asarray(sde.t_max), self.t_min)
-            return sde.importance_weight(t, self.t_min) / total
-        return (t - self.t_min) / (sde.t_max - self.t_min)
+        if not self.importance_weighting:
+            return (t - self.t_min) / (sde.t_max - self.t_min)
+        if self.importance_density == "velocity":
+            return 1 - _with_velocity(sde).velocity_weight(t) / self.total(sde)
+        return sde.importance_weight(t, self.t_min) / self.total(sde)
+
+    def total(self, sde: SDE) -> Scalar:
+        """Returns the integral of what the density is proportional to: of 1 for uniform times."""
+        if not self.importance_weighting:
+            return jnp.asarray(sde.t_max - self.t_min)
+        if self.importance_density == "velocity":
+            return _with_velocity(sde).velocity_weight(jnp.asarray(self.t_min))
+        return sde.importance_weight(jnp.asarray(sde.t_max), self.t_min)
+
+    def likelihood_weight(self, sde: SDE, t: PerExample) -> PerExample:
+        """Returns g^2 / sigma^2 divided by what the density is proportional to."""
+        alpha, sigma = sde.alpha_sigma(t)
+        if not self.importance_weighting:
+            return (sde.diffusion(t) / sigma) ** 2
+        return 1 / alpha**2 if self.importance_density == "velocity" else jnp.ones_like(t)
+
+
+DENSITIES = ("noise", "velocity")
+"""The choices of training.importance_density."""
+
+
+def _with_velocity(sde: SDE) -> LinearGammaSDE:
+    """Returns the SDE, for which a configuration was checked to define velocities."""
+    assert isinstance(sde, LinearGammaSDE)
+    return sde
 
 
 def with_density(quantiles: PerExample, density: Float[Array, " bins"]) -> tuple[PerExample, PerExample]:

@@ -13,7 +13,7 @@ from sources.splits import SPLITS
 SEED = 0
 """The seed of the points of every data set. It is not the run's seed, so that runs are compared on the same points."""
 
-IMAGE_FIELDS = ("centered", "random_flip", "uniform_dequantization")
+IMAGE_FIELDS = ("centered", "random_flip", "uniform_dequantization", "bin_centers")
 """Fields of config.data that apply to images only."""
 
 

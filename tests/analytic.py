@@ -7,7 +7,11 @@ and scale in third derivatives. A symmetric mixture hides errors of sign in deri
 import numpy as np
 from jaxtyping import Float
 
+from sde_lib import SDES
 from sources.densities import GaussianMixture
+
+DISTINCT_SDES = [name for name in SDES if name != "lineargammavpsde"]
+"""The SDEs for slow tests: without VP with linear gamma, which is VP at other times."""
 
 
 def gaussian(mean: Float[np.ndarray, " d"], covariance: Float[np.ndarray, "d d"]) -> GaussianMixture:

@@ -44,6 +44,7 @@ SLOW = {
     "test_fuzz",
     "test_golden",
     "test_hosts",
+    "test_idode",
     "test_likelihood",
     "test_losses",
     "test_models",

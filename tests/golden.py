@@ -37,7 +37,9 @@ from tests.golden_common import (
 )
 from tests.golden_dequantizer import check_dequantizer, check_dequantizer_trees
 from tests.golden_discrete import check_discrete_losses, check_sampler_chain, check_score_fn, check_updates
-from tests.golden_idode import check_schedule, check_vdm_network, check_vdm_trees
+from tests.golden_idode import check_idode_configs, check_schedule, check_vdm_network, check_vdm_trees
+from tests.golden_idode_likelihood import check_idode_likelihood
+from tests.golden_idode_losses import check_idode_losses
 from tests.golden_likelihood import check_likelihood
 from tests.golden_losses import check_losses
 from tests.golden_score_sde import check_discrete_network, check_score_sde_configs, check_score_sde_trees
@@ -115,8 +117,11 @@ def check_published_checkpoint(path: Path) -> Iterator[Result]:
 KINDS: dict[str, Callable[[Path], Iterator[Result]]] = {
     "configs": check_configs,
     "dequantizer": check_dequantizer,
+    "idode_configs": check_idode_configs,
     "likelihood": check_likelihood,
+    "likelihood_idode": check_idode_likelihood,
     "losses": check_losses,
+    "losses_idode": check_idode_losses,
     "losses_ddpm": check_discrete_losses,
     "losses_smld": check_discrete_losses,
     "param_trees": check_param_trees,

@@ -1,17 +1,18 @@
-"""Checks of golden data of i-DODE [Z23]: parameter trees and outputs of the network of VDM [K21]; schedules."""
+"""Checks of golden data of i-DODE [Z23]: configurations, the network of VDM [K21], and schedules."""
 
 import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from arrays import append_dims
-from configs.default import Config, get_config
+from configs.checks import flat
+from configs.default import Config
 from models.mlp import TIMES_PER_UNIT
 from models.score import ScoreModel, ScoreNetwork, build_network
 from sde_lib import VPSDE, LinearGammaSDE, LinearGammaVPSDE, StraightPathSDE
@@ -20,23 +21,90 @@ from tests.golden_common import (
     UnknownKind,
     count,
     golden_params,
+    load_config,
     relative_error,
     tree_differences,
     tree_shapes,
 )
 
-SIZES: dict[str, dict[str, Any]] = {
-    "cifar10": {"model.sm_n_embd": 128, "model.with_attention": False},
-    "cifar10_aug": {"model.sm_n_embd": 256, "model.with_attention": True},
-    "imagenet32": {"model.sm_n_embd": 256, "model.with_attention": False},
-    "imagenet32_new": {"model.sm_n_embd": 256, "model.with_attention": False},
+
+class Field(NamedTuple):
+    """A field of this project for a published one."""
+
+    name: str
+    values: dict[Any, Any] | None = None
+    """From published values to ours; None: they are the same."""
+
+    def value(self, published: Any) -> Any:
+        return published if self.values is None else self.values[published]
+
+
+FIELDS = {
+    "data.dataset": Field("data.dataset", {"cifar10": "CIFAR10", "imagenet32": "ImageNet"}),
+    "data.new": Field("data.variant", {False: "old", True: "new"}),
+    "model.antithetic_time_sampling": Field("training.stratified_times"),
+    "model.dequantization": Field("eval.dequantization", {"u": "uniform", "tn": "truncated_normal", "v": "normal"}),
+    "model.gamma_max": Field("model.gamma_max"),
+    "model.gamma_min": Field("model.gamma_min"),
+    "model.importance": Field("training.importance_weighting"),
+    "model.num_importance": Field("eval.num_importance_samples"),
+    "model.schedule": Field("training.sde", {"VP": "lineargammavpsde", "SP": "straightpathsde"}),
+    "model.second_order": Field("training.score_matching_order", {False: 1, True: 2}),
+    "model.sm_n_embd": Field("model.nf"),
+    "model.sm_n_layer": Field("model.num_res_blocks"),
+    "model.sm_n_timesteps": Field("training.continuous", {0: True}),
+    "model.sm_pdrop": Field("model.dropout"),
+    "model.velocity": Field("model.parameterization", {False: "noise", True: "velocity"}),
+    "model.vocab_size": Field("data.levels"),
+    "model.with_attention": Field("model.attn_resolutions", {False: (), True: (32,)}),
+    "model.with_fourier_features": Field("model.fourier_features"),
+    "optimizer.args.b1": Field("optim.beta1"),
+    "optimizer.args.b2": Field("optim.beta2"),
+    "optimizer.args.eps": Field("optim.eps"),
+    "optimizer.args.weight_decay": Field("optim.weight_decay"),
+    "optimizer.ema_rate": Field("model.ema_rate"),
+    "optimizer.gradient_accumulation": Field("training.accumulation_steps"),
+    "optimizer.learning_rate": Field("optim.lr"),
+    "optimizer.lr_decay": Field("optim.schedule", {False: "constant"}),
+    "optimizer.name": Field("optim.optimizer", {"adamw": "Adam"}),
+    "training.batch_size_eval": Field("eval.batch_size"),
+    "training.batch_size_train": Field("training.batch_size"),
+    "training.num_steps_lr_warmup": Field("optim.warmup"),
+    "training.num_steps_train": Field("training.n_iters"),
+    "training.seed": Field("seed"),
+    "training.steps_per_eval": Field("training.eval_freq"),
+    "training.steps_per_logging": Field("training.log_freq"),
+    "training.steps_per_save": Field("training.snapshot_freq_for_preemption"),
 }
-"""The fields, by their published names, in which the networks of the published configurations differ."""
+"""The published fields that have an equivalent."""
 
-COMMON: dict[str, Any] = {"model.sm_n_layer": 32, "model.with_fourier_features": True, "model.sm_pdrop": 0.0}
-"""The other fields of the networks, without dropout, which has no parameters."""
+OTHER_FIELDS = (
+    *("ckpt_restore_dir", "data.ignore_cache", "exp_name", "model_type", "training.profile", "training.substeps"),
+    "model.gamma_type",  # schedules are not learned here
+    "model.sample_softmax",  # of a sampler that is not built
+    "training.num_steps_eval",  # evaluation takes every image of the test set once
+)
+"""The published fields without an equivalent."""
 
-GAMMA_MIN, GAMMA_MAX = -13.3, 5.0
+AUGMENTED = {"model.nf": 256, "model.attn_resolutions": (32,), "model.dropout": 0.05}
+"""The differences between the networks of the published cifar10_aug, whose augmentation is not built, and cifar10."""
+
+
+def check_idode_configs(path: Path) -> Iterator[Result]:
+    """Compares the published configurations field by field. The error is the number of fields that differ."""
+    golden = json.loads(path.read_text())
+    for base, differences in golden["differences"].items():
+        if base == "cifar10_aug":  # its augmentation is not built
+            continue
+        config, wrong = flat(idode_config(base, {})), []
+        for published, value in {**golden["common"], **differences}.items():
+            if published in FIELDS:
+                field = FIELDS[published]
+                if config[field.name] != field.value(value):
+                    wrong.append(f"{field.name} is {config[field.name]!r}, not {field.value(value)!r}")
+            elif published not in OTHER_FIELDS:
+                wrong.append(f"{published} is unknown")
+        yield count(base, wrong)
 
 
 def check_vdm_trees(path: Path) -> Iterator[Result]:
@@ -45,7 +113,7 @@ def check_vdm_trees(path: Path) -> Iterator[Result]:
     same, totals = golden.pop("_same_tree", {}), golden.pop("_total", {})
     for name, tree in golden.items():
         for base in (name, *same.get(name, [])):
-            shapes = tree_shapes(_abstract(_config(base, {}, size=32)))
+            shapes = tree_shapes(_abstract(idode_config(base, {"model.sm_pdrop": 0.0})))
             yield count(base, tree_differences(shapes, tree))
             if base in totals:
                 total = sum(np.prod(shape, dtype=int) for shape in shapes.values())
@@ -55,13 +123,13 @@ def check_vdm_trees(path: Path) -> Iterator[Result]:
 def check_vdm_network(path: Path) -> Iterator[Result]:
     """Compares the parameter tree of a network, and its output to 1e-4 of its value plus 1e-5 of the largest value."""
     data = np.load(path)
-    description = json.loads(str(data["config"]))
-    config = _config(description["base"], description["overrides"], size=data["z"].shape[1])
+    config = golden_idode_config(data, size=data["z"].shape[1])
     params = golden_params(data)
     differences = tree_differences(tree_shapes(_abstract(config)), tree_shapes(params))
     yield count("parameters", differences)
     if not differences:
-        labels = TIMES_PER_UNIT * (data["gamma"] - GAMMA_MIN) / (GAMMA_MAX - GAMMA_MIN)
+        model = config.model
+        labels = TIMES_PER_UNIT * (data["gamma"] - model.gamma_min) / (model.gamma_max - model.gamma_min)
         inputs = (data["z"], labels.astype(np.float32), data["conditioning"])
         output = _output(build_network(config), params, *map(jnp.asarray, inputs))
         yield Result("output", relative_error(output, data["output"], floor=0.1), 1e-4)
@@ -85,7 +153,7 @@ def check_schedule(path: Path) -> Iterator[Result]:
         yield Result(f"{prefix} dlnalpha_dgamma", relative_error(slope, data[f"{prefix}_dlnalpha_dgamma"]), 1e-5)
         total = sde.velocity_weight(jnp.zeros(()))
         yield Result(f"{prefix} importance_total", relative_error(total, data[f"{prefix}_importance_total"]), 1e-5)
-        drawn = sde.gamma(sde.time_of_velocity_quantile(jnp.asarray(data["quantiles"])))
+        drawn = sde.gamma(sde.time_of_velocity_quantile(jnp.asarray(data["quantiles"]), 0.0))
         for suffix, tolerance in (("", 3e-4), ("_float64", 2e-5)):
             quantity = f"{prefix}_gamma_of_quantile{suffix}"
             yield Result(quantity, relative_error(drawn, data[quantity], scale=1.0), tolerance)
@@ -110,24 +178,45 @@ def _check_velocities(sde: LinearGammaSDE, prefix: str, data: Any) -> Iterator[R
         yield Result(f"{prefix} {name}", relative_error(value, data[f"{prefix}_map_{name}"], floor=1.0), 1e-5)
 
 
-def _config(base: str, overrides: dict[str, Any], size: int) -> Config:
-    """The configuration of a network from fields with their published names, for images of this size."""
-    if base not in SIZES:
-        raise UnknownKind(f"unknown configuration {base!r} of i-DODE; known: {', '.join(SIZES)}")
-    fields = {**COMMON, **SIZES[base], **overrides}
-    config = get_config()
-    config.training.sde = "vpsde"
-    config.data.update(image_size=size, centered=True)
-    config.model.update(
-        name="vdm",
-        scale_by_sigma=False,
-        nf=fields["model.sm_n_embd"],
-        num_res_blocks=fields["model.sm_n_layer"],
-        attn_resolutions=(size,) if fields["model.with_attention"] else (),
-        fourier_features=fields["model.with_fourier_features"],
-        dropout=fields["model.sm_pdrop"],
-    )
+def golden_idode_config(data: Any, size: int) -> Config:
+    """Returns the configuration of a golden .npz file, for images of this size."""
+    description = json.loads(str(data["config"]))
+    config = idode_config(description["base"], description["overrides"])
+    config.data.image_size = size
+    if config.model.attn_resolutions:
+        config.model.attn_resolutions = (size,)
     return config
+
+
+def idode_config(base: str, overrides: dict[str, Any]) -> Config:
+    """Returns the published configuration of this name, with fields changed that are given by their published names."""
+    bases = ("cifar10", "cifar10_aug", "imagenet32", "imagenet32_new")
+    if base not in bases:
+        raise UnknownKind(f"unknown configuration {base!r} of i-DODE; known: {', '.join(bases)}")
+    config = load_config(f"idode.{base.removesuffix('_aug')}")
+    if base == "cifar10_aug":
+        config.update_from_flattened_dict(AUGMENTED)
+    for published, value in overrides.items():
+        if published not in FIELDS:
+            raise UnknownKind(f"unknown field {published!r} of i-DODE")
+        field = FIELDS[published]
+        config.update_from_flattened_dict({field.name: field.value(value)})
+    return config
+
+
+class Conditioned:
+    """A network of VDM with its conditioning, to be used like other networks."""
+
+    scale_by_sigma = False
+
+    def __init__(self, network: Any, conditioning: np.ndarray):
+        self.network, self.conditioning = network, jnp.asarray(conditioning, jnp.float32)
+
+    def lazy_init(self, rngs: jax.Array, *args: Any) -> Any:
+        return self.network.lazy_init(rngs, *args)
+
+    def apply(self, variables: Any, x: jax.Array, labels: jax.Array, train: bool, **kwargs: Any) -> Any:
+        return self.network.apply(variables, x, labels, train, self.conditioning, **kwargs)
 
 
 def _abstract(config: Config) -> Any:

@@ -22,7 +22,7 @@ def check_losses(path: Path) -> Iterator[Result]:
     orders = [order for order in ORDERS if f"order{order}_losses" in data]
     losses_and_gradient = _losses_and_gradient(data, max(orders))
     for order in orders:
-        weights = {name: float(term.order <= order) for name, term in TERMS.items() if term.order <= max(orders)}
+        weights = {name: float(term.order <= order) for name, term in TERMS.items() if 0 < term.order <= max(orders)}
         means, gradient = losses_and_gradient(golden_params(data), weights)
         yield from _compare(data, order, {name: float(means[name] * weights[name]) for name in weights}, gradient)
 

@@ -9,8 +9,8 @@ import pytest
 from arrays import Batch, PerExample
 from bound_likelihood import FORMS, expected_prior_logp, likelihood_bound
 from likelihood import GaussianReference, bits_per_dim
-from sde_lib import SDE, SDES, VPSDE
-from tests.analytic import asymmetric_mixture, gaussian
+from sde_lib import SDE, SDES, VPSDE, LinearGammaSDE
+from tests.analytic import DISTINCT_SDES, asymmetric_mixture, gaussian
 
 MIXTURE = asymmetric_mixture(3)
 NEAR = GaussianReference(MIXTURE.mean, 0.45)
@@ -31,7 +31,7 @@ def expected_logp(sde: SDE, t: float, num: int = 4000) -> tuple[PerExample, PerE
     return jnp.mean(logp, axis=1), jnp.std(logp, axis=1) / math.sqrt(num)
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", DISTINCT_SDES)
 @pytest.mark.parametrize(
     ("form", "importance_sampling", "reference"),
     [("dsm", True, NEAR), ("sm", True, None), ("dsm", False, None), ("sm", False, NEAR)],
@@ -59,10 +59,12 @@ def test_the_bound_is_the_likelihood_at_the_true_score(name, form, importance_sa
     assert jnp.all(bound.start == 0)
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", DISTINCT_SDES)
 def test_nothing_is_sampled_of_the_reference_gaussian(name):
     mean, std = np.array([0.3, -0.2, 0.5]), np.array([0.2, 0.4, 0.3])
-    density, sde, t_min = gaussian(mean, np.diag(std**2)), SDES[name](), 1e-2
+    density, sde = gaussian(mean, np.diag(std**2)), SDES[name]()
+    # Linear gamma begins with so little noise that the start-time correction would be about 0.
+    t_min = 0.2 if isinstance(sde, LinearGammaSDE) else 1e-2
     solve = {"t_min": t_min, "num_times": 4, "num_starts": 1, "reference": GaussianReference(mean, std)}
 
     def expected(t: float) -> Batch:

@@ -12,14 +12,14 @@ from likelihood import METHODS, GaussianReference, LogLikelihood, bits_per_dim, 
 from ode import require_success
 from sde_lib import SDE, SDES, VPSDE
 from sources.marginals import sample_at
-from tests.analytic import GaussianMixture, asymmetric_mixture, correlated_gaussian, gaussian
+from tests.analytic import DISTINCT_SDES, GaussianMixture, asymmetric_mixture, correlated_gaussian, gaussian
 
 # One object each, and mostly one shape of batch, so that the tests share what they compile.
 MIXTURE, GAUSSIAN = asymmetric_mixture(3), correlated_gaussian(3)
 VP = VPSDE()
 VP_SCORE = MIXTURE.score_fn(VP)
 SHAPE = (6, 3)
-T_MIN = {"vesde": 1e-5, "linearvesde": 1e-3, "vpsde": 1e-5, "subvpsde": 1e-2}
+T_MIN = {"vesde": 1e-5, "linearvesde": 1e-3, "vpsde": 1e-5, "subvpsde": 1e-2, "straightpathsde": 0.0}
 
 
 @partial(jax.jit, static_argnums=(0, 1, 3))
@@ -35,7 +35,7 @@ def bits_error(density: GaussianMixture, sde: SDE, x: Batch, result: LogLikeliho
     return (logp - density.log_density(sde, x, t_min * times)) / (x[0].size * math.log(2))
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", DISTINCT_SDES)
 @pytest.mark.parametrize(("density", "method"), [(MIXTURE, "dopri5"), (MIXTURE, "adams_log"), (GAUSSIAN, "dopri5")])
 def test_exact_for_known_densities(name, density, method):
     sde, t_min = SDES[name](), T_MIN[name]
@@ -99,7 +99,7 @@ def test_probes_estimate_the_exact_divergence(kind, method):
     np.testing.assert_allclose(estimate.probe_error, standard_error, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", SDES)
+@pytest.mark.parametrize("name", DISTINCT_SDES)
 def test_nothing_is_left_to_integrate_for_the_reference_gaussian(name):
     mean, std = np.array([0.3, -0.2, 0.5]), np.array([0.2, 0.4, 0.3])
     density, sde, t_min = gaussian(mean, np.diag(std**2)), SDES[name](), T_MIN[name]

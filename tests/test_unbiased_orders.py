@@ -16,8 +16,8 @@ from losses import (
     Noise,
     Objective,
     Residual,
-    residual_weights,
     second_order_trace,
+    term_weights,
     third_order,
 )
 from objectives.unbiased import unbiased_second_order_trace, unbiased_third_order
@@ -277,7 +277,7 @@ def test_weights_are_the_inverse_variances_relative_to_the_first_order(estimator
     u = np.sqrt(r) * jax.random.normal(jax.random.key(0), (n, d))
     objective = Objective(order=3, estimator=estimator, high_order_weighting="residual")
     residual = Residual(jnp.full(1, r), jnp.asarray(r))
-    weights = residual_weights(VP, objective, jnp.full(1, 0.5), residual, d)
+    weights = term_weights(VP, objective, jnp.full(1, 0.5), residual, d)
     probes = [jax.random.rademacher(key, (n, d), jnp.float32) for key in jax.random.split(jax.random.key(1))]
     if estimator == "published":
         trace = second_order_trace((r - 1) * probes[0], u, probes[0])
@@ -295,7 +295,7 @@ def test_weights_are_the_inverse_variances_relative_to_the_first_order(estimator
         assert abs(weight[0] * np.mean(term) - ratio * expected) < 5 * weight[0] * error + 0.01 * expected
     with_first = dataclasses.replace(objective, first_order_weighting="residual")
     twice = residual._replace(harmonic_mean=jnp.asarray(2 * r))
-    both = residual_weights(VP, with_first, jnp.full(1, 0.5), twice, d)
+    both = term_weights(VP, with_first, jnp.full(1, 0.5), twice, d)
     assert both["first"][0] == pytest.approx(2)
     assert both["third"][0] == pytest.approx(2 * weights["third"][0])
 
