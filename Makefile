@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
 .PHONY: setup setup-dev demo test check lint clean digits-orders fashion-orders estimators reproduce fid-nfe \
-	sample-devices cost faults ncsn baselines
+	sample-devices cost faults devices fuzz smoke ncsn baselines
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -101,6 +101,22 @@ cost: setup
 # Kills small trainings of each order at 30 random moments, and compares them with uninterrupted ones. It resumes.
 faults: setup
 	$(BIN)/python -m experiments.faults --kills=30
+
+# Trains, evaluates and resumes small runs on 1, 2, 4 and 8 devices and in 2 processes, and compares them. It resumes.
+devices: setup
+	$(BIN)/python -m experiments.devices
+
+# Gives main.py 300 kinds of bad input, and checks that each answer is one line that names the culprit.
+fuzz: setup
+	$(BIN)/python -m tests.fuzz --cases=300 --processes=10
+
+# Checks the installation: a tiny run is trained, evaluated and reported, in a minute or two.
+SMOKE := $(BIN)/python main.py --config=configs/digits/smoke.py --workdir=runs/smoke
+smoke: setup
+	$(SMOKE) --mode=selftest
+	$(SMOKE) --mode=train --config.training.n_iters=20
+	$(SMOKE) --mode=eval --config.eval.enable_sampling=False
+	$(BIN)/python main.py --workdir=runs/smoke --mode=report
 
 lint: setup-dev
 	$(BIN)/ruff check .

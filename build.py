@@ -145,28 +145,25 @@ class Run:
         return {**training, **model, **data, **classes}
 
 
-def build(config: Config) -> Run:
+def build(config: Config, *, for_training: bool = True) -> Run:
     """Builds the objects that the configuration describes.
+
+    Args:
+        for_training: also check how the fields of a training go together, and that its batch fits the devices. An
+            evaluation does not depend on that, and may run on other devices.
 
     Raises:
         ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
     """
     with unrecorded(config):  # a field that is only checked has no effect
         check_config(config)
-        training = config.training
-        _check_init(training)
-        parts = training.accumulation_steps
         _check_kind_of_data(config)
         model = score_model_from_config(config)
         objective = _trainer(config, model, training_preprocess(config)).objective
-        _check_noise_level(training, model.sde)
-        if training.n_iters_from_start and config.optim.schedule != "constant":
-            raise ValueError(
-                f"optim.schedule is {config.optim.schedule!r} and training.n_iters_from_start is "
-                f"{training.n_iters_from_start}; schedules end at training.n_iters: set that instead"
-            )
-        _check_classes(config, objective.every)
-        parallel.divisible(training.batch_size, "training.batch_size", parts * objective.every)
+        if for_training:
+            _check_noise_level(config.training, model.sde)
+            _check_classes(config, objective.every)
+            _check_training(config, config.training.accumulation_steps * objective.every)
     return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
 
 
@@ -194,6 +191,24 @@ def _check_noise_level(training: Config, sde: SDE) -> None:
             f"training.noise_level is {training.noise_level}; it must be 0 (all levels) or lie between {first:.3g} and "
             f"{last:.3g}, the levels of the SDE"
         )
+
+
+def _check_training(config: Config, parts: int) -> None:
+    """Raises ValueError for fields that only a training uses, and that do not go together or do not fit the devices.
+
+    Args:
+        parts: the groups of examples of a batch that each device needs.
+    """
+    training = config.training
+    _check_init(training)
+    if training.n_iters_from_start and config.optim.schedule != "constant":
+        raise ValueError(
+            f"optim.schedule is {config.optim.schedule!r} and training.n_iters_from_start is "
+            f"{training.n_iters_from_start}; schedules end at training.n_iters: set that instead"
+        )
+    if training.snapshot_sampling and config.data.dataset in DENSITIES:
+        raise ValueError("training.snapshot_sampling is True, but it draws images, not points: set it to False")
+    parallel.divisible(training.batch_size, "training.batch_size", parts)
 
 
 def _check_init(training: Config) -> None:
@@ -233,5 +248,3 @@ def _check_kind_of_data(config: Config) -> None:
             f"training.objective is {training.objective!r}, which needs the whole Jacobian, but images have too many "
             "dimensions: set it to 'denoising', 'sliced' or 'sliced_vr'"
         )
-    if training.snapshot_sampling and points:
-        raise ValueError("training.snapshot_sampling is True, but it draws images, not points: set it to False")

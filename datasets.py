@@ -20,6 +20,7 @@ from arrays import Batch, LabelledBatch, append_dims
 from configs.default import Config
 from coordinates import GaussianReference
 from infra.parallel import local_rows, pad_rows
+from infra.waiting import waiting
 from sources import MemorySource as MemorySource  # sources are found here, too
 from sources import Source as Source
 from sources import source_from_config as source_from_config
@@ -126,7 +127,9 @@ def training_calls(
     step = first_step
     while step < last_step:
         end = min(last_step, *((step // steps + 1) * steps for steps in every))
-        yield end, jax.tree.map(lambda *each: np.stack(each), *(next(batches) for _ in range(step, end)))
+        with waiting(f"the training images of steps {step} to {end} from {source.description}"):
+            stacked = jax.tree.map(lambda *each: np.stack(each), *(next(batches) for _ in range(step, end)))
+        yield end, stacked
         step = end
 
 

@@ -12,6 +12,8 @@ resumes when it is run again. The other modes:
                     --config.data.archive=PATH
     stats       measures the real images that samples are compared with, and prints the FIDs of real images
     cost        measures memory and time of a training step before a run starts, as --config.cost.* ask
+    selftest    checks the devices, the connection between processes, the disk, the memory and time of a training step,
+                and whether the files that the configuration needs are there; prints a table
     diagnose    shows where a model of images is bad: bits/dim by start time, errors by noise level
     encode      computes the latent codes of images, and the error of their reconstruction
     decode      turns latent codes into images
@@ -37,9 +39,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from configs.default import Config
+from configs.checks import flat
+from configs.default import Config, get_config
 from configs.usage import record_reads
 from infra import stop  # JAX is imported late, so that --help, mistyped flags and signals are answered at once
 
@@ -48,7 +51,7 @@ CONTROL = ("encode", "decode", "interpolate", "inpaint", "colorize", "restore", 
 
 MODES = (
     *("train", "train_deq", "train_classifier", "eval", "diagnose", *CONTROL),
-    *("export", "report", "prepare", "stats", "cost"),
+    *("export", "report", "prepare", "stats", "cost", "selftest"),
 )
 BAD_INPUT, FAILED = 2, 1
 """Exit codes other than 0, stop.STOPPED and stop.KILLED."""
@@ -90,6 +93,9 @@ def main(argv: Sequence[str]) -> int:
         missing.append(_CONFIG.name)
     if missing:
         return _complain(f"--{missing[0]} is missing; see python main.py --help")
+    if _CONFIG.value is not None and not isinstance(_CONFIG.value, ConfigDict):
+        kind = type(_CONFIG.value).__name__
+        return _complain(f"--config={_config_file()}: get_config returns {kind}; it must return a ConfigDict")
     for name, modes in EFFECT.items():
         if flags.FLAGS[name].present and _MODE.value not in modes:
             return _complain(
@@ -100,7 +106,14 @@ def main(argv: Sequence[str]) -> int:
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     with stop.on_signals():
-        return _run_and_report(str(_MODE.value), Path(_WORKDIR.value or "").expanduser().absolute())
+        return _leave(_run_and_report(str(_MODE.value), Path(_WORKDIR.value or "").expanduser().absolute()))
+
+
+def _leave(code: int) -> int:
+    """Returns the exit code, or ends the process with it if something of it cannot be waited for."""
+    from infra import parallel, waiting
+
+    return parallel.leave_processes(code) if code in (BAD_INPUT, FAILED) else waiting.leave(code)
 
 
 def _run_and_report(mode: str, workdir: Path) -> int:
@@ -133,7 +146,8 @@ def _run(mode: str, workdir: Path) -> None:
     if mode != "cost":  # which measures how long a program takes to compile
         jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     if _COORDINATOR.value:
-        parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        seconds = parallel.JOIN_SECONDS if mode != "selftest" else parallel.JOIN_SECONDS / 5
+        parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds)
     parallel.check_devices()
     import run_lib
 
@@ -162,6 +176,8 @@ def _run(mode: str, workdir: Path) -> None:
         run_lib.stats(_CONFIG.value)
     elif mode == "cost":
         run_lib.cost(_CONFIG.value, workdir)
+    elif mode == "selftest":
+        run_lib.selftest(_CONFIG.value, workdir)
     else:
         run_lib.report(workdir, [Path(other).expanduser() for other in _COMPARE.value or []])
     if _CONFIG.value is not None:
@@ -197,18 +213,41 @@ def _parse_flags(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except (KeyError, AttributeError) as error:
+        if "no attribute 'get_config'" in str(error):
+            sys.exit(_complain(f"{_config_argument(argv)} has no function get_config"))
         said = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "'").split())
         said = said.replace("' Did", "; did").strip("'\"")
         sys.exit(_complain(f"the configuration has no such field: {said}"))
     except SyntaxError as error:
-        sys.exit(_complain(f"cannot parse the configuration: {error}"))
-    except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
-        sys.exit(_complain(str(error)))
+        sys.exit(_complain(f"cannot parse the configuration {_config_argument(argv)}: {error}"))
+    except Exception as error:  # absl's own errors, and those of the configuration, whose file may contain anything
+        unknown = _unknown_field(argv) if isinstance(error, TypeError) else None
+        if unknown:
+            sys.exit(_complain(f"the configuration has no such field: {unknown}"))
+        inside = "Traceback" in str(error) or not isinstance(error, flags.Error | TypeError | ValueError | OSError)
+        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+        sys.exit(_complain(f"cannot load {_config_argument(argv)}: {last}" if inside else str(error)))
     if flags.FLAGS["config"].present:
-        path = config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+        path = _config_file()
         if not Path(path).is_file():
             sys.exit(_complain(f"--config={path}: there is no such file"))
     return rest
+
+
+def _config_file() -> str:
+    return config_flags.get_config_filename(flags.FLAGS["config"]).split(":")[0]
+
+
+def _config_argument(argv: Sequence[str]) -> str:
+    """The argument --config=PATH."""
+    return next((argument for argument in argv if argument.startswith(("--config=", "-config="))), "--config")
+
+
+def _unknown_field(argv: Sequence[str]) -> str | None:
+    """The first field among the arguments that no configuration has, for errors that do not name it."""
+    given = (argument.split("=")[0].lstrip("-") for argument in argv if argument.lstrip("-").startswith("config."))
+    known = {f"config.{field}" for field in flat(get_config())}
+    return next((field for field in given if field not in known), None)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from datasets import Source
 from dequantization.noise import dequantizer_from_config
 from dequantization.training import DequantizerTraining, dequantizer_state, evaluation_dequantizer, score_params
 from evaluators import MODES, Evaluator, evaluators_from_config
+from evaluators.assets import assets
 from evaluators.class_training import ClassifierTraining, classifier_folder
 from evaluators.diagnostics import DiagnosticsEvaluator
 from evaluators.estimators import estimator_from_config
@@ -34,6 +36,7 @@ from infra import parallel, stop
 from infra.checkpoints import Checkpoints, params_digest
 from infra.cost import (
     HEADERS,
+    NOT_COMPILED,
     OUT_OF_MEMORY,
     Case,
     all_cases,
@@ -48,6 +51,8 @@ from infra.cost import (
 from infra.metrics import MetricsWriter, trained_order
 from infra.published_checkpoints import write_published_checkpoint
 from infra.results import Results
+from infra.selftest import HEADER as CHECK_HEADER
+from infra.selftest import check, checkpoint_bytes, collective, devices, disk, state_bytes
 from infra.training_loop import (
     Call,
     Callback,
@@ -84,6 +89,7 @@ def train(config: Config, path: Path) -> None:
     new = not workdir.has_checkpoints()
     init_state = initial_state(run) if config.training.init_from and new else None
     snapshots, order = Snapshots(run, workdir), config.training.score_matching_order
+    _ = last_step(config.training, workdir)  # a damaged file is reported before anything is written
     workdir.prepare()
     with workdir.lock(), run.open_checkpoints(workdir) as checkpoints:
         if new and init_state is not None:
@@ -145,7 +151,7 @@ def _same_section_first(read_with: list[tuple[str, set[str]]], field: str) -> li
 
 def _build_settings(config: Config, mode: str) -> None:
     """Builds all that a mode needs except data, networks of evaluators, and checkpoints."""
-    run = build(config)
+    run = build(config, for_training=mode not in ("eval", "diagnose", "export"))
     if mode == "train":
         _ = run.trainer, config.training.init_from and config.training.init_reset
         Snapshots(run, Workdir(Path()))
@@ -319,7 +325,7 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
         ValueError, OSError: for bad input, before anything is written.
         RuntimeError: if an ODE solve fails.
     """
-    run = build(config)
+    run = build(config, for_training=False)
     _check_eval_folder(eval_folder)
     evaluators = evaluators_from_config(run, lambda: evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, evaluators, Workdir(path), eval_folder)
@@ -333,7 +339,7 @@ def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: 
     Raises:
         FileNotFoundError, ValueError, OSError, RuntimeError: as in `evaluate`.
     """
-    run = build(config)
+    run = build(config, for_training=False)
     _check_eval_folder(eval_folder)
     evaluator = DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, [evaluator], Workdir(path), eval_folder)
@@ -460,7 +466,7 @@ def export(config: Config, path: Path, deq_folder: str = "deq") -> Path:
         FileNotFoundError: if there is no checkpoint.
         ValueError, OSError: for bad input, before anything is written.
     """
-    run, workdir = build(config), Workdir(path)
+    run, workdir = build(config, for_training=False), Workdir(path)
     if config.eval.dequantizer:
         state = dequantizer_state(run, Workdir(path / deq_folder))
         name, ema_rate = "dequantizer", config.deq.ema_rate
@@ -512,8 +518,8 @@ def cost(config: Config, path: Path) -> None:
     sizes = fields.batch_sizes or (config.training.batch_size,)
     runs = {case: build(_changed(config, case)) for case in all_cases(fields.orders, sizes, fields.memory)}
     workdir, rows = Workdir(path), []
-    workdir.prepare()
     known = {json.dumps(row["program"]): row for row in workdir.read_costs()}
+    workdir.prepare()
     # The cases differ in their steps, not in their states. The copy on the host is put on the devices for each case.
     state = functools.cache(lambda: jax.device_get(next(iter(runs.values())).fresh_state()))
     for case, run in runs.items():
@@ -556,12 +562,13 @@ def _program(run: Run, measure_steps: int) -> dict[str, Any]:
     }
 
 
-def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int) -> dict[str, Any]:
+def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, limit: float = math.inf) -> dict[str, Any]:
     """The cost of a training step of this run on random data; with `error` if it fails, or does not fit.
 
     Args:
         state: returns the state to start from.
         measure_steps: compiled calls that are timed; with 0, the program is only compiled.
+        limit: seconds that the compilation may take; see `program_cost`.
     """
     steps, size = run.config.training.n_jitted_steps, run.config.training.batch_size
     rows = (steps, size // jax.process_count(), *run.data_shape)
@@ -570,7 +577,9 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int) -> 
     local = images if run.density is None else random.standard_normal(rows, np.float32)
     batches, key, cost = parallel.global_array(run.mesh, local, axis=1), run.key(TRAIN_KEY), {}
     try:
-        cost, train_steps = program_cost(run.train_steps(), (run.abstract_state(), batches, key), steps)
+        cost, train_steps = program_cost(run.train_steps(), (run.abstract_state(), batches, key), steps, limit)
+        if not math.isinf(limit) and parallel.any_host(train_steps is None):
+            return cost | {"error": NOT_COMPILED}
         if measure_steps and cost["total_gb"] > device_memory():
             return cost | {"error": OUT_OF_MEMORY}
         if measure_steps:
@@ -580,6 +589,62 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int) -> 
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         return cost | {"error": error_text(error)}
     return cost
+
+
+def selftest(config: Config, path: Path) -> None:
+    """Checks devices, disk, one training step, and the files that the configuration needs; prints a table.
+
+    The step is that of `--mode=cost`. Its compilation may take `cost.selftest_seconds`; without it, the memory of the
+    step is not known.
+
+    Raises:
+        ValueError: for a configuration that is not allowed, or if a check fails, after the table.
+        OSError: if nothing can be written to the workdir.
+    """
+    run, workdir = build(config), Workdir(path)
+    workdir.prepare()
+    shapes, training = run.abstract_state(), config.training
+    needed = checkpoint_bytes(shapes, training.n_iters, training.snapshot_freq)
+    wanted = [
+        ("devices", devices),
+        ("collective", lambda: collective(path)),
+        ("disk", lambda: disk(path, needed)),
+        *assets(run),
+        ("step", lambda: _step_in_words(run, state_bytes(shapes))),
+    ]
+    failed = []
+    for number, (name, measure) in enumerate(wanted):
+        if name == "step" and "collective" in failed:
+            continue  # it would wait for the processes that are missing
+        row = check(name, measure)
+        failed += [] if row.passed else [name]
+        if jax.process_index() == 0:
+            print(row.line if number else f"{CHECK_HEADER}\n{row.line}", flush=True)
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(wanted)} checks failed: {', '.join(failed)}; see the table")
+
+
+def _step_in_words(run: Run, size: int) -> str:
+    """The cost of a training step of this configuration, and the time of the whole run at this rate."""
+    fields, training = run.config.cost, run.config.training
+    row = case_cost(
+        run, lambda: jax.device_get(run.fresh_state()), min(fields.measure_steps, 3), fields.selftest_seconds
+    )
+    order = f"order {training.score_matching_order}, batch {training.batch_size}"
+    parts = [order, f"{row['gflop']:.4g} GFLOP", f"state {size / 1e9:.3g} GB"] if "gflop" in row else [order]
+    if "total_gb" in row:
+        parts.append(f"needs {row['total_gb']:.3g} of {fields.memory_gb or device_memory():.3g} GB")
+    if "step_seconds" in row:
+        seconds = row["step_seconds"]
+        parts.append(f"{seconds:.3g} s/step, {seconds * training.n_iters / 3600:.3g} h for {training.n_iters} steps")
+    text = ", ".join(parts)
+    if row.get("error") == NOT_COMPILED:
+        limit = f"--config.cost.selftest_seconds={fields.selftest_seconds:g}"
+        estimate = f"{row['estimated_gb']:.3g} of {fields.memory_gb or device_memory():.3g} GB by an upper estimate"
+        return f"{text}, {estimate}; not compiled within {limit}, and a larger value shows its memory and time"
+    if "error" in row:
+        raise RuntimeError(f"{text}: {row['error']}")
+    return text
 
 
 def report(path: Path, others: Sequence[Path] = ()) -> None:

@@ -3,7 +3,9 @@
 Objects that are built from a configuration check how its fields go together. What is here needs no other module.
 """
 
+import difflib
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from configs.default import Config, get_config
@@ -120,6 +122,7 @@ RANGES = {
     "cost.batch_sizes": "[1, inf)",
     "cost.measure_steps": "[0, inf)",
     "cost.memory_gb": "[0, inf)",
+    "cost.selftest_seconds": "(0, inf)",
 }
 """The interval of every field that is a number or a tuple of numbers, in the notation of mathematics."""
 
@@ -128,12 +131,14 @@ KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text
 
 
 def check_config(config: Config) -> None:
-    """Checks the type of every field, and that numbers are finite and lie in their range.
+    """Checks that the configuration has exactly the fields of the default, their types, and the ranges of numbers.
 
     Raises:
         ValueError: for the first field that does not pass, naming the field, its value and what is allowed.
     """
-    for field, default in flat(get_config()).items():
+    defaults = flat(get_config())
+    _check_names(flat(config), defaults)
+    for field, default in defaults.items():
         section, _, name = field.rpartition(".")
         value = (config[section] if section else config).to_dict()[name]
         if isinstance(default, tuple):
@@ -143,6 +148,17 @@ def check_config(config: Config) -> None:
                 _check_value(field, value, entry, type(default[0]) if default else int)
         else:
             _check_value(field, value, value, type(default))
+
+
+def _check_names(found: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError for a field that does not exist, as misspelt in a file, or one that is missing."""
+    for field in found:
+        if field not in known:
+            near = difflib.get_close_matches(field, known, 1)
+            raise ValueError(f"the configuration has no field {field}" + (f"; did you mean {near[0]}" if near else ""))
+    for field in known:
+        if field not in found:
+            raise ValueError(f"the configuration lacks the field {field}; begin with configs.default.get_config()")
 
 
 def _check_value(field: str, whole: Any, value: Any, kind: type) -> None:

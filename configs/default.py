@@ -369,4 +369,6 @@ def _cost() -> ConfigDict:
     cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
     cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
     cost.memory_gb = 0.0  # memory in GB that a batch has to fit; 0 means the memory of the device
+    # seconds in which --mode=selftest must compile a training step, to show its memory and time
+    cost.selftest_seconds = 60.0
     return cost

@@ -14,7 +14,7 @@ from configs.default import Config
 from datasets import evaluation_batch, evaluation_batch_sizes
 from dequantization.noise import Dequantizer, dequantizer_from_config
 from dequantization.variational import DequantizerTrainer, VariationalDequantizer, dequantizer_trainer_from_config
-from infra import parallel
+from infra import parallel, stop
 from infra.checkpoints import Checkpoints, abstract_state, load_state, params_digest
 from infra.training_loop import Metrics, Training
 from infra.workdir import Workdir
@@ -74,12 +74,17 @@ class DequantizerTraining:
 
         return Training("dequantizer", self.run.config.deq.n_iters, self._calls, update)
 
-    def test_bound(self, score_fn: ScoreFn, params: Params) -> dict[str, float]:
-        """Mean bits/dim over the first `training.eval_batches` batches of test images, always with the same noise."""
+    def test_bound(self, score_fn: ScoreFn, params: Params) -> dict[str, float] | None:
+        """Mean bits/dim over the first `training.eval_batches` batches of test images, always with the same noise.
+
+        None after a request to stop.
+        """
         training, key = self.run.config.training, self.run.key(EVAL_KEY)
         sizes = evaluation_batch_sizes(self.test_source, training.batch_size)[: training.eval_batches]
         values: list[dict[str, np.ndarray]] = []
         for number, size in enumerate(sizes):
+            if stop.now():
+                return None
             batch = evaluation_batch(self.test_source, training.batch_size, number)
             rows = batch.images[parallel.local_rows(training.batch_size)]
             images, batch_key = parallel.global_array(self.run.mesh, rows), jax.random.fold_in(key, number)

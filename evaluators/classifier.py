@@ -6,6 +6,7 @@ For example, Inception makes no sense for 8x8 digits. Every result of the classi
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -213,16 +214,29 @@ def _apply(network: Classifier, params: dict, x: Array) -> tuple[Array, Array]:
     return outputs
 
 
-def classifier_from_config(config: Config) -> ClassifierFeatures:
-    """The classifier of the data of a configuration. Raises ValueError if the data have no labels."""
-    train, test = (_labelled(datasets.source_from_config(config, split)) for split in datasets.SPLITS)
-    return trained_classifier(train, test, levels=config.data.levels, cache_dir=Path(config.eval.statistics_dir))
+def classifier_from_config(config: Config) -> Callable[[], ClassifierFeatures]:
+    """A function that finds or trains the classifier of the data of a configuration.
+
+    Raises:
+        OSError, ValueError: if the data are missing or have no labels, before the classifier is trained.
+    """
+    sources = [datasets.source_from_config(config, split) for split in datasets.SPLITS]
+    labels = [_labels(source) for source in sources]
+
+    def find() -> ClassifierFeatures:
+        train, test = (
+            LabelledImages(source.images(np.arange(len(source))), each)
+            for source, each in zip(sources, labels, strict=True)
+        )
+        return trained_classifier(train, test, levels=config.data.levels, cache_dir=Path(config.eval.statistics_dir))
+
+    return find
 
 
-def _labelled(source: Source) -> LabelledImages:
+def _labels(source: Source) -> np.ndarray:
     labels = getattr(source, "labels", None)
     if labels is None:
         raise ValueError(
             f"eval.features is 'classifier', but {source.description} has no class labels; use eval.features=inception"
         )
-    return LabelledImages(source.images(np.arange(len(source))), labels)
+    return labels

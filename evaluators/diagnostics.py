@@ -1,6 +1,7 @@
 """Where an image model is good or bad, by noise level ([L22] Fig. 6 and 7)."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Float
 from analysis.noise_level_errors import draw_noise_and_probes, errors_at
 from analysis.ode_score import likelihood_by_start, ode_score
 from analysis.score_distances import curve_of, time_nodes
-from arrays import Batch, PerExample, append_dims, inner, num_dims
+from arrays import Batch, PerExample, ReportProgress, append_dims, inner, num_dims
 from build import EVAL_KEY, Run
 from datasets import evaluation_batch, evaluation_batch_sizes
 from dequantization.noise import Dequantizer
@@ -83,7 +84,7 @@ class DiagnosticsEvaluator:
         known = self.description | batches | {"network": self.run.network_description()}
         cache = BatchCache(folder.path, "diagnostics", known, params)
         sizes = {f"batch{number}": size for number, size in enumerate(self.sizes)}
-        stored = cache.all(sizes, lambda number, _: self._batch(params, number), "diagnostics", "image")
+        stored = cache.all(sizes, lambda number, show: self._batch(params, number, show), "diagnostics", "image")
         values = {name: np.concatenate([batch[name] for batch in stored]) for name in ("bpd", *CURVES)}
         t = jnp.asarray(self.nodes.t, jnp.float32)
         integral = curve_of(self.nodes, values["difference"].T).integral if len(values["bpd"]) > 1 else None
@@ -98,8 +99,12 @@ class DiagnosticsEvaluator:
             "values": cache.folder.name,
         }
 
-    def _batch(self, params: Params, number: int) -> Values:
-        """Computes the values of the images of one batch: [images, starts] or [images, times]."""
+    def _batch(self, params: Params, number: int, show: ReportProgress) -> Values:
+        """Computes the values of the images of one batch: [images, starts] or [images, times].
+
+        Args:
+            show: called between the solves, with their number and that of all.
+        """
         started, settings, run = time.monotonic(), self.run.config.eval, self.run
         key = run.key(EVAL_KEY)
         batch = evaluation_batch(self.source, settings.batch_size, number, settings.diagnose_images)
@@ -108,12 +113,15 @@ class DiagnosticsEvaluator:
         indices = parallel.global_array(run.mesh, batch.indices[rows])
         keys = image_keys(jax.random.fold_in(key, number), indices)
         score_fn, x0 = run.score_fn(params), self.preprocess(jax.random.fold_in(key, number), images)
-        rows_of_time = [
-            self._at_time(score_fn, x0, jnp.full(len(x0), t, x0.dtype), jax.random.fold_in(key, k), keys)
-            for k, t in enumerate(self.nodes.t)
-        ]
+        solves, rows_of_time = 2 * len(self.nodes.t) + len(self.starts), []
+        for k, t in enumerate(self.nodes.t):
+            times = jnp.full(len(x0), t, x0.dtype)
+            rows_of_time.append(self._at_time(score_fn, x0, times, jax.random.fold_in(key, k), keys))
+            show(2 * (k + 1), solves)
         values = {name: np.stack([row[name] for row in rows_of_time], axis=1) for name in CURVES}
-        values["bpd"] = self._bpd_by_start(score_fn, images, keys)
+        values["bpd"] = self._bpd_by_start(
+            score_fn, images, keys, lambda done: show(2 * len(self.nodes.t) + done, solves)
+        )
         used = {name: value[: self.sizes[number]] for name, value in values.items()}
         return used | {"seconds": np.asarray(time.monotonic() - started)}
 
@@ -133,12 +141,14 @@ class DiagnosticsEvaluator:
         fetched = parallel.fetch((difference, errors["first"], errors["trace_bias"]))
         return {name: np.asarray(value, np.float64) for name, value in zip(CURVES, fetched, strict=True)}
 
-    def _bpd_by_start(self, score_fn: NetworkScore, images: Array, keys: Array) -> Float[np.ndarray, "images starts"]:
+    def _bpd_by_start(
+        self, score_fn: NetworkScore, images: Array, keys: Array, solved: Callable[[int], None]
+    ) -> Float[np.ndarray, "images starts"]:
         noisy = dequantized(self.dequantizer, keys, images, 0)
         probe = draw_noise_and_probes(self.run.key(EVAL_KEY), keys, noisy.x)[1]
         log_q = np.asarray(parallel.fetch(noisy.log_q), np.float64)
         columns = []
-        for start in self.starts:
+        for number, start in enumerate(self.starts, start=1):
             logp, info = likelihood_by_start(
                 score_fn, self.run.sde, noisy.x, np.array([start]), probe[None], **self.tolerances
             )
@@ -151,4 +161,5 @@ class DiagnosticsEvaluator:
                 unit_scale=self.dequantizer.unit_scale,
             )
             columns.append(values["bpd"])
+            solved(number)
         return np.stack(columns, axis=1)

@@ -95,8 +95,8 @@ def save_inception(path: Path, params: dict, *, source_sha256: str) -> None:
     write_npz(path, hash=params_hash(params), source_sha256=source_sha256, **flat_params(params))
 
 
-def extractor_from_config(config: Config) -> FeatureExtractor:
-    """Builds the feature extractor that `eval.features` names.
+def extractor_from_config(config: Config) -> Callable[[], FeatureExtractor]:
+    """A function that builds the feature extractor that `eval.features` names, which may mean to train it.
 
     Raises:
         FileNotFoundError: if the weights of Inception are missing. The message says how to get them.
@@ -111,7 +111,7 @@ def extractor_from_config(config: Config) -> FeatureExtractor:
     return EXTRACTORS[config.eval.features](config)
 
 
-def inception_from_config(config: Config) -> InceptionFeatures:
+def inception_from_config(config: Config) -> Callable[[], InceptionFeatures]:
     """Loads the weights in the file `eval.inception`. Raises as `extractor_from_config` does."""
     path, centre = Path(config.eval.inception), config.eval.inception_centre
     if not path.is_file():
@@ -124,11 +124,12 @@ def inception_from_config(config: Config) -> InceptionFeatures:
         raise ValueError(f"data.num_channels is {config.data.num_channels}; Inception needs images of 1 or 3 channels")
     if centre not in (128.0, 127.5):
         raise ValueError(f"eval.inception_centre is {centre:g}; it must be 128 or 127.5")
-    return inception_features(path, levels=config.data.levels, centre=centre)
+    inception = inception_features(path, levels=config.data.levels, centre=centre)
+    return lambda: inception
 
 
-EXTRACTORS: dict[str, Callable[[Config], FeatureExtractor]] = {
+EXTRACTORS: dict[str, Callable[[Config], Callable[[], FeatureExtractor]]] = {
     "inception": inception_from_config,
     "classifier": classifier_from_config,
 }
-"""Functions that build a feature extractor from a configuration, by name."""
+"""Functions that check a configuration and return a function that builds the feature extractor, by name."""

@@ -42,16 +42,20 @@ _BATCH = 1024  # images read at a time
 class Comparison:
     """Compares samples with real images, by a network that measures both and the statistics of the real images."""
 
-    extractor: FeatureExtractor
-    find_statistics: Callable[[], Statistics]
+    find_extractor: Callable[[], FeatureExtractor]
+    find_statistics: Callable[[FeatureExtractor], Statistics]
     inception_splits: int = 1
 
     @functools.cached_property
+    def extractor(self) -> FeatureExtractor:
+        return self.find_extractor()
+
+    @functools.cached_property
     def statistics(self) -> Statistics:
-        return self.find_statistics()
+        return self.find_statistics(self.extractor)
 
     def prepare(self) -> None:
-        """Measures the real images unless this is done, so that errors in them are reported before any other work."""
+        """Builds the extractor, and measures the real images unless this is done, before any sample is drawn."""
         _ = self.statistics
 
     def __call__(self, images: Images) -> dict[str, Any]:
@@ -62,7 +66,9 @@ class Comparison:
 
 
 def comparison_from_config(config: Config) -> Comparison:
-    """Builds the comparison that `eval` describes, and checks all settings. Images are measured when needed.
+    """Builds the comparison that `eval` describes, and checks all settings.
+
+    A classifier is trained, and images are measured, when they are needed.
 
     Raises:
         FileNotFoundError: if the weights of Inception, the images, or the statistics are missing.
@@ -73,17 +79,20 @@ def comparison_from_config(config: Config) -> Comparison:
         raise ValueError(f"eval.num_samples is {config.eval.num_samples}; FID needs at least 2")
     if (splits := config.eval.inception_splits) < 1:
         raise ValueError(f"eval.inception_splits is {splits}; it must be at least 1")
-    split, extractor = compared_split(config), extractor_from_config(config)
-    published = published_statistics(config, extractor)
+    split, published = compared_split(config), published_statistics(config)
+    find_extractor = extractor_from_config(config)
     if published is not None:
-        return Comparison(extractor, lambda: published, splits)
+        comparison = Comparison(find_extractor, lambda extractor: _checked(published, extractor, config), splits)
+        if config.eval.features == "inception":  # a classifier may have to be trained first
+            comparison.prepare()
+        return comparison
     source = datasets.source_from_config(config, split)
-    path = statistics_path(config, extractor)
-    return Comparison(
-        extractor,
-        lambda: dataset_statistics(path, extractor, source.description, all_images(source, extractor)),
-        splits,
-    )
+
+    def find_statistics(extractor: FeatureExtractor) -> Statistics:
+        path = statistics_path(config, extractor)
+        return dataset_statistics(path, extractor, source.description, all_images(source, extractor))
+
+    return Comparison(find_extractor, find_statistics, splits)
 
 
 def compared_split(config: Config) -> str:
@@ -94,8 +103,11 @@ def compared_split(config: Config) -> str:
     return split
 
 
-def published_statistics(config: Config, extractor: FeatureExtractor) -> Statistics | None:
-    """Loads the statistics in the file `eval.statistics`; None if the field is empty."""
+def published_statistics(config: Config) -> Statistics | None:
+    """Loads the statistics in the file `eval.statistics`; None if the field is empty.
+
+    Raises FileNotFoundError or ValueError if the file is missing or damaged.
+    """
     if not config.eval.statistics:
         return None
     path = Path(config.eval.statistics)
@@ -103,10 +115,15 @@ def published_statistics(config: Config, extractor: FeatureExtractor) -> Statist
         raise FileNotFoundError(
             f"eval.statistics is {str(path)!r}, but there is no such file; leave it empty to measure the data"
         )
-    statistics = load_statistics(path)
+    return load_statistics(path)
+
+
+def _checked(statistics: Statistics, extractor: FeatureExtractor, config: Config) -> Statistics:
+    """The published statistics. Raises ValueError if another network measured them."""
     check_statistics(statistics, extractor)
     if not statistics.features_hash:
-        logging.warning("%s does not say which network measured it; assuming %s", path, extractor.name)
+        name = extractor.name
+        logging.warning("%s does not say which network measured it; assuming %s", config.eval.statistics, name)
     return statistics
 
 
@@ -199,11 +216,12 @@ def prepare_statistics(config: Config) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: as `comparison_from_config`, before any image is measured.
     """
-    extractor = extractor_from_config(config)
-    split = compared_split(config)
+    split, published = compared_split(config), published_statistics(config)
     (other_split,) = set(datasets.SPLITS) - {split}
-    published = published_statistics(config, extractor)
+    find_extractor = extractor_from_config(config)
     source, other_source = (datasets.source_from_config(config, each) for each in (split, other_split))
+    extractor = find_extractor()
+    published = published and _checked(published, extractor, config)
     path = statistics_path(config, extractor)
     same = measured_statistics(extractor, source.description, all_images(source, extractor))
     statistics = published if published is not None else _stored_or_written(path, extractor, same)

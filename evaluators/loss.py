@@ -1,6 +1,5 @@
 """Evaluator of the training objective on test data."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,27 +22,38 @@ class LossEvaluator:
     def __init__(self, run: Run, source: Source):
         self.run, self.source = run, source
         self.batch_size = run.config.training.batch_size
+        parallel.divisible(self.batch_size, "training.batch_size")
         self.eval_batches = run.config.training.eval_batches
         self.num_batches = len(evaluation_batch_sizes(source, self.batch_size))
         self.preprocess = run.preprocess.without_flip()
         self._losses = jax.jit(self._per_example)
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
-        """Computes means over all examples, with standard errors."""
+        """Computes means over all examples, with standard errors.
+
+        Raises:
+            KeyboardInterrupt: after a request to stop.
+        """
         del folder  # Nothing is cached, because the evaluation takes only as long as one record of training.
-        return self._means(params, self.num_batches, stop.check)
+        means = self._means(params, self.num_batches)
+        if means is None:
+            raise KeyboardInterrupt
+        return means
 
-    def first_batches(self, params: Params) -> dict[str, float]:
-        """Computes means over the first `training.eval_batches` batches, always with the same noise."""
-        # Without a check for requests to stop, because training answers them after this, with the state saved.
-        means = self._means(params, min(self.eval_batches, self.num_batches), lambda: None)
-        return {name: mean["mean"] for name, mean in means.items()}
+    def first_batches(self, params: Params) -> dict[str, float] | None:
+        """Computes means over the first `training.eval_batches` batches, always with the same noise.
 
-    def _means(self, params: Params, num_batches: int, check: Callable[[], None]) -> dict[str, dict[str, float]]:
+        Returns None after a request to stop. It raises nothing, so that training saves its state first.
+        """
+        means = self._means(params, min(self.eval_batches, self.num_batches))
+        return None if means is None else {name: mean["mean"] for name, mean in means.items()}
+
+    def _means(self, params: Params, num_batches: int) -> dict[str, dict[str, float]] | None:
         key = self.run.key(EVAL_KEY)
         parts = []
         for number in range(num_batches):
-            check()
+            if stop.now():
+                return None
             parts.append(self._values(params, number, jax.random.fold_in(key, number)))
         names = parts[0][0]
         return {name: mean_estimate(np.concatenate([v[name][c] for v, c in parts]))._asdict() for name in names}

@@ -32,7 +32,7 @@ from infra.workdir import Workdir
 ORDERS = (1, 2, 3)
 SAVE_EVERY = 5
 SETTINGS = {"log_freq": 1, "eval_freq": 1000, "snapshot_freq": 10_000, "snapshot_freq_for_preemption": SAVE_EVERY}
-STEPS_PER_KILL = 40
+STEPS_PER_KILL = 16
 
 
 def main() -> int:

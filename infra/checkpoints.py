@@ -22,6 +22,7 @@ from jax.sharding import Sharding
 
 from infra import parallel
 from infra.published_checkpoints import read_published_checkpoint
+from infra.waiting import waiting
 from infra.workdir import Workdir
 from models.score import Params
 from train_state import ResidualTable, TrainState
@@ -109,7 +110,7 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         try:
-            with self._writing():
+            with self._writing(), waiting(f"the checkpoint to be written to {self._manager.directory}"):
                 self._manager.wait_until_finished()
                 self._manager.close()
         except OSError as error:
@@ -143,7 +144,7 @@ class Checkpoints:
             arrays["residuals"] = state.residuals._asdict()
         described = self.description | {CHECKSUMS: _checksums(arrays, self.description)}
         items: dict[str, Any] = {name: ocp.args.StandardSave(part) for name, part in arrays.items()}
-        with self._writing():
+        with self._writing(), waiting(f"the checkpoint of step {step} in {self._manager.directory}"):
             self._manager.save(step, args=ocp.args.Composite(**items, description=ocp.args.JsonSave(described)))
 
     def restore(self, step: int) -> TrainState:
@@ -215,7 +216,7 @@ class Checkpoints:
                 return left[-1], self.restore(left[-1])
             except DamagedCheckpointError as error:
                 failures[left[-1]] = error
-                if (self._manager.directory / str(left[-1])).exists():
+                if len(left) > 1 and (self._manager.directory / str(left[-1])).exists():
                     logging.warning("%s; trying an earlier one", error)
             self._manager.reload()  # there may be a newer one
         if failures:
@@ -230,7 +231,8 @@ class Checkpoints:
         """Reads the one item of a checkpoint that is named, with the arguments to restore it."""
         (name,) = item
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+            with waiting(f"the checkpoint of step {step} in {self._manager.directory}"):
+                return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
         except Exception as error:  # damaged files make orbax, tensorstore and JAX raise a dozen kinds of errors
             raise DamagedCheckpointError(
                 f"{self._name(step)} is damaged, or comes from another kind of training: {str(error)[:300]}"

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+from infra.waiting import within
+
 Row: TypeAlias = Mapping[str, Any]
 """The cost of one case, by the names that `program_cost` and `step_seconds` describe; `error` if it cannot run."""
 
@@ -22,7 +24,8 @@ UNCHANGED = "none"
 MEMORY_FIELDS = ("training.accumulation_steps", "training.residual_first", "model.remat", "model.dtype")
 """Fields of the configuration that a memory setting may change. They change the cost of a step, but not the state."""
 
-OUT_OF_MEMORY = "out of memory"
+OUT_OF_MEMORY, NOT_COMPILED = "out of memory", "not compiled in time"
+"""Errors of rows."""
 
 GIGA = 1e9
 
@@ -106,23 +109,73 @@ def _inner_programs(params: Mapping[str, Any]) -> Iterator[Any]:
                 yield program
 
 
-def program_cost(train_steps: Any, arguments: Sequence[Any], steps: int) -> tuple[dict[str, Any], Any]:
+def peak_bytes(jaxpr: Any) -> int:
+    """Estimates the memory of a traced program: arguments, and the results of operations from their first to last use.
+
+    A compiler does without the results that it fuses, and may order operations in another way. So this is an upper
+    estimate for a program that is not compiled yet.
+    """
+    last_use = {
+        variable: number
+        for number, equation in enumerate(jaxpr.eqns)
+        for variable in equation.invars
+        if not hasattr(variable, "val")  # a constant
+    }
+    given = {*jaxpr.invars, *jaxpr.constvars}
+    kept = given | {variable for variable in jaxpr.outvars if not hasattr(variable, "val")}
+    live = peak = sum(map(_bytes, given))
+    for number, equation in enumerate(jaxpr.eqns):
+        inside = [peak_bytes(part) for part in _inner_programs(equation.params)]
+        arguments = sum(_bytes(variable) for variable in equation.invars)
+        results = sum(_bytes(variable) for variable in equation.outvars)
+        peak = max(peak, live + max([results, *(whole - arguments for whole in inside)]))
+        live += results
+        ended = {v for v in (*equation.invars, *equation.outvars) if not hasattr(v, "val") and v not in kept}
+        live -= sum(_bytes(variable) for variable in ended if last_use.get(variable, number) == number)
+    return peak
+
+
+def _per_device(jaxpr: Any) -> float:
+    """`peak_bytes` on one device: each has all arguments, and its part of all that is computed from the batch."""
+    arguments = sum(map(_bytes, jaxpr.invars))
+    return arguments + (peak_bytes(jaxpr) - arguments) / jax.device_count()
+
+
+def _bytes(variable: Any) -> int:
+    shape, dtype = getattr(variable.aval, "shape", ()), getattr(variable.aval, "dtype", None)
+    return math.prod(shape) * getattr(dtype, "itemsize", 4)
+
+
+def program_cost(
+    train_steps: Any, arguments: Sequence[Any], steps: int, limit: float = math.inf
+) -> tuple[dict[str, Any], Any]:
     """Compiles the training steps and returns their cost for one step, with the compiled program.
 
-    The names of the cost: `gflop` of convolutions and products; `xla_gflop` and `gb_accessed`, which XLA counts, None
+    The names of the cost: `gflop` of convolutions and products; `estimated_gb` of memory per device, by `peak_bytes`;
+    `xla_gflop` and `gb_accessed`, which XLA counts, None
     if the program has loops, whose bodies XLA counts once; `temporary_gb` and `total_gb` of memory per device, the
-    latter with arguments and results; `trace_seconds` and `compile_seconds`.
+    latter with arguments and results; `trace_seconds` and `compile_seconds`. If the compilation takes longer than the
+    limit, there is no compiled program, and the cost has only what the traced program shows.
 
     Args:
         train_steps: the jitted function.
         arguments: arrays or their shapes.
         steps: the number of training steps of one call.
+        limit: seconds that the compilation may take. If it takes longer, the process must end by `waiting.leave`.
     """
     start = time.perf_counter()
     traced = train_steps.trace(*arguments)
     lowered = traced.lower()
     middle = time.perf_counter()
-    compiled = lowered.compile()
+    known = {
+        "gflop": contraction_flop(traced.jaxpr) / steps / GIGA,
+        "estimated_gb": _per_device(traced.jaxpr.jaxpr) / GIGA,
+        "trace_seconds": middle - start,
+    }
+    try:
+        compiled = lowered.compile() if math.isinf(limit) else within(limit, "the compilation", lowered.compile)
+    except TimeoutError:
+        return known, None
     end = time.perf_counter()
     flop = contraction_flop(traced.jaxpr)
     in_loops = flop > contraction_flop(traced.jaxpr, repeat_loops=False)
@@ -130,12 +183,11 @@ def program_cost(train_steps: Any, arguments: Sequence[Any], steps: int) -> tupl
     memory = compiled.memory_analysis()
     resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     cost = {
-        "gflop": flop / steps / GIGA,
+        **known,
         "xla_gflop": _giga(counted.get("flops"), steps),
         "gb_accessed": _giga(counted.get("bytes accessed"), steps),
         "temporary_gb": memory.temp_size_in_bytes / GIGA,
         "total_gb": (memory.temp_size_in_bytes + resident + memory.generated_code_size_in_bytes) / GIGA,
-        "trace_seconds": middle - start,
         "compile_seconds": end - middle,
     }
     return cost, compiled

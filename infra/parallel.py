@@ -4,6 +4,7 @@ The maths sees whole batches and no axis names: `jax.jit` over arrays with these
 random numbers do not depend on the number of devices.
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -14,7 +15,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from infra.rendezvous import meet
+from infra.waiting import leave, waiting, within
+
 Tree = TypeVar("Tree")
+
+JOIN_SECONDS = 300.0
+"""How long processes wait for each other at the start."""
+
+LEAVE_SECONDS = 10.0
+"""How long a process that has failed waits for the others to fail, too."""
+
+OTHERS = "all processes of the run"
 
 
 def device_mesh() -> Mesh:
@@ -40,26 +52,33 @@ def global_array(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
 def fetch(tree: Tree) -> Tree:
     """The global arrays as NumPy arrays, on every host."""
     if jax.process_count() > 1:
-        return multihost_utils.process_allgather(tree, tiled=True)
+        with waiting(f"{OTHERS} to send their part of an array"):
+            return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
 
 
-def join_processes(coordinator: str, num_processes: int | None, process_id: int | None) -> None:
+def join_processes(
+    coordinator: str, num_processes: int | None, process_id: int | None, seconds: float = JOIN_SECONDS
+) -> None:
     """Joins this process with others into one run. It must be called before anything else asks for devices.
 
     Args:
         coordinator: address:port of the first process, or "auto" if the cluster provides it with both numbers (SLURM,
             Open MPI, Kubernetes, TPU pods).
         num_processes, process_id: the number of processes, and the number of this one, from 0.
+        seconds: how long to wait for the other processes. With "auto", the process ends with one line after that.
 
     Raises:
-        ValueError: if an argument is missing or the other processes do not connect.
+        ValueError: if an argument is missing or the other processes do not connect. With an address, the message names
+            the processes that are missing.
     """
     given = coordinator != "auto"
     if given and not coordinator.rpartition(":")[2].isdigit():
         raise ValueError(
             f"--coordinator={coordinator} has no port; name address:port of the first process, as host0:1234"
         )
+    if given and not 0 < int(coordinator.rpartition(":")[2]) < 2**16:
+        raise ValueError(f"--coordinator={coordinator} has no port between 1 and 65535 after the colon")
     if not given:
         _check_slurm_devices()
     if given and (num_processes is None or process_id is None or not 0 <= process_id < num_processes):
@@ -69,11 +88,44 @@ def join_processes(coordinator: str, num_processes: int | None, process_id: int 
         )
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, which is a request to stop
     try:
-        jax.distributed.initialize(coordinator if given else None, num_processes, process_id)
-        # The devices connect now, before any process compiles, because they wait for each other for 30 s only.
-        multihost_utils.sync_global_devices("joined")
-    except (RuntimeError, ValueError) as error:
+        if given and num_processes is not None and process_id is not None:
+            with waiting(f"{num_processes} processes at {coordinator}", seconds + 60, notice=3.0):
+                meet(coordinator, num_processes, process_id, seconds)
+        with waiting(f"all processes of --coordinator={coordinator} to connect", seconds):
+            # JAX's own limit comes later, because it ends the process with a stack trace.
+            later = int(seconds) + 60
+            address = coordinator if given else None
+            jax.distributed.initialize(
+                address,
+                num_processes,
+                process_id,
+                initialization_timeout=later,
+                cluster_detection_method="deactivate" if given and _alone_on_node() else None,
+            )
+            # The devices connect now, before any process compiles, because they wait for each other for 30 s only.
+            multihost_utils.sync_global_devices("joined")
+    except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"--coordinator={coordinator}: cannot connect to the other processes: {error}") from error
+
+
+def _alone_on_node() -> bool:
+    """Whether SLURM runs one task on a node, or there is no SLURM: the process then uses all GPUs of its machine.
+
+    Under SLURM, JAX would otherwise take one GPU for each task, even if there is one task with eight GPUs.
+    """
+    tasks, nodes = (os.environ.get(name, "") for name in ("SLURM_NTASKS", "SLURM_STEP_NUM_NODES"))
+    return not (tasks.isdigit() and nodes.isdigit() and int(tasks) > max(1, int(nodes)))
+
+
+def leave_processes(code: int) -> int:
+    """Returns the exit code of a failure, once the other processes of the run have failed, too.
+
+    If this process has failed alone, the others may wait for it. Then it ends at once, which they notice.
+    """
+    if jax.distributed.is_initialized():
+        with contextlib.suppress(TimeoutError, RuntimeError, KeyboardInterrupt):
+            within(LEAVE_SECONDS, "the end of the other processes", jax.distributed.shutdown)
+    return leave(code)
 
 
 def _check_slurm_devices() -> None:
@@ -87,7 +139,8 @@ def _check_slurm_devices() -> None:
         raise ValueError(
             f"this SLURM task has {gpus} GPUs, but with --coordinator=auto each task uses one, and there are {on_node} "
             f"tasks on a node: start {gpus} tasks on each node (srun --ntasks-per-node={gpus}), or leave out "
-            "--coordinator if there is one task only, which then uses all its GPUs"
+            "--coordinator if there is one task only, which then uses all its GPUs. For several nodes with one task "
+            "each, use --coordinator=HOST:PORT"
         )
 
 
@@ -109,12 +162,18 @@ def check_devices() -> None:
 
 def any_host(value: bool) -> bool:
     """Whether the value is true on any host. All hosts must call this together."""
-    return bool(np.any(multihost_utils.process_allgather(np.asarray(value)))) if jax.process_count() > 1 else value
+    if jax.process_count() == 1:
+        return value
+    with waiting(f"{OTHERS} to agree"):
+        return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
 
 
 def agree(value: bool) -> bool:
     """The first host's value, for decisions that all hosts must make alike. All hosts must call this together."""
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(value))) if jax.process_count() > 1 else value
+    if jax.process_count() == 1:
+        return value
+    with waiting("the first process to decide"):
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
 
 
 def require_same(text: str, what: str) -> None:
@@ -128,7 +187,8 @@ def require_same(text: str, what: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
+    with waiting(f"{OTHERS} to compare {what}"):
+        digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
     if np.any(digests != digests[0]):
         raise ValueError(f"{what} differ between hosts; on host {jax.process_index()} they are {text}")
 

@@ -111,14 +111,17 @@ def record_metrics(writer: MetricsWriter, order: int, shown: str = "loss") -> Ca
     return record
 
 
-def record_test_loss(test: Callable[[Params], Mapping[str, float]], writer: MetricsWriter, order: int) -> Callback:
-    """Writes what `test` computes from the averaged parameters."""
+def record_test_loss(
+    test: Callable[[Params], Mapping[str, float] | None], writer: MetricsWriter, order: int
+) -> Callback:
+    """Writes the means that `test` computes from the averaged parameters, unless a request to stop interrupts it."""
 
     def record(call: Call) -> None:
         if call.testing:
             with writer.aside():
                 means = test(call.state.ema_params)
-            writer.write(call.step, "test", order=order, **means)
+            if means is not None:
+                writer.write(call.step, "test", order=order, **means)
 
     return record
 

@@ -203,7 +203,8 @@ class Workdir:
         """
         problems: list[str] = []
         rows = (read_json(self.cost, problems) or {"rows": []}).get("rows")
-        if problems or not isinstance(rows, list) or not all("program" in row for row in rows):
+        named = isinstance(rows, list) and all(isinstance(row, dict) and "program" in row for row in rows)
+        if rows is None or problems or not named:
             raise ValueError(f"cannot read {self.cost} as the rows of --mode=cost; delete it to measure again")
         return rows
 
@@ -403,7 +404,7 @@ def read_all(kind: type[Artefact], paths: Iterator[Path], problems: list[str]) -
 
 
 def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no file, or if it cannot be read, which `problems` then says."""
+    """The object in a JSON file; None if there is no file, or if it is not an object, which `problems` then says."""
     if not path.exists():
         return None
     try:
@@ -411,7 +412,10 @@ def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         problems.append(f"cannot read {path} as JSON: {error}")
         return None
-    return content if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        problems.append(f"cannot read {path}: it holds {type(content).__name__} instead of an object")
+        return None
+    return content
 
 
 def _named_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:

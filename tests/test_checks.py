@@ -42,6 +42,18 @@ def test_numbers_that_are_not_finite_or_out_of_range_are_refused(field):
             check_config(with_value(field, (value,) if isinstance(default, tuple) else value))
 
 
+def test_fields_that_do_not_exist_or_are_missing_are_refused():
+    """As in a file of a user's own, whose fields are not checked while it is read."""
+    config = get_config()
+    config.training.batchsize = 3
+    with pytest.raises(ValueError, match=r"no field training\.batchsize; did you mean training\.batch_size"):
+        check_config(config)
+    config = get_config()
+    del config.eval.rtol
+    with pytest.raises(ValueError, match=r"lacks the field eval\.rtol; begin with configs\.default\.get_config"):
+        check_config(config)
+
+
 def test_values_of_another_type_are_refused():
     """Any field, any other type; also a tuple of the wrong type within, or none at all."""
     values = random.Random(0)

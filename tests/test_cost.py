@@ -9,7 +9,7 @@ import pytest
 import run_lib
 from build import TRAIN_KEY, build
 from configs.toy.smoke import get_config as points_config
-from infra.cost import Case, all_cases, contraction_flop, error_text, fitting_text
+from infra.cost import Case, all_cases, contraction_flop, error_text, fitting_text, peak_bytes
 from infra.workdir import Workdir
 
 
@@ -35,6 +35,7 @@ def test_every_case_has_a_row(costs):
     assert [(row["order"], row["memory"]) for row in rows] == [(order, "none") for order in (1, 2, 3)]
     for row in rows:
         assert row["total_gb"] > row["temporary_gb"] > 0
+        assert 0.7 < row["estimated_gb"] / row["total_gb"] < 1.5
         assert row["compile_seconds"] > 0
         assert row["gb_accessed"] > 0
         assert row["images_per_second"] == pytest.approx(64 / row["step_seconds"])
@@ -122,6 +123,19 @@ def test_operations_of_loops_and_convolutions_are_counted():
     program = jax.make_jaxpr(jax.jit(loop))(jnp.zeros((4, 4))).jaxpr
     assert contraction_flop(program) == 7 * 2 * 4**3
     assert contraction_flop(program, repeat_loops=False) == 2 * 4**3
+
+
+def test_memory_is_that_of_results_until_their_last_use():
+    x = jnp.zeros(1000)
+
+    def chain(x):
+        return jnp.sum(jnp.cos(jnp.sin(x)))
+
+    def loop(x):
+        return jax.lax.scan(lambda c, _: (jnp.sin(c) + c, None), x, length=5)[0]
+
+    assert peak_bytes(jax.make_jaxpr(chain)(x).jaxpr) == 3 * 4000  # x, and two results at a time
+    assert peak_bytes(jax.make_jaxpr(loop)(x).jaxpr) == 3 * 4000  # whatever the length
 
 
 def test_the_fastest_setting_of_the_largest_batch_is_named():

@@ -10,10 +10,11 @@ import run_lib
 from build import build
 from configs.digits.smoke import get_config
 from configs.toy.smoke import get_config as points
+from infra import stop
 from infra.workdir import Workdir
 
 
-def test_diagnosis_of_a_run(tmp_path: Path) -> None:
+def test_diagnosis_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An untrained model: its curves are finite, stored, read again, and drawn."""
     config = get_config()
     fields = {"batch_size": 4, "diagnose_images": 8, "diagnose_times": 2, "diagnose_starts": 2, "rtol": 1e-2}
@@ -32,5 +33,16 @@ def test_diagnosis_of_a_run(tmp_path: Path) -> None:
     assert path.read_bytes() == first
     assert (tmp_path / "figures" / "diagnostics.png").stat().st_size > 1000
     assert "Diagnostics" in (tmp_path / "report.html").read_text()
+    reports = []
+
+    def check() -> None:
+        reports.append(None)
+        if len(reports) == 2:  # before the batch, and after the solves of the first time
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stop, "check", check)
+    with pytest.raises(KeyboardInterrupt):
+        run_lib.diagnose(config, tmp_path, "stopped")
+    assert not list((tmp_path / "stopped").glob("*/*.npz"))
     with pytest.raises(ValueError, match="--mode=diagnose is for images"):
         run_lib.diagnose(points(), tmp_path)

@@ -37,14 +37,21 @@ def start(workdir: Path, mode: str, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def run_two(workdir: Path, mode: str) -> None:
+def start_two(workdir: Path, mode: str, *fields_of_second: str) -> list[tuple[int, str]]:
+    """The exit codes and errors of two processes, the second of which may have other fields."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = (f"--coordinator=localhost:{port}", "--num_processes=2")
-    processes = [start(workdir, mode, *flags, f"--process_id={k}") for k in range(2)]
+    others = [(), fields_of_second]
+    processes = [start(workdir, mode, *flags, f"--process_id={k}", *others[k]) for k in range(2)]
     errors = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+    return [(process.returncode, said) for process, said in zip(processes, errors, strict=True)]
+
+
+def run_two(workdir: Path, mode: str) -> None:
+    ended = start_two(workdir, mode)
+    assert [status for status, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
 
 
 def run_here(workdir: Path) -> None:
@@ -70,6 +77,13 @@ def test_two_hosts_do_what_one_does(tmp_path: Path) -> None:
     assert [result["bpd"]["n"] for result in results] == [48, 48]
     assert results[0]["bpd"]["mean"] == pytest.approx(results[1]["bpd"]["mean"], rel=1e-4)
     assert results[0]["samples"]["fid"] == pytest.approx(results[1]["samples"]["fid"], rel=1e-2)
+
+
+def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(tmp_path: Path) -> None:
+    """The second process has data that do not fit its configuration."""
+    (first, first_says), (second, second_says) = start_two(tmp_path / "run", "train", "--config.data.levels=16")
+    assert (first != 0, second) == (True, 2), first_says + second_says
+    assert "data.levels is 16" in second_says.splitlines()[-1]
 
 
 def test_processes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:

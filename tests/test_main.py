@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 UNREADABLE = {
-    "no Python": (["--config=README.md"], "cannot parse the configuration: unterminated string"),
+    "no Python": (["--config=README.md"], "cannot parse the configuration --config=README.md: unterminated string"),
     "unknown section": (
         ["--config=configs/digits/smoke.py", "--config.trainin.batch_size=3"],
         'no such field: trainin; did you mean "training"',

@@ -34,6 +34,27 @@ def test_gpus_that_no_task_would_use_are_named(tasks, nodes, visible, refused, m
         parallel._check_slurm_devices()
 
 
+@pytest.mark.parametrize("address", ["localhost:0", "localhost:65536", "localhost:10003796"])
+def test_a_port_that_cannot_be_is_one_line(address):
+    with pytest.raises(ValueError, match=f"--coordinator={address} has no port between 1 and 65535"):
+        parallel.join_processes(address, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "nodes", "detected"), [("2", "2", False), ("8", "2", True), ("1", "1", False), ("", "", False)]
+)
+def test_one_task_on_a_node_uses_all_its_gpus(tasks, nodes, detected, monkeypatch):
+    """JAX takes one GPU for each task if it may detect SLURM. Several tasks on a node need that."""
+    monkeypatch.setenv("SLURM_NTASKS", tasks)
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", nodes)
+    given = {}
+    monkeypatch.setattr(parallel, "meet", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(parallel.multihost_utils, "sync_global_devices", lambda _: None)
+    parallel.join_processes("localhost:1234", 2, 0)
+    assert (given["cluster_detection_method"] is None) == detected
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no backend"), AssertionError()])
 def test_a_platform_that_is_not_there_is_one_line(error, monkeypatch):
     def devices():

@@ -65,7 +65,7 @@ class Pixels:
 def comparison():
     real = np.random.default_rng(0).integers(0, 17, (100, 8, 8, 1)).astype(np.uint8)
     pool = Pixels()(real).pool
-    return Comparison(Pixels(), lambda: statistics_of([pool], features="pixels", features_hash="none", data="noise"))
+    return Comparison(Pixels, lambda _: statistics_of([pool], features="pixels", features_hash="none", data="noise"))
 
 
 def evaluate(run, comparison, params, path):

@@ -32,7 +32,7 @@ class Quarters:
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    monkeypatch.setitem(EXTRACTORS, "quarters", lambda _: Quarters())
+    monkeypatch.setitem(EXTRACTORS, "quarters", lambda _: Quarters)
     config = get_config()
     config.eval.features = "quarters"
     config.eval.statistics_dir = str(tmp_path)

@@ -4,12 +4,21 @@ import gc
 import os
 import signal
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+import datasets
+from build import build
+from configs.toy.smoke import get_config
 from evaluators.classifier import ClassifierRecipe, LabelledImages, trained_classifier
+from evaluators.loss import LossEvaluator
 from infra import stop
+from infra.metrics import MetricsWriter
+from infra.training_loop import Call, record_test_loss
+from infra.workdir import EvaluationFolder, Workdir
 
 
 def wait_for_request() -> None:
@@ -99,3 +108,16 @@ def test_training_the_classifier_can_be_stopped(tmp_path, stop_requested):
     with pytest.raises(KeyboardInterrupt):
         trained_classifier(data, data, levels=2, cache_dir=tmp_path, recipe=ClassifierRecipe(num_epochs=1))
     assert not list(tmp_path.iterdir())
+
+
+def test_a_test_loss_can_be_stopped(tmp_path, stop_requested):
+    """In an evaluation it raises. In a training nothing is recorded and nothing raised, so that the state is saved."""
+    config = get_config()
+    evaluator = LossEvaluator(build(config), datasets.source_from_config(config, "test"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluator({}, EvaluationFolder(Workdir(tmp_path), "eval", "step_1", 1))
+    state: Any = SimpleNamespace(ema_params={})
+    call = Call(0, 1, None, state, {}, recording=False, testing=True, saving=False, last=False)
+    with MetricsWriter(tmp_path) as metrics:
+        record_test_loss(evaluator.first_batches, metrics, 1)(call)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

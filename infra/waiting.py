@@ -1,0 +1,125 @@
+"""Waits for other processes, disks and compilers: each has a limit, and says what it waits for.
+
+A wait inside compiled code or a system call cannot be interrupted by an exception. So `waiting` watches the wait from a
+thread, which ends the process at the limit. `within` runs a call in a thread and leaves it behind at the limit.
+
+This module does not import JAX.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+from absl import logging
+
+from infra import stop
+
+Result = TypeVar("Result")
+
+NOTICE, LIMIT = 60.0, 1800.0
+"""Seconds after which a wait is announced in the log, and after which the process ends with one line and `FAILED`."""
+
+FAILED = 1
+"""The exit code of a process that waited too long."""
+
+_INTERVAL = 0.5
+
+
+class _Wait(NamedTuple):
+    what: str
+    since: float
+    limit: float
+    notice: float
+
+
+_waits: dict[int, _Wait] = {}
+_numbers = itertools.count()
+_started, _left_behind = threading.Event(), threading.Event()
+
+
+@contextlib.contextmanager
+def waiting(what: str, limit: float = LIMIT, notice: float = NOTICE) -> Iterator[None]:
+    """Announces what the block waits for after some time, and ends the process at the limit.
+
+    Args:
+        what: completes "waiting for ...".
+        limit, notice: seconds.
+    """
+    if not _started.is_set():
+        _started.set()
+        threading.Thread(target=_watch, daemon=True, name="waits").start()
+    number = next(_numbers)
+    _waits[number] = _Wait(what, time.monotonic(), limit, notice)
+    try:
+        yield
+    finally:
+        del _waits[number]
+
+
+def _watch() -> None:
+    announced: set[int] = set()
+    while True:
+        time.sleep(_INTERVAL)
+        for number, wait in list(_waits.items()):
+            seconds = time.monotonic() - wait.since
+            if seconds > wait.notice and number not in announced:
+                announced.add(number)
+                logging.info("Waiting for %s, for at most %.0f s", wait.what, wait.limit)
+            if seconds > wait.limit:
+                end_process(f"waited {wait.limit:.0f} s for {wait.what}; run the same command again to resume")
+
+
+def end_process(message: str) -> None:
+    """Ends the process at once with one line."""
+    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.flush()
+    os._exit(FAILED)
+
+
+def within(seconds: float, what: str, call: Callable[[], Result]) -> Result:
+    """Returns the result of the call, which runs in a thread, and raises its exceptions.
+
+    Args:
+        what: the subject of the error message.
+
+    Raises:
+        TimeoutError: at the limit. The call runs on in its thread, so the process must end by `leave`.
+        KeyboardInterrupt: after a request to stop, with the same consequence.
+    """
+    outcome: list[tuple[bool, Result | BaseException]] = []
+
+    def run() -> None:
+        try:
+            outcome.append((True, call()))
+        except BaseException as error:
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=run, daemon=True, name=what)
+    thread.start()
+    deadline = time.monotonic() + seconds
+    while thread.is_alive() and time.monotonic() < deadline and not stop.requested():
+        thread.join(min(0.1, max(0.0, deadline - time.monotonic())))
+    if not outcome:
+        _left_behind.set()
+        if stop.requested():
+            raise KeyboardInterrupt
+        raise TimeoutError(f"{what} took longer than {seconds:g} s")
+    succeeded, result = outcome[0]
+    if not succeeded:
+        assert isinstance(result, BaseException)
+        raise result
+    return result  # type: ignore[return-value]
+
+
+def leave(code: int) -> int:
+    """Returns the exit code, or ends the process with it at once if `within` has left a call behind."""
+    if _left_behind.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
