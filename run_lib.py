@@ -295,7 +295,7 @@ def _train_beside(
     training: Training,
     state: TrainState,
     checkpoints: Checkpoints,
-    test: Callable[[Any], Mapping[str, float]],
+    test: Callable[[Any], Mapping[str, float] | None],
 ) -> None:
     """Trains a model other than the score model, in a folder of its own."""
     order = config.training.score_matching_order

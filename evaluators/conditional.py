@@ -238,7 +238,7 @@ class ClassesEvaluator:
         images = np.concatenate([each["images"] for each in rounds])[: self.count]
         if jax.process_index() == 0:
             folder.write_picture(self.name, images, run.config.data.levels, self.num_draws)
-        judge = classifier_from_config(run.config)
+        judge = classifier_from_config(run.config)()
         found = judge(images).logits.argmax(axis=1)
         accuracy = mean_estimate((found == self._labels_of(np.arange(self.count))).astype(np.float64))
         return {
