@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs.checks import check_config
 from configs.default import Config
 from configs.usage import record_reads, unrecorded
-from datasets import PointPreprocess, Preprocess, training_preprocess
+from datasets import PointPreprocess, Preprocess, has_points, training_preprocess
 from infra import parallel
 from infra.checkpoints import Checkpoints, abstract_state, load_state
 from infra.workdir import Workdir
@@ -206,7 +206,7 @@ def _check_training(config: Config, parts: int) -> None:
             f"optim.schedule is {config.optim.schedule!r} and training.n_iters_from_start is "
             f"{training.n_iters_from_start}; schedules end at training.n_iters: set that instead"
         )
-    if training.snapshot_sampling and config.data.dataset in DENSITIES:
+    if training.snapshot_sampling and has_points(config):
         raise ValueError("training.snapshot_sampling is True, but it draws images, not points: set it to False")
     parallel.divisible(training.batch_size, "training.batch_size", parts)
 
@@ -237,7 +237,7 @@ def _check_classes(config: Config, every: int) -> None:
 
 def _check_kind_of_data(config: Config) -> None:
     """Raises ValueError for points with settings that are for images, or the reverse."""
-    points, training, name = config.data.dataset in DENSITIES, config.training, config.model.name
+    points, training, name = has_points(config), config.training, config.model.name
     kind, fitting = ("points", "mlp") if points else ("images", "ncsnpp")
     if name in NETWORKS and points != (name in POINT_NETWORKS):
         raise ValueError(f"model.name is {name!r}, but {config.data.dataset} has {kind}: set it to {fitting!r}")

@@ -248,9 +248,14 @@ def uniform_dequantize(key: Array, images: Array, levels: int) -> Batch:
     return (images.astype(jnp.float32) + jax.random.uniform(key, images.shape)) / levels
 
 
+def has_points(config: Config) -> bool:
+    """Returns whether the data are points of a density, not images."""
+    return config.data.dataset in DENSITIES
+
+
 def training_preprocess(config: Config) -> Preprocess | PointPreprocess:
     """The preprocessing of training data."""
-    return PointPreprocess() if config.data.dataset in DENSITIES else preprocess_from_config(config, train=True)
+    return PointPreprocess() if has_points(config) else preprocess_from_config(config, train=True)
 
 
 def preprocess_from_config(config: Config, *, train: bool) -> Preprocess:

@@ -30,15 +30,15 @@ from jaxtyping import Array, Float
 from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, level_values, mean_square, num_dims
 from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
-from objectives.baselines import MengObjective, OdeLikelihoodObjective
+from objectives.baselines import meng_from_config, ode_likelihood_from_config
 from objectives.bound import prior_divergence, reconstruction
-from objectives.discrete import DiscreteObjective
+from objectives.discrete import discrete_from_config
 from objectives.objective import Noise, Residual, TrainingObjective
-from objectives.sliced import SlicedObjective
-from objectives.times import TimeDistribution, with_density
+from objectives.sliced import SLICED, sliced_from_config
+from objectives.times import NEEDS_LIKELIHOOD_WEIGHTING, TimeDistribution, times_from_config, with_density
 from objectives.trace import squared_trace, unbiased_trace
 from objectives.unbiased import unbiased_terms
-from sde_lib import SDE, SDES, LinearGammaSDE
+from sde_lib import SDE
 
 ORDERS = (1, 2, 3)
 WEIGHTINGS = ("constant", "residual")
@@ -115,7 +115,7 @@ class Objective(TrainingObjective):
                 "training.reduce_mean is False, but orders 2 and 3 average over dimensions: set it to True"
             )
         if self.importance_weighting and not self.likelihood_weighting:
-            raise ValueError("training.importance_weighting needs training.likelihood_weighting=True")
+            raise ValueError(NEEDS_LIKELIHOOD_WEIGHTING)
         if self.residual_first and self.exact:
             raise ValueError("training.residual_first needs training.exact_derivatives=False: it is for probes")
         if self.estimator not in ESTIMATORS:
@@ -143,8 +143,6 @@ class Objective(TrainingObjective):
             raise ValueError(
                 f"training.noise_level is {self.noise_level}, but weights that follow the residual need all times"
             )
-        if not 0 < self.t_min < SDE.t_max:
-            raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
         _ = self.times  # It checks its fields when it is built.
 
     @property
@@ -532,12 +530,7 @@ def denoising_from_config(config: Config) -> Objective:
         raise ValueError(
             "training.bits_per_dim is True, which needs levels without noise: set data.uniform_dequantization to False"
         )
-    by_velocity = training.importance_weighting and training.importance_density == "velocity"
-    if by_velocity and not issubclass(SDES.get(training.sde, SDE), LinearGammaSDE):
-        raise ValueError(
-            f"training.importance_density is 'velocity', which training.sde={training.sde} does not define: set it to "
-            "'noise'"
-        )
+    times_from_config(training)  # raises ValueError
     values = level_values(data.levels, data.centered, not data.bin_centers).tolist() if training.bits_per_dim else ()
     return Objective(
         order=training.score_matching_order,
@@ -559,100 +552,6 @@ def denoising_from_config(config: Config) -> Objective:
         level_values=tuple(values),
     )
 
-
-def sliced_from_config(config: Config) -> SlicedObjective:
-    """Implicit or sliced score matching as config.training describes it.
-
-    Raises:
-        ValueError: for a field whose value is not allowed.
-    """
-    name, base = config.training.objective, _first_order(config.training)
-    times = base.times
-    if not config.training.continuous:
-        if config.training.sde != "vesde" or base.likelihood_weighting or base.noise_level:
-            raise ValueError(
-                f"training.continuous is False, which with training.objective={name} needs training.sde=vesde, "
-                "training.likelihood_weighting=False and training.noise_level=0"
-            )
-        times = dataclasses.replace(times, levels=config.model.num_scales)
-    return SlicedObjective(
-        times,
-        num_projections=0 if name == "implicit" else config.training.num_projections,
-        variance_reduced=name == "sliced_vr",
-        likelihood_weighting=base.likelihood_weighting,
-        reduce_mean=base.reduce_mean,
-    )
-
-
-def meng_from_config(config: Config) -> MengObjective:
-    """The objective of Meng et al., as config.training describes it.
-
-    Raises:
-        ValueError: for a field whose value is not allowed.
-    """
-    base = _first_order(config.training)
-    if not base.reduce_mean:
-        raise ValueError("training.reduce_mean is False, but training.objective=meng averages over dimensions")
-    return MengObjective(base.times, config.training.second_order_weight, base.likelihood_weighting)
-
-
-def ode_likelihood_from_config(config: Config) -> OdeLikelihoodObjective:
-    """The likelihood of the ODE, as config.training describes it.
-
-    Raises:
-        ValueError: for a field whose value is not allowed.
-    """
-    _check_order(config.training)
-    return OdeLikelihoodObjective(config.training.smallest_time, config.training.likelihood_steps)
-
-
-def _first_order(training: Config) -> Objective:
-    """First-order denoising score matching with the fields that it shares with other objectives, which it checks."""
-    _check_order(training)
-    return Objective(
-        t_min=training.smallest_time,
-        likelihood_weighting=training.likelihood_weighting,
-        importance_weighting=training.importance_weighting,
-        importance_density=training.importance_density,
-        reduce_mean=training.reduce_mean,
-        stratified_times=training.stratified_times,
-        noise_level=training.noise_level,
-    )
-
-
-def _check_order(training: Config) -> None:
-    order, name = training.score_matching_order, training.objective
-    if order > 1:
-        raise ValueError(
-            f"training.score_matching_order is {order}, but it is for training.objective=denoising, not {name}: set it "
-            "to 1"
-        )
-
-
-def discrete_from_config(config: Config) -> DiscreteObjective:
-    """The objective for training.continuous=False, with model.num_scales noise levels.
-
-    Raises:
-        ValueError: if config.training asks for an objective that discrete time does not have.
-    """
-    training = config.training
-    if training.objective != "denoising":
-        raise ValueError(f"training.objective is {training.objective!r}, which needs training.continuous=True")
-    if training.score_matching_order > 1:
-        raise ValueError(
-            f"training.score_matching_order is {training.score_matching_order}; orders 2 and 3 need "
-            "training.continuous=True"
-        )
-    for field in ("likelihood_weighting", "importance_weighting", "stratified_times", "bits_per_dim", "noise_level"):
-        if training[field]:
-            raise ValueError(f"training.{field} is {training[field]}, which needs training.continuous=True")
-    weighting = training.first_order_weighting
-    if weighting != "constant":
-        raise ValueError(f"training.first_order_weighting is {weighting!r}, which needs training.continuous=True")
-    return DiscreteObjective(config.model.num_scales, training.reduce_mean)
-
-
-SLICED = ("implicit", "sliced", "sliced_vr")
 
 OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {
     "denoising": denoising_from_config,

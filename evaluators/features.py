@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Float
 
+import datasets
 from configs.default import Config
 from evaluators.classifier import classifier_from_config
 from evaluators.extractor import FeatureExtractor, Features, Images, flat_params, in_chunks, params_hash
 from infra import parallel
 from infra.files import read_npz, write_npz
 from models.inception import NUM_FEATURES, Inception, InceptionOutput, resize
-from sources.densities import DENSITIES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def extractor_from_config(config: Config) -> Callable[[], FeatureExtractor]:
         FileNotFoundError: if the weights of Inception are missing. The message says how to get them.
         ValueError: for points, an unknown name, damaged weights, or a classifier where the data have no labels.
     """
-    if config.data.dataset in DENSITIES:
+    if datasets.has_points(config):
         raise ValueError(
             f"data.dataset is {config.data.dataset!r}, which has points, but FID, IS and KID compare images"
         )

@@ -18,9 +18,10 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, Scalar, ScoreFn, append_dims, mean_square, num_dims
+from configs.default import Config
 from derivatives import exact_divergence, exact_jacobian
-from objectives.objective import Residual, TrainingObjective
-from objectives.times import TimeDistribution
+from objectives.objective import Residual, TrainingObjective, require_first_order
+from objectives.times import TimeDistribution, times_from_config
 from sde_lib import SDE
 
 
@@ -149,3 +150,26 @@ def _runge_kutta_step(slope: Callable[[Scalar, State], State], s: Scalar, state:
     k4 = slope(s + step_size, moved(k3, 1))
     mean = jax.tree.map(lambda a, b, c, d: (a + 2 * b + 2 * c + d) / 6, k1, k2, k3, k4)
     return moved(mean, 1)
+
+
+def meng_from_config(config: Config) -> MengObjective:
+    """The objective of Meng et al., as config.training describes it.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+    """
+    training = config.training
+    require_first_order(training)
+    if not training.reduce_mean:
+        raise ValueError("training.reduce_mean is False, but training.objective=meng averages over dimensions")
+    return MengObjective(times_from_config(training), training.second_order_weight, training.likelihood_weighting)
+
+
+def ode_likelihood_from_config(config: Config) -> OdeLikelihoodObjective:
+    """The likelihood of the ODE, as config.training describes it.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+    """
+    require_first_order(config.training)
+    return OdeLikelihoodObjective(config.training.smallest_time, config.training.likelihood_steps)

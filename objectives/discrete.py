@@ -16,6 +16,7 @@ import jax
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, append_dims, mean_square, num_dims
+from configs.default import Config
 from objectives.objective import Residual, TrainingObjective
 from sde_lib import SDE, chain_times
 
@@ -65,3 +66,26 @@ class DiscreteObjective(TrainingObjective):
         if not self.reduce_mean:
             error = 0.5 * num_dims(x0) * error
         return {"total": error, "first": error}
+
+
+def discrete_from_config(config: Config) -> DiscreteObjective:
+    """The objective for training.continuous=False, with model.num_scales noise levels.
+
+    Raises:
+        ValueError: if config.training asks for an objective that discrete time does not have.
+    """
+    training = config.training
+    if training.objective != "denoising":
+        raise ValueError(f"training.objective is {training.objective!r}, which needs training.continuous=True")
+    if training.score_matching_order > 1:
+        raise ValueError(
+            f"training.score_matching_order is {training.score_matching_order}; orders 2 and 3 need "
+            "training.continuous=True"
+        )
+    for field in ("likelihood_weighting", "importance_weighting", "stratified_times", "bits_per_dim", "noise_level"):
+        if training[field]:
+            raise ValueError(f"training.{field} is {training[field]}, which needs training.continuous=True")
+    weighting = training.first_order_weighting
+    if weighting != "constant":
+        raise ValueError(f"training.first_order_weighting is {weighting!r}, which needs training.continuous=True")
+    return DiscreteObjective(config.model.num_scales, training.reduce_mean)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, Scalar, ScoreFn
+from configs.default import Config
 from sde_lib import SDE
 
 
@@ -86,3 +87,13 @@ class TrainingObjective(abc.ABC):
     def quantiles(self, sde: SDE, t: PerExample) -> PerExample:
         """Returns the distribution function of times, at these times. Only for objectives with `needs_residual`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its times are distributed")
+
+
+def require_first_order(training: Config) -> None:
+    """Raises ValueError for the settings of orders 2 and 3, which are those of denoising score matching."""
+    order, name = training.score_matching_order, training.objective
+    if order > 1:
+        raise ValueError(
+            f"training.score_matching_order is {order}, but it is for training.objective=denoising, not {name}: set it "
+            "to 1"
+        )

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, append_dims, inner, num_dims
+from configs.default import Config
 from derivatives import PROBES, divergence_estimates
-from objectives.objective import Residual, TrainingObjective
-from objectives.times import TimeDistribution
+from objectives.objective import Residual, TrainingObjective, require_first_order
+from objectives.times import TimeDistribution, times_from_config
 from sde_lib import SDE
 
 Projections = Float[Array, "batch k *dims"]
@@ -112,3 +113,32 @@ class SlicedObjective(TrainingObjective):
         if not self.reduce_mean:
             loss = 0.5 * num_dims(x0) * loss
         return {"total": loss, "first": loss}
+
+
+def sliced_from_config(config: Config) -> SlicedObjective:
+    """Implicit or sliced score matching as config.training describes it.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+    """
+    training, levels = config.training, 0
+    name = training.objective
+    require_first_order(training)
+    if not training.continuous:
+        if training.sde != "vesde" or training.likelihood_weighting or training.noise_level:
+            raise ValueError(
+                f"training.continuous is False, which with training.objective={name} needs training.sde=vesde, "
+                "training.likelihood_weighting=False and training.noise_level=0"
+            )
+        levels = config.model.num_scales
+    return SlicedObjective(
+        times_from_config(training, levels=levels),
+        num_projections=0 if name == "implicit" else training.num_projections,
+        variance_reduced=name == "sliced_vr",
+        likelihood_weighting=training.likelihood_weighting,
+        reduce_mean=training.reduce_mean,
+    )
+
+
+SLICED = ("implicit", "sliced", "sliced_vr")
+"""The names of these objectives, which also train in discrete time."""

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arrays import PerExample, Scalar
-from sde_lib import SDE, LinearGammaSDE, chain_times
+from configs.default import Config
+from sde_lib import SDE, SDES, LinearGammaSDE, chain_times
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class TimeDistribution:
         levels: if it is not 0, times are those of this number of levels of a discrete chain, with equal probabilities.
 
     Raises:
-        ValueError: for another `importance_density`.
+        ValueError: for another `importance_density`, or a `t_min` out of range.
     """
 
     t_min: float
@@ -37,6 +38,8 @@ class TimeDistribution:
         if self.importance_density not in DENSITIES:
             known = ", ".join(DENSITIES)
             raise ValueError(f"training.importance_density is {self.importance_density!r}; known: {known}")
+        if not 0 < self.t_min < SDE.t_max:
+            raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
 
     def draw(self, key: Array, sde: SDE, batch: int) -> PerExample:
         return self.at_quantiles(sde, self.draw_quantiles(key, batch))
@@ -91,6 +94,36 @@ def _with_velocity(sde: SDE) -> LinearGammaSDE:
     """Returns the SDE, for which a configuration was checked to define velocities."""
     assert isinstance(sde, LinearGammaSDE)
     return sde
+
+
+NEEDS_LIKELIHOOD_WEIGHTING = "training.importance_weighting needs training.likelihood_weighting=True"
+
+
+def times_from_config(training: Config, *, levels: int = 0) -> TimeDistribution:
+    """The distribution of times that config.training describes.
+
+    Args:
+        levels: as in `TimeDistribution`.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+    """
+    if training.importance_weighting and not training.likelihood_weighting:
+        raise ValueError(NEEDS_LIKELIHOOD_WEIGHTING)
+    by_velocity = training.importance_weighting and training.importance_density == "velocity"
+    if by_velocity and not issubclass(SDES.get(training.sde, SDE), LinearGammaSDE):
+        raise ValueError(
+            f"training.importance_density is 'velocity', which training.sde={training.sde} does not define: set it to "
+            "'noise'"
+        )
+    return TimeDistribution(
+        training.smallest_time,
+        training.importance_weighting,
+        training.importance_density,
+        stratified=training.stratified_times,
+        noise_level=training.noise_level,
+        levels=levels,
+    )
 
 
 def with_density(quantiles: PerExample, density: Float[Array, " bins"]) -> tuple[PerExample, PerExample]:
