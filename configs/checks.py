@@ -151,7 +151,7 @@ def check_config(config: Config) -> None:
 
 
 def _check_names(found: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError for a field that does not exist, as misspelt in a file, or one that is missing."""
+    """Raises ValueError if a field does not exist, for example because a file misspells it, or if one is missing."""
     for field in found:
         if field not in known:
             near = difflib.get_close_matches(field, known, 1)

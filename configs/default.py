@@ -45,9 +45,9 @@ def _training() -> ConfigDict:
     # steps that a run which starts from training.init_from makes, instead of training to n_iters; 0 means to n_iters
     training.n_iters_from_start = 0
     training.n_jitted_steps = 1  # training steps per compiled call; more steps help if a step is very short
-    # what training minimises: score matching in the form denoising, implicit (with the trace of the Jacobian), sliced
-    # (along random projections) or sliced_vr (the same with less variance); or a baseline of the paper, meng (another
-    # second order) or ode_likelihood (through the solver). implicit and the baselines are for points of few dimensions
+    # loss to minimise. Score matching: denoising, implicit (with the trace of the Jacobian), sliced (along random
+    # projections) or sliced_vr (the same with less variance). Baselines of the paper: meng (another second order) or
+    # ode_likelihood (through the solver). implicit and the baselines are for points of few dimensions
     training.objective = "denoising"
     training.num_projections = 1  # random projections of each example, for sliced and sliced_vr
     training.likelihood_steps = 20  # steps of the solver for ode_likelihood
@@ -61,30 +61,31 @@ def _training() -> ConfigDict:
     # this needs the least memory; it adds a third to the arithmetic, and model.remat adds its own
     training.residual_first = False
     # estimator of orders 2 and 3 with probes: published (one probe, an upper bound), or unbiased (two probes: about a
-    # third of the gradient's noise in 64 dimensions, for up to twice the cost). Of order 2 with its trace only:
+    # third of the gradient's noise in 64 dimensions, for up to twice the cost). For order 2 with the trace alone:
     # squared_trace (one probe, as in i-DODE) or unbiased_trace (two probes)
     training.high_order_estimator = "published"
     # weights by noise level: constant (as published), or residual: proportional to one over the variance of each term's
     # error, from the part of the noise that the score does not explain, which is measured during training
     training.first_order_weighting = "constant"
-    # the same for orders 2 and 3, relative to the first order; or first_order: the same weights as the first order has
+    # the same choices for orders 2 and 3, relative to the first order; or first_order, which uses the weights of the
+    # first order
     training.high_order_weighting = "constant"
     # part of the batch that has the terms of orders 2 and 3, as one over an integer; the expectation is the same. With
     # high_order_weighting=residual, this part has times of its own, where the weights are large
     training.high_order_fraction = 1.0
     # spread the times of a batch evenly instead of drawing them independently
     training.stratified_times = False
-    # part of the examples whose class the network is not told, with data.num_classes, so that it also learns the score
-    # of all classes together
+    # with data.num_classes, part of the examples whose class the network does not see, so that it also learns the score
+    # without a class
     training.label_dropout = 0.1
     training.likelihood_weighting = False  # weight the first order by g^2 (True) or by sigma^2 (False)
     # draw times with density proportional to g^2 / sigma^2; needs likelihood_weighting
     training.importance_weighting = False
-    # with importance_weighting, the error whose weight the density of times is proportional to: that of the noise
-    # (g^2 / sigma^2) or of the velocity (alpha^2 g^2 / sigma^2, for SDEs with gamma_min)
+    # density of times with importance_weighting: noise (proportional to g^2 / sigma^2, the weight of the noise's error),
+    # or velocity (proportional to alpha^2 g^2 / sigma^2, the weight of the velocity's error; for SDEs with gamma_min)
     training.importance_density = "noise"
-    # state losses in bits/dim, as terms of the bound on -ln p of images whose levels have no noise: with the weights of
-    # orders 1 and 2 in it, and the terms of reconstruction and prior, which have no gradient
+    # state losses in bits/dim, as terms of the bound on -ln p of images whose levels have no noise. Orders 1 and 2 have
+    # their weights in the bound. The terms of reconstruction and prior are added; they have no gradient
     training.bits_per_dim = False
     # average over dimensions (True) or take half the sum (False); orders 2 and 3 need the average
     training.reduce_mean = True
@@ -130,7 +131,7 @@ def _data() -> ConfigDict:
     data.levels = 256  # grey levels of a channel; bits/dim are computed for this number of levels
     data.centered = False  # scale images to [-1, 1] (True) or to [0, 1] (False) for the network
     data.random_flip = True  # mirror training images left to right at random
-    # classes of the labels that the network is told (ncsnpp only); 0: it is not told any
+    # number of classes, if the network sees the labels (ncsnpp only); 0 means that it does not
     data.num_classes = 0
     data.uniform_dequantization = False  # add uniform noise of one grey level to training images
     # train on (level + 1/2) / levels, the middle of the bin of each level, instead of level / (levels - 1)
@@ -142,14 +143,14 @@ def _model() -> ConfigDict:
     """The constants of the SDE, and the score network."""
     model = ConfigDict()
     # network for images: ncsnpp (NCSN++ and DDPM++), ddpm, ncsn, ncsnv2_64, ncsnv2_128 or ncsnv2_256 (NCSNv2 for images
-    # of this size), or vdm (Kingma et al., 2021; no VE SDEs); for points mlp (ours) or mlp_published (that
-    # of the paper). ncsn and ncsnv2_* need training.sde=vesde and training.continuous=False
+    # of this size), or vdm (Kingma et al., 2021; not for VE SDEs). Network for points: mlp (ours) or mlp_published (as
+    # in the paper). ncsn and ncsnv2_* need training.sde=vesde and training.continuous=False
     model.name = "ncsnpp"
     model.sigma_min = 0.01  # smallest noise level of the VE SDE
     model.sigma_max = 50.0  # largest noise level of the VE and linear VE SDEs
     model.beta_min = 0.1  # noise rate of the VP and sub-VP SDEs at t = 0
     model.beta_max = 20.0  # noise rate of the VP and sub-VP SDEs at t = 1
-    model.gamma_min = -13.3  # 2 ln(sigma / alpha) at t = 0 of the SDEs that are linear in it
+    model.gamma_min = -13.3  # 2 ln(sigma / alpha) at t = 0, for SDEs in which it is linear in time
     model.gamma_max = 5.0  # the same at t = 1
     # steps of predictor-corrector samplers if sampling.num_steps is 0; with training.continuous=False also the number
     # of noise levels
@@ -169,7 +170,7 @@ def _model() -> ConfigDict:
     model.interpolation = "bilinear"  # how ncsn and ncsnv2_* enlarge feature maps: bilinear or nearest_neighbor
     model.nf = 128  # channels at full resolution
     model.ch_mult = (1, 2, 2, 2)  # channels at each resolution, in units of nf
-    model.num_res_blocks = 4  # residual blocks at each resolution; of vdm, blocks down (one more up)
+    model.num_res_blocks = 4  # residual blocks at each resolution; for vdm, blocks on the way down (one more up)
     model.attn_resolutions = (16,)  # image sizes at which self-attention follows each residual block
     model.attention_type = "ddpm"  # the only choice
     model.resamp_with_conv = True  # convolve after resampling; only with ddpm blocks
@@ -182,8 +183,8 @@ def _model() -> ConfigDict:
     model.progressive_combine = "sum"  # how the input pyramid joins the network: sum or cat
     model.init_scale = 0.0  # variance scale of the last layer of each block; 0 means nearly zero
     model.scale_by_sigma = True  # divide the network's output by sigma; ncsnpp needs True exactly for vesde
-    # output of networks without scale_by_sigma: noise, or velocity (of the SDEs with gamma_min only), a combination of
-    # noise and data that is about as large at all times
+    # output of networks without scale_by_sigma: noise, or velocity (only for SDEs with gamma_min), a combination of
+    # noise and data with about the same size at all times
     model.parameterization = "noise"
     model.conv_size = 3  # the only choice
     model.data_init = False  # data-dependent initialization; True is not supported for score networks
@@ -234,8 +235,8 @@ def _sampling() -> ConfigDict:
     # return the mean of the last update (pc) or the denoised last sample (other methods), without noise
     sampling.noise_removal = True
     sampling.smallest_time = 1e-5  # time at which sampling ends
-    # factor of the noise from which sampling starts, and of latents that are decoded; less than 1 gives more typical
-    # images with less variety, from samplers that follow the ODE
+    # factor that multiplies the noise from which sampling starts, and latents before they are decoded. With samplers
+    # that follow the ODE, less than 1 gives more typical images with less variety
     sampling.temperature = 1.0
     sampling.ode_solver = "dopri5"  # solver of ode: dopri5 (on the devices) or scipy (on the host, as published)
     sampling.rtol = 1e-5  # relative tolerance of ode
@@ -297,9 +298,10 @@ def _eval() -> ConfigDict:
     evaluate.dequantizer = False  # use a trained dequantizer instead of eval.dequantization
     # dequantizer to use instead of the run's own: its folder, one step's folder in its checkpoints, or a published file
     evaluate.dequantizer_checkpoint = ""
-    # noise that turns grey levels into a density: uniform or truncated_normal; or the SDE's own, decoded: normal
+    # noise that turns grey levels into a density: uniform or truncated_normal; or normal, the SDE's own noise with a
+    # decoder
     evaluate.dequantization = "uniform"
-    evaluate.start_time = 0.0  # time at which bits/dim take the noisy image to be x_t; 0 means training.smallest_time
+    evaluate.start_time = 0.0  # bits/dim use the noisy image as x_t at this time; 0 means training.smallest_time
     evaluate.truncation = 3.0  # half a grey level in standard deviations of the noise, for truncated_normal
     # draws of the noise averaged inside the logarithm; more draws tighten the bound, but need probe=exact
     evaluate.num_importance_samples = 1
@@ -337,19 +339,20 @@ def _deq() -> ConfigDict:
 def _control() -> ConfigDict:
     """Latent codes and conditional samples. docs/evaluation.md describes their modes."""
     control = ConfigDict()
-    # .npz file with an array `images` of integer images to encode or to condition on; empty: those of eval.bpd_dataset
+    # .npz file with an array `images` of integer images to encode or to condition on; empty: images of eval.bpd_dataset
     control.images = ""
-    control.latents = ""  # .npz file with latents to decode; empty: those that --mode=encode wrote for the checkpoint
+    control.latents = ""  # .npz file with latents to decode; empty: the file from --mode=encode for the checkpoint
     control.num_images = 8  # images to condition on, or pairs of images to interpolate between
     control.num_draws = 6  # samples for each image, or for each class
-    control.num_steps = 9  # pictures in a strip between two images, with both ends
+    control.num_steps = 9  # pictures in a strip between two images, including both ends
     # known part of the images of --mode=inpaint: left, right, top, bottom or border, which is all but the central
     # quarter; or a file: .npz with an array `mask` of 0 and 1 (1: known), or a picture, where bright pixels are known
     control.mask = "left"
     # linear observations of --mode=restore: blocks, means over 2x2 pixels; or an .npz file with an array `matrix` of
-    # shape [observations, pixels], and `observations` of shape [images, observations] if not those of the images
+    # shape [observations, pixels]. The file may have `observations` of shape [images, observations]; without them, they
+    # are computed from the images
     control.matrix = "blocks"
-    control.labels = ()  # classes that --mode=classes draws; none means all
+    control.labels = ()  # classes that --mode=classes draws; empty means all
     # strength of the guidance in --mode=classes: 0 ignores the class, 1 is the conditional score, and more gives more
     # typical images of the class
     control.guidance = 1.0
@@ -369,6 +372,6 @@ def _cost() -> ConfigDict:
     cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
     cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
     cost.memory_gb = 0.0  # memory in GB that a batch has to fit; 0 means the memory of the device
-    # seconds in which --mode=selftest must compile a training step, to show its memory and time
+    # time limit in seconds for --mode=selftest to compile a training step, whose memory and time it then shows
     cost.selftest_seconds = 60.0
     return cost

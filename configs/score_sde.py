@@ -4,10 +4,10 @@
 
 The name follows the colon. It is the path of the published file, without configs/ and .py. 16 of the names are also
 files in configs/ve, configs/vp and configs/subvp: configs/ve/cifar10_ncsnpp_continuous.py has the values of the paper
-[L22], and configs/score_sde.py:ve/cifar10_ncsnpp_continuous those of score_sde. The networks are the same. What differs
-is the training's length and batch, how samples are drawn, and what an evaluation computes.
+[L22], and configs/score_sde.py:ve/cifar10_ncsnpp_continuous has score_sde's own values. The networks are the same. The
+length and batch size of training, the sampler, and the results of an evaluation differ.
 
-Two published files cannot run, and are mended here: ve/ncsn/celeba names no SDE, and ve/ncsnv2/bedroom misspells
+Two published files cannot run, and are corrected here: ve/ncsn/celeba names no SDE, and ve/ncsnv2/bedroom misspells
 training.continuous, so that it would train in continuous time. The samples and FIDs that are published for these
 configurations are in [S21a], [SE19] and [SE20]. Hardware and training times are not published.
 """
@@ -28,7 +28,7 @@ COMMON: Differences = {
     "eval.end_ckpt": 26,
     "eval.enable_bpd": False,
     "eval.enable_loss": True,
-    "eval.inception_centre": 127.5,  # that of TF-GAN
+    "eval.inception_centre": 127.5,  # as in TF-GAN
 }
 """Differences of every configuration from configs/default.py."""
 
@@ -167,7 +167,7 @@ CONFIGURATIONS: dict[str, tuple[str, Differences]] = {
     ),
     "ve/celeba_ncsnpp": ("ve/cifar10_ncsnpp", CELEBA | {"model.sigma_max": 90.0, "sampling.snr": 0.17}),
     "ve/cifar10_ddpm": ("ve/cifar10_ncsnpp", DDPM),
-    # [SE19]; the numbers in the names are those of the techniques of [SE20] that they have
+    # [SE19]; the numbers in a name say which techniques of [SE20] the configuration has
     "ve/ncsn/cifar10": ("", NCSN),
     "ve/ncsn/cifar10_5": ("ve/ncsn/cifar10", EMA),
     "ve/ncsn/cifar10_124": ("ve/ncsn/cifar10", CIFAR10_LADDER),
@@ -218,7 +218,7 @@ CONFIGURATIONS: dict[str, tuple[str, Differences]] = {
 
 
 def get_config(name: str = "") -> Config:
-    """The configuration of this name.
+    """Returns the configuration of this name.
 
     Raises:
         ValueError: if the name is empty or unknown.
@@ -232,7 +232,7 @@ def get_config(name: str = "") -> Config:
 
 
 def _differences(name: str) -> Differences:
-    """The differences of the configuration from configs/default.py."""
+    """Returns the differences of the configuration from configs/default.py."""
     if not name:
         return COMMON
     parent, differences = CONFIGURATIONS[name]

@@ -3,8 +3,9 @@
     python main.py --config=configs/digits/ddpm.py --workdir=runs/digits_ddpm --mode=train
     python main.py --config=configs/digits/ddpm.py --workdir=runs/digits_ddpm --mode=eval
 
-The network is a small DDPM++. Samples are drawn by ancestral sampling. Bits/dim are those of the ODE whose score is the
-model's at any time, from the time of the second level on: the model has not seen less noise than that of the first.
+The network is a small DDPM++. Samples are drawn by ancestral sampling. Bits/dim use the
+ODE with the model's score at any time. They start at the time of the second level, because the model has not seen less
+noise than the first level has.
 """
 
 from configs.default import Config

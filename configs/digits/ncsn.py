@@ -1,4 +1,4 @@
-"""NCSN++ (VE) on scikit-learn's handwritten digits, sampled by annealed Langevin dynamics as NCSN.
+"""NCSN++ (VE) on scikit-learn's handwritten digits, sampled by annealed Langevin dynamics like NCSN.
 
     python main.py --config=configs/digits/ncsn.py --workdir=runs/ncsn --mode=train
     python main.py --config=configs/digits/ncsn.py --workdir=runs/ncsn --mode=eval

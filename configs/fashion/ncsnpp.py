@@ -4,7 +4,7 @@
     python main.py --config=configs/fashion/ncsnpp.py --workdir=WORKDIR --mode=train
 
 The experiment `make fashion-orders` continues from this model with each order of score matching. At this length of
-training the model does not overfit. Its images are levels without noise, as for the published CIFAR-10 models.
+training the model does not overfit. It is trained on levels without noise, like the published CIFAR-10 models.
 """
 
 from configs.default import Config

@@ -3,17 +3,17 @@
     python main.py --config=configs/idode/cifar10.py --workdir=WORKDIR --mode=train
 
 30.6M parameters. Published: 2.56 bits/dim with truncated normal noise, without augmentation. The released code leaves
-out ln K / (d ln 2) of the bound from K draws, 0.0014 bits/dim for K = 20. How many steps and draws the published number
-took, and on which hardware, was not checked. Without importance sampling:
+ln K / (d ln 2) out of the bound from K draws, which is 0.0014 bits/dim for K = 20. The steps, draws and hardware behind
+the published number were not checked. Without importance sampling:
 
     --config.training.importance_weighting=False
 
-Fine-tuning with the second order, as published with one probe, or with high_order_estimator=unbiased_trace with two:
+Fine-tuning with the second order uses one probe, as published. high_order_estimator=unbiased_trace uses two:
 
     python main.py --config=configs/idode/cifar10.py --workdir=FINE_TUNED --mode=train \\
         --config.training.score_matching_order=2 --config.training.init_from=WORKDIR
 
-Bits/dim with uniform noise, which starts at gamma = -11.8 from the noisy image itself, and of the variational bound:
+Bits/dim with uniform noise, starting at gamma = -11.8 from the noisy image itself; and the variational bound:
 
     python main.py --config=configs/idode/cifar10.py --workdir=WORKDIR --mode=eval --eval_folder=eval_uniform \\
         --config.eval.dequantization=uniform --config.eval.start_time=0.0819672
@@ -69,6 +69,6 @@ def get_config() -> Config:
     config.sampling.method = "ode"
     config.eval.batch_size = 256
     config.eval.dequantization = "truncated_normal"
-    config.eval.truncation = 4.0  # more than gamma_min allows, so that the noise is that of gamma_min: tau = 3.02
+    config.eval.truncation = 4.0  # more than gamma_min allows (tau = 3.02), so the noise starts at gamma_min
     config.eval.enable_sampling = True
     return config

@@ -3,9 +3,9 @@
     python main.py --config=configs/idode/digits.py --workdir=runs/idode --mode=train
     python main.py --config=configs/idode/digits.py --workdir=runs/idode --mode=eval
 
-The network of configs/digits/ncsnpp.py, so that the two differ in the SDE, in what the network predicts, and in the
-loss. After 4000 steps in 351 s on two shared CPU cores (commit 6df5907, 359 test images): 2.079 +- 0.015 bits/dim with
-truncated normal noise, and 1.862 +- 0.013 if it starts later, with --config.eval.start_time=0.118. See
+The network is the same as in configs/digits/ncsnpp.py. The SDE, the quantity that the network predicts, and the loss
+differ. After 4000 steps in 351 s on two shared CPU cores (commit 6df5907, 359 test images): 2.079 +- 0.015 bits/dim
+with truncated normal noise, and 1.862 +- 0.013 if it starts later, with --config.eval.start_time=0.118. See
 docs/results/idode.md.
 """
 
@@ -42,5 +42,5 @@ def get_config() -> Config:
     config.training.high_order_weighting = "first_order"
 
     config.eval.dequantization = "truncated_normal"
-    config.eval.truncation = 4.0  # more than gamma_min allows, so that the noise is that of gamma_min
+    config.eval.truncation = 4.0  # more than gamma_min allows, so the noise starts at gamma_min
     return config
