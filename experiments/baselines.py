@@ -118,8 +118,8 @@ PAGE = """# The paper's alternatives to high-order score matching
 
 On the mixture in one dimension (VE, configs/toy/mixture_ve.py with the widths of experiments/synthetic.py), a model of
 first order after {base} steps continues for {more} steps with each objective. The numbers are estimates of KL(q || p)
-in nats on {points} points, where q is the density of the data and p that of the model's ODE. ± is the standard error
-over the seeds {seeds}. The third column is the difference from the first order at equal steps.
+in nats on {points} points, where q is the density of the data and p the density of the model's ODE. ± is the standard
+error over the seeds {seeds}. The third column is the difference from the first order at equal steps.
 
 | objective | KL, nats | above order 1 | ms for a step |
 | --- | --- | --- | --- |

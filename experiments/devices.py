@@ -3,11 +3,11 @@
     python -m experiments.devices
 
 Each layout trains the smallest model of digits for 20 steps of each order, evaluates its bits/dim and draws samples. It
-also resumes the run that 8 devices have made, for 5 steps more. The parameters must agree with those of one device to
-1e-4 in relative norm, bits/dim to 1e-4, and samples up to rounding: at most one in a thousand pixels differs, by one
+also resumes the run of 8 devices for 5 more steps. Every layout is compared with one device. The parameters must agree
+to 1e-4 in relative norm, bits/dim to 1e-4, and samples up to rounding: at most one in a thousand pixels differs, by one
 level. --data=points does the same with a model of points, which is much quicker: the likelihood in nats must agree to
-1e-4, and all but one in a thousand coordinates to 1e-3. Layouts that are done are not run again. The exit status is 1
-if something differs more.
+1e-4, and all but one in a thousand coordinates to 1e-3. Finished layouts are not run again. The exit status is 1 if a
+difference is larger.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from infra.waiting import waiting
 
 
 class Layout(NamedTuple):
-    """How many processes, and how many devices in each."""
+    """The number of processes, and of devices in each."""
 
     processes: int
     devices: int
@@ -66,8 +66,8 @@ MOST_SECONDS = 1500.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/devices"), help="where the runs are")
-    parser.add_argument("--data", choices=("images", "points"), default="images", help="what the models are of")
+    parser.add_argument("--folder", type=Path, default=Path("runs/devices"), help="folder of the runs")
+    parser.add_argument("--data", choices=("images", "points"), default="images", help="data of the models")
     parser.add_argument("--layout", nargs=2, type=int, metavar=("PROCESSES", "DEVICES"), help=argparse.SUPPRESS)
     parser.add_argument("--coordinator", nargs=2, metavar=("ADDRESS", "NUMBER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -87,7 +87,7 @@ def main() -> int:
 
 
 def start_layout(layout: Layout, folder: Path, data: str) -> None:
-    """Runs a layout in processes of its own, unless it is done.
+    """Runs a layout in processes of its own, unless its results exist.
 
     Raises:
         RuntimeError: if a process fails.
@@ -111,7 +111,7 @@ def start_layout(layout: Layout, folder: Path, data: str) -> None:
 
 
 def run_layout(layout: Layout, folder: Path, images: bool, coordinator: tuple[str, str] | None) -> None:
-    """The process of a layout: trains, evaluates and resumes a run of each order, and writes what is compared."""
+    """Trains, evaluates and resumes a run of each order in a process of this layout, and writes the parameters."""
     import jax
 
     import run_lib
@@ -148,7 +148,7 @@ def config_of(images: bool, order: int, last_step: int) -> ConfigDict:
 
 
 def params_of(images: bool, order: int, workdir: Path) -> np.ndarray:
-    """The parameters of the newest checkpoint, and their averages, in one vector."""
+    """Returns the parameters of the newest checkpoint, and their averages, in one vector."""
     import jax
 
     from build import build
@@ -163,7 +163,7 @@ def result_file(folder: Path, layout: Layout, order: int) -> Path:
 
 
 def compare(folder: Path, images: bool) -> Iterator[tuple[int, str, float, float, float, float]]:
-    """For each order and layout: the differences from one device, and for resumed runs, from 8 devices."""
+    """Yields for each order and layout the differences from one device, and for resumed runs, from 8 devices."""
     for order in ORDERS:
         found = {layout: measurements(folder, layout, order, images) for layout in LAYOUTS}
         one, eight = found[Layout(1, 1)], found[FIRST]

@@ -1,12 +1,12 @@
 """Repeats the experiments of NCSN at a size for one CPU core, and writes docs/results/ncsn.md and its figures.
 
-On two modes of unequal weights, with the exact score and with trained networks, and on digits: samples of Langevin
-dynamics without and with annealing. On digits also the effects of the smallest noise level and of the number of levels.
+It draws samples by Langevin dynamics with and without annealing: on two modes of unequal weights, with the exact score
+and with trained networks, and on digits. On digits, it also varies the smallest noise level and the number of levels.
 Each comparison takes equal numbers of steps.
 
     python -m experiments.ncsn --runs=runs/ncsn
 
-Training is the mode train of main.py. If the script is interrupted, run the same command again to resume.
+Training is the same as --mode=train of main.py. If the script is interrupted, run the same command again to resume.
 """
 
 import argparse
@@ -100,7 +100,7 @@ def images(runs: Path) -> None:
 
 
 def trained(config: Config, workdir: Path) -> tuple[Run, Any]:
-    """Trains a model to its last step, unless that is done. Returns its run and its averaged parameters."""
+    """Trains a model to its last step, unless that checkpoint exists. Returns the run and its averaged parameters."""
     run, path = build(config), workdir.absolute()
     if not (Workdir(path).checkpoints / str(config.training.n_iters)).is_dir():
         print(f"training {workdir}", flush=True)
@@ -111,7 +111,7 @@ def trained(config: Config, workdir: Path) -> tuple[Run, Any]:
 
 
 def write_once(path: Path, draw: Callable[[], np.ndarray]) -> None:
-    """Writes what `draw` returns, with its time and the commit, unless the file exists."""
+    """Writes the samples that `draw` returns, with its time and the commit, unless the file exists."""
     if path.exists():
         return
     started = time.monotonic()

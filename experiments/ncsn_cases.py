@@ -15,11 +15,11 @@ POINT_STEPS, IMAGE_STEPS = 1000, 200
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A ladder of noise levels from the largest of the SDE to `smallest`. A single level is `smallest`.
+    """A ladder of noise levels from the largest one of the SDE to `smallest`. If there is one level, it is `smallest`.
 
     Attributes:
         denoised: whether samples are the mean of x_0 given the last x, instead of the last x.
-        longer: a factor on the number of steps.
+        longer: a factor that multiplies the number of steps.
     """
 
     levels: int
@@ -53,7 +53,7 @@ POINT_CASES = [Case(levels, 0.5) for levels in (1, 2, 3, 5, 10, 30, 100)]
 """Ladders on points, which differ in the number of levels."""
 
 LONG_CASES = [Case(levels, 0.5, longer=10) for levels in (10, 100)]
-"""The same with more steps, for the exact score only."""
+"""The same ladders with more steps, for the exact score only."""
 
 PLAIN_CASES = [Case(1, sigma) for sigma in (0.01, 0.1, 0.3)]
 """Langevin dynamics on digits, at one noise level."""

@@ -89,7 +89,7 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 
 def weight_of_small_mode(points: Float[np.ndarray, "n 2"]) -> float:
-    """Returns the part of the points that lie nearer to the mode of weight 0.2."""
+    """Returns the part of the points that is nearer to the mode of weight 0.2."""
     return float(np.mean(points.sum(axis=1) < 0))
 
 
@@ -198,7 +198,7 @@ and have the step size 0.2 sigma^2 at the noise level sigma.
 ## Two modes of unequal weights
 
 The data are two Gaussians with standard deviation 1 at a distance of 14, with weights 0.2 and 0.8. The noise levels
-lie between 20 and 0.5 (VE). The table has the part of {points} samples that lie nearer to the mode of weight 0.2. ± is
+lie between 20 and 0.5 (VE). The table has the part of {points} samples that is nearer to the mode of weight 0.2. ± is
 the standard error: over {sampling_seeds} seeds of the sampler for the exact score, and over {training_seeds} seeds of
 training and sampling for the network (configs/toy/far_modes_ve.py).
 
@@ -212,8 +212,8 @@ The numbers in the figure are the weights of the samples. The start is symmetric
 the half of the samples that are nearer to it, so Langevin dynamics gets the weights wrong, although each mode has the
 right shape. With three or more levels the weight is 0.21 to 0.22. For the exact score, it exceeds 0.2 by three to five
 standard errors. The likely cause is the finite number of steps: samples stop moving between the modes at a noise level
-at which the weights are not those of the data yet. `make ncsn` also runs ladders with 10,000 steps. The last step
-removes the noise of the smallest level, and makes the modes narrower than those of the data.
+at which the weights do not match the data yet. `make ncsn` also runs ladders with 10,000 steps. The last step
+removes the noise of the smallest level, and makes the modes narrower than in the data.
 """
 
 DIGITS_SECTION = """
@@ -222,8 +222,8 @@ DIGITS_SECTION = """
 The model is configs/digits/ncsn.py, with noise levels from 5 to 0.01. {images} samples after {image_steps} steps and a
 last step that removes the noise of the smallest level are compared with the training images. FID uses the features of
 the classifier trained on the digits, so it is only comparable within this page. ± is the jackknife error over 16 parts
-of the samples. The last column is half the sum of the differences between the frequencies of the ten classes, as the
-classifier sees them, and one tenth each. About 0.08 of it is the noise of {images} samples.
+of the samples. The last column is half the sum over the ten classes of the absolute difference between the frequency of
+the class, as the classifier sees it, and one tenth. About 0.08 of it is the noise of {images} samples.
 
 | noise levels | FID | error of the classes |
 | --- | --- | --- |
@@ -242,7 +242,7 @@ classifier sees them, and one tenth each. About 0.08 of it is the noise of {imag
 ## The smallest noise level
 
 All ladders have 10 levels from 5 to the smallest level. The last column is without the last step that removes the
-noise, as in [SE19]. [SE20] has that step.
+noise, as in [SE19]. [SE20] takes that step.
 
 | smallest noise level | FID | error of the classes | FID of noisy samples |
 | --- | --- | --- | --- |

@@ -201,7 +201,7 @@ def plus_minus(estimate: MeanEstimate, digits: int = 4, sign: str = "") -> str:
 
 
 def comparison(models: Models, worse: str, better: str) -> str:
-    """States how far the NLL of one model lies below or above that of another, from the differences of the seeds."""
+    """States how much lower or higher one model's NLL is than another's, from the differences of the seeds."""
     fall = mean_estimate(np.array([a["kl"] - b["kl"] for a, b in zip(models[worse], models[better], strict=True)]))
     beyond = "" if fall.n == 1 else ", beyond" if abs(fall.mean) > 2 * fall.se else ", within"
     verdict = beyond and f"{beyond} two standard errors"

@@ -81,13 +81,13 @@ def sample_quality(runs: Sequence[RunFiles]) -> list[Block]:
 
 
 def latent_codes(runs: Sequence[RunFiles]) -> list[Block]:
-    """The errors of reconstructions."""
+    """Returns a table of the errors of reconstructions."""
     table = _table("latents", _LATENT_CODES, runs, "Latent codes")
     return [*table, Note(_ABOUT_LATENT_CODES)] if table else []
 
 
 def conditional_samples(runs: Sequence[RunFiles]) -> list[Block]:
-    """The errors of images of which a part was known, and the share of images that have the wanted class."""
+    """Returns tables of the errors of images that were partly known, and of the share with the wanted class."""
     tables = [table for part in CONDITIONAL for table in _table(part, _CONDITIONAL, runs, part.capitalize())]
     return [
         *tables,
@@ -97,7 +97,7 @@ def conditional_samples(runs: Sequence[RunFiles]) -> list[Block]:
 
 
 CONDITIONAL = ("inpainting", "colorization", "restoration")
-"""The parts of an evaluation with images of which a part was known."""
+"""The parts of an evaluation with images that were partly known."""
 
 
 def _warnings(part: str, runs: Sequence[RunFiles]) -> list[Block]:
@@ -220,8 +220,8 @@ _LATENT_CODES = [
 ]
 _ABOUT_LATENT_CODES = (
     "Images are encoded by the ODE and decoded again. The error is the root mean square difference between image and "
-    "its reconstruction, in units of the range of the data; the largest error is that of a single pixel. The variance "
-    "of latents is relative to that of the prior, and is 1 if the latents follow the prior."
+    "its reconstruction, in units of the range of the data. The largest error is the maximum over single pixels. The "
+    "variance of latents is relative to the prior's variance, and is 1 if the latents follow the prior."
 )
 
 _CONDITIONAL = [

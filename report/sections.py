@@ -22,7 +22,7 @@ MAX_IMAGES = 64
 """Images in a grid, at most."""
 
 MAX_ROWS = 16
-"""Rows of a picture with a fixed number of columns, at most."""
+"""The largest number of rows shown of a picture with a fixed number of columns."""
 
 MAX_SNAPSHOTS = 6
 """Snapshots of a run, at most."""
@@ -54,7 +54,7 @@ def samples(runs: Runs) -> list[Block]:
 
 
 def control_pictures(runs: Runs) -> list[Block]:
-    """The pictures of latent codes and of conditional samples."""
+    """Returns the pictures of latent codes and of conditional samples."""
     pictures = {
         f"{run.title}, {name.replace('_', ' ')}": image_grid(_first_rows(grid), grid.levels, grid.columns or None)
         for run in runs
@@ -64,7 +64,7 @@ def control_pictures(runs: Runs) -> list[Block]:
 
 
 def _first_rows(grid: ImageGrid) -> np.ndarray:
-    """The rows of a picture that are shown."""
+    """Returns the rows of a picture that the report shows."""
     return grid.images[: grid.columns * MAX_ROWS] if grid.columns else _first_images(grid)
 
 
