@@ -81,7 +81,7 @@ def _training() -> ConfigDict:
     training.likelihood_weighting = False  # weight the first order by g^2 (True) or by sigma^2 (False)
     # draw times with density proportional to g^2 / sigma^2; needs likelihood_weighting
     training.importance_weighting = False
-    # density of times with importance_weighting: noise (proportional to g^2 / sigma^2, the weight of the noise's error),
+    # density of times with importance_weighting: noise (proportional to g^2 / sigma^2, the weight of the noise's error)
     # or velocity (proportional to alpha^2 g^2 / sigma^2, the weight of the velocity's error; for SDEs with gamma_min)
     training.importance_density = "noise"
     # state losses in bits/dim, as terms of the bound on -ln p of images whose levels have no noise. Orders 1 and 2 have

@@ -8,7 +8,7 @@ the published number were not checked. Without importance sampling:
 
     --config.training.importance_weighting=False
 
-Fine-tuning with the second order uses one probe, as published. high_order_estimator=unbiased_trace uses two:
+Fine-tuning with the second order, with one probe as published (high_order_estimator=unbiased_trace takes two):
 
     python main.py --config=configs/idode/cifar10.py --workdir=FINE_TUNED --mode=train \\
         --config.training.score_matching_order=2 --config.training.init_from=WORKDIR
