@@ -3,7 +3,8 @@
 Both have the same loss, |sigma_i s(x_i, t_i) + z|^2 with x_i = alpha_i x_0 + sigma_i z, and differ in the chain:
 
 - SMLD ([SE19] Eqn. 6 with weights sigma^2, [S21a] Eqn. 1): alpha_i = 1, sigma_i on a geometric ladder.
-- DDPM ([H20] Eqn. 14): alpha_i^2 is the product of 1 - beta_j over j <= i. The loss is the predicted noise's error.
+- DDPM ([H20] Eqn. 14): alpha_i^2 is the product of 1 - beta_j over j <= i. The loss is the error of the predicted
+  noise.
 
 The score function is given the time t_i = i / (N - 1) of level i. models/conditioning.py turns it into the label of
 the published network.
