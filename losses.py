@@ -10,8 +10,8 @@ Every term is a pure function that returns one number for each example and takes
 `Objective.losses` computes the terms, and `weighted_total` adds them up.
 
 Orders 2 and 3 have three forms: exact, for few dimensions; the published estimates with one probe; and unbiased
-estimates of the exact form with two probes, which are ours (`objectives/unbiased.py`). The published estimates hold
-(u.v)^2 where the exact form holds |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard
+estimates of the exact form with two probes, which are ours (`objectives/unbiased.py`). The published estimates have
+(u.v)^2 where the exact form has |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard
 deviation.
 
 Sources: [L22] Lu et al., ICML 2022; [S21b] Song et al., NeurIPS 2021.
@@ -104,8 +104,8 @@ class Objective(TrainingObjective):
     """The only noise level sigma / alpha; 0: all times."""
     importance_density: str = "noise"
     level_values: tuple[float, ...] = ()
-    """The data of each grey level. If given, all losses are in bits/dim and order 1 has its weight in the bound on
-    -ln P(x0), whose other terms the objective then has, too; see objectives/bound.py."""
+    """The data of each grey level. If given, all losses are in bits/dim, order 1 has the weight that it has in the
+    bound on -ln P(x0), and the objective includes the other terms of this bound; see objectives/bound.py."""
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:

@@ -191,7 +191,7 @@ class Trainer:
     objective: TrainingObjective
     optimizer: optax.GradientTransformation
     preprocess: Callable[[Array, Array], Batch]
-    """From images as integer levels, or points, to the data that the network sees."""
+    """Maps images as integer levels, or points, to the data that the network sees."""
     ema_rate: float
     accumulation_steps: int = 1
     unroll_parts: bool = False

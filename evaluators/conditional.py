@@ -41,7 +41,7 @@ PROBLEMS: dict[str, tuple[str, Callable[[Any, Any, int], Problem]]] = {
     "colorize": ("colorization", colorization),
     "restore": ("restoration", restoration),
 }
-"""By mode: the name of the result, and the function that builds the problem from the configuration."""
+"""For each mode, the name of its result, and the function that builds its problem from the configuration."""
 
 SHOWN = 16
 """The largest number of rows in a picture."""

@@ -1,6 +1,6 @@
 """The cost of a training step: arithmetic, memory, compile time and, on the devices at hand, seconds.
 
-A case is an order, a batch size and a memory setting. Its row is what `--mode=cost` writes and prints.
+A case is an order, a batch size and a memory setting. `--mode=cost` writes and prints one row for each case.
 """
 
 import ast

@@ -17,11 +17,11 @@ class Conditioning(Protocol):
     """The two translations between a score function and a network."""
 
     def labels(self, t: PerExample) -> PerExample:
-        """The labels that tell the network the times."""
+        """Returns the labels that tell the network these times."""
         ...
 
     def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
-        """The score at x and these times, from the network's output."""
+        """Returns the score at x and these times, from the network's output."""
         ...
 
 

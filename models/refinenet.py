@@ -1,9 +1,9 @@
 """The blocks of NCSN and NCSNv2 (RefineNet (Lin et al., 2017); [SE19] App. A; [SE20]).
 
 Residual blocks lower the resolution, or enlarge the receptive field by dilation. RefineNet blocks then combine the
-feature maps of all resolutions. Classes keep the published names, because parameters are stored under
-the class name and a count. NCSN tells all its blocks the noise level through their normalisation, and their names begin
-with Cond.
+feature maps of all resolutions. Classes keep the published names, because parameters are stored under the class name
+and a count. NCSN tells all its blocks the noise level through their normalisation. The names of these blocks begin with
+Cond.
 """
 
 import functools

@@ -39,8 +39,8 @@ class VDM(nn.Module):
 
     The network has a downward path of `num_res_blocks` residual blocks, two blocks with attention in the middle, and
     an upward path of `num_res_blocks + 1` blocks, each of which also sees one feature map of the downward path. The
-    output is the noisy image plus the last convolution. Layers that end a branch start at zero, so the network starts
-    as the identity.
+    output is the noisy image plus the output of the last convolution. Layers that end a branch start at zero, so the
+    network starts as the identity.
 
     Labels are 999 t, as for the other networks. The published network is told (gamma - gamma_min) / (gamma_max -
     gamma_min), gamma = 2 ln(sigma / alpha), which is t for schedules with gamma linear in t.

@@ -73,7 +73,7 @@ def discrete_from_config(config: Config) -> DiscreteObjective:
     """Builds the objective for training.continuous=False, with model.num_scales noise levels.
 
     Raises:
-        ValueError: if config.training asks for an objective that discrete time does not have.
+        ValueError: if config.training has a setting that is not available in discrete time.
     """
     training = config.training
     if training.objective != "denoising":

@@ -1,6 +1,6 @@
 """Unbiased estimates of the exact second and third order with two probes. Ours.
 
-The published estimates hold (u.v)^2 where the exact terms hold |u|^2, which adds the noise of the probe v. Here each
+The published estimates have (u.v)^2 where the exact terms have |u|^2. This adds the noise of the probe v. Here each
 square is estimated by a product of two independent unbiased estimates. The notation follows losses.py, and
 M = sigma^2 J + I.
 """
