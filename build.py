@@ -197,7 +197,7 @@ def _check_training(config: Config, parts: int) -> None:
     """Raises ValueError if fields that only training uses contradict each other or do not fit the devices.
 
     Args:
-        parts: a batch must be divisible into this number of equal groups of examples.
+        parts: a batch must split evenly into this number of parts, and each part over all devices.
     """
     training = config.training
     _check_init(training)

@@ -73,8 +73,8 @@ class Objective(TrainingObjective):
     """The loss that training minimises, over times t in [t_min, 1].
 
     With `exact`, orders 2 and 3 are computed from the whole Jacobian, for data of few dimensions; otherwise they are
-    estimated with Hutchinson probes, as `estimator` says. The exact second order has only the term of the Jacobian,
-    because in one dimension the trace is the Jacobian.
+    estimated with Hutchinson probes, as `estimator` says. The exact second order has only the term of the Jacobian.
+    In one dimension, the trace is the Jacobian.
 
     Weightings are the published constants, or follow the residual r(t); see `term_weights`. Only every
     `1 / high_order_fraction`-th example has the terms of orders 2 and 3; their expectation is the same.

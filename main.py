@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _leave(code: int) -> int:
-    """Returns the exit code, or ends the process with it if a blocked call or another process could hang it."""
+    """Returns the exit code, or ends the process with it if a blocked call or another process would delay the exit."""
     from infra import parallel, waiting
 
     return parallel.leave_processes(code) if code in (BAD_INPUT, FAILED) else waiting.leave(code)

@@ -49,8 +49,8 @@ class Sampler(abc.ABC):
 
     Attributes:
         smallest_time: sampling ends at this time.
-        noise_removal: return the mean of x_0 given the last x, instead of the last x itself. The predictor-corrector
-            sampler returns the mean of its last update.
+        noise_removal: whether to return the mean of x_0 given the last x, instead of the last x itself. The
+            predictor-corrector sampler returns the mean of its last update.
         temperature: factor of x at t_max. For samplers that follow the ODE, 1 samples the model, and less than 1 gives
             more typical images ([S21a] Sec. 4.3). Noise that is added later does not have this factor.
 

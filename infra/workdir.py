@@ -406,7 +406,7 @@ def read_all(kind: type[Artefact], paths: Iterator[Path], problems: list[str]) -
 def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     """Reads the object in a JSON file.
 
-    Returns None if the file does not exist, or if it is bad, which is then added to `problems`.
+    Returns None if the file does not exist, or if it cannot be read; `problems` then has the reason.
     """
     if not path.exists():
         return None
