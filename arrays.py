@@ -26,7 +26,7 @@ ScoreFn: TypeAlias = Callable[[Batch, PerExample], Batch]
 
 
 class LabelledBatch(NamedTuple):
-    """Images as integer levels, and their classes. Both may have another axis before that of the examples."""
+    """Images as integer levels, and their classes. Both may have one more axis before the axis of examples."""
 
     images: Any
     labels: Any
@@ -78,7 +78,7 @@ def append_dims(values: Shaped[Array, " batch"], like: Shaped[Array, "batch *dim
 
 
 def level_values(levels: int, centered: bool, bare: bool) -> Float[np.ndarray, " {levels}"]:
-    """The data of each grey level: k / (levels - 1) of `bare` levels k, otherwise the middles of the levels' bins.
+    """Returns the data value of each grey level k: k / (levels - 1) if `bare`, otherwise the middle of its bin.
 
     The bins tile [0, 1]. With `centered`, values are scaled from [0, 1] to [-1, 1].
     """

@@ -41,7 +41,7 @@ class Run:
 
     @functools.cached_property
     def trainer(self) -> Trainer:
-        """What training needs. It is built on first use, so the fields of `optim` count as used only then."""
+        """The trainer. It is built on first use, so the fields of `optim` count as used only then."""
         return _trainer(self.config, self.model, self.preprocess)
 
     @property
@@ -149,8 +149,8 @@ def build(config: Config, *, for_training: bool = True) -> Run:
     """Builds the objects that the configuration describes.
 
     Args:
-        for_training: also check how the fields of a training go together, and that its batch fits the devices. An
-            evaluation does not depend on that, and may run on other devices.
+        for_training: also check that the fields for training are compatible, and that the batch can be divided among
+            the devices. An evaluation does not depend on this, and may run on other devices.
 
     Raises:
         ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
@@ -183,7 +183,7 @@ def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPr
 
 
 def _check_noise_level(training: Config, sde: SDE) -> None:
-    """Raises ValueError if the SDE does not have the noise level that training shall use."""
+    """Raises ValueError if the SDE does not have the noise level that training uses."""
     ends = jnp.asarray([training.smallest_time, sde.t_max])
     first, last = (float(rho) for rho in jnp.exp(sde.log_noise_level(ends)))
     if training.noise_level and not first <= training.noise_level <= last:
@@ -194,10 +194,10 @@ def _check_noise_level(training: Config, sde: SDE) -> None:
 
 
 def _check_training(config: Config, parts: int) -> None:
-    """Raises ValueError for fields that only a training uses, and that do not go together or do not fit the devices.
+    """Raises ValueError if fields that only training uses contradict each other or do not fit the devices.
 
     Args:
-        parts: the groups of examples of a batch that each device needs.
+        parts: a batch must split evenly into this number of parts, and each part over all devices.
     """
     training = config.training
     _check_init(training)
@@ -221,7 +221,7 @@ def _check_init(training: Config) -> None:
 
 
 def _check_classes(config: Config, every: int) -> None:
-    """Raises ValueError if the network cannot be told the classes of the data."""
+    """Raises ValueError if the network cannot be trained with the classes of the data."""
     if not config.data.num_classes:
         return
     if config.model.name != "ncsnpp" or not config.model.conditional:

@@ -30,7 +30,7 @@ from sources.splits import SPLITS as SPLITS
 
 
 def labels_of(source: Source) -> Int[np.ndarray, " n"]:
-    """The class of each image. Raises ValueError if the data have no classes."""
+    """Returns the class of each image. Raises ValueError if the data have no classes."""
     labels = getattr(source, "labels", None)
     if labels is None:
         raise ValueError(f"{source.description} has no class labels")
@@ -38,7 +38,7 @@ def labels_of(source: Source) -> Int[np.ndarray, " n"]:
 
 
 def check_classes(source: Source, num_classes: int) -> None:
-    """Raises ValueError if the images have no classes, or classes that are not below `data.num_classes`."""
+    """Raises ValueError if the images have no classes, or a class is not below `data.num_classes`."""
     largest = int(labels_of(source).max())
     if largest >= num_classes:
         raise ValueError(f"data.num_classes is {num_classes}, but {source.description} has class {largest}")
@@ -90,7 +90,7 @@ class _TrainingBatches:
 def training_batches(
     source: Source, batch_size: int, seed: int, first_step: int, num_steps: int, with_labels: bool = False
 ) -> Iterator[Any]:
-    """This host's rows of batches first_step, ..., num_steps - 1, read ahead in threads.
+    """Yields this host's rows of batches first_step, ..., num_steps - 1, read ahead in threads.
 
     The batches are `Examples`, or `LabelledBatch` if `with_labels`.
 
@@ -115,13 +115,13 @@ def training_calls(
     every: Sequence[int],
     with_labels: bool = False,
 ) -> Iterator[tuple[int, Any]]:
-    """For each compiled call from `first_step` on: the step that it leads to, and this host's rows of its batches.
+    """Yields, for each compiled call from `first_step` on, the step at its end and this host's rows of its batches.
 
-    Batches are those of `training_batches`, stacked along a new first axis of steps.
+    The batches of `training_batches` are stacked along a new first axis of steps.
 
     Args:
-        every: calls end at multiples of any of these numbers of steps, wherever training starts. So a resumed run makes
-            the same calls, and those steps can be saved.
+        every: a call ends at each multiple of each of these numbers of steps, wherever training starts. So a resumed
+            run makes the same calls, and the states at those steps can be saved.
     """
     batches = training_batches(source, batch_size, seed, first_step, last_step, with_labels)
     step = first_step
@@ -211,7 +211,7 @@ class Preprocess:
         return (-1.0, 1.0) if self.centered else (0.0, 1.0)
 
     def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
-        """Samples as integer levels: the bins of data with noise or in the middle of bins, otherwise by `rounding`."""
+        """Converts samples to integer levels: by bin if data have noise or are middles of bins, else by `rounding`."""
         unit = self.unscale(x)
         if self.dequantize or self.bin_centers:
             level = jnp.floor(unit * self.levels)
@@ -259,7 +259,7 @@ def training_preprocess(config: Config) -> Preprocess | PointPreprocess:
 
 
 def preprocess_from_config(config: Config, *, train: bool) -> Preprocess:
-    """For training as configured. For evaluation without mirroring and with dequantization, as bits/dim need.
+    """Returns the preprocessing as configured. For evaluation it does not mirror, and it dequantizes, for bits/dim.
 
     Raises:
         ValueError: if the configuration asks for uniform noise in the bins and for the middles of the bins.

@@ -10,8 +10,8 @@ Every term is a pure function that returns one number for each example and takes
 `Objective.losses` computes the terms, and `weighted_total` adds them up.
 
 Orders 2 and 3 have three forms: exact, for few dimensions; the published estimates with one probe; and unbiased
-estimates of the exact form with two probes, which are ours (`objectives/unbiased.py`). The published estimates hold
-(u.v)^2 where the exact form holds |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard
+estimates of the exact form with two probes, which are ours (`objectives/unbiased.py`). The published estimates have
+(u.v)^2 where the exact form has |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard
 deviation.
 
 Sources: [L22] Lu et al., ICML 2022; [S21b] Song et al., NeurIPS 2021.
@@ -45,7 +45,7 @@ WEIGHTINGS = ("constant", "residual")
 """Weights by noise level: the published constants, or one over the variance of each term's error."""
 
 HIGH_ORDER_WEIGHTINGS = (*WEIGHTINGS, "first_order")
-"""The same for orders 2 and 3; or the weights that the first order has, likelihood weighting included ([Z23])."""
+"""The weightings of orders 2 and 3. "first_order": the first order's weights, with its likelihood weighting ([Z23])."""
 
 
 class Term(NamedTuple):
@@ -73,10 +73,10 @@ class Objective(TrainingObjective):
     """The loss that training minimises, over times t in [t_min, 1].
 
     With `exact`, orders 2 and 3 are computed from the whole Jacobian, for data of few dimensions; otherwise they are
-    estimated with Hutchinson probes, as `estimator` says. The exact second order has the term of the Jacobian only: in
-    one dimension the trace is the Jacobian.
+    estimated with Hutchinson probes, as `estimator` says. The exact second order has only the term of the Jacobian.
+    In one dimension, the trace is the Jacobian.
 
-    Weightings are the published constants, or follow the residual r(t), see `term_weights`. Only every
+    Weightings are the published constants, or follow the residual r(t); see `term_weights`. Only every
     `1 / high_order_fraction`-th example has the terms of orders 2 and 3; their expectation is the same.
 
     Raises:
@@ -104,8 +104,8 @@ class Objective(TrainingObjective):
     """The only noise level sigma / alpha; 0: all times."""
     importance_density: str = "noise"
     level_values: tuple[float, ...] = ()
-    """The data of each grey level. If given, all losses are in bits/dim and order 1 has its weight in the bound on
-    -ln P(x0), whose other terms the objective then has, too; see objectives/bound.py."""
+    """The data of each grey level. If given, all losses are in bits/dim, order 1 has the weight that it has in the
+    bound on -ln P(x0), and the objective includes the other terms of this bound; see objectives/bound.py."""
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -187,11 +187,12 @@ class Objective(TrainingObjective):
     def draw_noise(
         self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
     ) -> Noise:
-        """Times, noise and Rademacher probes for a batch of the given shape.
+        """Draws times, noise and Rademacher probes for a batch of the given shape.
 
         Args:
-            density: of the times of the examples that have orders 2 and 3, relative to the objective's density, over
-                equal parts of [0, 1], the range of `quantiles`. Its mean is 1. None: the objective's density.
+            density: the density of times for the examples that have orders 2 and 3, relative to the objective's
+                density, on equal parts of [0, 1], the range of `quantiles`. Its mean is 1. None: the objective's
+                density.
         """
         t_key, z_key, probe_key = jax.random.split(key, 3)
         rademacher, quantiles, time_weight = PROBES["rademacher"], self.times.draw_quantiles(t_key, shape[0]), None
@@ -211,14 +212,14 @@ class Objective(TrainingObjective):
     def losses(
         self, score_fn: ScoreFn, sde: SDE, x0: Batch, noise: Noise, residual: Residual | None = None
     ) -> dict[str, PerExample]:
-        """The objective of each example as `total`, and its terms, unweighted, by their names in `TERMS`.
+        """Computes the objective of each example as `total`, and its unweighted terms by their names in `TERMS`.
 
         Estimated by one probe, order k costs one network evaluation with k derivatives; by two probes, about twice
         that. With a high_order_fraction below 1, examples without the terms of orders 2 and 3 have 0 there, and the
         others have the terms divided by the fraction, so that means over a batch have the same expectation.
 
         Raises:
-            ValueError: if the weights follow the residual, and there is none.
+            ValueError: if the weights follow the residual, but none is given.
         """
         if self.needs_residual and residual is None:
             raise ValueError("the objective's weights follow the residual: give it, or use objective.for_evaluation()")
@@ -234,7 +235,7 @@ class Objective(TrainingObjective):
         return {"total": weighted_total(terms, self, weights)} | terms | known
 
     def _bound_terms(self, sde: SDE, x0: Batch, noise: Noise) -> dict[str, PerExample]:
-        """The terms of the bound that have no gradient, in bits/dim."""
+        """Computes the terms of the bound that have no gradient, in bits/dim."""
         if not self.level_values:
             return {}
         if noise.z_start is None:
@@ -291,10 +292,10 @@ def _score_and_terms(
 def weighted_total(
     terms: Mapping[str, PerExample], objective: Objective, weights: Mapping[str, PerExample] | None = None
 ) -> PerExample:
-    """The sum over orders of the order's weight times the sum of its terms.
+    """Returns the sum over orders of the order's weight times the sum of its terms.
 
     Args:
-        weights: of each example, by term; see `term_weights`. None, or none for a term: 1.
+        weights: the weight of each example, by term; see `term_weights`. Missing weights are 1.
     """
     weighted = {name: value * weights[name] if weights and name in weights else value for name, value in terms.items()}
     order_weights = (1.0, 1.0, objective.second_weight, objective.third_weight)
@@ -307,9 +308,9 @@ def weighted_total(
 def term_weights(
     sde: SDE, objective: Objective, t: PerExample, residual: Residual | None, d: int
 ) -> dict[str, PerExample]:
-    """The weight of each term at each time, for the terms with a weight other than 1.
+    """Returns the weight of each term at each time, for the terms with a weight other than 1.
 
-    Weights that follow the residual are by generalised least squares (ours), which divides the square of each error by
+    Weights that follow the residual come from generalised least squares (ours), which divides each squared error by
     its variance. The variance is known if u given x_t is N(0, r I). The weights of the first order are proportional to
     1 / r, with mean 1 over all times. The weights of orders 2 and 3 are relative to the weight of the first order.
     """
@@ -391,7 +392,7 @@ def _constant(score_fn: ScoreFn) -> ScoreFn:
 
 
 TRACE_ESTIMATORS = {"squared_trace": squared_trace, "unbiased_trace": unbiased_trace}
-"""Estimators of the second order that consists of its trace."""
+"""Estimators of the second order that use only its trace."""
 
 ESTIMATORS = {"published": _probe_terms, "unbiased": unbiased_terms, **TRACE_ESTIMATORS}
 """Estimators of orders 2 and 3 with probes, by training.high_order_estimator."""
@@ -426,9 +427,9 @@ def first_order(scaled_score: Batch, sde: SDE, objective: Objective, noise: Nois
 
 
 def likelihood_weight(sde: SDE, objective: Objective, t: PerExample) -> PerExample:
-    """g^2 / sigma^2 with likelihood weighting, over what the density of times is proportional to; otherwise 1.
+    """Returns g^2 / sigma^2 over the unnormalised density of times with likelihood weighting; otherwise 1.
 
-    For losses in bits/dim the constant factors are those of the bound.
+    For losses in bits/dim, it includes the constant factors of the bound.
     """
     if not objective.likelihood_weighting:
         return jnp.ones_like(t)
@@ -520,7 +521,7 @@ def exact_third_order(
 
 
 def denoising_from_config(config: Config) -> Objective:
-    """Denoising score matching as config.training describes it.
+    """Builds denoising score matching as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.
@@ -563,7 +564,7 @@ OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {
 
 
 def objective_from_config(config: Config) -> TrainingObjective:
-    """The objective that config.training names and describes.
+    """Builds the objective that config.training names and describes.
 
     Raises:
         ValueError: for an unknown name, or a field whose value is not allowed.

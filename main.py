@@ -110,7 +110,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _leave(code: int) -> int:
-    """Returns the exit code, or ends the process with it if something of it cannot be waited for."""
+    """Returns the exit code, or ends the process with it if a blocked call or another process would delay the exit."""
     from infra import parallel, waiting
 
     return parallel.leave_processes(code) if code in (BAD_INPUT, FAILED) else waiting.leave(code)
@@ -220,7 +220,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
         sys.exit(_complain(f"the configuration has no such field: {said}"))
     except SyntaxError as error:
         sys.exit(_complain(f"cannot parse the configuration {_config_argument(argv)}: {error}"))
-    except Exception as error:  # absl's own errors, and those of the configuration, whose file may contain anything
+    except Exception as error:  # absl's own errors, and any error that the configuration file raises
         unknown = _unknown_field(argv) if isinstance(error, TypeError) else None
         if unknown:
             sys.exit(_complain(f"the configuration has no such field: {unknown}"))
@@ -239,12 +239,12 @@ def _config_file() -> str:
 
 
 def _config_argument(argv: Sequence[str]) -> str:
-    """The argument --config=PATH."""
+    """Returns the argument --config=PATH."""
     return next((argument for argument in argv if argument.startswith(("--config=", "-config="))), "--config")
 
 
 def _unknown_field(argv: Sequence[str]) -> str | None:
-    """The first field among the arguments that no configuration has, for errors that do not name it."""
+    """Returns the first field among the arguments that no configuration has, for errors that do not name it."""
     given = (argument.split("=")[0].lstrip("-") for argument in argv if argument.lstrip("-").startswith("config."))
     known = {f"config.{field}" for field in flat(get_config())}
     return next((field for field in given if field not in known), None)

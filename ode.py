@@ -342,7 +342,7 @@ class _Interval(NamedTuple):
 
 
 _DOPRI5, _ERROR_ORDER = diffrax.Dopri5(), 5
-"""The method, and the order of the error that its embedded formula estimates, by which the step size is chosen."""
+"""The method, and the order of the error estimate of its embedded formula, which the step size control uses."""
 
 
 def _dopri5(
@@ -392,7 +392,7 @@ def _first_step_size(interval: _Interval, y0: State, slope: State) -> Float[Arra
     slope1 = term.vf(start + h0, _combine(y0, h0, [1], [slope]), None)
     d2 = norm(scaled(jax.tree.map(jnp.subtract, slope1, slope))) / h0
     largest = jnp.maximum(d1, d2)
-    # A field that is not finite at the trial point may be finite before it: a small step finds out how far it goes.
+    # A field that is not finite at the trial point may be finite before it, so the solver begins with a small step.
     unknown = (largest <= 1e-15) | ~jnp.isfinite(largest)
     h1 = jnp.where(unknown, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / largest) ** (1 / 5))
     return jnp.minimum(100 * h0, h1).astype(start.dtype)

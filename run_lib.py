@@ -272,8 +272,8 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
 def train_classifier(config: Config, path: Path) -> None:
     """Trains the classifier of noisy images that --mode=classes uses, to step `control.classifier_n_iters`.
 
-    It is in the subfolder classifier/ of the workdir of a score model, which need not be trained yet. Batch size,
-    optimizer, records and checkpoints are configured as for the score model.
+    It is stored in the subfolder classifier/ of the workdir of a score model. The score model need not be trained yet.
+    Batch size, optimizer, records and checkpoints are configured as for the score model.
 
     Raises:
         KeyboardInterrupt, ValueError, OSError, FloatingPointError: as in `train_deq`.
@@ -297,7 +297,7 @@ def _train_beside(
     checkpoints: Checkpoints,
     test: Callable[[Any], Mapping[str, float] | None],
 ) -> None:
-    """Trains a model other than the score model, in a folder of its own."""
+    """Trains a model other than the score model, in its own folder."""
     order = config.training.score_matching_order
     folder.write_description(config, num_parameters(state))
     with MetricsWriter(folder.train) as metrics:
@@ -563,7 +563,7 @@ def _program(run: Run, measure_steps: int) -> dict[str, Any]:
 
 
 def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, limit: float = math.inf) -> dict[str, Any]:
-    """The cost of a training step of this run on random data; with `error` if it fails, or does not fit.
+    """Measures the cost of a training step of this run on random data; with `error` if it fails, or does not fit.
 
     Args:
         state: returns the state to start from.
@@ -594,8 +594,8 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, lim
 def selftest(config: Config, path: Path) -> None:
     """Checks devices, disk, one training step, and the files that the configuration needs; prints a table.
 
-    The step is that of `--mode=cost`. Its compilation may take `cost.selftest_seconds`; without it, the memory of the
-    step is not known.
+    The step is the one that `--mode=cost` measures. Its compilation may take `cost.selftest_seconds`. If it takes
+    longer, the memory of the step is not known.
 
     Raises:
         ValueError: for a configuration that is not allowed, or if a check fails, after the table.
@@ -625,7 +625,7 @@ def selftest(config: Config, path: Path) -> None:
 
 
 def _step_in_words(run: Run, size: int) -> str:
-    """The cost of a training step of this configuration, and the time of the whole run at this rate."""
+    """Describes the cost of a training step of this configuration, and the time of the whole run at this rate."""
     fields, training = run.config.cost, run.config.training
     row = case_cost(
         run, lambda: jax.device_get(run.fresh_state()), min(fields.measure_steps, 3), fields.selftest_seconds

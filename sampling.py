@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, Key
 import ode
 from arrays import Batch, ReportProgress, ScoreFn, in_parts
 from configs.default import Config
-from samplers.controllable import ClassifierFreeScore as ClassifierFreeScore  # conditions are found here, too
+from samplers.controllable import ClassifierFreeScore as ClassifierFreeScore  # exported here with the other conditions
 from samplers.controllable import GuidedScore as GuidedScore
 from samplers.controllable import Observation, observe, observed_prior
 from samplers.controllable import basis_of_matrix as basis_of_matrix
@@ -49,10 +49,10 @@ class Sampler(abc.ABC):
 
     Attributes:
         smallest_time: sampling ends at this time.
-        noise_removal: returns the mean of x_0 given the last x, or for the predictor-corrector sampler the mean of the
-            last update, instead of the last x itself.
-        temperature: factor of x at t_max. Samplers that follow the ODE keep it: 1 samples the model, less than 1 more
-            typical images ([S21a] Sec. 4.3). Noise that is added later does not have this factor.
+        noise_removal: whether to return the mean of x_0 given the last x, instead of the last x itself. The
+            predictor-corrector sampler returns the mean of its last update.
+        temperature: factor of x at t_max. For samplers that follow the ODE, 1 samples the model, and less than 1 gives
+            more typical images ([S21a] Sec. 4.3). Noise that is added later does not have this factor.
 
     Raises:
         ValueError: from the constructors, for a name or number that is not allowed.
@@ -396,11 +396,11 @@ class DPMSolverSampler(FastSampler):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LangevinSampler(Sampler):
-    """Langevin dynamics, see `langevin.annealed_langevin_dynamics`. The defaults are those of [SE19] Sec. 5.
+    """Langevin dynamics, see `langevin.annealed_langevin_dynamics`. The defaults are from [SE19] Sec. 5.
 
     Attributes:
         num_levels: noise levels, in geometric steps from the one at t_max to the one at `smallest_time`. With one
-            level, which is the one at `smallest_time`, this is Langevin dynamics without annealing.
+            level, the one at `smallest_time`, this is Langevin dynamics without annealing.
         steps_per_level: steps at each level.
         step_size: the step size at the last level.
     """
@@ -417,7 +417,7 @@ class LangevinSampler(Sampler):
 
     @property
     def log_rhos(self) -> LogNoiseLevels:
-        """ln rho of the levels."""
+        """Returns ln rho of the levels."""
         # The smallest level comes last, so that it is also the only one.
         return noise_levels(self.sde, self.smallest_time, max(self.num_levels, 2), "log_snr", 1.0)[-self.num_levels :]
 
@@ -444,7 +444,7 @@ def sampler_from_config(config: Config, sde: SDE, data_range: DataRange) -> Samp
 
 
 def pc_from_config(config: Config, sde: SDE, data_range: DataRange = None) -> PredictorCorrector:
-    """The predictor-corrector sampler with the fields of `sampling`, whatever sampling.method says."""
+    """Builds the predictor-corrector sampler with the fields of `sampling`, whatever sampling.method says."""
     del data_range
     sampling = config.sampling
     return PredictorCorrector(
@@ -459,7 +459,7 @@ def pc_from_config(config: Config, sde: SDE, data_range: DataRange = None) -> Pr
 
 
 def ode_from_config(config: Config, sde: SDE, data_range: DataRange = None) -> ODESampler:
-    """The sampler by the ODE with the fields of `sampling`, whatever sampling.method says."""
+    """Builds the sampler by the ODE with the fields of `sampling`, whatever sampling.method says."""
     del data_range
     sampling = config.sampling
     fields = _common_fields(config, sde)

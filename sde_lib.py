@@ -87,7 +87,7 @@ class SDE(abc.ABC):
         return -0.5 * (num_dims(x) * math.log(2 * math.pi * variance) + inner(x, x) / variance)
 
     def level_logp(self, x: Batch, x0: Batch, t: PerExample, values: Float[Array, " levels"]) -> PerExample:
-        """ln P(x0 | x_t = x) in nats, if entries of x0 are independent and each of `values` is equally probable.
+        """Returns ln P(x0 | x_t = x) in nats, if entries of x0 are independent and all `values` equally probable.
 
         Where the noise is small compared with the distance between values, this is nearly exact for every prior.
         """
@@ -133,7 +133,7 @@ class SDE(abc.ABC):
     def step_alpha(self, t: PerExample, num_steps: int) -> PerExample:
         """(alpha_{t + dt} / alpha_t)^2 of one forward step: the factor of the Langevin step sizes in [S21a] Alg. 5.
 
-        It follows from the marginals, so it holds for every SDE and any number of steps. VP has that of its chain.
+        It follows from the marginals, so it holds for every SDE and any number of steps. VP uses its chain's factor.
         """
         before = jnp.maximum(t - self.t_max / num_steps, 0)
         return (self.alpha_sigma(t)[0] / self.alpha_sigma(before)[0]) ** 2
@@ -302,7 +302,7 @@ class VPSDE(_LinearBetaSDE):
         return jnp.exp(0.5 * log_alpha_squared), jnp.sqrt(-jnp.expm1(log_alpha_squared))
 
     def step_alpha(self, t: PerExample, num_steps: int) -> PerExample:
-        """1 - beta_i, as published; for so few steps that there is no chain, the factor of the marginals."""
+        """Returns 1 - beta_i, as published; with too few steps for a chain, the factor from the marginals."""
         if num_steps <= self.beta_max:
             return super().step_alpha(t, num_steps)
         return 1 - self.chain_beta(t, num_steps)
@@ -360,19 +360,19 @@ class LinearGammaSDE(SDE):
 
     @abc.abstractmethod
     def velocity(self, x0: Batch, noise: Batch, t: PerExample) -> Batch:
-        """F for data x0 and standard normal noise, shaped as x0."""
+        """Returns F for data x0 and standard normal noise, shaped as x0."""
 
     @abc.abstractmethod
     def noise_of_velocity(self, x: Batch, velocity: Batch, t: PerExample) -> Batch:
-        """The noise in x = x_t according to F, shaped as x."""
+        """Returns the noise in x = x_t according to F, shaped as x."""
 
     @abc.abstractmethod
     def alpha_squared_above(self, gamma: Times) -> Times:
-        """The integral of alpha^2 d gamma from `gamma` to infinity."""
+        """Returns the integral of alpha^2 d gamma from `gamma` to infinity."""
 
     @abc.abstractmethod
     def gamma_of_alpha_squared_above(self, integral: Times) -> Times:
-        """The inverse of `alpha_squared_above`."""
+        """Inverts `alpha_squared_above`."""
 
     @property
     def gamma_range(self) -> float:
@@ -403,11 +403,11 @@ class LinearGammaSDE(SDE):
         return (2 * log_rho - self.gamma_min) / self.gamma_range
 
     def velocity_weight(self, t: Times) -> Times:
-        """The integral of alpha^2 d gamma over times from t to t_max."""
+        """Returns the integral of alpha^2 d gamma over times from t to t_max."""
         return self.alpha_squared_above(self.gamma(t)) - self.alpha_squared_above(jnp.full_like(t, self.gamma_max))
 
     def time_of_velocity_quantile(self, quantile: Times, t_min: float) -> Times:
-        """The t at the fraction `quantile`, in [0, 1], of the integral of alpha^2 d gamma from t_min to t_max."""
+        """Returns the t at the fraction `quantile` in [0, 1] of the integral of alpha^2 d gamma over [t_min, t_max]."""
         last = self.alpha_squared_above(jnp.full_like(quantile, self.gamma_max))
         above = last + (1 - quantile) * self.velocity_weight(jnp.full_like(quantile, t_min))  # accurate near t_max, too
         t = self.time_of_log_noise_level(0.5 * self.gamma_of_alpha_squared_above(above))

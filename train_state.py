@@ -33,8 +33,8 @@ RESIDUAL_BINS, RESIDUAL_MEMORY = 64, 0.999
 class ResidualTable(NamedTuple):
     """A running estimate of r(t) = E|u|^2 / d by noise level, over equal parts of `TrainingObjective.quantiles`.
 
-    Both sums forget old batches by the factor `RESIDUAL_MEMORY` in each step, and begin as one batch of r = 1, which a
-    score of 0 has.
+    Each step multiplies both sums by `RESIDUAL_MEMORY`, so that they forget old batches. They begin as one batch with
+    r = 1, as for a score of 0.
     """
 
     total: Float[Array, " bins"]
@@ -191,7 +191,7 @@ class Trainer:
     objective: TrainingObjective
     optimizer: optax.GradientTransformation
     preprocess: Callable[[Array, Array], Batch]
-    """From images as integer levels, or points, to the data that the network sees."""
+    """Maps images as integer levels, or points, to the data that the network sees."""
     ema_rate: float
     accumulation_steps: int = 1
     unroll_parts: bool = False
@@ -199,7 +199,7 @@ class Trainer:
     ema_warmup: bool = False
     num_classes: int = 0
     label_dropout: float = 0.0
-    """Part of the examples whose class the network is not told."""
+    """The fraction of examples whose class the network is not told."""
 
     def train_steps(self, state: TrainState, images: TrainingBatches, key: Array) -> tuple[TrainState, Metrics]:
         """One step for each batch along the first axis of `images`.
@@ -284,7 +284,7 @@ class Trainer:
         return jax.tree.map(lambda g: g / self.accumulation_steps, total), metrics | worst, table
 
     def _told_classes(self, key: Array, labels: Int[Array, " batch"]) -> Int[Array, " batch"]:
-        """The classes that the network is told: at random, the number after the last class, which means any class."""
+        """Returns the classes that the network is told. Some, at random, become the number that means any class."""
         untold = jax.random.bernoulli(key, self.label_dropout, labels.shape)
         return jnp.where(untold, self.num_classes, labels)
 
@@ -297,11 +297,13 @@ class Trainer:
         residuals: ResidualTable | None,
         classes: Int[Array, " batch"] | None = None,
     ) -> tuple[Params, Metrics, ResidualTable | None]:
-        """Gradient of the mean total loss over x0; the mean of each term, and the `largest` losses with their times;
-        the residuals of this batch.
+        """Differentiates the mean total loss over x0.
 
         Args:
-            classes: that the network is told, if it is told any.
+            classes: the classes that the network is told, if any.
+
+        Returns:
+            The gradient; the mean of each term, and the `largest` losses with their times; the residuals of this batch.
         """
         residual = quantiles = None
         if residuals is not None and self.objective.needs_residual:

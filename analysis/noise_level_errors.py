@@ -9,7 +9,7 @@ from derivatives import PROBES, probe_divergence
 
 @jax.jit
 def draw_noise_and_probes(key: Array, keys: Array, like: Batch) -> tuple[Batch, Batch, Batch]:
-    """Draws normal noise and two Rademacher probes for each image, from the key of the image and that of the time."""
+    """Draws normal noise and two Rademacher probes for each image, from the image's key and the time's key."""
     shape = like.shape[1:]
 
     def one(own: Array) -> tuple[Array, Array, Array]:

@@ -184,7 +184,7 @@ def error_sources(
     rtol: float = 1e-6,
     atol: float = 1e-6,
 ) -> ErrorSources:
-    """Computes what moves the score of the ODE away from the data's score, at points x of q_t ([L22] Theorem 3.2).
+    """Computes the errors of the ODE's score against the data's score, by source, at x from q_t ([L22] Theorem 3.2).
 
     grad^2 ln p_t along e is a central difference of `ode_score` over `STEP` times the noise.
 

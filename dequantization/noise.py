@@ -205,8 +205,9 @@ class TruncatedNormalDequantizer:
 class NormalDequantizer:
     """The SDE's own noise at `t_min` without truncation: the bound of a variational autoencoder ([K21], [Z23]).
 
-    x = alpha y_k + sigma e with e normal, and -ln P(k) <= E[ln q(x | k) - ln p(x) - ln P(k | x)], where `level_logp` of
-    the SDE decodes. `log_q` is ln q(u | k) - ln P(k | x), where u counts in bins, but may leave the bin of its level.
+    x = alpha y_k + sigma e with e normal, and -ln P(k) <= E[ln q(x | k) - ln p(x) - ln P(k | x)]. The SDE's
+    `level_logp` computes ln P(k | x). `log_q` is ln q(u | k) - ln P(k | x), where u is in units of bins and may leave
+    the bin of its level.
 
     With `bare_levels`, the network has been trained on k / (levels - 1), else on the middles of the levels' bins.
     """
@@ -282,7 +283,7 @@ DEQUANTIZATIONS = ("uniform", "truncated_normal", "normal")
 def dequantizer_from_config(
     config: Config, sde: SDE
 ) -> UniformDequantizer | TruncatedNormalDequantizer | NormalDequantizer:
-    """The dequantizer that `eval.dequantization` names, which needs no training.
+    """Returns the dequantizer that `eval.dequantization` names, which has no parameters to train.
 
     Raises:
         ValueError: for an unknown name, a truncation that is not allowed, or noise that needs data without noise.

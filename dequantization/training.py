@@ -75,9 +75,9 @@ class DequantizerTraining:
         return Training("dequantizer", self.run.config.deq.n_iters, self._calls, update)
 
     def test_bound(self, score_fn: ScoreFn, params: Params) -> dict[str, float] | None:
-        """Mean bits/dim over the first `training.eval_batches` batches of test images, always with the same noise.
+        """Computes mean bits/dim over the first `training.eval_batches` batches of test images, with fixed noise.
 
-        None after a request to stop.
+        Returns None after a request to stop.
         """
         training, key = self.run.config.training, self.run.key(EVAL_KEY)
         sizes = evaluation_batch_sizes(self.test_source, training.batch_size)[: training.eval_batches]

@@ -36,7 +36,7 @@ MODES: dict[str, Callable[[Run, Workdir], Evaluator]] = {
     **{mode: functools.partial(_conditional, mode) for mode in PROBLEMS},
     "classes": ClassesEvaluator,
 }
-"""The evaluators that are modes of main.py of their own, from the run and the workdir of the score model."""
+"""The evaluators with their own mode in main.py. Each is built from the run and the workdir of the score model."""
 
 
 def evaluators_from_config(run: Run, dequantizer: Callable[[], Dequantizer]) -> list[Evaluator]:

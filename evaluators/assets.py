@@ -1,4 +1,4 @@
-"""The files that a configuration needs, for --mode=selftest: each is opened, as training and evaluation would."""
+"""Opens each file that a configuration needs, as training and evaluation do, for --mode=selftest."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def _checkpoint(run: Run, path: Path) -> str:
 
 
 def _features(run: Run) -> str:
-    """Opens the weights of the feature network, and says whether statistics of the data are there."""
+    """Opens the weights of the feature network, and says whether statistics of the data exist."""
     config = run.config
     find_extractor, published = extractor_from_config(config), published_statistics(config)
     if config.eval.features == "classifier":

@@ -166,7 +166,7 @@ def _keys(key: Array, indices: Array) -> tuple[Array, Array]:
 
 @jax.jit
 def dequantized(dequantizer: Dequantizer, keys: Array, images: Images, draw: Int[Array, ""] | int) -> Dequantized:
-    """The images with the noise of this draw, from one key for each image."""
+    """Adds the noise of this draw to the images, from one key for each image."""
     return dequantizer(jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, draw), images)
 
 

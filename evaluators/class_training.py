@@ -61,11 +61,11 @@ class ClassifierTraining:
         return Checkpoints(folder.checkpoints, self._description(), self._abstract_state(), keep_every)
 
     def newest(self, workdir: Workdir) -> tuple[NoisyClassifier, str]:
-        """The newest classifier in the workdir of a score model, with averaged parameters, and its description.
+        """Loads the newest classifier in the workdir of a score model, with averaged parameters, and describes it.
 
         Raises:
             FileNotFoundError: if there is none.
-            ValueError: if it belongs to other images or another SDE, has another size, or is damaged.
+            ValueError: if it was trained for other images or another SDE, has another size, or is damaged.
         """
         folder = Workdir(workdir.path / FOLDER)
         try:
@@ -79,7 +79,7 @@ class ClassifierTraining:
         return self.classifier(state.ema_params), f"step {step}, {params_digest(state.ema_params)}"
 
     def classifier(self, params: Params) -> NoisyClassifier:
-        """The classifier with these parameters."""
+        """Returns the classifier with these parameters."""
         channels = self.run.data_shape[-1]
         # The network normalises each image, so no mean and standard deviation of the data are needed.
         return NoisyClassifier(params, self.network, self.run.sde, jnp.zeros(channels), jnp.ones(channels))
@@ -93,7 +93,7 @@ class ClassifierTraining:
         return Training("classifier", self.last_step, self._calls, update)
 
     def test(self, params: Params) -> dict[str, float]:
-        """Mean cross-entropy and accuracy on all test images, with the same times and noise in each call."""
+        """Computes mean cross-entropy and accuracy on all test images, with the same times and noise in each call."""
         size, values, counts = self.run.config.training.batch_size, [], []
         for number in range(-(-len(self.test_source) // size)):
             batch = datasets.evaluation_batch(self.test_source, size, number)
@@ -132,7 +132,7 @@ class ClassifierTraining:
         return self._values(params, batch, key)
 
     def _values(self, params: Params, batch: LabelledBatch, key: Array) -> dict[str, Float[Array, " batch"]]:
-        """The cross-entropy of each image in nats, and whether its most probable class is right."""
+        """Computes the cross-entropy of each image in nats, and whether its most probable class is right."""
         data_key, time_key, noise_key = jax.random.split(key, 3)
         x0, sde = self.preprocess(data_key, batch.images), self.run.sde
         t_min = self.run.config.training.smallest_time
@@ -143,7 +143,7 @@ class ClassifierTraining:
         return {"total": losses, "accuracy": (logits.argmax(-1) == batch.labels).astype(jnp.float32)}
 
     def _description(self) -> dict[str, Any]:
-        """The fields that a checkpoint must agree with: of the classifier, the SDE, and the kind of images."""
+        """Returns the fields that a checkpoint must match: the classifier, the SDE, and the kind of images."""
         config = self.run.config
         size = {f"control.{name}": config.control[name] for name in ("classifier_blocks", "classifier_width")}
         data = {f"data.{name}": config.data[name] for name in ("image_size", "num_channels", "levels", "centered")}
@@ -160,10 +160,10 @@ def noisy(sde: Any, x0: Batch, t: Float[Array, " batch"], key: Array) -> Batch:
 
 
 def number_of_classes(source: Source) -> int:
-    """The number of classes of labelled images. Raises ValueError if the images have no classes."""
+    """Returns the number of classes of labelled images. Raises ValueError if the images have no classes."""
     return int(datasets.labels_of(source).max()) + 1
 
 
 def classifier_folder(workdir: Path) -> Workdir:
-    """The folder of the classifier for the score model in a workdir."""
+    """Returns the folder of the classifier for the score model in a workdir."""
     return Workdir(workdir / FOLDER)

@@ -215,7 +215,7 @@ def _apply(network: Classifier, params: dict, x: Array) -> tuple[Array, Array]:
 
 
 def classifier_from_config(config: Config) -> Callable[[], ClassifierFeatures]:
-    """A function that finds or trains the classifier of the data of a configuration.
+    """Returns a function that finds or trains the classifier for the data of a configuration.
 
     Raises:
         OSError, ValueError: if the data are missing or have no labels, before the classifier is trained.

@@ -1,7 +1,7 @@
-"""Conditional samples: images of which a part is known, and images of given classes ([S21a] Sec. 5 and App. I).
+"""Conditional samples: images with a known part, and images of given classes ([S21a] Sec. 5 and App. I).
 
-Images of which a part is known are drawn by the predictor-corrector sampler of `sampling`, whatever sampling.method is.
-Images of classes are drawn by the sampler that sampling.method names. Pictures are in pictures/ of the workdir.
+The predictor-corrector sampler of `sampling` draws images with a known part, whatever sampling.method is. The sampler
+that sampling.method names draws images of classes. Pictures are in pictures/ of the workdir.
 """
 
 import time
@@ -41,14 +41,14 @@ PROBLEMS: dict[str, tuple[str, Callable[[Any, Any, int], Problem]]] = {
     "colorize": ("colorization", colorization),
     "restore": ("restoration", restoration),
 }
-"""By mode: the name of the result, and the function that builds the problem from the configuration."""
+"""For each mode, the name of its result, and the function that builds its problem from the configuration."""
 
 SHOWN = 16
-"""Rows of a picture, at most."""
+"""The largest number of rows in a picture."""
 
 
 class ConditionalEvaluator:
-    """Draws `control.num_draws` images for each of the first `control.num_images` images, of which a part is known.
+    """Draws `control.num_draws` images for each of the first `control.num_images` images, given its known part.
 
     Raises:
         ValueError, OSError: from the constructor, for settings that are not allowed, or missing files.
@@ -69,9 +69,9 @@ class ConditionalEvaluator:
         """Draws the images in rounds. An interrupted run resumes with the next round.
 
         Returns:
-            Root mean square differences, in units of the range of the data: `known_error`, between the known components
-            and those of the images drawn; `unknown_error`, between the other components and those of the original;
-            `spread`, the standard deviation of a pixel over the images drawn for one original, in units of the levels.
+            `known_error` and `unknown_error`: root mean square differences between drawn images and the original, in
+            units of the data's range, over the known and over the other components. `spread`: the standard deviation
+            of a pixel over the images drawn for one original, in units of the levels.
 
         Raises:
             RuntimeError: if an image is not finite.
@@ -102,7 +102,7 @@ class ConditionalEvaluator:
         }
 
     def _settings(self) -> dict[str, Any]:
-        """Everything except the parameters and the network that the images depend on."""
+        """Returns all settings that the images depend on, except the parameters and the network."""
         sampler = self.sampler
         names = ("predictor", "corrector", "num_steps", "corrector_steps", "snr", "probability_flow")
         fields = {name: getattr(sampler, name) for name in (*names, "smallest_time", "noise_removal", "temperature")}
@@ -131,7 +131,7 @@ class ConditionalEvaluator:
         return values | {"nfe": np.asarray(samples.nfe), "seconds": np.asarray(time.monotonic() - started)}
 
     def _observation(self, originals: np.ndarray) -> tuple[Batch, Observation]:
-        """The data of the originals with these indices, and what is known of them."""
+        """Returns the data of the originals with these indices, and their known components."""
         problem, run = self.problem, self.run
         x0 = device_images(run, self.preprocess, self.source.images(originals), originals)
         rows = parallel.local_rows(len(originals))
@@ -145,7 +145,7 @@ class ConditionalEvaluator:
         return x0, Observation(known, mask, basis)
 
     def _picture(self, images: np.ndarray) -> np.ndarray:
-        """Rows of an original, what is known of it, and the images that were drawn. All hosts must call this."""
+        """Makes a row of each original, its known part and the images drawn for it. All hosts must call this."""
         shown = np.arange(pad_to_devices(min(self.num_images, SHOWN)))
         indices = np.minimum(shown, self.num_images - 1)
         x0, observation = self._observation(indices)
@@ -167,32 +167,32 @@ def _components(observation: Observation, x: Batch) -> Batch:
 
 @jax.jit
 def _shown(observation: Observation, fill: Batch) -> Batch:
-    """The known components; the others are those of `fill` if the components are pixels, otherwise 0."""
+    """Returns the known components. The others come from `fill` if components are pixels; otherwise they are 0."""
     rest = fill if observation.basis is None else jnp.zeros_like(fill)
     return observation.replace(rest, observation.known)
 
 
 @jax.jit
 def _square_errors(observation: Observation, x0: Batch, x: Batch) -> tuple[Array, Array]:
-    """Mean squares of the differences of known and of unknown components, for each example."""
+    """Returns the mean squared differences of the known and of the unknown components, for each example."""
     mask, got = observation.mask, observation.components(x)
-    share = mean_square(mask)  # of ones among 0 and 1
+    share = mean_square(mask)  # the share of ones, because all values are 0 or 1
     known = mean_square((got - observation.known) * mask) / share
     unknown = mean_square((got - observation.components(x0)) * (1 - mask)) / (1 - share)
     return known, unknown
 
 
 class ClassesEvaluator:
-    """Draws `control.num_draws` images of each class, with a guidance of `control.guidance`.
+    """Draws `control.num_draws` images of each class, with the guidance weight `control.guidance`.
 
-    A network that is told classes (`data.num_classes`) guides itself. Other networks are guided by the classifier of
-    --mode=train_classifier.
+    A network that is told classes (`data.num_classes`) guides itself. The classifier of --mode=train_classifier guides
+    other networks.
 
-    The share of images that the classifier of clean images (`eval.features=classifier`) assigns to their class is
-    reported. It has never seen noisy images, so it is independent of the classifier that guides.
+    The result reports the share of images that the classifier of clean images (`eval.features=classifier`) assigns to
+    their class. That classifier has never seen noisy images, so it is independent of the classifier that guides.
 
     Raises:
-        ValueError, OSError: from the constructor, for settings that are not allowed, or if there is no classifier.
+        ValueError, OSError: from the constructor, for settings that are not allowed, or if the classifier is missing.
     """
 
     name = "classes"
@@ -259,7 +259,7 @@ class ClassesEvaluator:
         return GuidedScore(score_fn, self.classifier, labels, self.scale)
 
     def _labels_of(self, numbers: np.ndarray) -> np.ndarray:
-        """The classes of the images with these numbers: `num_draws` images of one class, then those of the next."""
+        """Returns the classes of the images with these numbers. Each class has `num_draws` consecutive images."""
         return np.asarray(self.labels)[np.minimum(numbers // self.num_draws, len(self.labels) - 1)]
 
     def _round(self, params: Params, number: int, show: ReportProgress) -> Values:
@@ -274,5 +274,5 @@ class ClassesEvaluator:
 
 
 def _rounds(count: int, size: int) -> dict[str, int]:
-    """The number of samples that count in each round, by its name."""
+    """Returns the number of samples to keep from each round, by the name of the round."""
     return {f"round{first // size}": min(size, count - first) for first in range(0, count, size)}

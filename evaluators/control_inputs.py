@@ -1,4 +1,4 @@
-"""The inputs of latent codes and conditional samples: images, and what is known of them."""
+"""The inputs of latent codes and conditional samples: images, and their known components."""
 
 import dataclasses
 import functools
@@ -23,14 +23,14 @@ from sampling import basis_of_matrix, colorization_basis, image_keys
 
 
 def require_images(run: Run, mode: str) -> Preprocess:
-    """The scaling of images, without mirroring. Raises ValueError for points."""
+    """Returns the scaling of images, without mirroring. Raises ValueError for points."""
     if run.density is not None or not isinstance(run.preprocess, Preprocess):
         raise ValueError(f"data.dataset is {run.config.data.dataset!r}, but --mode={mode} is for images")
     return run.preprocess.without_flip()
 
 
 def input_source(run: Run) -> Source:
-    """The images of `control.images`, or if it is empty, those of `eval.bpd_dataset`.
+    """Opens the images of `control.images`, or of `eval.bpd_dataset` if that field is empty.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -53,10 +53,10 @@ def input_source(run: Run) -> Source:
 
 
 def named_array(path: Path, name: str, field: str) -> np.ndarray:
-    """An array of an .npz file that a field names.
+    """Loads an array from the .npz file that a field names.
 
     Raises:
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if the file does not exist.
         ValueError: if it is damaged or lacks the array.
     """
     if not path.is_file():
@@ -69,13 +69,13 @@ def named_array(path: Path, name: str, field: str) -> np.ndarray:
 
 @functools.partial(jax.jit, static_argnums=0)
 def network_data(preprocess: Preprocess, key: Array, images: UInt8[Array, "batch h w c"], indices: Array) -> Batch:
-    """The data that the network sees. Dequantization noise, if configured, follows from the index of an image alone."""
+    """Returns the data that the network sees. Dequantization noise, if any, depends only on the index of an image."""
     keys = image_keys(key, indices)
     return jax.vmap(lambda key, image: preprocess(key, image[None])[0])(keys, images)
 
 
 def device_images(run: Run, preprocess: Preprocess, images: np.ndarray, indices: np.ndarray) -> Batch:
-    """`network_data` of a batch on the devices, from its global rows on the host."""
+    """Computes `network_data` on the devices, from all rows of a batch on the host."""
     rows = parallel.local_rows(len(images))
     on_devices = (parallel.global_array(run.mesh, array[rows]) for array in (images, indices))
     return network_data(preprocess, run.key(EVAL_KEY), *on_devices)
@@ -83,14 +83,14 @@ def device_images(run: Run, preprocess: Preprocess, images: np.ndarray, indices:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """What is known of an image.
+    """Which components of the images are known.
 
     Attributes:
-        mask: 1 where a component in the basis is known; shaped as an image, or one for each image.
+        mask: 1 where a component in the basis is known, else 0; one array shaped as an image, or one for each image.
         basis: as in `samplers.controllable.Observation`.
         description: the settings that results depend on.
         fill: value, in [0, 1], of unknown components in pictures of the observation.
-        components: known components of images scaled to [0, 1], in place of those of the images that are given.
+        components: known components of images scaled to [0, 1]; None: computed from the images that are given.
     """
 
     mask: Float[np.ndarray, "*n h w c"]
@@ -100,13 +100,13 @@ class Problem:
     components: Float[np.ndarray, "n h w c"] | None = None
 
     def mask_of(self, indices: np.ndarray) -> Float[np.ndarray, "batch h w c"]:
-        """The masks of the images at these indices."""
+        """Returns the masks of the images at these indices."""
         shared = self.mask.ndim == 3
         return np.repeat(self.mask[None], len(indices), axis=0) if shared else self.mask[indices]
 
 
 def inpainting(config: Config, shape: tuple[int, int, int], count: int) -> Problem:
-    """Known pixels, from `control.mask`.
+    """Some pixels are known, from `control.mask`.
 
     Raises:
         FileNotFoundError, ValueError: if the mask cannot be read, does not fit the images, or leaves nothing unknown.
@@ -149,11 +149,11 @@ MASKS = {
     "bottom": lambda h, w: _half(h, w, slice(h // 2, None), EVERY),
     "border": _border,
 }
-"""The known part of an image of h x w pixels, by the names that `control.mask` accepts besides files."""
+"""Functions that return the known part of an h x w image, by the names that `control.mask` accepts besides files."""
 
 
 def _mask_in_file(path: Path) -> np.ndarray:
-    """A mask in an .npz file, or a picture, where bright pixels are known."""
+    """Loads a mask from an .npz file, or from a picture, whose bright pixels are known."""
     if not path.is_file():
         raise FileNotFoundError(f"control.mask is {str(path)!r}, which is neither a file nor one of {', '.join(MASKS)}")
     if path.suffix != ".npz":
@@ -169,7 +169,7 @@ def _mask_in_file(path: Path) -> np.ndarray:
 
 
 def colorization(config: Config, shape: tuple[int, int, int], count: int) -> Problem:
-    """The grey component of each pixel. Raises ValueError for images without colour."""
+    """The grey component of each pixel is known. Raises ValueError for images without colour."""
     del config, count
     if shape[-1] != 3:
         raise ValueError(f"data.num_channels is {shape[-1]}, but --mode=colorize is for images of 3 channels")
@@ -179,7 +179,7 @@ def colorization(config: Config, shape: tuple[int, int, int], count: int) -> Pro
 
 
 def restoration(config: Config, shape: tuple[int, int, int], count: int) -> Problem:
-    """Linear observations without noise, from `control.matrix`.
+    """Linear observations without noise are known, from `control.matrix`.
 
     Raises:
         FileNotFoundError, ValueError: if the file cannot be read, or does not fit the images.
@@ -212,7 +212,7 @@ def restoration(config: Config, shape: tuple[int, int, int], count: int) -> Prob
 
 
 def _block_means(height: int, width: int, channels: int) -> Float[np.ndarray, "m d"]:
-    """The matrix of the means over blocks of 2x2 pixels."""
+    """Returns the matrix of the means over blocks of 2x2 pixels."""
     if height % 2 or width % 2:
         raise ValueError(f"control.matrix is 'blocks', which needs an even image size, got {height}x{width}")
     pixels = np.arange(height * width * channels).reshape(height, width, channels)
@@ -223,12 +223,12 @@ def _block_means(height: int, width: int, channels: int) -> Float[np.ndarray, "m
 
 
 def pad_to_devices(size: int) -> int:
-    """The least multiple of the number of devices that is at least this size."""
+    """Rounds this size up to a multiple of the number of devices."""
     return -(-size // jax.device_count()) * jax.device_count()
 
 
 def finite_levels(preprocess: Preprocess, x: Batch, what: str) -> UInt8[np.ndarray, "batch h w c"]:
-    """x as integer levels on the host. Raises RuntimeError if a value is not finite."""
+    """Returns x as integer levels on the host. Raises RuntimeError if a value is not finite."""
     levels, finite = parallel.fetch(_levels(preprocess, x))
     if not finite.all():
         raise RuntimeError(f"{what}: {np.sum(~finite)} of {len(finite)} images are not finite; the model diverged")

@@ -103,7 +103,7 @@ class DiagnosticsEvaluator:
         """Computes the values of the images of one batch: [images, starts] or [images, times].
 
         Args:
-            show: called between the solves, with their number and that of all.
+            show: called between the solves, with the number of finished solves and the number of all solves.
         """
         started, settings, run = time.monotonic(), self.run.config.eval, self.run
         key = run.key(EVAL_KEY)

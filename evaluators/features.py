@@ -96,7 +96,7 @@ def save_inception(path: Path, params: dict, *, source_sha256: str) -> None:
 
 
 def extractor_from_config(config: Config) -> Callable[[], FeatureExtractor]:
-    """A function that builds the feature extractor that `eval.features` names, which may mean to train it.
+    """Returns a function that builds, and if necessary trains, the feature extractor that `eval.features` names.
 
     Raises:
         FileNotFoundError: if the weights of Inception are missing. The message says how to get them.

@@ -55,7 +55,7 @@ class Comparison:
         return self.find_statistics(self.extractor)
 
     def prepare(self) -> None:
-        """Builds the extractor, and measures the real images unless this is done, before any sample is drawn."""
+        """Builds the extractor, and measures the real images if necessary, before any sample is drawn."""
         _ = self.statistics
 
     def __call__(self, images: Images) -> dict[str, Any]:
@@ -68,7 +68,7 @@ class Comparison:
 def comparison_from_config(config: Config) -> Comparison:
     """Builds the comparison that `eval` describes, and checks all settings.
 
-    A classifier is trained, and images are measured, when they are needed.
+    It does not train a classifier or measure images yet. This happens on first use.
 
     Raises:
         FileNotFoundError: if the weights of Inception, the images, or the statistics are missing.
@@ -104,7 +104,7 @@ def compared_split(config: Config) -> str:
 
 
 def published_statistics(config: Config) -> Statistics | None:
-    """Loads the statistics in the file `eval.statistics`; None if the field is empty.
+    """Loads the statistics in the file `eval.statistics`. Returns None if the field is empty.
 
     Raises FileNotFoundError or ValueError if the file is missing or damaged.
     """
@@ -119,7 +119,7 @@ def published_statistics(config: Config) -> Statistics | None:
 
 
 def _checked(statistics: Statistics, extractor: FeatureExtractor, config: Config) -> Statistics:
-    """The published statistics. Raises ValueError if another network measured them."""
+    """Returns the published statistics. Raises ValueError if another network measured them."""
     check_statistics(statistics, extractor)
     if not statistics.features_hash:
         name = extractor.name

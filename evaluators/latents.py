@@ -43,29 +43,29 @@ class Codec:
 
     @property
     def description(self) -> dict[str, Any]:
-        """The settings that codes depend on."""
+        """Returns the settings that codes depend on."""
         sampler = self.sampler
         settings = {"solver": sampler.method, "rtol": sampler.rtol, "atol": sampler.atol}
         return settings | {"t_min": sampler.smallest_time, "seed": self.run.config.seed}
 
     def settings(self) -> dict[str, Any]:
-        """Everything except the parameters and the input that values of a batch depend on."""
+        """Returns all settings that the values of a batch depend on, except the parameters and the input."""
         dequantize = {"dequantize": self.preprocess.dequantize, "rounding": self.preprocess.rounding}
         network = {"network": self.run.network_description(), "batch_size": self.batch_size}
         return self.description | dequantize | network
 
     def encode(self, params: Params, x: Batch, show: ReportProgress | None = None) -> tuple[Batch, int]:
-        """Latents of data x, and the network evaluations."""
+        """Returns the latents of data x, and the number of network evaluations."""
         return self.sampler.encode(self.run.score_fn(params), x, show)
 
     def decode(self, params: Params, latents: Batch, show: ReportProgress | None = None) -> tuple[Batch, int]:
-        """Data of latents, and the network evaluations."""
+        """Returns the data of latents, and the number of network evaluations."""
         return self.sampler.decode(self.run.score_fn(params), latents, show)
 
     def decode_array(
         self, params: Params, latents: Float[np.ndarray, "n h w c"], show: ReportProgress | None
     ) -> Values:
-        """Integer images of at most a batch of latents on the host, multiplied by sampling.temperature."""
+        """Decodes at most one batch of latents, multiplied by sampling.temperature, to integer images on the host."""
         started, count = time.monotonic(), len(latents)
         (padded,) = parallel.pad_rows(self.batch_size, self.sampler.temperature * latents)
         rows = padded[parallel.local_rows(len(padded))].astype(np.float32)
@@ -148,7 +148,7 @@ class EncodeEvaluator:
         return {name: value[:size] for name, value in values.items()} | cost
 
     def _write_picture(self, reconstructions: np.ndarray, folder: EvaluationFolder) -> None:
-        """Rows of images, each above a row of their reconstructions."""
+        """Writes rows of images, each above a row of their reconstructions."""
         columns = min(len(reconstructions), 8)
         count = min(len(reconstructions), PER_GRID // 2) // columns * columns
         both = self.source.images(np.arange(count)), reconstructions[:count]
@@ -178,7 +178,7 @@ class DecodeEvaluator:
         """Decodes batch by batch, and writes the images. An interrupted run resumes with the next batch.
 
         Raises:
-            FileNotFoundError: if there are no latents of this checkpoint.
+            FileNotFoundError: if the latents of this checkpoint do not exist.
             RuntimeError: if a solve fails or a value is not finite.
         """
         latents = self._of_checkpoint(folder, params) if self.given is None else self.given
@@ -225,9 +225,9 @@ class DecodeEvaluator:
 
 
 class InterpolateEvaluator:
-    """Strips of pictures between pairs of images: their latents are interpolated on a sphere, and decoded.
+    """Draws strips of pictures between pairs of images: interpolates their latents on a sphere, and decodes them.
 
-    Images 0 and 1 are a pair, 2 and 3, and so on.
+    Images 0 and 1 are the first pair, images 2 and 3 the second, and so on.
 
     Raises:
         ValueError, OSError: from the constructor, for settings or images that are not allowed, or missing files.
@@ -295,9 +295,9 @@ class InterpolateEvaluator:
 def spherical_interpolation(
     a: Float[np.ndarray, "n *dims"], b: Float[np.ndarray, "n *dims"], weight: float
 ) -> Float[np.ndarray, "n *dims"]:
-    """The point on the arc from a (weight 0) to b (weight 1), for each example (Shoemake, 1985).
+    """Returns the point on the arc from a (weight 0) to b (weight 1), for each example (Shoemake, 1985).
 
-    Points between Gaussian noise have the norm of Gaussian noise, unlike those on the straight line.
+    Between two draws of Gaussian noise, points on the arc keep its typical norm. Points on the line are shorter.
     """
     flat_a, flat_b = (np.asarray(x, np.float64).reshape(len(x), -1) for x in (a, b))
     norms = np.linalg.norm(flat_a, axis=1) * np.linalg.norm(flat_b, axis=1)
@@ -311,7 +311,7 @@ def spherical_interpolation(
 
 
 def _cost(batches: list[Values]) -> dict[str, float]:
-    """The mean network evaluations of a batch, and the total time."""
+    """Returns the mean number of network evaluations of a batch, and the total time."""
     return {
         "nfe": float(np.mean([batch["nfe"] for batch in batches])),
         "seconds": float(np.sum([batch["seconds"] for batch in batches])),

@@ -43,7 +43,7 @@ class LossEvaluator:
     def first_batches(self, params: Params) -> dict[str, float] | None:
         """Computes means over the first `training.eval_batches` batches, always with the same noise.
 
-        Returns None after a request to stop. It raises nothing, so that training saves its state first.
+        Returns None after a request to stop, and does not raise, so that training can save its state first.
         """
         means = self._means(params, min(self.eval_batches, self.num_batches))
         return None if means is None else {name: mean["mean"] for name, mean in means.items()}

@@ -1,6 +1,6 @@
 """The cost of a training step: arithmetic, memory, compile time and, on the devices at hand, seconds.
 
-A case is an order, a batch size and a memory setting. Its row is what `--mode=cost` writes and prints.
+A case is an order, a batch size and a memory setting. `--mode=cost` writes and prints one row for each case.
 """
 
 import ast
@@ -25,7 +25,7 @@ MEMORY_FIELDS = ("training.accumulation_steps", "training.residual_first", "mode
 """Fields of the configuration that a memory setting may change. They change the cost of a step, but not the state."""
 
 OUT_OF_MEMORY, NOT_COMPILED = "out of memory", "not compiled in time"
-"""Errors of rows."""
+"""Values of `error` in a row."""
 
 GIGA = 1e9
 
@@ -38,7 +38,7 @@ class Case(NamedTuple):
     memory: str
 
     def changes(self) -> dict[str, Any]:
-        """The fields of the configuration, with dots in their names, that the case sets.
+        """Returns the fields of the configuration that the case sets, under their dotted names.
 
         Raises:
             ValueError: if the memory setting is not "none" and not FIELD=VALUE, separated by spaces.
@@ -63,10 +63,10 @@ def _literal(text: str) -> Any:
 
 
 def all_cases(orders: Sequence[int], batch_sizes: Sequence[int], memory: Sequence[str]) -> list[Case]:
-    """Every memory setting of every batch size of every order.
+    """Returns the cases of every memory setting of every batch size of every order.
 
     Raises:
-        ValueError: if one of the lists is empty, or has something twice.
+        ValueError: if one of the lists is empty, or has an entry twice.
     """
     for name, values in {"orders": orders, "batch_sizes": batch_sizes, "memory": memory}.items():
         if not values or len(set(values)) < len(values):
@@ -75,10 +75,11 @@ def all_cases(orders: Sequence[int], batch_sizes: Sequence[int], memory: Sequenc
 
 
 def contraction_flop(jaxpr: Any, *, repeat_loops: bool = True) -> float:
-    """Floating-point operations of the convolutions and matrix products of a traced program, two for each product.
+    """Counts the floating-point operations of convolutions and matrix products in a traced program, two per product.
 
-    It counts what a device computes, zeros of padding and dilation included. XLA's own count has the body of a loop
-    once only, and lacks calls of libraries, which are the convolutions on GPUs. On CPUs the two agree within 3 %.
+    The count includes operations on the zeros of padding and dilation, which a device also computes. XLA's own count
+    includes the body of a loop only once, and omits library calls, such as the convolutions on GPUs. On CPUs the two
+    counts agree within 3 %.
 
     Args:
         repeat_loops: count the body of a loop as often as it runs, instead of once. Unrolled loops count in full.
@@ -101,7 +102,7 @@ def contraction_flop(jaxpr: Any, *, repeat_loops: bool = True) -> float:
 
 
 def _inner_programs(params: Mapping[str, Any]) -> Iterator[Any]:
-    """The traced programs among the parameters of an operation: bodies of loops and of calls."""
+    """Yields the traced programs among the parameters of an operation: bodies of loops and of calls."""
     for value in params.values():
         for part in value if isinstance(value, tuple | list) else (value,):
             program = getattr(part, "jaxpr", part)
@@ -112,7 +113,7 @@ def _inner_programs(params: Mapping[str, Any]) -> Iterator[Any]:
 def peak_bytes(jaxpr: Any) -> int:
     """Estimates the memory of a traced program: arguments, and the results of operations from their first to last use.
 
-    A compiler does without the results that it fuses, and may order operations in another way. So this is an upper
+    A compiler does not store the results of operations that it fuses, and may reorder operations. So this is an upper
     estimate for a program that is not compiled yet.
     """
     last_use = {
@@ -136,7 +137,7 @@ def peak_bytes(jaxpr: Any) -> int:
 
 
 def _per_device(jaxpr: Any) -> float:
-    """`peak_bytes` on one device: each has all arguments, and its part of all that is computed from the batch."""
+    """Returns `peak_bytes` of one device. It holds all arguments, and its share of the values from the batch."""
     arguments = sum(map(_bytes, jaxpr.invars))
     return arguments + (peak_bytes(jaxpr) - arguments) / jax.device_count()
 
@@ -151,11 +152,16 @@ def program_cost(
 ) -> tuple[dict[str, Any], Any]:
     """Compiles the training steps and returns their cost for one step, with the compiled program.
 
-    The names of the cost: `gflop` of convolutions and products; `estimated_gb` of memory per device, by `peak_bytes`;
-    `xla_gflop` and `gb_accessed`, which XLA counts, None
-    if the program has loops, whose bodies XLA counts once; `temporary_gb` and `total_gb` of memory per device, the
-    latter with arguments and results; `trace_seconds` and `compile_seconds`. If the compilation takes longer than the
-    limit, there is no compiled program, and the cost has only what the traced program shows.
+    The cost has these values:
+
+    - `gflop`: operations of convolutions and matrix products.
+    - `estimated_gb`: memory per device, by `peak_bytes`.
+    - `xla_gflop`, `gb_accessed`: counted by XLA. None if the program has loops, because XLA counts their bodies once.
+    - `temporary_gb`, `total_gb`: memory per device; the total includes arguments and results.
+    - `trace_seconds`, `compile_seconds`.
+
+    If the compilation takes longer than the limit, the compiled program is None, and the cost has only the values that
+    are known from the traced program.
 
     Args:
         train_steps: the jitted function.
@@ -198,10 +204,10 @@ def _giga(value: float | None, steps: int) -> float | None:
 
 
 def step_seconds(call: Callable[[Any], Any], state: Any, num_calls: int, steps: int) -> dict[str, float]:
-    """Times calls one by one after a first call that is not counted; returns the median and the extremes of a step.
+    """Times calls one by one, after an untimed first call. Returns the median and the extremes for one step.
 
     Args:
-        call: from a state, which it may donate, to the next.
+        call: maps a state, which it may donate, to the next state.
         steps: the number of training steps of one call.
     """
     seconds = []
@@ -218,7 +224,7 @@ def step_seconds(call: Callable[[Any], Any], state: Any, num_calls: int, steps: 
 
 
 def device_memory() -> float:
-    """The memory in GB that JAX may use on the first device. For a CPU, the memory of the machine."""
+    """Returns the memory in GB that JAX may use on the first device. For a CPU, the memory of the machine."""
     device = jax.local_devices()[0]
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
@@ -227,13 +233,13 @@ def device_memory() -> float:
 
 
 def peak_memory() -> float | None:
-    """The most memory in GB that has been in use on the first device since the program started, where it is known."""
+    """Returns the peak memory in GB on the first device since the program started, or None if it is not known."""
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return None if peak is None else peak / GIGA
 
 
 def error_text(error: Exception) -> str:
-    """`OUT_OF_MEMORY`, or the first line of another error."""
+    """Returns `OUT_OF_MEMORY`, or the first line of another error."""
     if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error) or OUT_OF_MEMORY in str(error).lower():
         return OUT_OF_MEMORY
     return f"failed: {(str(error).splitlines() or [type(error).__name__])[0]}"
@@ -254,7 +260,7 @@ HEADERS = (
 
 
 def cells(row: Row) -> list[str]:
-    """The row as text, under `HEADERS`. An error stands in place of the seconds of a step."""
+    """Returns the row as text, under `HEADERS`. An error replaces the seconds of a step."""
 
     def text(name: str) -> str:
         return "-" if row.get(name) is None else f"{row[name]:.4g}"
@@ -265,7 +271,7 @@ def cells(row: Row) -> list[str]:
 
 
 def largest_fitting(rows: Iterable[Row], memory_gb: float) -> Row | None:
-    """The largest batch whose program fits the memory, with the fastest setting that makes it fit; None if none does.
+    """Returns the largest batch whose program fits the memory, with its fastest fitting setting; None if none fits.
 
     Without measured seconds, the setting with the least arithmetic counts as the fastest.
     """

@@ -109,7 +109,7 @@ def join_processes(
 
 
 def _alone_on_node() -> bool:
-    """Whether SLURM runs one task on a node, or there is no SLURM: the process then uses all GPUs of its machine.
+    """Returns whether the process uses all GPUs of its machine: without SLURM, or if SLURM runs one task per node.
 
     Under SLURM, JAX would otherwise take one GPU for each task, even if there is one task with eight GPUs.
     """
@@ -120,7 +120,7 @@ def _alone_on_node() -> bool:
 def leave_processes(code: int) -> int:
     """Returns the exit code of a failure, once the other processes of the run have failed, too.
 
-    If this process has failed alone, the others may wait for it. Then it ends at once, which they notice.
+    If only this process has failed, the others may wait for it. Then it ends at once, and they notice that.
     """
     if jax.distributed.is_initialized():
         with contextlib.suppress(TimeoutError, RuntimeError, KeyboardInterrupt):

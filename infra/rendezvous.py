@@ -1,8 +1,8 @@
-"""The first meeting of the processes of a run, which finds out who is missing.
+"""Connects the processes of a run before JAX does, to find out which ones are missing.
 
-JAX ends a process with a stack trace if another one does not connect, and does not say which. So the processes meet
-here before, at the same address: each tells the first one its number, and the first one tells everybody when all are
-there, or who is missing.
+JAX ends a process with a stack trace if another one does not connect, and does not say which one. So the processes
+connect here first, at the same address. Each process sends its number to the first one. The first one then tells all
+of them that the run is complete, or which processes are missing.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ _POLL = 0.2
 
 
 def meet(address: str, num_processes: int, process_id: int, seconds: float) -> None:
-    """Waits until all processes have come.
+    """Waits until all processes have connected.
 
     Args:
         address: host:port of the first process.
@@ -38,7 +38,7 @@ def meet(address: str, num_processes: int, process_id: int, seconds: float) -> N
 
 
 def _receive(port: int, num_processes: int, deadline: float, seconds: float) -> None:
-    """The first process: collects the numbers of the others, and answers them."""
+    """Runs in the first process: collects the numbers of the others, and answers them."""
     others: dict[int, socket.socket] = {}
     problem: OSError | ValueError | None = None
     with contextlib.ExitStack() as connections:
@@ -86,7 +86,7 @@ def _introduce(connection: socket.socket, total: int, others: dict[int, socket.s
 
 
 def _report(host: str, port: int, num_processes: int, process_id: int, deadline: float, seconds: float) -> None:
-    """Any other process: tells the first one its number, and waits for the answer."""
+    """Runs in the other processes: sends the number of the process to the first one, and waits for the answer."""
     reached = False
     while time.monotonic() < deadline:
         stop.check_this_host()
@@ -114,7 +114,7 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _read(connection: socket.socket, deadline: float) -> Any:
-    """One message; None if the other end closes the connection, says something else, or is too late."""
+    """Reads one message. Returns None if the other end closes the connection, sends something else, or is too late."""
     connection.settimeout(_POLL)
     received = b""
     while time.monotonic() < deadline and len(received) < 4096:

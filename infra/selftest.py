@@ -17,7 +17,7 @@ from infra.waiting import within
 from train_state import TrainState
 
 COLLECTIVE_SECONDS = 60.0
-"""How long the collective over all devices may take, which includes its compilation."""
+"""How long the collective over all devices may take, including its compilation."""
 
 PROBE_BYTES = 2**26
 """The size of the file that measures the speed of the disk."""
@@ -33,7 +33,7 @@ class Check(NamedTuple):
 
     @property
     def line(self) -> str:
-        """The row as text, under `HEADER`."""
+        """Returns the row as text, under `HEADER`."""
         status = "ok" if self.passed else "FAILED"
         return f"{self.name:<21} {status:<7} {self.seconds:>7.1f}  {' '.join(self.result.split())}"
 
@@ -42,7 +42,7 @@ HEADER = f"{'check':<29} {'seconds':>7}  result"
 
 
 def check(name: str, measure: Callable[[], str]) -> Check:
-    """Runs a check, which returns its result or raises. Only bad input and failures count, not programming errors."""
+    """Runs a check, which returns its result or raises. It catches bad input and failures, not programming errors."""
     started = time.monotonic()
     try:
         passed, result = True, measure()
@@ -63,7 +63,7 @@ def collective(folder: Path, seconds: float = COLLECTIVE_SECONDS) -> str:
     """Adds numbers over all devices, and checks that all processes see the same folder.
 
     Raises:
-        TimeoutError: naming the processes that did not get to the collective, as far as the folder shows.
+        TimeoutError: naming the processes that did not reach the collective, as far as the folder shows.
         OSError: if the processes do not share the folder.
         RuntimeError: for a wrong sum.
     """
@@ -96,7 +96,7 @@ def _sum_over_devices() -> float:
 
 
 def missing_processes(marks: Path, count: int, since: float) -> list[int]:
-    """The processes without a mark in the folder that is at least as new as `since`."""
+    """Returns the processes that have left no mark in the folder at or after the time `since`."""
     return [
         number
         for number in range(count)
@@ -132,7 +132,7 @@ def disk(folder: Path, needed: int) -> str:
 
 
 def checkpoint_bytes(state: TrainState, n_iters: int, keep_every: int) -> int:
-    """The size of all checkpoints of a run: those kept permanently, the newest, and one that is being written.
+    """Returns the size of a run's checkpoints: the permanent ones, the newest, and one that is being written.
 
     Args:
         state: the shapes of the state.

@@ -1,4 +1,4 @@
-"""Waits for other processes, disks and compilers: each has a limit, and says what it waits for.
+"""Waits for other processes, disks and compilers. Each wait has a limit, and says what it waits for.
 
 A wait inside compiled code or a system call cannot be interrupted by an exception. So `waiting` watches the wait from a
 thread, which ends the process at the limit. `within` runs a call in a thread and leaves it behind at the limit.
@@ -88,7 +88,7 @@ def within(seconds: float, what: str, call: Callable[[], Result]) -> Result:
         what: the subject of the error message.
 
     Raises:
-        TimeoutError: at the limit. The call runs on in its thread, so the process must end by `leave`.
+        TimeoutError: at the limit. The call continues in its thread, so the process must end by `leave`.
         KeyboardInterrupt: after a request to stop, with the same consequence.
     """
     outcome: list[tuple[bool, Result | BaseException]] = []

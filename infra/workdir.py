@@ -1,7 +1,7 @@
 """The folder of a run: where each artefact is, with the functions that write and read it.
 
     config.json, environment.json     the configuration; the software and devices of the last start
-    start.json                        of a run that starts from a checkpoint: which, and its step
+    start.json                        the checkpoint that the run starts from, if any, and its step
     checkpoints/STEP/                 training states: checkpoints.py
     train/metrics.jsonl               training metrics, with TensorBoard files in train/tensorboard/: metrics.py
     eval/LABEL.json                   results of one checkpoint, with times in LABEL_seconds.json: results.py
@@ -12,7 +12,7 @@
     samples/snapshots/step_STEP.npz   samples drawn during training, with pictures in .png files
     latents/LABEL.npz                 latent codes of images: evaluators/latents.py
     pictures/LABEL_WHAT.npz, .png     images of latent codes, and conditional samples
-    classifier/                       the classifier that guides samples, a folder like that of a dequantizer
+    classifier/                       the classifier that guides samples; a folder like a dequantizer's
     density/LABEL.npz                 the density of a model of points on a grid
     cost.json                         costs of a training step, from --mode=cost
     failed_batch.npz                  the batches in which losses were not finite too often: training_loop.py
@@ -404,7 +404,10 @@ def read_all(kind: type[Artefact], paths: Iterator[Path], problems: list[str]) -
 
 
 def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
-    """The object in a JSON file; None if there is no file, or if it is not an object, which `problems` then says."""
+    """Reads the object in a JSON file.
+
+    Returns None if the file does not exist, or if it cannot be read; `problems` then has the reason.
+    """
     if not path.exists():
         return None
     try:

@@ -17,11 +17,11 @@ class Conditioning(Protocol):
     """The two translations between a score function and a network."""
 
     def labels(self, t: PerExample) -> PerExample:
-        """The labels that tell the network the times."""
+        """Returns the labels that tell the network these times."""
         ...
 
     def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
-        """The score at x and these times, from the network's output."""
+        """Returns the score at x and these times, from the network's output."""
         ...
 
 
@@ -69,15 +69,15 @@ PARAMETERIZATIONS: dict[str, tuple[type[SDE], Callable[[Any], Conditioning]]] = 
     "noise": (SDE, ScaledTimes),
     "velocity": (LinearGammaSDE, Velocities),
 }
-"""What a network without `scale_by_sigma` predicts in continuous time, by model.parameterization, with the SDEs that
-define it."""
+"""Conditionings of networks without `scale_by_sigma` in continuous time, by model.parameterization, with the SDEs that
+define them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LadderLevels:
     """For SMLD: labels number the levels of a ladder from the largest sigma, and the output is the score.
 
-    The label of a time is that of the nearest level, so between two levels the score function has a step.
+    Each time has the label of the nearest level, so the score function jumps between two levels.
     """
 
     sde: VESDE
@@ -95,8 +95,7 @@ class LadderLevels:
 class ChainLevels:
     """For DDPM: labels number the levels of the chain from the smallest noise, and the output is the noise in x.
 
-    Labels between two levels are not rounded, but the sigma that divides the output is that of the level below, as
-    published.
+    Labels between two levels are not rounded, but the output is divided by the sigma of the level below, as published.
     """
 
     sde: VPSDE
@@ -114,7 +113,7 @@ DISCRETE: dict[type[SDE], type[LadderLevels] | type[ChainLevels]] = {VESDE: Ladd
 
 
 def conditioning(sde: SDE, scale_by_sigma: bool, levels: int | None, parameterization: str = "noise") -> Conditioning:
-    """The conditioning of a network.
+    """Returns the conditioning of a network.
 
     Args:
         scale_by_sigma: whether the network divides its output by sigma.

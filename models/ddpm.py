@@ -68,7 +68,7 @@ class DDPM(NCSNpp):
 
 
 def ddpm_from_fields(model: Config, centered: bool, ladder: Ladder | None = None) -> DDPM:
-    """The network with the fields of config.model; `ladder`: the noise levels of labels.
+    """Builds the network with the fields of config.model. Labels number the levels of `ladder`.
 
     As in the published code, model.embedding_type has no effect.
     """
@@ -89,7 +89,7 @@ def ddpm_from_fields(model: Config, centered: bool, ladder: Ladder | None = None
 
 
 def ddpm_from_config(config: Config) -> DDPM:
-    """The network that config.model describes, for the SDE of config.training.
+    """Builds the network that config.model describes, for the SDE of config.training.
 
     Raises:
         ValueError: a field of config.model has a value that is not allowed.

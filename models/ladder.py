@@ -25,15 +25,15 @@ class Ladder:
             raise ValueError(f"a ladder needs at least 2 noise levels, got {self.levels}")
 
     def sigma(self, labels: PerExample) -> PerExample:
-        """The noise level of each label. Label 0 is the largest noise level, and label `levels` - 1 the smallest."""
+        """Returns the noise level of each label: the largest for label 0, the smallest for label `levels` - 1."""
         return VESDE(self.sigma_min, self.sigma_max).alpha_sigma(1 - labels / (self.levels - 1))[1]
 
 
 def ladder_from_fields(model: Config) -> Ladder:
-    """The ladder with the fields of config.model."""
+    """Builds the ladder with the fields of config.model."""
     return Ladder(float(model.sigma_min), float(model.sigma_max), model.num_scales)
 
 
 def ladder_from_config(config: Config) -> Ladder | None:
-    """The ladder of a network that divides its output by the sigma of a level; None for other networks."""
+    """Builds the ladder of a network that divides its output by the sigma of a level; None for other networks."""
     return ladder_from_fields(config.model) if config.model.scale_by_sigma and not config.training.continuous else None

@@ -19,7 +19,7 @@ from models.resample import AnySize, FeatureMap, SameSize, Taps, conv_downsample
 Embedding: TypeAlias = Float[Array, "batch embedding"]
 Nonlinearity: TypeAlias = Callable[[Array], Array]
 Normalization: TypeAlias = Callable[[], Callable[[FeatureMap], FeatureMap]]
-"""Builds a layer that normalises feature maps, such as a class of modules. Each call builds one with its parameters."""
+"""Builds a layer that normalises feature maps, e.g. a module class. Each layer has its own parameters."""
 
 
 @jax.custom_jvp
@@ -97,8 +97,8 @@ class GroupNorm(nn.Module):
     `groups` sets another number of groups, which must divide the channels.
 
     Pixels are averaged first, and the rest works on one number for each channel: this makes third derivatives cheaper.
-    The result is one multiplication and one addition for each pixel, so a backward pass needs x only. Moments are in
-    32-bit floats also for feature maps of 16 bits.
+    The result is one multiplication and one addition for each pixel, so a backward pass needs x only. Moments are
+    32-bit floats even for 16-bit feature maps.
     """
 
     epsilon: float = 1e-6

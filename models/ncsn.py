@@ -10,7 +10,7 @@ from models.refinenet import ConditionalResidualBlock, CondRefineBlock, Normaliz
 class NCSN(NCSNv2):
     """Maps noisy images and the number of their noise level to an image of the same shape.
 
-    The fields are those of `NCSNv2`, but all normalisations are InstanceNorm++ with factors for each noise level.
+    It has the fields of `NCSNv2`, but all normalisations are InstanceNorm++ with factors for each noise level.
 
     Raises:
         ValueError: a field is out of its range, or the height or width of the images is odd.
@@ -34,7 +34,7 @@ class NCSN(NCSNv2):
 
 
 def ncsn_from_fields(model: Config, centered: bool) -> NCSNv2:
-    """The network with the fields of config.model.
+    """Builds the network with the fields of config.model.
 
     Raises:
         ValueError: if a field has a value that is not allowed.
@@ -43,7 +43,7 @@ def ncsn_from_fields(model: Config, centered: bool) -> NCSNv2:
 
 
 def ncsn_from_config(config: Config) -> NCSNv2:
-    """The network that config.model describes.
+    """Builds the network that config.model describes.
 
     Raises:
         ValueError: a field of config.model has a value that is not allowed, or training is not SMLD.

@@ -64,7 +64,7 @@ class NCSNpp(nn.Module):
     the largest sigma, and the output is divided by the sigma of the level.
 
     Raises:
-        ValueError: a field is out of its range, or the images are too small for so many resolutions.
+        ValueError: a field is out of its range, or the images are too small for the number of resolutions.
     """
 
     nf: int = 128
@@ -89,7 +89,7 @@ class NCSNpp(nn.Module):
     centered: bool = True  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
     dtype: str = "float32"  # of feature maps; parameters, moments, embeddings and the output keep the images' precision
     remat: str = "none"  # what the backward pass recomputes of each block; see `REMAT_POLICIES`
-    num_classes: int = 0  # classes 0, ..., num_classes - 1 that the network is told; the next number means any class
+    num_classes: int = 0  # the network is told classes 0, ..., num_classes - 1; num_classes means any class
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -299,7 +299,7 @@ def ncsnpp_from_config(config: Config) -> NCSNpp:
 
 
 def check_scale_by_sigma(config: Config) -> None:
-    """Raises ValueError if model.scale_by_sigma does not suit the SDE."""
+    """Raises ValueError if model.scale_by_sigma cannot be used with the SDE."""
     scale_by_sigma, sde = config.model.scale_by_sigma, config.training.sde
     if scale_by_sigma != SDES[sde].scale_by_sigma:
         raise ValueError(
@@ -308,7 +308,7 @@ def check_scale_by_sigma(config: Config) -> None:
 
 
 def ncsnpp_from_fields(model: Config, centered: bool, ladder: Ladder | None = None) -> NCSNpp:
-    """The network with the fields of config.model, without regard to the SDE; `ladder`: the noise levels of labels."""
+    """Builds the network with the fields of config.model for any SDE. With `ladder`, labels number its levels."""
     for field, only in ONLY_CHOICES.items():
         if model[field] != only:
             raise ValueError(f"model.{field} is {model[field]!r}; it must be {only!r}")

@@ -18,7 +18,7 @@ class Plan(NamedTuple):
 
     channels: tuple[int, ...]  # of the residual blocks
     dilations: tuple[int, ...]  # of the residual blocks; with 1, every stage but the first halves the resolution
-    refined: tuple[int, ...]  # channels of the RefineNet block that joins the stage with those further inwards
+    refined: tuple[int, ...]  # channels of the RefineNet block that joins the stage with the stages further inwards
 
     @property
     def halvings(self) -> int:
@@ -39,7 +39,7 @@ class NCSNv2(nn.Module):
     nf: int = 128
     nonlinearity: str = "elu"
     normalization: str = "InstanceNorm++"
-    interpolation: str = "bilinear"  # how feature maps are brought to a higher resolution
+    interpolation: str = "bilinear"  # how feature maps are upsampled
     scale_by_sigma: bool = True
     centered: bool = False  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
 
@@ -67,11 +67,11 @@ class NCSNv2(nn.Module):
         return lambda x: NORMALIZATIONS[self.normalization]()(x)
 
     def _normalize_refined(self, labels: PerExample) -> Normalize:
-        """The normalisation inside RefineNet blocks: none."""
+        """Returns the normalisation inside RefineNet blocks: none."""
         return keep
 
     def _down_path(self, h: FeatureMap, normalize: Normalize) -> list[AnySize]:
-        """The feature maps of all stages, from the image inwards."""
+        """Computes the feature maps of all stages, from the image inwards."""
         stages = []
         for number, (multiplier, dilation) in enumerate(zip(self.plan.channels, self.plan.dilations, strict=True)):
             for down in (number > 0, False):
@@ -122,7 +122,7 @@ NETWORKS: dict[str, type[NCSNv2]] = {"ncsnv2_64": NCSNv2, "ncsnv2_128": NCSNv2_1
 
 
 def ncsnv2_from_fields(model: Config, centered: bool) -> NCSNv2:
-    """The network with the fields of config.model.
+    """Builds the network with the fields of config.model.
 
     Raises:
         ValueError: if a field has a value that is not allowed.
@@ -131,7 +131,7 @@ def ncsnv2_from_fields(model: Config, centered: bool) -> NCSNv2:
 
 
 def refine_net_from_fields(network: type[NCSNv2], model: Config, centered: bool) -> NCSNv2:
-    """A network of this class with the fields of config.model."""
+    """Builds a network of this class with the fields of config.model."""
     return network(
         ladder=ladder_from_fields(model),
         nf=model.nf,
@@ -144,7 +144,7 @@ def refine_net_from_fields(network: type[NCSNv2], model: Config, centered: bool)
 
 
 def ncsnv2_from_config(config: Config) -> NCSNv2:
-    """The network that config.model describes.
+    """Builds the network that config.model describes.
 
     Raises:
         ValueError: a field of config.model has a value that is not allowed, or training is not SMLD.

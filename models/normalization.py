@@ -21,7 +21,7 @@ EPSILON = 1e-5
 
 
 def _near_one(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-    """Initial factors: normal with mean 1 and standard deviation 0.02."""
+    """Draws initial factors: normal with mean 1 and standard deviation 0.02."""
     return 1 + 0.02 * jax.random.normal(key, shape, dtype)
 
 
@@ -30,7 +30,7 @@ def _standardize(x: Array, axis: int | tuple[int, ...]) -> Array:
 
 
 def _standard_means(x: FeatureMap) -> Float[Array, "batch 1 1 channels"]:
-    """The means of the channels, standardised over the channels of each example."""
+    """Returns the means of the channels, standardised over the channels of each example."""
     return _standardize(x.mean((1, 2), keepdims=True), axis=-1)
 
 
@@ -67,7 +67,7 @@ class InstanceNorm2dPlus(nn.Module):
 
 
 class ConditionalInstanceNorm2dPlus(nn.Module):
-    """InstanceNorm++ with factors of their own for each of `levels` noise levels, which `labels` number."""
+    """InstanceNorm++ with separate factors for each of `levels` noise levels. `labels` are level numbers."""
 
     levels: int
 
@@ -79,7 +79,7 @@ class ConditionalInstanceNorm2dPlus(nn.Module):
 
 
 def _factors(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Float[Array, "levels _"]:
-    """Initial gamma and alpha near 1, and beta 0, side by side for each noise level."""
+    """Draws initial gamma and alpha near 1, and beta 0, side by side for each noise level."""
     levels, size = shape
     factors = _near_one(key, (levels, size // 3 * 2), dtype)
     return jnp.concatenate([factors, jnp.zeros((levels, size // 3), dtype)], axis=-1)

@@ -1,9 +1,9 @@
 """The blocks of NCSN and NCSNv2 (RefineNet (Lin et al., 2017); [SE19] App. A; [SE20]).
 
-Residual blocks lower the resolution, or widen the view of each pixel by dilation. The blocks of RefineNet bring the
-feature maps of all resolutions together again. Classes keep the published names, because parameters are stored under
-the class name and a count. NCSN tells all its blocks the noise level through their normalisation, and their names begin
-with Cond.
+Residual blocks lower the resolution, or enlarge the receptive field by dilation. RefineNet blocks then combine the
+feature maps of all resolutions. Classes keep the published names, because parameters are stored under the class name
+and a count. NCSN tells all its blocks the noise level through their normalisation. The names of these blocks begin with
+Cond.
 """
 
 import functools
@@ -20,7 +20,7 @@ from models.layers import Nonlinearity
 from models.resample import AnySize, FeatureMap, SameSize, downsample
 
 Normalize: TypeAlias = Callable[[FeatureMap], FeatureMap]
-"""Normalises feature maps, with parameters of its own at each call; or returns them as they are."""
+"""Normalises feature maps, with new parameters at each call, or returns them unchanged."""
 
 INTERPOLATIONS: dict[str, str] = {"bilinear": "bilinear", "nearest_neighbor": "nearest"}
 """Names of `jax.image.resize` for methods of interpolation, by config.model.interpolation."""
@@ -34,7 +34,7 @@ def keep(x: FeatureMap) -> FeatureMap:
 def conv(
     features: int, dilation: int = 1, bias: bool = True
 ) -> Callable[[FeatureMap], Float[Array, "batch height width {features}"]]:
-    """A 3x3 convolution whose weights and biases are first uniform within 1 / sqrt(number of inputs of an output)."""
+    """A 3x3 convolution with initial weights and biases uniform within 1 / sqrt(number of inputs of an output)."""
 
     def apply(x: FeatureMap) -> SameSize:
         init = _uniform_within(1 / math.sqrt(9 * x.shape[-1]))
@@ -52,7 +52,7 @@ def _uniform_within(bound: float) -> Callable[..., Array]:
 
 
 class ConvMeanPool(nn.Module):
-    """A convolution, and then the mean of squares of four pixels."""
+    """A convolution, and then the mean over blocks of 2x2 pixels."""
 
     features: int
     size: int
@@ -170,7 +170,7 @@ class CondRCUBlock(RCUBlock):
 
 
 class CondCRPBlock(CRPBlock):
-    """The chained residual pooling of NCSN, which takes means: zeros around the image count."""
+    """The chained residual pooling of NCSN, by means that include the zeros around the image."""
 
     pool = staticmethod(nn.avg_pool)
 

@@ -1,4 +1,4 @@
-"""From a network to a score function. models/conditioning.py says what the network sees and returns."""
+"""Turns a network into a score function. models/conditioning.py defines the network's labels and output."""
 
 import dataclasses
 from collections.abc import Callable
@@ -63,7 +63,7 @@ class ScoreModel:
     levels: int | None = None
     """The number of noise levels that the network was trained at; None for continuous time."""
     parameterization: str = "noise"
-    """What the network predicts, one of `conditioning.PARAMETERIZATIONS`."""
+    """The quantity that the network predicts, one of `conditioning.PARAMETERIZATIONS`."""
 
     @property
     def conditioning(self) -> Conditioning:
@@ -99,7 +99,7 @@ class NetworkScore:
         return conditioning.score(self._output(x, conditioning.labels(t)), x, t)
 
     def with_classes(self, classes: Int[Array, " batch"] | None) -> "NetworkScore":
-        """The score function of examples of these classes."""
+        """Returns the score function of examples of these classes."""
         return dataclasses.replace(self, classes=classes)
 
     def _output(self, x: Batch, labels: PerExample) -> Batch:

@@ -1,6 +1,6 @@
 """The network of Variational Diffusion Models [K21]: a U-Net that keeps the full resolution, as [Z23] uses it.
 
-Modules have the published names, because parameters are stored under them, so that published parameters fit.
+Modules keep the published names. Parameters are stored under these names, so published parameters can be loaded.
 """
 
 import functools
@@ -28,7 +28,7 @@ Apply: TypeAlias = Callable[..., SameSize]
 """Applies a module to feature maps and further arguments."""
 
 EMBEDDED_TIMES_PER_UNIT = 1000
-"""The time embedding is that of the time in [0, 1] multiplied by this number."""
+"""The time in [0, 1] is multiplied by this number before it is embedded."""
 
 FOURIER_EXPONENTS = (6, 7)
 """The k of the features sin(2^k 2 pi x) and cos(2^k 2 pi x) of [K21] App. C."""
@@ -37,10 +37,10 @@ FOURIER_EXPONENTS = (6, 7)
 class VDM(nn.Module):
     """Maps noisy images in [-1, 1] and their times to images of the same shape ([K21] App. B).
 
-    A way down of `num_res_blocks` residual blocks, two blocks with attention in the middle, and a way up of
-    `num_res_blocks + 1` blocks, each of which also sees one of the feature maps of the way down. The output is that of
-    the last convolution plus the noisy image. Layers that end a branch start at zero, so the network starts as the
-    identity.
+    The network has a downward path of `num_res_blocks` residual blocks, two blocks with attention in the middle, and
+    an upward path of `num_res_blocks + 1` blocks, each of which also sees one feature map of the downward path. The
+    output is the noisy image plus the output of the last convolution. Layers that end a branch start at zero, so the
+    network starts as the identity.
 
     Labels are 999 t, as for the other networks. The published network is told (gamma - gamma_min) / (gamma_max -
     gamma_min), gamma = 2 ln(sigma / alpha), which is t for schedules with gamma linear in t.
@@ -61,7 +61,7 @@ class VDM(nn.Module):
     ) -> FeatureMap:
         """Returns the output for images x.
 
-        `conditioning` is one more number for each image, seen next to the time embedding: 0 for plain images (the
+        `conditioning` is one more number for each image, an input next to the time embedding: 0 for plain images (the
         default), 1 for augmented ones ([Z23]).
         """
         conditioning = jnp.zeros_like(labels) if conditioning is None else conditioning
@@ -84,7 +84,7 @@ class ScoreUNet(nn.Module):
 
     nf: int
     num_res_blocks: int
-    attention: bool  # after every block; else in the middle only
+    attention: bool  # after every block; else only in the middle
     dropout: float
     remat: str
 
@@ -153,7 +153,7 @@ def fourier_features(x: FeatureMap) -> Float[Array, "batch height width _"]:
 
 
 def vdm_from_config(config: Config) -> VDM:
-    """The network that config.model describes, for the SDE of config.training.
+    """Builds the network that config.model describes, for the SDE of config.training.
 
     Raises:
         ValueError: if a field of config has a value that the network does not allow.

@@ -37,7 +37,7 @@ class WideResnet(nn.Module):
 
     @nn.compact
     def __call__(self, x: FeatureMap, sigmas: PerExample) -> Logits:
-        """The logits of images with noise of standard deviation `sigmas`, which must be positive."""
+        """Returns the logits of images with noise of standard deviation `sigmas`, which must be positive."""
         x = _standardize(x)
         embedding = GaussianFourierProjection(EMBEDDING, scale=16.0)(jnp.log(sigmas))
         embedding = nn.Dense(4 * EMBEDDING)(embedding)
@@ -100,7 +100,7 @@ def _conv(channels: int, name: str, stride: int = 1) -> nn.Conv:
 
 
 def _standardize(x: FeatureMap) -> FeatureMap:
-    """Each image with mean 0 and standard deviation 1 over all its pixels and channels."""
+    """Returns each image with mean 0 and standard deviation 1 over all its pixels and channels."""
     mean, std = (moment(x, axis=(1, 2, 3), keepdims=True) for moment in (jnp.mean, jnp.std))
     return (x - mean) / jnp.maximum(std, 1 / math.sqrt(x[0].size))
 
@@ -116,7 +116,7 @@ class NoisyClassifier:
     published form; for other SDEs, the published code passes sigma, which does not say how noisy x is.
 
     Attributes:
-        mean, std: of the data that the score network sees, for each channel; the network sees normalised images.
+        mean, std: for each channel of the score network's data. `network` sees images that are normalised by them.
     """
 
     params: Any

@@ -1,1 +1,1 @@
-"""What training can minimise besides denoising score matching, and what all objectives share."""
+"""Objectives of training besides denoising score matching, and the code that all objectives share."""

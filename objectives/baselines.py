@@ -1,7 +1,7 @@
 """Objectives that [L22] compares with high-order score matching, for points of few dimensions.
 
-- Second-order denoising score matching of Meng et al. [M21]. Its target z z^T has the noise of the whole z. That of
-  [L22] is u u^T, where u is the part of the noise that the score does not explain.
+- Second-order denoising score matching of Meng et al. [M21]. Its target z z^T has the noise of the whole z.
+  The target of [L22] is u u^T, where u is the part of the noise that the score does not explain.
 - The likelihood of the ODE itself, differentiated through the solver ([L22] App. F.E3). Each step of training solves
   the ODE. likelihood.py computes the same number for evaluation, by loops that have no gradient.
 
@@ -81,7 +81,7 @@ def second_order_of_noise(
 
 
 class StartTime(NamedTuple):
-    """The time at which the data are x, for each example. There is no randomness."""
+    """The time at which the data are x, for each example. It is not random."""
 
     t: PerExample
 
@@ -92,7 +92,7 @@ class OdeLikelihoodObjective(TrainingObjective):
 
     Attributes:
         t_min: the time at which the data are x.
-        num_steps: of the Runge-Kutta method, equal in the logarithm of the noise level.
+        num_steps: the number of Runge-Kutta steps, of equal size in the logarithm of the noise level.
     """
 
     t_min: float = 1e-5
@@ -124,7 +124,7 @@ def log_likelihood(score_fn: ScoreFn, sde: SDE, x: Batch, t_min: float, num_step
     step_size = (last - first) / num_steps
 
     def slope(log_rho: Scalar, state: State) -> State:
-        """d/d ln rho, by g^2 / sigma^2 = d/dt ln rho^2."""
+        """Returns the derivative in ln rho, by g^2 / sigma^2 = d/dt ln rho^2."""
         t = jnp.full(len(x), sde.time_of_log_noise_level(log_rho))
         rate = 2 * (sde.alpha_sigma(t)[1] / sde.diffusion(t)) ** 2
         flow, divergence = exact_divergence(lambda x: sde.probability_flow(score_fn, x, t), state[0])
@@ -139,7 +139,7 @@ def log_likelihood(score_fn: ScoreFn, sde: SDE, x: Batch, t_min: float, num_step
 
 
 def _runge_kutta_step(slope: Callable[[Scalar, State], State], s: Scalar, state: State, step_size: Scalar) -> State:
-    """The classical method of order 4."""
+    """Takes one step of the classical method of order 4."""
 
     def moved(direction: State, part: float) -> State:
         return jax.tree.map(lambda y, k: y + part * step_size * k, state, direction)
@@ -153,7 +153,7 @@ def _runge_kutta_step(slope: Callable[[Scalar, State], State], s: Scalar, state:
 
 
 def meng_from_config(config: Config) -> MengObjective:
-    """The objective of Meng et al., as config.training describes it.
+    """Builds the objective of Meng et al., as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.
@@ -166,7 +166,7 @@ def meng_from_config(config: Config) -> MengObjective:
 
 
 def ode_likelihood_from_config(config: Config) -> OdeLikelihoodObjective:
-    """The likelihood of the ODE, as config.training describes it.
+    """Builds the likelihood of the ODE, as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.

@@ -1,12 +1,13 @@
 """Denoising score matching at the discrete noise levels of a chain: SMLD, with NCSN, and DDPM.
 
-Both have one loss, |sigma_i s(x_i, t_i) + z|^2 with x_i = alpha_i x_0 + sigma_i z, and differ in the chain:
+Both have the same loss, |sigma_i s(x_i, t_i) + z|^2 with x_i = alpha_i x_0 + sigma_i z, and differ in the chain:
 
 - SMLD ([SE19] Eqn. 6 with weights sigma^2, [S21a] Eqn. 1): alpha_i = 1, sigma_i on a geometric ladder.
-- DDPM ([H20] Eqn. 14): alpha_i^2 is the product of 1 - beta_j over j <= i. The loss is that of the predicted noise.
+- DDPM ([H20] Eqn. 14): alpha_i^2 is the product of 1 - beta_j over j <= i. The loss is the error of the predicted
+  noise.
 
-The score function is given the time t_i = i / (N - 1) of level i. models/conditioning.py turns it into the label that
-the network was published with.
+The score function is given the time t_i = i / (N - 1) of level i. models/conditioning.py turns it into the label of
+the published network.
 """
 
 import dataclasses
@@ -69,10 +70,10 @@ class DiscreteObjective(TrainingObjective):
 
 
 def discrete_from_config(config: Config) -> DiscreteObjective:
-    """The objective for training.continuous=False, with model.num_scales noise levels.
+    """Builds the objective for training.continuous=False, with model.num_scales noise levels.
 
     Raises:
-        ValueError: if config.training asks for an objective that discrete time does not have.
+        ValueError: if config.training has a setting that is not available in discrete time.
     """
     training = config.training
     if training.objective != "denoising":

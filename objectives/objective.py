@@ -1,4 +1,4 @@
-"""What all objectives have in common, and the noise that the terms of denoising score matching take."""
+"""The base class of all objectives, and the noise that the terms of denoising score matching take."""
 
 import abc
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -24,7 +24,7 @@ class Residual(NamedTuple):
     value: PerExample
     """r(t) = E|u|^2 / d at the time of each example."""
     harmonic_mean: Scalar
-    """Over all times; it gives weights 1 / r the mean 1."""
+    """The harmonic mean of r over all times. Weights harmonic_mean / r have mean 1."""
 
 
 class Noise(NamedTuple):
@@ -42,7 +42,7 @@ class Noise(NamedTuple):
 
 
 class TrainingObjective(abc.ABC):
-    """A loss that training minimises. It sees a network as a score function only, and owns its randomness."""
+    """A loss that training minimises. It sees a network only as a score function, and draws its own randomness."""
 
     @abc.abstractmethod
     def draw_noise(
@@ -51,7 +51,7 @@ class TrainingObjective(abc.ABC):
         """Draws the randomness for a batch of the given shape, as `Draws`.
 
         Args:
-            density: of times, for objectives with `draws_own_times`.
+            density: the density of times, for objectives with `draws_own_times`.
         """
 
     @abc.abstractmethod
@@ -81,7 +81,7 @@ class TrainingObjective(abc.ABC):
 
     @property
     def draws_own_times(self) -> bool:
-        """Whether a part of the examples has times from a density of its own, which follows the residual."""
+        """Whether some examples draw their times from a separate density, which follows the residual."""
         return False
 
     def quantiles(self, sde: SDE, t: PerExample) -> PerExample:
@@ -90,7 +90,7 @@ class TrainingObjective(abc.ABC):
 
 
 def require_first_order(training: Config) -> None:
-    """Raises ValueError for the settings of orders 2 and 3, which are those of denoising score matching."""
+    """Raises ValueError for the settings of orders 2 and 3, which only denoising score matching has."""
     order, name = training.score_matching_order, training.objective
     if order > 1:
         raise ValueError(

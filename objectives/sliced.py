@@ -56,7 +56,7 @@ def sliced_score_matching(
 def _score_and_divergences(
     score_fn: ScoreFn, sde: SDE, xt: Batch, t: PerExample, projections: Projections | None
 ) -> tuple[Batch, Float[Array, "batch k"]]:
-    """sigma times the score, and sigma^2 v.J v for each projection; None: sigma^2 tr J, k = 1."""
+    """Returns sigma times the score, and sigma^2 v.J v for each projection; without them, sigma^2 tr J with k = 1."""
     sigma = sde.alpha_sigma(t)[1]
     probes = None if projections is None else jnp.moveaxis(projections, 1, 0)
     score, divergences = divergence_estimates(lambda x: append_dims(sigma, x) * score_fn(x, t), xt, probes)
@@ -96,7 +96,7 @@ class SlicedObjective(TrainingObjective):
     def losses(
         self, score_fn: ScoreFn, sde: SDE, x0: Batch, noise: SlicedNoise, residual: Residual | None = None
     ) -> dict[str, PerExample]:
-        """The loss as `total`, and the same as `first`, because it estimates first-order score matching.
+        """Returns the loss as `total`, and also as `first`, because it estimates first-order score matching.
 
         With M projections, it costs one network evaluation with M derivatives.
         """
@@ -116,7 +116,7 @@ class SlicedObjective(TrainingObjective):
 
 
 def sliced_from_config(config: Config) -> SlicedObjective:
-    """Implicit or sliced score matching as config.training describes it.
+    """Builds implicit or sliced score matching as config.training describes it.
 
     Raises:
         ValueError: for a field whose value is not allowed.

@@ -15,12 +15,13 @@ from sde_lib import SDE, SDES, LinearGammaSDE, chain_times
 class TimeDistribution:
     """Times t in [t_min, t_max]: uniform, or with `importance_weighting` for the likelihood-weighted loss.
 
-    Then the density is proportional to the weight of an error: g^2 / sigma^2 for that of the noise ([S21b] Sec. 5.1),
-    or alpha^2 g^2 / sigma^2 for that of the velocity of SDEs with linear gamma ([Z23]), as `importance_density` says.
+    With `importance_weighting`, the density is proportional to the weight of an error in that loss. The error of the
+    noise has the weight g^2 / sigma^2 ([S21b] Sec. 5.1). The error of the velocity has the weight alpha^2 g^2 / sigma^2
+    ([Z23]), for SDEs with linear gamma only. `importance_density` chooses between the two.
 
     Attributes:
         noise_level: if it is not 0, every time is the one at which sigma / alpha has this value.
-        levels: if it is not 0, times are those of this number of levels of a discrete chain, with equal probabilities.
+        levels: if it is not 0, times are drawn uniformly from this number of levels of a discrete chain.
 
     Raises:
         ValueError: for another `importance_density`, or a `t_min` out of range.
@@ -71,7 +72,7 @@ class TimeDistribution:
         return sde.importance_weight(t, self.t_min) / self.total(sde)
 
     def total(self, sde: SDE) -> Scalar:
-        """Returns the integral of what the density is proportional to: of 1 for uniform times."""
+        """Returns the integral of the unnormalised density, which is 1 at every t for uniform times."""
         if not self.importance_weighting:
             return jnp.asarray(sde.t_max - self.t_min)
         if self.importance_density == "velocity":
@@ -79,7 +80,7 @@ class TimeDistribution:
         return sde.importance_weight(jnp.asarray(sde.t_max), self.t_min)
 
     def likelihood_weight(self, sde: SDE, t: PerExample) -> PerExample:
-        """Returns g^2 / sigma^2 divided by what the density is proportional to."""
+        """Returns g^2 / sigma^2 divided by the unnormalised density."""
         alpha, sigma = sde.alpha_sigma(t)
         if not self.importance_weighting:
             return (sde.diffusion(t) / sigma) ** 2
@@ -91,7 +92,7 @@ DENSITIES = ("noise", "velocity")
 
 
 def _with_velocity(sde: SDE) -> LinearGammaSDE:
-    """Returns the SDE, for which a configuration was checked to define velocities."""
+    """Narrows the type of the SDE. `times_from_config` has checked that it defines velocities."""
     assert isinstance(sde, LinearGammaSDE)
     return sde
 
@@ -100,7 +101,7 @@ NEEDS_LIKELIHOOD_WEIGHTING = "training.importance_weighting needs training.likel
 
 
 def times_from_config(training: Config, *, levels: int = 0) -> TimeDistribution:
-    """The distribution of times that config.training describes.
+    """Builds the distribution of times that config.training describes.
 
     Args:
         levels: as in `TimeDistribution`.

@@ -20,7 +20,7 @@ def squared_trace(
 ) -> tuple[Batch, dict[str, PerExample]]:
     """sigma times the score, and the trace as the square of one probe's residual [Z23].
 
-    Its mean over probes is the exact term plus 2 |S|^2 / d^2, S the off-diagonal part of the symmetric part of M.
+    Its mean over probes is the exact term plus 2 |S|^2 / d^2, where S is the symmetric part of M without its diagonal.
     """
     return _trace(scaled_score, xt, sigma, noise, (noise.probe,))
 
@@ -31,7 +31,7 @@ def unbiased_trace(
     """sigma times the score, and the trace as the product of two probes' residuals. Ours.
 
     Raises:
-        ValueError: if the noise has one probe only.
+        ValueError: if the noise has only one probe.
     """
     if noise.second_probe is None:
         raise ValueError("the unbiased trace needs two probes; draw the noise for its objective")

@@ -1,7 +1,8 @@
 """Unbiased estimates of the exact second and third order with two probes. Ours.
 
-The published estimates hold (u.v)^2 where the exact terms hold |u|^2, which adds the noise of the probe v. Here a
-square is the product of two independent unbiased estimates. The notation is that of losses.py, and M = sigma^2 J + I.
+The published estimates have (u.v)^2 where the exact terms have |u|^2. This adds the noise of the probe v. Here each
+square is estimated by a product of two independent unbiased estimates. The notation follows losses.py, and
+M = sigma^2 J + I.
 """
 
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def unbiased_second_order_trace(spread_probes: Sequence[Batch], u: Batch, probes
     """r_1 r_2 / d^2 with r_i = v_i.M v_i - |u|^2: the Jacobian's trace. Ours; one draw may be negative.
 
     A product of two independent estimates is an unbiased estimate of the square, (tr M - |u|^2)^2 / d^2. The square of
-    one estimate would also punish the off-diagonal part of J. Arguments as above.
+    one estimate would also punish the off-diagonal part of J. Arguments as in `unbiased_second_order_frob`.
     """
     first, second = (inner(v, spread) - inner(u, u) for v, spread in zip(probes, spread_probes, strict=True))
     return first * second / num_dims(u) ** 2

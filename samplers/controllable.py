@@ -3,7 +3,7 @@
 Two ways to condition:
 
 - `Observation`: some components of the image in an orthogonal basis are known. In every update of a predictor-corrector
-  sampler, these components are replaced by the known ones with the noise of the time. Inpainting, colorization and all
+  sampler, they are replaced by their known values plus the noise of that time. Inpainting, colorization and all
   linear inverse problems without noise have this form. The replacement is an approximation: the other components follow
   p_t(unknown | known with noise), not p_t(unknown | known). The two agree as the noise vanishes, so corrector steps
   make the samples better.
@@ -40,7 +40,7 @@ class Observation:
     """Components of images that are known, without noise.
 
     Attributes:
-        known: the components of each image in the basis, shaped as the images. Values where the mask is 0 do not count.
+        known: the components of each image in the basis, shaped as the images. Values where the mask is 0 are ignored.
         mask: 1 where a component is known, otherwise 0; shaped as the images.
         basis: of size [c, c] for a basis of the c channels of a pixel, or [d, d] for one of all d dimensions of an
             image; None: the pixels themselves.
@@ -51,15 +51,15 @@ class Observation:
     basis: Basis | None = None
 
     def components(self, x: Batch) -> Batch:
-        """The components of x in the basis."""
+        """Returns the components of x in the basis."""
         return x if self.basis is None else _multiply(x, self.basis)
 
     def image(self, components: Batch) -> Batch:
-        """The inverse of `components`."""
+        """Inverts `components`."""
         return components if self.basis is None else _multiply(components, self.basis.T)
 
     def replace(self, x: Batch, values: Batch) -> Batch:
-        """x with other values of the known components."""
+        """Returns x with these values of the known components."""
         return self.image(self.components(x) * (1 - self.mask) + values * self.mask)
 
 
@@ -71,8 +71,8 @@ def _multiply(x: Batch, matrix: Basis) -> Batch:
 def observe(observation: Observation, sde: SDE, update: Update, t: PerExample, noise: Batch) -> Update:
     """Replaces the known components after an update from time t ([S21a] App. I.2 and I.3).
 
-    x gets alpha_t known + sigma_t noise, and its mean gets alpha_t known. The published code passes x for its mean, so
-    that there only the noise of the known components is removed at the end of sampling.
+    x gets alpha_t known + sigma_t noise, and its mean gets alpha_t known. The published code passes x for its mean.
+    At the end of sampling, it therefore removes only the noise of the known components.
     """
     x, x_mean = update
     mean, sigma = sde.marginal(observation.known, t)
@@ -80,15 +80,15 @@ def observe(observation: Observation, sde: SDE, update: Update, t: PerExample, n
 
 
 def observed_prior(observation: Observation, sde: SDE, x: Batch) -> Batch:
-    """x at t_max from a sample of the prior, which is the noise of the known components, too."""
+    """Returns x at t_max from a sample of the prior. The sample is also the noise of the known components."""
     alpha = sde.alpha_sigma(jnp.full(len(x), sde.t_max, x.dtype))[0]
     return x + append_dims(alpha, x) * observation.image(observation.known * observation.mask)
 
 
 def colorization_basis() -> Float[np.ndarray, "3 3"]:
-    """An orthogonal basis of the colours of a pixel, whose first vector is grey ([S21a] App. I.3).
+    """Returns an orthogonal basis of the colours of a pixel, whose first vector is grey ([S21a] App. I.3).
 
-    The other two vectors are those of the published code.
+    The other two vectors are from the published code.
     """
     grey, first, second = [1, 1, 1], [-2, 1, 1], [0, 1, -1]
     return np.array([np.array(v) / np.linalg.norm(v) for v in (grey, first, second)]).T
@@ -97,7 +97,7 @@ def colorization_basis() -> Float[np.ndarray, "3 3"]:
 def basis_of_matrix(
     matrix: Float[np.ndarray, "m d"],
 ) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "m rank"], int]:
-    """An orthogonal basis whose first vectors span the rows of a matrix, by its singular value decomposition.
+    """Returns an orthogonal basis whose first vectors span the rows of a matrix, by its singular value decomposition.
 
     Returns:
         The basis; a matrix that turns observations `matrix @ x` into the first components of x; and their number, the
@@ -129,7 +129,7 @@ class GuidedScore:
         return self.score_fn(x, t) + self.scale * self.classifier_score(x, t)
 
     def classifier_score(self, x: Batch, t: PerExample) -> Batch:
-        """grad_x ln p_t(class | x) of each example."""
+        """Returns grad_x ln p_t(class | x) of each example."""
 
         def total_log_probability(x: Batch) -> Array:
             log_p = jax.nn.log_softmax(self.classifier(x, t))

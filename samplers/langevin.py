@@ -1,9 +1,10 @@
 """Langevin dynamics at one noise level, and annealed from large noise levels to small ones.
 
 Like the few-step samplers, they work on y = x_t / alpha, whose noise level is rho = sigma / alpha for every SDE. (For
-VE, y = x.) One step is y + a / 2 score(y) + sqrt(a) z. At a fixed noise level, the density of y approaches that of the
-data with this noise, up to an error of the order of a. It takes very long to move mass between modes that lie far apart
-compared with rho. Annealing starts at a noise level at which there is only one mode ([SE19] Sec. 3.2.2 and 4.3).
+VE, y = x.) One step is y + a / 2 score(y) + sqrt(a) z. At a fixed noise level, the density of y approaches the density
+of the data with this noise, up to an error of the order of a. If modes are far apart compared with rho, it takes very
+long to move mass between them. Annealing starts at a noise level at which there is only one mode ([SE19] Sec. 3.2.2 and
+4.3).
 
 Source: [SE19] Song & Ermon, NeurIPS 2019.
 """
@@ -30,8 +31,8 @@ def annealed_langevin_dynamics(
 ) -> Batch:
     """Takes `steps_per_level` steps at each of the noise levels, from the first to the last ([SE19] Alg. 1).
 
-    The step size at the level rho_i is a_i = step_size (rho_i / rho_L)^2, where rho_L is the last level. Evaluations:
-    steps_per_level times the number of levels.
+    The step size at the level rho_i is a_i = step_size (rho_i / rho_L)^2, where rho_L is the last level. The score is
+    evaluated steps_per_level times at each level.
 
     Args:
         x: at t_max.
@@ -64,7 +65,7 @@ def _steps(
     first: Int[Array, ""] | int,
     last: Int[Array, ""] | int,
 ) -> Batch:
-    """Takes steps first, ..., last - 1. One program runs any part of the steps, with any number of them at a level.
+    """Takes steps first, ..., last - 1. One compiled program runs any part of the steps, with any number per level.
 
     Args:
         levels: the time, alpha, and the step size of each level.

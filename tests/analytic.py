@@ -11,7 +11,7 @@ from sde_lib import SDES
 from sources.densities import GaussianMixture
 
 DISTINCT_SDES = [name for name in SDES if name != "lineargammavpsde"]
-"""The SDEs for slow tests: without VP with linear gamma, which is VP at other times."""
+"""The SDEs for slow tests. VP with linear gamma is left out, because it is VP at other times."""
 
 
 def gaussian(mean: Float[np.ndarray, " d"], covariance: Float[np.ndarray, "d d"]) -> GaussianMixture:

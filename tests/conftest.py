@@ -5,9 +5,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-# JAX reads these when it first looks at its devices. The programs of the tests are small: most optimisations would take
-# longer than they save. Without any of LLVM's (level 0), loops with convolutions are many times slower. The older code
-# generator of fusions, and one module for each program, compile in two thirds of the time.
+# JAX reads these when it first looks at its devices. The programs of the tests are small, so most optimisations would
+# take longer than they save. Without LLVM's optimisations (level 0), loops with convolutions are many times slower. The
+# older code generator of fusions, and one module for each program, compile in two thirds of the time.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"

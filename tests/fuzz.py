@@ -4,8 +4,8 @@
 
 A case is a command line with one thing wrong: a field, a combination of fields, a flag, or a file. It runs main.py in a
 child of this process, which has imported everything, so that 300 cases take a minute or two. With --processes=N, the
-first N cases run in new processes instead. The exit status is 1 if a case is not answered as it should be. A case
-depends on the seed and its number only; --only=NUMBER repeats it.
+first N cases run in new processes instead. The exit status is 1 if the answer to a case is wrong. A case
+depends only on the seed and its number; --only=NUMBER repeats it.
 """
 
 import argparse
@@ -28,11 +28,11 @@ ROOT = Path(__file__).parent.parent
 MOST_SECONDS = 60.0
 BAD_INPUT = 2
 LEAST_SECONDS = 1.0
-"""A compilation that takes longer is that of a network; the others are single operations on small arrays."""
+"""Only networks take longer to compile. Other programs are single operations on small arrays."""
 
 
 class Outcome(NamedTuple):
-    """What a command answered."""
+    """The outcome of a command."""
 
     status: int
     stderr: str
@@ -66,7 +66,7 @@ def main() -> int:
 
 
 def answer(seed: int, number: int, in_child: bool) -> tuple[str, Case, Outcome, list[str]]:
-    """Runs a case in a folder of its own. Returns its kind, what happened, and what was wrong with that."""
+    """Runs a case in its own folder. Returns its kind, the case, the outcome, and what was wrong with it."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz_"))
     try:
         chance = random.Random(f"{seed} {number}")
@@ -96,7 +96,7 @@ def complaints(case: Case, outcome: Outcome) -> Iterator[str]:
 
 
 def contents(folder: Path) -> set[tuple[str, int, int]]:
-    """The names, sizes and times of all files below the folder."""
+    """Returns the names, sizes and times of all files below the folder."""
     stats = {path: path.lstat() for path in folder.rglob("*")}
     return {(str(path), stat.st_size, stat.st_mtime_ns if path.is_file() else 0) for path, stat in stats.items()}
 
@@ -145,7 +145,7 @@ def _be_main(arguments: list[str], errors: int, counts: int) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
         jax.monitoring.register_event_duration_secs_listener(note)
-        logging.root.handlers.clear()  # that of Python's logging, which app.run removes in a new process
+        logging.root.handlers.clear()  # Python's own handler, which app.run removes in a new process
         sys.argv = ["main.py", *arguments]  # where ml_collections looks for the fields
         try:
             app.run(program.main, flags_parser=program._parse_flags)
@@ -158,7 +158,7 @@ def _be_main(arguments: list[str], errors: int, counts: int) -> None:
 
 
 def _read_until(child: int, pipe: int, deadline: float) -> bytes:
-    """Everything that the child says, which is killed at the deadline."""
+    """Reads everything that the child writes, and kills the child at the deadline."""
     said = b""
     while True:
         ready, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))

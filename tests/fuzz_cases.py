@@ -1,4 +1,4 @@
-"""The kinds of bad input for tests/fuzz.py. Each draws a command line with one thing wrong, and what must be named."""
+"""The kinds of bad input for tests/fuzz.py. Each draws a command line with one error, and what the answer must name."""
 
 import io
 import json
@@ -20,11 +20,11 @@ POINTS = ("configs/toy/smoke.py", "configs/toy/mixture_vp.py")
 MODES = ("train", "eval", "train_deq", "diagnose", "export", "cost", "selftest")
 DEFAULTS = flat(get_config())
 DERIVED = "from configs.default import get_config as default\n\n\ndef get_config():\n    c = default()\n"
-"""The beginning of a configuration of a user's own."""
+"""The beginning of a user's own configuration."""
 
 
 class Case(NamedTuple):
-    """Arguments of main.py, and texts of which the answer must contain at least one."""
+    """Arguments of main.py, and texts. The answer must contain at least one of the texts."""
 
     arguments: list[str]
     culprits: tuple[str, ...]
@@ -54,7 +54,7 @@ def number_out_of_range(chance: Chance, folder: Path) -> Case:
 
 
 def value_of_another_type(chance: Chance, folder: Path) -> Case:
-    """Text for a number, a fraction for an integer, a tuple that is none."""
+    """Text for a number, a fraction for an integer, something else for a tuple."""
     field = chance.choice([name for name, default in DEFAULTS.items() if not isinstance(default, str)])
     default = DEFAULTS[field]
     texts = {
@@ -97,7 +97,7 @@ TIED = {"data.variant": ("ImageNet", "EMNIST"), "data.category": ("LSUN",)}
 
 
 def unknown_word(chance: Chance, folder: Path) -> Case:
-    """A word that a field does not know, or a path where nothing is."""
+    """A word that a field does not know, or a path that does not exist."""
     mode = chance.choice(list(CHOICES_OF_MODE))
     field = chance.choice(CHOICES_OF_MODE[mode])
     word = chance.choice(("", "Adam2", "none!", "None", "x" * 300, "ψ", "a b", "../..", "0", "VESDE"))
@@ -169,7 +169,7 @@ def contradicting_fields(chance: Chance, folder: Path) -> Case:
 
 
 def wrong_flag(chance: Chance, folder: Path) -> Case:
-    """A flag that does not exist, is missing, has no effect or contradicts another; a file that is no configuration."""
+    """A flag that is unknown, is missing, has no effect or contradicts another; a file that is not a configuration."""
     config, workdir = "--config=configs/digits/smoke.py", f"--workdir={folder / 'run'}"
     word = chance.choice(("x", "Train", "eval2", "", "trian", "7"))
     broken = folder / f"config_{chance.randrange(99)}.py"
@@ -242,7 +242,7 @@ def _npz(**arrays: np.ndarray) -> bytes:
 
 
 def bad_npz(chance: Chance, folder: Path) -> Case:
-    """An .npz file of images that is damaged, or whose arrays are not images of this kind."""
+    """A damaged .npz file of images, or one whose arrays are not images of this kind."""
     path = folder / f"images_{chance.randrange(100)}.npz"
     good = np.random.default_rng(chance.randrange(99)).integers(0, 17, (40, 8, 8, 1), dtype=np.uint8)
     wrong = [
@@ -261,7 +261,7 @@ def bad_npz(chance: Chance, folder: Path) -> Case:
 
 
 def bad_folder(chance: Chance, folder: Path) -> Case:
-    """A folder of images that is empty, not there, or has files that cannot be decoded."""
+    """A folder of images that is empty, is missing, or has files that cannot be decoded."""
     images, cache = folder / "images", folder / "cache"
     kind = chance.randrange(6)
     if kind:
@@ -291,7 +291,7 @@ def bad_folder(chance: Chance, folder: Path) -> Case:
 
 
 def bad_checkpoint(chance: Chance, folder: Path) -> Case:
-    """A checkpoint to start from or to evaluate that is damaged, of another kind, or not there."""
+    """A checkpoint to start from or to evaluate, which is damaged, of another kind, or missing."""
     path = folder / chance.choice(("run1", "checkpoint_26.pth", "model.ckpt"))
     kind = chance.randrange(5)
     if kind == 0:
@@ -318,7 +318,7 @@ def bad_checkpoint(chance: Chance, folder: Path) -> Case:
 
 
 def bad_file_of_a_run(chance: Chance, folder: Path) -> Case:
-    """A workdir that cannot be one, or whose files are damaged; damaged files that evaluation needs."""
+    """A path that cannot be a workdir, a workdir with damaged files, or damaged files that evaluation needs."""
     workdir, config = folder / "run", "configs/digits/smoke.py"
     kind = chance.randrange(6)
     if kind == 0:

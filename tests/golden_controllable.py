@@ -27,7 +27,7 @@ TOLERANCE = 1e-4
 
 CIFAR10_MEAN = (0.49139968, 0.48215842, 0.44653093)
 CIFAR10_STD = (0.24703222, 0.24348513, 0.26158784)
-"""Means and standard deviations by which the published code normalises images for the classifier."""
+"""The means and standard deviations with which the published code normalises images for the classifier."""
 
 
 def check_classifier(path: Path) -> Iterator[Result]:
@@ -91,7 +91,7 @@ def check_class_conditional(path: Path) -> Iterator[Result]:
 
 
 def _updates(data: Any, config: Config, score_fn: ScoreFn, sde: SDE, x: Batch, t: jax.Array) -> Mapping[str, Update]:
-    """The updates of the file's predictor and corrector, before anything is replaced."""
+    """Returns the updates of the file's predictor and corrector, before anything is replaced."""
     steps = config.model.num_scales
     predict, correct = PREDICTORS[str(data["predictor"])], CORRECTORS[str(data["corrector"])]
     updates = {}
@@ -105,7 +105,7 @@ def _updates(data: Any, config: Config, score_fn: ScoreFn, sde: SDE, x: Batch, t
 
 
 def _published_start(observation: Observation, sde: SDE, prior_noise: Batch) -> Batch:
-    """The start of the published code, whose known components have no noise. Ours have, see `observed_prior`.
+    """Returns the start of the published code. Its known components have no noise; ours do, see `observed_prior`.
 
     It multiplies the sample of the prior by the mask of the components before it changes the basis.
     """
@@ -114,7 +114,7 @@ def _published_start(observation: Observation, sde: SDE, prior_noise: Batch) -> 
 
 
 def _published_model(data: Any) -> tuple[Config, ScoreFn, SDE]:
-    """The configuration, the score function and the SDE of a file, in continuous or in discrete time."""
+    """Returns the configuration, the score function and the SDE of a file, in continuous or in discrete time."""
     description = json.loads(str(data["config"]))
     config = score_sde_config(description["base"].replace(".", "/"), description["overrides"])
     model = config.model
@@ -133,7 +133,7 @@ def _published_model(data: Any) -> tuple[Config, ScoreFn, SDE]:
 
 
 def _discrete_ve_score(network: Any, num_scales: int, params: Any, x: Batch, t: jax.Array) -> Batch:
-    """The score of SMLD, whose labels number the levels from the largest noise."""
+    """Returns the score of SMLD, whose labels number the levels from the largest noise."""
     return network.apply({"params": params}, x, jnp.round((1 - t) * (num_scales - 1)), False)
 
 

@@ -50,7 +50,7 @@ def check_discrete_losses(path: Path) -> Iterator[Result]:
     noise = DiscreteNoise(chain_times(levels)[index], jnp.asarray(data["z"]))
     objective = DiscreteObjective(levels, reduce_mean=bool(data["reduce_mean"]))
 
-    # It runs once, so nearly all of the time is that of the compiler.
+    # It runs once, so nearly all of the time is spent compiling.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def loss_and_gradient(params: Any) -> tuple[Any, Any]:
         def loss(params: Any) -> Any:

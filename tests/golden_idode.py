@@ -29,11 +29,11 @@ from tests.golden_common import (
 
 
 class Field(NamedTuple):
-    """A field of this project for a published one."""
+    """The field of this project that corresponds to a published field."""
 
     name: str
     values: dict[Any, Any] | None = None
-    """From published values to ours; None: they are the same."""
+    """Maps published values to ours; None: they are equal."""
 
     def value(self, published: Any) -> Any:
         return published if self.values is None else self.values[published]
@@ -81,20 +81,20 @@ FIELDS = {
 OTHER_FIELDS = (
     *("ckpt_restore_dir", "data.ignore_cache", "exp_name", "model_type", "training.profile", "training.substeps"),
     "model.gamma_type",  # schedules are not learned here
-    "model.sample_softmax",  # of a sampler that is not built
+    "model.sample_softmax",  # for a sampler that is not implemented here
     "training.num_steps_eval",  # evaluation takes every image of the test set once
 )
 """The published fields without an equivalent."""
 
 AUGMENTED = {"model.nf": 256, "model.attn_resolutions": (32,), "model.dropout": 0.05}
-"""The differences between the networks of the published cifar10_aug, whose augmentation is not built, and cifar10."""
+"""The published network of cifar10_aug where it differs from cifar10's. Its augmentation is not implemented here."""
 
 
 def check_idode_configs(path: Path) -> Iterator[Result]:
     """Compares the published configurations field by field. The error is the number of fields that differ."""
     golden = json.loads(path.read_text())
     for base, differences in golden["differences"].items():
-        if base == "cifar10_aug":  # its augmentation is not built
+        if base == "cifar10_aug":  # its augmentation is not implemented here
             continue
         config, wrong = flat(idode_config(base, {})), []
         for published, value in {**golden["common"], **differences}.items():
@@ -189,7 +189,7 @@ def golden_idode_config(data: Any, size: int) -> Config:
 
 
 def idode_config(base: str, overrides: dict[str, Any]) -> Config:
-    """Returns the published configuration of this name, with fields changed that are given by their published names."""
+    """Returns the published configuration of this name with some fields changed, given by their published names."""
     bases = ("cifar10", "cifar10_aug", "imagenet32", "imagenet32_new")
     if base not in bases:
         raise UnknownKind(f"unknown configuration {base!r} of i-DODE; known: {', '.join(bases)}")
@@ -220,7 +220,7 @@ class Conditioned:
 
 
 def _abstract(config: Config) -> Any:
-    """The shapes of the parameters."""
+    """Returns the shapes of the parameters."""
     shape = (config.data.image_size, config.data.image_size, config.data.num_channels)
     return _shapes(build_network(config), shape)
 

@@ -30,7 +30,7 @@ from tests.golden_idode import Conditioned, golden_idode_config
 def check_idode_likelihood(path: Path) -> Iterator[Result]:
     """Compares bits/dim of five draws of the noise, their importance-weighted mean, and the terms.
 
-    The released code reports numbers that differ from the bound in known ways. Ours are changed alike.
+    The released code reports numbers that differ from the bound in known ways. Our numbers are changed in the same way.
     """
     data = np.load(path)
     images, draws = np.concatenate([data["images"]] * len(data["draws"])), data["draws"]
@@ -77,7 +77,7 @@ def _constants(dequantizer: Any, data: Any, noisy: Dequantized, d: int) -> Itera
 
 
 def _decoded(dequantizer: NormalDequantizer, data: Any, noisy: Dequantized, again: bool = False) -> np.ndarray:
-    """ln P(image | x) of each draw and image. again: with x divided by alpha once more, as in the released code."""
+    """Returns ln P(image | x) of each draw and image. again: divides x by alpha twice, as the released code does."""
     values = jnp.asarray(level_values(dequantizer.levels, dequantizer.centered, dequantizer.bare_levels))
     x0 = values[jnp.asarray(np.concatenate([data["images"]] * len(data["draws"])), jnp.int32)]
     t = jnp.full(len(x0), dequantizer.t_min)

@@ -24,8 +24,8 @@ from tests.golden_idode import Conditioned, golden_idode_config
 def check_idode_losses(path: Path) -> Iterator[Result]:
     """Compares times, terms and their weights for each image, the total, and its gradient.
 
-    In the released code the term of the prior is for a standard normal prior, and the reconstruction divides by alpha
-    twice. Both are compared after the same changes; the reconstruction also as it is here.
+    In the released code, the term of the prior is for a standard normal prior, and the reconstruction divides by alpha
+    twice. Both are compared after the same changes here. The reconstruction is also compared without the change.
     """
     data = np.load(path)
     config = golden_idode_config(data, size=data["images"].shape[1])
@@ -47,7 +47,7 @@ def check_idode_losses(path: Path) -> Iterator[Result]:
     zt = mean + append_dims(sigma, x0) * noise.z
     yield Result("z_t", relative_error(zt, data["z_t"], scale=float(np.abs(data["z_t"]).max())), 1e-5)
 
-    # It runs once, so nearly all of the time is that of the compiler.
+    # It runs once, so nearly all of the time is spent compiling.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     @functools.partial(jax.grad, has_aux=True)
     def gradient_and_losses(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:

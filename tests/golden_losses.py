@@ -64,7 +64,7 @@ def _losses_and_gradient(data: Any, order: int) -> Callable[[Any, dict[str, floa
         losses = objective.losses(model.score_fn(params), model.sde, jnp.asarray(data["x"]), noise)
         return {term: jnp.mean(value) for term, value in losses.items() if term != "total"}
 
-    # It runs a few times only, so nearly all of the time is that of the compiler.
+    # It runs only a few times, so nearly all of the time is spent compiling.
     @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
     def losses_and_gradient(params: Any, weights: dict[str, float]) -> tuple[dict[str, Any], Any]:
         values, pull_back = jax.vjp(means, params)

@@ -31,7 +31,7 @@ from tests.golden_common import (
 )
 
 NOT_FIELDS = (
-    "data.tfrecords_path",  # of the authors; data.path here
+    "data.tfrecords_path",  # a path of the authors; data.path here
     "model.sigma_begin",  # without effect
     "optim.amsgrad",  # never used
     "training.continuouse",  # a misspelling
@@ -126,7 +126,7 @@ def score_sde_config(name: str, overrides: dict[str, Any]) -> Config:
 def _published_network(name: str) -> tuple[Any, tuple[int, int, int]]:
     """Returns the network of a configuration at its real size, and the shape of its images.
 
-    The name is that of a configuration, or begins with a network's name and ends with a configuration's.
+    The name is a configuration's, or has the form NETWORK with the fields of CONFIGURATION.
     """
     other_name, _, base = name.rpartition(" with the fields of ")
     overrides = {"model.dropout": 0.0, **({"model.name": other_name} if other_name else {})}

@@ -20,14 +20,14 @@ EXAMPLES = 2000
 
 
 def scaled_score(params, x, t):
-    """The mixture's score for parameters of 0."""
+    """Returns the mixture's score for parameters of 0."""
     a, b, c = params
     sigma = append_dims(SDE.alpha_sigma(t)[1], x)
     return DENSITY.score(SDE, x, t) + (a + b * x + c * jnp.roll(x, 1, axis=1) ** 2 * x) / (1 + sigma)
 
 
 def per_example_gradient(objective, noise, x0, params):
-    """d losses / d params: [batch, 3]."""
+    """Returns d losses / d params: [batch, 3]."""
     return jax.jit(jax.jacfwd(lambda p: objective.losses(functools.partial(scaled_score, p), SDE, x0, noise)["total"]))(
         params
     )
@@ -50,7 +50,7 @@ def test_the_second_order_of_meng_is_stationary_at_the_exact_score():
 
 
 def test_the_likelihood_is_that_of_the_density_and_stationary_at_the_exact_score():
-    """E[d ln p / d parameters] = 0 for samples of p. The gradient is that of finite differences of the same solve."""
+    """E[d ln p / d parameters] = 0 for samples of p. The gradient equals finite differences of the same solve."""
     x = sample_at(DENSITY, SDE, jax.random.key(1), jnp.full(EXAMPLES, T_MIN))
     objective = OdeLikelihoodObjective(T_MIN, num_steps=16)
 

@@ -18,7 +18,7 @@ from infra import parallel
 from infra.checkpoints import Checkpoints, DamagedCheckpointError, abstract_state
 from train_state import ResidualTable, TrainState, create_state, optimizer_from_config, reset_parts
 
-# Orbax abandons the reads of a damaged checkpoint, which complain when they are collected, perhaps in another test.
+# Orbax abandons reads of a damaged checkpoint. They warn when they are garbage-collected, perhaps in another test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 OPTIMIZER = optax.adam(1e-3)

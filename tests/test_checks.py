@@ -43,7 +43,7 @@ def test_numbers_that_are_not_finite_or_out_of_range_are_refused(field):
 
 
 def test_fields_that_do_not_exist_or_are_missing_are_refused():
-    """As in a file of a user's own, whose fields are not checked while it is read."""
+    """A user's own file can have such fields, because they are not checked while it is read."""
     config = get_config()
     config.training.batchsize = 3
     with pytest.raises(ValueError, match=r"no field training\.batchsize; did you mean training\.batch_size"):

@@ -34,7 +34,7 @@ def config_with(**fields):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """With a checkpoint of a network whose last layers are not nearly zero, as they are at first."""
+    """Returns a workdir with a checkpoint whose last layers are not near zero, unlike those of a new network."""
     path = tmp_path_factory.mktemp("control")
     run = build(config_with())
     state = run.fresh_state()
@@ -118,7 +118,7 @@ def test_known_parts_are_kept(workdir, tmp_path):
 
 @pytest.fixture(scope="module")
 def judge(tmp_path_factory):
-    """The folder of the classifier of clean images, which is trained once."""
+    """Trains the classifier of clean images once, and returns its folder."""
     return tmp_path_factory.mktemp("judge")
 
 

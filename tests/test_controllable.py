@@ -54,7 +54,7 @@ def test_guidance_by_the_posterior_gives_the_score_of_the_class(sde):
 
 
 def conditional_moments(mask, basis, y, sigma):
-    """Mean and covariance of the unknown components of x_t given known components with noise of this sigma.
+    """Returns mean and covariance of the unknown components of x_t given known ones with noise of this sigma.
 
     The sampler draws the noise of the known components independently of the others.
     """
@@ -67,7 +67,7 @@ def conditional_moments(mask, basis, y, sigma):
 
 @pytest.fixture(scope="module")
 def conditional_sampler():
-    """Corrector steps make the approximation of the replacement good."""
+    """Returns a sampler whose corrector steps make the replacement a good approximation."""
     return PredictorCorrector(sde=VE, num_steps=150, corrector_steps=4, noise_removal=False)
 
 

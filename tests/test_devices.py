@@ -42,7 +42,7 @@ def trained(run: Run, state: TrainState, end: int) -> TrainState:
 
 
 def difference(one: TrainState, other: TrainState) -> float:
-    """The difference of parameters and averages in relative norm."""
+    """Returns the relative norm of the difference of parameters and averages."""
     vectors = [
         np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(jax.device_get((state.params, state.ema_params)))])
         for state in (one, other)
@@ -51,7 +51,7 @@ def difference(one: TrainState, other: TrainState) -> float:
 
 
 def test_devices_change_only_the_order_of_sums(tmp_path):
-    """At order 3, which has the terms of all orders: 20 steps, and 20 more from the checkpoint of four devices."""
+    """Trains at order 3, which has the terms of all orders: 20 steps, and 20 more from four devices' checkpoint."""
     four, one, workdir = run_on(3, 4), run_on(3, 1), Workdir(tmp_path)
     whole = trained(four, jax.device_put(four.fresh_state(), parallel.replicated(four.mesh)), STEPS)
     with four.open_checkpoints(workdir) as checkpoints:
@@ -73,7 +73,7 @@ def test_devices_change_only_the_order_of_sums(tmp_path):
     ],
 )
 def test_an_evaluation_is_not_refused_because_of_fields_of_training(fields, tmp_path):
-    """It gets as far as to look for a checkpoint; a training is refused."""
+    """The evaluation gets as far as looking for a checkpoint. Training is refused."""
     config = digits()
     config.update_from_flattened_dict(fields)
     with pytest.raises(ValueError, match="|".join(fields)):

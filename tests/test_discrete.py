@@ -1,4 +1,4 @@
-"""Discrete time: chains against their SDEs, the loss against that of continuous time, labels, and configurations."""
+"""Discrete time: chains against their SDEs, the loss against the continuous-time loss, labels, and configurations."""
 
 import functools
 import re
@@ -59,7 +59,7 @@ def test_steps_of_the_forward_chain_compose_to_its_marginals(sde: SDE) -> None:
 
 @each_chain
 def test_marginals_of_the_chain_approach_those_of_the_sde(sde: SDE) -> None:
-    """The distance falls as 1 / N: alpha and sigma of level i = t N against those of the SDE at t."""
+    """The distance between alpha and sigma of level i = t N and the SDE's alpha and sigma at t falls as 1 / N."""
 
     def distance(levels: int) -> float:
         t = jnp.array([0.25, 0.5, 0.75])
@@ -78,7 +78,7 @@ def test_the_loss_approaches_that_of_continuous_time(sde: SDE) -> None:
     score_fn = DENSITY.score_fn(sde)
 
     def mean_over(times: jax.Array, loss: Any) -> float:
-        """The mean of the loss over times and examples."""
+        """Returns the mean of the loss over times and examples."""
         return float(jnp.mean(jax.jit(jax.vmap(lambda t: loss(jnp.full(64, t))["first"]))(times)))
 
     def discrete(levels: int) -> float:

@@ -38,7 +38,7 @@ def start(workdir: Path, mode: str, *flags: str) -> subprocess.Popen[str]:
 
 
 def start_two(workdir: Path, mode: str, *fields_of_second: str) -> list[tuple[int, str]]:
-    """The exit codes and errors of two processes, the second of which may have other fields."""
+    """Returns the exit codes and errors of two processes. The second one may have other fields."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

@@ -1,4 +1,4 @@
-"""The training and evaluation of i-DODE: what its terms are equal to, and which settings are refused."""
+"""The training and evaluation of i-DODE: its terms against other expressions, and settings that are refused."""
 
 import itertools
 import math
@@ -150,7 +150,7 @@ def test_all_densities_of_times_give_the_same_integral(sde: LinearGammaSDE, impo
 
 
 def levels_mixture(values: np.ndarray, dims: int) -> GaussianMixture:
-    """All combinations of levels, equally probable."""
+    """Returns the mixture of all combinations of levels, equally probable."""
     means = np.array(list(itertools.product(values, repeat=dims)), np.float64)
     return GaussianMixture(np.full(len(means), 1 / len(means)), means, np.zeros((len(means), dims, dims)))
 
@@ -177,7 +177,7 @@ def test_the_loss_in_bits_per_dim_is_the_bound_on_the_likelihood(sde: LinearGamm
     )
     x0 = jnp.tile(jnp.asarray(values)[jnp.array([[0, 1], [3, 2]])], (2000, 1))
 
-    def score_fn(x: Batch, t: PerExample) -> Batch:  # of data that are N(0, 0.3 I)
+    def score_fn(x: Batch, t: PerExample) -> Batch:  # for data that are N(0, 0.3 I)
         alpha, sigma = sde.alpha_sigma(t)
         return -x / append_dims(0.3 * alpha**2 + sigma**2, x)
 
@@ -199,7 +199,7 @@ def test_the_loss_in_bits_per_dim_is_the_bound_on_the_likelihood(sde: LinearGamm
 
 @each_schedule
 def test_the_terms_without_gradient(sde: LinearGammaSDE) -> None:
-    """The divergence from the prior has that of normal distributions; probabilities of all levels add up to 1."""
+    """The prior term equals the divergence of normal distributions. The probabilities of all levels add up to 1."""
     x0 = jax.random.normal(KEY, (4, D))
     sigma = float(sde.alpha_sigma(jnp.ones(()))[1])
     negative_entropy = -D * (0.5 + math.log(math.sqrt(2 * math.pi) * sigma))
@@ -233,7 +233,7 @@ def test_data_in_the_middle_of_bins_are_levels_again() -> None:
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar10_sp", "imagenet32", "imagenet32_new", "digits"])
 def test_configurations(name: str) -> None:
-    """What the published configurations have in common beyond the fields of golden data."""
+    """Checks what the published configurations have in common beyond the fields of golden data."""
     config = load_config(f"idode.{name}")
     objective = objective_from_config(config)
     assert isinstance(objective, Objective)

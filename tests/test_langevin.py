@@ -19,7 +19,7 @@ DATA = correlated_gaussian(2)
 
 
 def exact_moments(sampler: LangevinSampler, mean, covariance):
-    """Mean and covariance of what the sampler returns for Gaussian data, in float64: every step is affine in y."""
+    """Returns mean and covariance of the sampler's result for Gaussian data, in float64: each step is affine in y."""
     rhos, d = np.exp(sampler.log_rhos), len(mean)
     prior_rho = np.exp(float(sampler.sde.log_noise_level(jnp.ones(()))))
     prior_alpha, last_alpha = (float(sampler.sde.alpha_sigma(jnp.float32(t))[0]) for t in (1, sampler.smallest_time))
@@ -55,7 +55,7 @@ def test_moments_of_samples_are_those_of_the_chain(sde: SDE, options):
 
 
 def test_a_step_is_that_of_the_corrector_ald_on_ve():
-    """On VE, NCSN's step sizes are those of predictor-corrector sampling for the snr sqrt(step_size) / (2 sigma_L)."""
+    """On VE, NCSN's step sizes equal the corrector's step sizes for the snr sqrt(step_size) / (2 sigma_L)."""
     sde, step_size, sigma = VESDE(0.01, 1.0), 2e-5, 0.25
     x, z = jax.random.normal(jax.random.key(0), (2, 8, 2))
     score_fn = as_pytree(DATA.score_fn(sde))
@@ -68,7 +68,7 @@ def test_a_step_is_that_of_the_corrector_ald_on_ve():
 
 
 def test_langevin_gets_the_weights_of_far_modes_wrong_and_annealing_right():
-    """From a symmetric start, each mode of Langevin dynamics has half of the samples; annealing moves them."""
+    """From a symmetric start, each mode gets half of the samples of Langevin dynamics. Annealing moves them."""
     sde, n = VESDE(0.5, 20.0), 4000
     weights = {}
     for num_levels in (1, 10):

@@ -46,7 +46,7 @@ def test_the_row_of_a_case(tmp_path):
 
 
 def test_the_error_of_the_classes():
-    """Half of the images in one of four classes, the others in another: each of two is too frequent by 1 / 4."""
+    """Half of the images are in one of four classes, and half in another: two classes are too frequent by 1 / 4."""
     logits = np.eye(4)[[0, 0, 1, 1]]
     assert class_error(Features(np.zeros((4, 2)), logits)) == 0.5
     assert class_error(Features(np.zeros((4, 2)), np.eye(4))) == 0

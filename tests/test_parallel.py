@@ -44,7 +44,7 @@ def test_a_port_that_cannot_be_is_one_line(address):
     ("tasks", "nodes", "detected"), [("2", "2", False), ("8", "2", True), ("1", "1", False), ("", "", False)]
 )
 def test_one_task_on_a_node_uses_all_its_gpus(tasks, nodes, detected, monkeypatch):
-    """JAX takes one GPU for each task if it may detect SLURM. Several tasks on a node need that."""
+    """If JAX detects SLURM, it takes one GPU for each task. Several tasks on a node need that."""
     monkeypatch.setenv("SLURM_NTASKS", tasks)
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", nodes)
     given = {}

@@ -26,7 +26,7 @@ EXAMPLES = 40_000
 
 
 def wrong_score(params, x, t):
-    """The mixture's score, with errors in value, Jacobian and higher derivatives that `params` scales."""
+    """Returns the mixture's score, with errors in value, Jacobian and higher derivatives that `params` scales."""
     a, b, c = params
     sigma = append_dims(SDE.alpha_sigma(t)[1], x)
     return DENSITY.score(SDE, x, t) + (a + b * x + c * jnp.roll(x, 1, axis=1) ** 2 * x) / sigma
@@ -51,9 +51,9 @@ FORMS = {
 
 @pytest.fixture(scope="module")
 def differences():
-    """Value and gradient in the parameters of each form minus those of denoising score matching, for each example.
+    """Returns each form's values and parameter gradients minus denoising score matching's, for each example.
 
-    The same examples are in both, so that much of the noise cancels.
+    Both use the same examples, so that much of the noise cancels.
     """
     t_key, z_key, v_key = jax.random.split(jax.random.key(1), 3)
     x0 = DENSITY.sample(jax.random.key(0), (EXAMPLES, D))
@@ -90,7 +90,7 @@ def test_the_ladder_of_ncsn_converges_to_the_continuous_objective():
     x0, z = DENSITY.sample(jax.random.key(0), (200, D)), jax.random.normal(jax.random.key(1), (200, D))
 
     def scaled_error(sigma):
-        """sigma^2 |s + z / sigma|^2 / d, NCSN's loss at one noise level, for a score that is wrong at all levels."""
+        """Returns sigma^2 |s + z / sigma|^2 / d, NCSN's loss at one noise level, for a score that is always wrong."""
         x = x0 + sigma * z
         t = jnp.full(len(x), sde.time_of_log_noise_level(jnp.log(sigma)))
         return jnp.mean((sigma * 0.9 * DENSITY.score(sde, x, t) + z) ** 2)
@@ -146,7 +146,7 @@ def test_denoising_at_one_noise_level():
 
 
 def test_sliced_score_matching_at_the_levels_of_ncsn():
-    """With training.continuous=False, times are those of the ladder, each as often as the others."""
+    """With training.continuous=False, times are drawn from the ladder, each equally often."""
     config = config_with(objective="sliced_vr", continuous=False)
     config.model.num_scales = 10
     objective = objective_from_config(config)

@@ -29,7 +29,7 @@ def wait_for_request() -> None:
 
 @pytest.fixture
 def unignored():
-    """No signal is ignored, as SIGINT is in the background of a shell, and SIGHUP under nohup."""
+    """Stops ignoring signals. A shell ignores SIGINT in the background, and nohup ignores SIGHUP."""
     before = {number: signal.signal(number, signal.SIG_DFL) for number in stop.SIGNALS}
     yield
     for number, handler in before.items():
@@ -111,7 +111,7 @@ def test_training_the_classifier_can_be_stopped(tmp_path, stop_requested):
 
 
 def test_a_test_loss_can_be_stopped(tmp_path, stop_requested):
-    """In an evaluation it raises. In a training nothing is recorded and nothing raised, so that the state is saved."""
+    """An evaluation raises. Training records nothing and does not raise, so that the state is saved."""
     config = get_config()
     evaluator = LossEvaluator(build(config), datasets.source_from_config(config, "test"))
     with pytest.raises(KeyboardInterrupt):

@@ -19,7 +19,7 @@ LAYERS = (
     ("bound_likelihood",),  # bounds on the SDE's likelihood
     ("likelihood", "sampling"),  # the ODE's likelihood; samplers by name
     ("losses", "samplers"),  # the three orders of score matching; the updates of samplers
-    ("objectives",),  # other objectives, and what all objectives share
+    ("objectives",),  # other objectives, and the code that all objectives share
     ("coordinates", "evaluation", "models", "ode"),  # changes of variables; FID, IS, KID; networks; solvers
     ("derivatives", "sde_lib"),  # exact and estimated derivatives; SDEs in closed form
     ("arrays", "configs"),

@@ -1,4 +1,4 @@
-"""The network of VDM: how it starts, what its features are, and which configurations it refuses."""
+"""The network of VDM: its initial output, its features, and the configurations that it refuses."""
 
 from typing import Any
 
@@ -26,13 +26,13 @@ def vdm_config(**fields: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def small() -> tuple[VDM, Any]:
-    """A network with attention after every block, and its initial parameters."""
+    """Returns a network with attention after every block, and its initial parameters."""
     network = VDM(nf=32, num_res_blocks=1, attn_resolutions=(4,), dropout=0.5)
     return network, jax.jit(lambda key: ScoreModel(network, VPSDE()).init(key, (4, 4, 1)))(KEY)
 
 
 def test_it_starts_as_the_identity(small: tuple[VDM, Any]) -> None:
-    """So at the start the score is that of noise which is all of x: -x / sigma."""
+    """So the initial score is -x / sigma, as if all of x were noise."""
     network, params = small
     sde, x, t = VPSDE(), jax.random.normal(KEY, (2, 4, 4, 1)), jnp.array([0.1, 0.9])
     sigma = sde.alpha_sigma(t)[1]

@@ -22,7 +22,7 @@ def free_address() -> str:
 
 
 def meet_in_threads(address, numbers, total=3, seconds=2.0):
-    """What each process that comes gets to know; None if all is well."""
+    """Returns the error of each process that takes part; None without an error."""
     outcomes: dict[int, str | None] = {}
 
     def come(position, number):
@@ -99,7 +99,7 @@ def test_a_call_that_takes_too_long_is_left_behind(monkeypatch):
 
 
 def test_a_collective_names_the_process_that_does_not_come(tmp_path, monkeypatch):
-    """Three processes of which this one and the third came; their sum never ends."""
+    """Of three processes, this one and the third came, and their sum never ends."""
     monkeypatch.setattr(waiting, "_left_behind", threading.Event())
     release = threading.Event()
     monkeypatch.setattr(selftest, "_sum_over_devices", release.wait)
@@ -128,7 +128,7 @@ def test_checks_of_this_machine(tmp_path):
 
 
 def test_the_self_test_prints_a_line_for_each_check(tmp_path, monkeypatch, capsys):
-    """Without a step, whose cost tests/test_cost.py measures."""
+    """The cost of the training step is given here. tests/test_cost.py measures one."""
     costs = {"gflop": 2.0, "estimated_gb": 0.5, "total_gb": 0.4, "step_seconds": 0.1}
     monkeypatch.setattr(run_lib, "case_cost", lambda *_: costs)
     config = toy()

@@ -129,7 +129,7 @@ def _file_table() -> str:
 
 
 def score_sde_names() -> list[str]:
-    """The names of the configurations in configs/score_sde.py, which this program does not import."""
+    """Returns the names of the configurations in configs/score_sde.py, which this program does not import."""
     for statement in ast.parse(SCORE_SDE.read_text()).body:
         if isinstance(statement, ast.AnnAssign) and ast.unparse(statement.target) == "CONFIGURATIONS":
             assert isinstance(statement.value, ast.Dict)
