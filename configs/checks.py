@@ -5,7 +5,7 @@ Objects that are built from a configuration check how its fields go together. Wh
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from configs.default import Config, get_config
@@ -150,9 +150,13 @@ def check_config(config: Config) -> None:
             _check_value(field, value, value, type(default))
 
 
-def _check_names(found: Iterable[str], known: Iterable[str]) -> None:
-    """Raises ValueError if a field does not exist, for example because a file misspells it, or if one is missing."""
-    for field in found:
+def _check_names(found: Iterable[str], known: Collection[str]) -> None:
+    """Raises ValueError if a field does not exist, for example because a file misspells it, or if one is missing.
+
+    A section in place of a value is left to the check of the value.
+    """
+    found = {next((name for name in known if field.startswith(f"{name}.")), field) for field in found}
+    for field in sorted(found):
         if field not in known:
             near = difflib.get_close_matches(field, known, 1)
             raise ValueError(f"the configuration has no field {field}" + (f"; did you mean {near[0]}" if near else ""))

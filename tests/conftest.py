@@ -30,6 +30,7 @@ SLOW = {
     "test_baselines",
     "test_bits_per_dim",
     "test_bound_likelihood",
+    "test_checkpoints",
     "test_control_modes",
     "test_controllable",
     "test_cost",
@@ -57,6 +58,7 @@ SLOW = {
     "test_points",
     "test_published_checkpoints",
     "test_refinenet",
+    "test_report",
     "test_run_lib",
     "test_samples",
     "test_sampling",
@@ -68,6 +70,7 @@ SLOW = {
     "test_unbiased_orders",
     "test_usage",
     "test_vdm",
+    "test_waiting",
 }
 """Files whose tests compile much, or run main.py. `make check` leaves them out."""
 

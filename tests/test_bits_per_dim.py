@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "split": ({"eval__bpd_dataset": "valid"}, r"eval.bpd_dataset is 'valid'; known: train, test"),
     "batch": ({"eval__batch_size": 6}, r"eval.batch_size is 6, which is not divisible by 4 devices"),
     "levels": ({"data__levels": 256}, r"data.levels is 256, but the brightest pixel"),
-    "dequantization": ({"eval__dequantization": "normal"}, r"eval.dequantization is 'normal'; known: uniform"),
+    "dequantization": ({"eval__dequantization": "normed"}, r"eval.dequantization is 'normed'; known: uniform"),
     "draws of a bound": (
         {"eval__bound": True, "eval__num_importance_samples": 2},
         r"estimates a bound",

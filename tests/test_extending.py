@@ -154,5 +154,5 @@ def test_the_new_sampler_draws_a_gaussian(registered_sde, monkeypatch, sde):
 
 def test_the_new_sampler_is_listed_for_a_mistyped_name(monkeypatch):
     monkeypatch.setitem(sampling.SAMPLERS, "euler", euler_from_config)
-    with pytest.raises(ValueError, match=r"sampling.method must be one of .*heun, euler, got 'eulr'"):
+    with pytest.raises(ValueError, match=r"sampling.method must be one of .*annealed_langevin, euler, got 'eulr'"):
         build(config_with(sampling__method="eulr")).sampler()

@@ -278,7 +278,7 @@ def error_of(field: str, value: Any) -> str:
 @pytest.mark.parametrize(
     ("field", "value", "allowed"),
     [
-        ("model.name", "ncsn", "ncsnpp"),
+        ("model.name", "ncsm", "ncsnpp"),
         ("training.sde", "ve", "vesde, linearvesde, vpsde, subvpsde"),
         ("model.scale_by_sigma", False, "True"),
         ("model.sigma_min", 60.0, "sigma_max"),

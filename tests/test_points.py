@@ -106,6 +106,7 @@ class ShiftedModel:
     """A score model whose score is a `ShiftedScore`."""
 
     sde: SDE
+    levels: None = None
 
     def score_fn(self, params: jax.Array) -> ShiftedScore:
         return ShiftedScore(params, self.sde)

@@ -204,7 +204,7 @@ BAD_INPUT = {
     "unknown data": ("--config.data.dataset=digitz", "data.dataset is 'digitz'"),
     "negative batch": ("--config.training.batch_size=-4", "training.batch_size is -4"),
     "no such init_from": ("--config.training.init_from=/nowhere", "no checkpoint in /nowhere"),
-    "unknown mode": ("--mode=trian", "train|train_deq|eval"),
+    "unknown mode": ("--mode=trian", "train|train_deq|train_classifier|eval"),
     "processes of nothing": ("--num_processes=2", "need --coordinator"),
     "no such config": ("--config=configs/digits/none.py", "none.py"),
 }
@@ -237,7 +237,7 @@ def test_missing_and_unwritable_workdirs(arguments):
     [
         ("seed", -1, r"seed is -1; it must lie in \[0, 4294967295\]"),
         ("training__n_iters", 0, "training.n_iters is 0; it must be at least 1"),
-        ("training__continuous", False, "with training.continuous=False the mlp sees"),
+        ("training__continuous", False, "with training.continuous=False it must be"),
         ("training__init_reset", "lr", "init_reset names 'lr'; it takes any of step,opt,ema"),
         ("training__init_reset", "opt", "init_reset is 'opt', but training.init_from is empty"),
         ("model__ema_rate", 1.0, "model.ema_rate is 1.0"),

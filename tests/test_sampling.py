@@ -484,7 +484,7 @@ def test_samplers_from_the_configuration():
 @pytest.mark.parametrize(
     ("method", "field", "value", "message"),
     [
-        ("pd", "n_steps_each", 1, "sampling.method must be one of pc, ode, dpm_solver, heun, got 'pd'"),
+        ("pd", "n_steps_each", 1, "sampling.method must be one of pc, ode, dpm_solver, heun, langevin, .*got 'pd'"),
         ("pc", "predictor", "euler", "sampling.predictor must be one of euler_maruyama, reverse_diffusion, .*'euler'"),
         ("pc", "corrector", "mala", "sampling.corrector must be one of langevin, ald, none, got 'mala'"),
         ("pc", "predictor", "ancestral_sampling", "needs training.sde vesde or vpsde, got SubVPSDE"),
