@@ -158,12 +158,12 @@ def build(config: Config, *, for_training: bool = True) -> Run:
     with unrecorded(config):  # a field that is only checked has no effect
         check_config(config)
         _check_kind_of_data(config)
+        _check_classes(config)
         model = score_model_from_config(config)
         objective = _trainer(config, model, training_preprocess(config)).objective
         if for_training:
             _check_noise_level(config.training, model.sde)
-            _check_classes(config, objective.every)
-            _check_training(config, config.training.accumulation_steps * objective.every)
+            _check_training(config, objective.every)
     return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
 
 
@@ -193,11 +193,11 @@ def _check_noise_level(training: Config, sde: SDE) -> None:
         )
 
 
-def _check_training(config: Config, parts: int) -> None:
+def _check_training(config: Config, every: int) -> None:
     """Raises ValueError if fields that only training uses contradict each other or do not fit the devices.
 
     Args:
-        parts: a batch must split evenly into this number of parts, and each part over all devices.
+        every: the size of the groups of examples that must stay together when a batch is divided.
     """
     training = config.training
     _check_init(training)
@@ -208,7 +208,11 @@ def _check_training(config: Config, parts: int) -> None:
         )
     if training.snapshot_sampling and has_points(config):
         raise ValueError("training.snapshot_sampling is True, but it draws images, not points: set it to False")
-    parallel.divisible(training.batch_size, "training.batch_size", parts)
+    if every > 1 and config.data.num_classes:
+        raise ValueError(
+            "training.high_order_fraction is not 1, but with data.num_classes all examples need all terms: set it to 1"
+        )
+    parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps * every)
 
 
 def _check_init(training: Config) -> None:
@@ -220,18 +224,14 @@ def _check_init(training: Config) -> None:
         )
 
 
-def _check_classes(config: Config, every: int) -> None:
-    """Raises ValueError if the network cannot be trained with the classes of the data."""
+def _check_classes(config: Config) -> None:
+    """Raises ValueError if the network shall be told classes, but is not made for it."""
     if not config.data.num_classes:
         return
     if config.model.name != "ncsnpp" or not config.model.conditional:
         raise ValueError(
             f"data.num_classes is {config.data.num_classes}, but only ncsnpp with model.conditional=True is told "
             "classes: set it to 0"
-        )
-    if every > 1:
-        raise ValueError(
-            "training.high_order_fraction is not 1, but with data.num_classes all examples need all terms: set it to 1"
         )
 
 

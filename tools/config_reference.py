@@ -19,8 +19,8 @@ SCORE_SDE = ROOT / "configs" / "score_sde.py"
 
 ABOUT_SCORE_SDE = """
 [configs/score_sde.py](../configs/score_sde.py) has all configurations of score_sde with its own values. A colon and a
-name choose one: `--config=configs/score_sde.py:vp/ddpm/cifar10`. A name that is also a file above has the values of the
-paper there, and those of score_sde here. The names are
+name choose one: `--config=configs/score_sde.py:vp/ddpm/cifar10`. If a name is also a file above, that file has the
+values of the paper, and this one the values of score_sde. The names are
 """
 
 INTRODUCTION = """\
