@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
 .PHONY: setup setup-dev demo test check lint clean digits-orders fashion-orders estimators reproduce fid-nfe \
-	sample-devices cost faults devices fuzz smoke ncsn baselines
+	sample-devices cost faults devices fuzz smoke ncsn baselines diagnostics
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -85,6 +85,15 @@ ncsn: setup
 # minutes on one idle core, and resumes.
 baselines: setup
 	$(BIN)/python -m experiments.baselines
+
+# Compares the demo's two models by noise level, and writes docs/results/diagnostics.md. It takes about ten minutes on two
+# idle cores, half of them to train the models, and resumes.
+diagnostics: setup
+	$(DIGITS) --workdir=runs/order1 --mode=train
+	$(DIGITS) --workdir=runs/order3 --mode=train $(ORDER3)
+	$(DIGITS) --workdir=runs/order1 --mode=diagnose
+	$(DIGITS) --workdir=runs/order3 --mode=diagnose $(ORDER3)
+	$(BIN)/python -m experiments.diagnostics
 
 # Draws 10,000 digits on 1 and on 4 devices with two interruptions each, and checks that the images are the same.
 sample-devices: setup

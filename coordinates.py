@@ -53,14 +53,14 @@ class GaussianReference(NamedTuple):
         return mean, std
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["reference"], meta_fields=["sde", "t_min"])
+@partial(jax.tree_util.register_dataclass, data_fields=["reference", "t_min"], meta_fields=["sde"])
 @dataclasses.dataclass(frozen=True)
 class ReferencePath:
     """The change from (t, x) to (tau, y) of the module's docstring, for t in [t_min, T]."""
 
     reference: GaussianReference
     sde: SDE
-    t_min: float
+    t_min: float | Scalar
 
     def ends(self, dtype: jnp.dtype) -> tuple[Scalar, Scalar]:
         """tau at t_min and at T."""

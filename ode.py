@@ -133,7 +133,7 @@ def as_pytree(function: Function) -> Function:
     return jax.tree_util.Partial(function) if is_leaf and jax.tree.leaves(function) else function  # pyright: ignore[reportReturnType]
 
 
-class _Node(NamedTuple):
+class Node(NamedTuple):
     """The time and state of a fixed-step solve, and the derivatives there and at the two times before."""
 
     t: Float[Array, ""]
@@ -141,7 +141,7 @@ class _Node(NamedTuple):
     slopes: tuple[PyTree, PyTree, PyTree]
 
 
-def rk4_step(field: Field, node: _Node, dt: Float[Array, ""], number: Int[Array, ""]) -> tuple[PyTree, PyTree]:
+def rk4_step(field: Field, node: Node, dt: Float[Array, ""], number: Int[Array, ""]) -> tuple[PyTree, PyTree]:
     """Returns the next state and derivative of the classical fourth-order Runge-Kutta method."""
     del number
     half, k1 = node.t + dt / 2, node.slopes[0]
@@ -157,7 +157,7 @@ ADAMS_BASHFORTH = np.array([[1, 0, 0], [3 / 2, -1 / 2, 0], [23 / 12, -16 / 12, 5
 ADAMS_MOULTON = np.array([[1 / 2, 1 / 2, 0, 0], [5 / 12, 8 / 12, -1 / 12, 0], [9 / 24, 19 / 24, -5 / 24, 1 / 24]])
 
 
-def adams_step(field: Field, node: _Node, dt: Float[Array, ""], number: Int[Array, ""]) -> tuple[PyTree, PyTree]:
+def adams_step(field: Field, node: Node, dt: Float[Array, ""], number: Int[Array, ""]) -> tuple[PyTree, PyTree]:
     """Returns the next state and derivative of Adams-Bashforth of order 3, corrected by Adams-Moulton of order 4.
 
     The derivative is evaluated at the predicted state, which differs from the corrected one by the error of a step.
@@ -175,6 +175,27 @@ def _combine(y: PyTree, dt: Float[Array, ""], weights: Iterable[float | Array], 
         return y + (dt * sum(w * k for w, k in zip(weights, slopes, strict=True))).astype(y.dtype)
 
     return jax.tree.map(combine, y, *slopes)
+
+
+def adams_path(field: Field, y0: State, times: Float[Array, " n"]) -> State:
+    """Solves dy/dt = field(t, y) from y0 by the steps of "adams" between equally spaced times, and keeps every state.
+
+    For use under jit. The field is evaluated once at each time, and nowhere else.
+
+    Returns:
+        The state at each of `times`, on a new first axis. If the solve fails, they are not finite.
+    """
+    dt = times[1] - times[0]
+
+    def advance(node: Node, step: tuple[Int[Array, ""], Float[Array, ""]]) -> tuple[Node, State]:
+        number, t = step
+        # The first step has no length. It evaluates the field at y0, so that the field is compiled only once.
+        length = jnp.where(number == 0, 0, dt)
+        y, slope = adams_step(lambda _, y: field(t, y), node, length, jnp.maximum(number - 1, 0))
+        return Node(t, y, (slope, *node.slopes[:2])), y
+
+    zero = jax.tree.map(jnp.zeros_like, y0)
+    return jax.lax.scan(advance, Node(times[0], y0, (zero, zero, zero)), (jnp.arange(len(times)), times))[1]
 
 
 class _FixedStep(NamedTuple):
@@ -195,7 +216,7 @@ class _FixedSolve(NamedTuple):
 
     number: Int[Array, ""]
     """Steps taken."""
-    node: _Node
+    node: Node
     sampled: PyTree
     """The integral of dy/dt by the rule of the error estimate, so far."""
 
@@ -230,7 +251,7 @@ def _first_node(
     stride, slope = FIXED_STEP[method].stride, field(t0, y0)
     weight = stride * (t1 - t0) / num_steps
     sampled = _combine(y0, weight, [_gregory_weight(0, num_steps // stride)], [slope])
-    return _FixedSolve(jnp.int32(0), _Node(t0, y0, (slope,) * 3), sampled)
+    return _FixedSolve(jnp.int32(0), Node(t0, y0, (slope,) * 3), sampled)
 
 
 @partial(jax.jit, static_argnames="method")
@@ -256,7 +277,7 @@ def _fixed_steps_until(
         number = number + 1
         weight = jnp.where(number % stride == 0, _gregory_weight(number // stride, num_steps // stride), 0)
         sampled = _combine(sampled, stride * dt, [weight], [slope])
-        return _FixedSolve(number, _Node(t0 + number * dt, y, (slope, *node.slopes[:2])), sampled)
+        return _FixedSolve(number, Node(t0 + number * dt, y, (slope, *node.slopes[:2])), sampled)
 
     return jax.lax.while_loop(healthy, advance, solve)
 

@@ -8,12 +8,12 @@ from derivatives import PROBES, probe_divergence
 
 
 @jax.jit
-def draw_noise_and_probes(key: Array, keys: Array, like: Batch) -> tuple[Batch, Batch, Batch]:
-    """Draws normal noise and two Rademacher probes for each image, from the image's key and the time's key."""
+def draw_noise_and_probes(keys: Array, like: Batch) -> tuple[Batch, Batch, Batch]:
+    """Draws normal noise and two Rademacher probes for each image, from one key for each image."""
     shape = like.shape[1:]
 
     def one(own: Array) -> tuple[Array, Array, Array]:
-        z, first, second = jax.random.split(jax.random.fold_in(own, jax.random.bits(key)), 3)
+        z, first, second = jax.random.split(own, 3)
         probe = PROBES["rademacher"]
         return jax.random.normal(z, shape), probe(first, shape), probe(second, shape)
 

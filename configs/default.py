@@ -293,7 +293,7 @@ def _eval() -> ConfigDict:
     evaluate.bound_importance_sampling = True  # draw these times in proportion to g^2 / sigma^2 instead of uniformly
     evaluate.bound_starts = 100  # draws per image in the start-time correction
     evaluate.diagnose_images = 64  # images behind each curve of --mode=diagnose
-    evaluate.diagnose_times = 8  # times at which --mode=diagnose compares scores; two solves for each
+    evaluate.diagnose_times = 8  # times at which --mode=diagnose compares scores; a solve for each
     evaluate.diagnose_starts = 6  # start times of the likelihood in --mode=diagnose
     evaluate.dequantizer = False  # use a trained dequantizer instead of eval.dequantization
     # dequantizer to use instead of the run's own: its folder, one step's folder in its checkpoints, or a published file

@@ -126,7 +126,7 @@ class BitsPerDimEvaluator:
         rows = parallel.local_rows(len(batch.images))
         images = parallel.global_array(self.run.mesh, batch.images[rows])
         indices = parallel.global_array(self.run.mesh, batch.indices[rows])
-        noise_keys, estimator_keys = _keys(jax.random.fold_in(self.run.key(EVAL_KEY), repeat), indices)
+        noise_keys, estimator_keys = example_keys(jax.random.fold_in(self.run.key(EVAL_KEY), repeat), indices)
         draws, nfe = [], 0
         for draw in range(self.num_draws):
             # All draws use the same keys for the estimator, for the reason given in importance_weighted.
@@ -157,7 +157,7 @@ class BitsPerDimEvaluator:
 
 
 @jax.jit
-def _keys(key: Array, indices: Array) -> tuple[Array, Array]:
+def example_keys(key: Array, indices: Array) -> tuple[Array, Array]:
     """Derives two keys for each image: one for its noise, and one for the estimator."""
     keys = image_keys(key, indices)
     noise, estimator = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n) for n in range(2))

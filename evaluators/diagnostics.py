@@ -1,34 +1,40 @@
 """Where an image model is good or bad, by noise level ([L22] Fig. 6 and 7)."""
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+import datasets
+from analysis.likelihood_gradient import likelihood_gradients
 from analysis.noise_level_errors import draw_noise_and_probes, errors_at
-from analysis.ode_score import likelihood_by_start, ode_score
-from analysis.score_distances import curve_of, time_nodes
-from arrays import Batch, PerExample, ReportProgress, append_dims, inner, num_dims
+from analysis.score_distances import time_nodes
+from arrays import Batch, ReportProgress, ScoreFn, append_dims, inner, num_dims
 from build import EVAL_KEY, Run
-from datasets import evaluation_batch, evaluation_batch_sizes
+from coordinates import GaussianReference
+from datasets import REFERENCE_EXAMPLES, data_reference, evaluation_batch, evaluation_batch_sizes
 from dequantization.noise import Dequantizer
 from evaluation import mean_estimate
-from evaluators.bits_per_dim import dequantized
+from evaluators.bits_per_dim import dequantized, example_keys
 from evaluators.cache import BatchCache, Values
-from evaluators.estimators import evaluation_source
+from evaluators.estimators import as_float64, evaluation_source, fetch_and_check, ode_estimator_from_config
 from infra import parallel
 from infra.workdir import EvaluationFolder
-from likelihood import bits_per_dim
-from models.score import NetworkScore, Params
-from ode import require_success
+from likelihood import bits_per_dim, to_bits_per_dim
+from models.score import Params
 from sampling import image_keys
+from sde_lib import SDE
 
-CURVES = ("difference", "first", "trace_bias")
+BY_TIME = ("difference", "first", "trace_bias")
 """Values of an image at each time: l_Diff in nats per unit of time, the first-order loss, and the trace's bias."""
+
+BY_START = ("bpd", "solver_error")
+"""Values of an image at each start time: bits/dim, and the solver's estimate of its error (NaN if it has none)."""
 
 
 class DiagnosticsEvaluator:
@@ -36,7 +42,8 @@ class DiagnosticsEvaluator:
 
     They are means over the first `eval.diagnose_images` images of `eval.bpd_dataset`:
 
-    - `bpd`: bits/dim with the data taken to be x_t at each of several start times ([L22] Fig. 6);
+    - `bpd`: bits/dim with the data taken to be x_t at each of several start times ([L22] Fig. 6), solved and probed as
+      by --mode=eval, so that the first start time gives the same number;
     - `difference`: l_Diff(t) = g^2 / 2 E|s - grad ln p_t|^2 ([L22] Fig. 7), the distance between the model's score and
       the score of the ODE's own density, as a product of two estimates with independent probes, which is unbiased;
     - `first`: the first-order loss |sigma s + z|^2 / d;
@@ -54,12 +61,16 @@ class DiagnosticsEvaluator:
         if run.density is not None:
             raise ValueError(f"data.dataset is {run.config.data.dataset!r}, but --mode=diagnose is for images")
         self.run, self.dequantizer, self.source = run, dequantizer, evaluation_source(run.config)
+        self.estimator, self.num_steps = ode_estimator_from_config(run.config), settings.ode_steps
+        if self.num_steps < 2:
+            raise ValueError(f"eval.ode_steps is {self.num_steps}; --mode=diagnose needs at least 2")
+        self._reference_source = datasets.source_from_config(run.config, "train")
         self.preprocess = run.preprocess.without_flip()
-        self.sizes = evaluation_batch_sizes(self.source, settings.batch_size, settings.diagnose_images)
+        self.batch_size = _batch_size(settings.batch_size, min(len(self.source), settings.diagnose_images))
+        self.sizes = evaluation_batch_sizes(self.source, self.batch_size, settings.diagnose_images)
         t_min = run.config.training.smallest_time
         self.nodes = time_nodes(run.sde, t_min, settings.diagnose_times)
         self.starts = np.geomspace(t_min, 0.3, settings.diagnose_starts)
-        self.tolerances = {"rtol": settings.rtol, "atol": settings.atol}
 
     @property
     def description(self) -> dict[str, Any]:
@@ -69,97 +80,154 @@ class DiagnosticsEvaluator:
             "starts": self.starts.tolist(),
             "times": self.nodes.t.tolist(),
             **self.dequantizer.description,
-            **self.tolerances,
+            **self.estimator.description,
+            "score_steps": self.num_steps,
             "seed": self.run.config.seed,
         }
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
-        """Computes the curves, with standard errors over images. An interrupted diagnosis resumes with its batch.
+        """Computes the curves, with standard errors over images.
+
+        Each time and each start time of a batch of images is stored when it is finished, so that an interrupted
+        diagnosis resumes with the next one. The bar counts images at each of them.
 
         Raises:
             RuntimeError: if a solve fails.
         """
         settings = self.run.config.eval
-        batches = {"batch_size": settings.batch_size, "diagnose_images": settings.diagnose_images}
-        known = self.description | batches | {"network": self.run.network_description()}
+        batches = {"batch_size": self.batch_size, "diagnose_images": settings.diagnose_images}
+        reference = {"reference_data": self._reference_source.description, "reference_images": REFERENCE_EXAMPLES}
+        known = self.description | batches | reference | {"network": self.run.network_description()}
         cache = BatchCache(folder.path, "diagnostics", known, params)
-        sizes = {f"batch{number}": size for number, size in enumerate(self.sizes)}
-        stored = cache.all(sizes, lambda number, show: self._batch(params, number, show), "diagnostics", "image")
-        values = {name: np.concatenate([batch[name] for batch in stored]) for name in ("bpd", *CURVES)}
-        t = jnp.asarray(self.nodes.t, jnp.float32)
-        integral = curve_of(self.nodes, values["difference"].T).integral if len(values["bpd"]) > 1 else None
-        means = {name: [mean_estimate(column)._asdict() for column in array.T] for name, array in values.items()}
-        return {
-            **means,
-            "difference_integral": integral and integral._asdict(),
-            "log_noise_level": np.asarray(self.run.sde.log_noise_level(t), np.float64).tolist(),
-            "n": len(values["bpd"]),
-            "seconds": float(sum(batch["seconds"] for batch in stored)),
+        parts = [("time", number) for number in range(len(self.nodes.t))]
+        parts += [("start", number) for number in range(len(self.starts))]
+        each = [(batch, *part) for batch in range(len(self.sizes)) for part in parts]
+        sizes = {f"batch{batch}_{kind}{number}": self.sizes[batch] for batch, kind, number in each}
+        stored = cache.all(
+            sizes, lambda place, show: self._part(params, *each[place], show), "diagnostics, images x times", "solve"
+        )
+        found = dict(zip(each, stored, strict=True))
+        columns = {"time": (BY_TIME, len(self.nodes.t)), "start": (BY_START, len(self.starts))}
+        values = {
+            name: np.concatenate(
+                [
+                    np.stack([found[batch, kind, number][name] for number in range(count)], axis=1)
+                    for batch in range(len(self.sizes))
+                ]
+            )
+            for kind, (names, count) in columns.items()
+            for name in names
+        }
+        return self._result(values) | {
+            "seconds": float(sum(part["seconds"] for part in stored)),
             **self.description,
             "values": cache.folder.name,
         }
 
-    def _batch(self, params: Params, number: int, show: ReportProgress) -> Values:
-        """Computes the values of the images of one batch: [images, starts] or [images, times].
+    def _result(self, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Averages values of shape [images, times] or [images, starts] over images."""
+        t = jnp.asarray(self.nodes.t, jnp.float32)
+        named = {name: array for name, array in values.items() if name != "solver_error"}
+        means = {name: [mean_estimate(column)._asdict() for column in array.T] for name, array in named.items()}
+        errors = values["solver_error"].mean(axis=0)
+        integral = mean_estimate(values["difference"] @ self.nodes.weight) if len(values["bpd"]) > 1 else None
+        return {
+            **means,
+            "difference_integral": integral and integral._asdict(),
+            "log_noise_level": np.asarray(self.run.sde.log_noise_level(t), np.float64).tolist(),
+            "solver_error": [float(error) if np.isfinite(error) else None for error in errors],
+            "n": len(values["bpd"]),
+        }
 
-        Args:
-            show: called between the solves, with the number of finished solves and the number of all solves.
-        """
+    @functools.cached_property
+    def _reference(self) -> GaussianReference:
+        data = self.run.config.data
+        return data_reference(self._reference_source, data.levels, self.dequantizer.bins_per_unit, data.centered)
+
+    def _part(self, params: Params, batch_number: int, kind: str, number: int, show: ReportProgress) -> Values:
+        """Computes the values of the images of one batch at one time, or at one start time: [images] each."""
         started, settings, run = time.monotonic(), self.run.config.eval, self.run
-        key = run.key(EVAL_KEY)
-        batch = evaluation_batch(self.source, settings.batch_size, number, settings.diagnose_images)
+        batch = evaluation_batch(self.source, self.batch_size, batch_number, settings.diagnose_images)
         rows = parallel.local_rows(len(batch.images))
         images = parallel.global_array(run.mesh, batch.images[rows])
         indices = parallel.global_array(run.mesh, batch.indices[rows])
-        keys = image_keys(jax.random.fold_in(key, number), indices)
-        score_fn, x0 = run.score_fn(params), self.preprocess(jax.random.fold_in(key, number), images)
-        solves, rows_of_time = 2 * len(self.nodes.t) + len(self.starts), []
-        for k, t in enumerate(self.nodes.t):
-            times = jnp.full(len(x0), t, x0.dtype)
-            rows_of_time.append(self._at_time(score_fn, x0, times, jax.random.fold_in(key, k), keys))
-            show(2 * (k + 1), solves)
-        values = {name: np.stack([row[name] for row in rows_of_time], axis=1) for name in CURVES}
-        values["bpd"] = self._bpd_by_start(
-            score_fn, images, keys, lambda done: show(2 * len(self.nodes.t) + done, solves)
-        )
-        used = {name: value[: self.sizes[number]] for name, value in values.items()}
+        score_fn, key = run.score_fn(params), run.key(EVAL_KEY)
+        if kind == "time":
+            x0 = self.preprocess(jax.random.fold_in(key, batch_number), images)
+            keys = image_keys(jax.random.fold_in(key, number), indices)
+            fetched = parallel.fetch(
+                errors_at_time(
+                    score_fn,
+                    run.sde,
+                    x0,
+                    self.nodes.t[number],
+                    keys,
+                    self._reference,
+                    num_steps=self.num_steps,
+                    progress=show,
+                )
+            )
+            values = as_float64(fetched)
+            if not np.all(np.isfinite(values["difference"])):
+                example = batch.indices[np.argmin(np.isfinite(values["difference"]))]
+                raise RuntimeError(f"the ODE solve failed from t = {self.nodes.t[number]:.6g}, at image {example}")
+        else:
+            values = self._bits_per_dim(score_fn, images, indices, batch.indices, self.starts[number], show)
+        used = {name: value[: self.sizes[batch_number]] for name, value in values.items()}
         return used | {"seconds": np.asarray(time.monotonic() - started)}
 
-    def _at_time(
-        self, score_fn: NetworkScore, x0: Batch, t: PerExample, key: Array, keys: Array
-    ) -> dict[str, np.ndarray]:
-        sde = self.run.sde
-        z, first, second = draw_noise_and_probes(key, keys, x0)
-        mean, sigma = sde.marginal(x0, t)
-        x = mean + append_dims(sigma, x0) * z
-        scores = [ode_score(score_fn, sde, x, t, probe[None], **self.tolerances) for probe in (first, second)]
-        for solved in scores:
-            require_success(solved.info)
-        weight = 0.5 * sde.diffusion(t) ** 2
-        errors = errors_at(score_fn, x, t, sigma, z, first)
-        difference = weight * inner(errors["score"] - scores[0].score, errors["score"] - scores[1].score)
-        fetched = parallel.fetch((difference, errors["first"], errors["trace_bias"]))
-        return {name: np.asarray(value, np.float64) for name, value in zip(CURVES, fetched, strict=True)}
-
-    def _bpd_by_start(
-        self, score_fn: NetworkScore, images: Array, keys: Array, solved: Callable[[int], None]
-    ) -> Float[np.ndarray, "images starts"]:
-        noisy = dequantized(self.dequantizer, keys, images, 0)
-        probe = draw_noise_and_probes(self.run.key(EVAL_KEY), keys, noisy.x)[1]
+    def _bits_per_dim(
+        self,
+        score_fn: ScoreFn,
+        images: Array,
+        indices: Array,
+        on_host: np.ndarray,
+        start: float,
+        show: ReportProgress,
+    ) -> Values:
+        """Computes bits/dim with the data taken to be x at the start time, and the solver's error."""
+        noise_keys, estimator_keys = example_keys(jax.random.fold_in(self.run.key(EVAL_KEY), 0), indices)
+        noisy = dequantized(self.dequantizer, noise_keys, images, 0)
+        sde, reference = self.run.sde, self._reference
+        estimate = self.estimator(score_fn, sde, noisy.x, estimator_keys, start, reference, show)
+        context = f"Cannot compute bits/dim from t = {start:.6g}"
+        found = fetch_and_check(estimate, on_host, "image", context)
         log_q = np.asarray(parallel.fetch(noisy.log_q), np.float64)
-        columns = []
-        for number, start in enumerate(self.starts, start=1):
-            logp, info = likelihood_by_start(
-                score_fn, self.run.sde, noisy.x, np.array([start]), probe[None], **self.tolerances
-            )
-            require_success(info)
-            terms = {"nll": -np.asarray(parallel.fetch(logp), np.float64)[0], "dequantization": log_q}
-            values = bits_per_dim(
-                terms,
-                num_dims=num_dims(noisy.x),
-                levels=self.dequantizer.bins_per_unit,
-                unit_scale=self.dequantizer.unit_scale,
-            )
-            columns.append(values["bpd"])
-            solved(number)
-        return np.stack(columns, axis=1)
+        scale = {"levels": self.dequantizer.bins_per_unit, "unit_scale": self.dequantizer.unit_scale}
+        dims = num_dims(noisy.x)
+        total = bits_per_dim(found.terms | {"dequantization": log_q}, num_dims=dims, **scale)["bpd"]
+        return {"bpd": total, "solver_error": to_bits_per_dim(found.errors["solver_error"], dims)}
+
+
+def _batch_size(most: int, images: int) -> int:
+    """Returns the size of a batch without more padding than the devices need."""
+    devices = jax.device_count()
+    return min(most, -(-images // devices) * devices)
+
+
+def errors_at_time(
+    score_fn: ScoreFn,
+    sde: SDE,
+    x0: Batch,
+    t: float,
+    keys: Array,
+    reference: GaussianReference,
+    *,
+    num_steps: int,
+    progress: ReportProgress | None = None,
+) -> dict[str, Array]:
+    """Computes `BY_TIME` of each image at x_t = alpha x_0 + sigma z, from one key for each image.
+
+    Args:
+        reference, num_steps, progress: as in `likelihood_gradients`.
+    """
+    times = jnp.full(len(x0), t, x0.dtype)
+    z, first, second = draw_noise_and_probes(keys, x0)
+    mean, sigma = sde.marginal(x0, times)
+    x = mean + append_dims(sigma, x0) * z
+    probes = jnp.stack([first, second])
+    errors = errors_at(score_fn, x, times, sigma, z, first)
+    solver = {"reference": reference, "num_steps": num_steps, "progress": progress}
+    of_ode = likelihood_gradients(score_fn, sde, x, t, probes, **solver)
+    apart = errors.pop("score")[None] - of_ode
+    return errors | {"difference": 0.5 * sde.diffusion(times) ** 2 * inner(apart[0], apart[1])}

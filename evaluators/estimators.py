@@ -253,9 +253,16 @@ def estimator_from_config(config: Config, at: str = "x") -> OdeEstimator | Bound
     Raises:
         ValueError: for a field whose value is not allowed.
     """
+    return _bound_from_config(config.eval, at) if config.eval.bound else ode_estimator_from_config(config)
+
+
+def ode_estimator_from_config(config: Config) -> OdeEstimator:
+    """Builds the estimator by the likelihood of the ODE, as `eval` describes it.
+
+    Raises:
+        ValueError: for a field whose value is not allowed.
+    """
     settings = config.eval
-    if settings.bound:
-        return _bound_from_config(settings, at)
     if settings.ode_solver not in METHODS:
         raise ValueError(f"eval.ode_solver is {settings.ode_solver!r}; known: {', '.join(METHODS)}")
     if settings.probe not in PROBE_KINDS:

@@ -10,6 +10,7 @@ import pytest
 from jaxtyping import Array, Float
 from scipy import special
 
+from analysis.likelihood_gradient import likelihood_gradients
 from analysis.ode_score import _total, likelihood_by_start, ode_score, ode_score_path
 from analysis.score_distances import (
     DistanceCurve,
@@ -22,7 +23,7 @@ from analysis.score_distances import (
     time_nodes,
 )
 from arrays import Batch, PerExample, append_dims
-from likelihood import Probes, draw_probes, ode_log_likelihood
+from likelihood import GaussianReference, Probes, draw_probes, ode_log_likelihood
 from ode import Info, as_pytree, require_success
 from sde_lib import SDE, SDES, VESDE, VPSDE
 from sources.densities import GaussianMixture, paper_mixture
@@ -36,6 +37,7 @@ class Tolerance(TypedDict):
 
 VE, VP = VESDE(), VPSDE()
 T_MIN = 1e-3
+REFERENCE = GaussianReference(0.1, 0.5)
 
 
 def imperfect(density: GaussianMixture, sde: SDE, strength: Float[Array, ""], x: Batch, t: PerExample) -> Batch:
@@ -86,6 +88,8 @@ def test_with_probes_it_is_the_gradient_of_their_likelihood_and_unbiased():
         solve = {"t_min": T_MIN, "method": "rk4_log", "num_steps": 150}
         expected = log_likelihood_gradient(of_images, VP, x[:few], probes[:, :few], **solve)
         assert_close(np.asarray(path.score[0, :few]), expected)
+        kept = likelihood_gradients(of_images, VP, x[:few], T_MIN, probes[:, :few], reference=REFERENCE, num_steps=200)
+        assert_close(np.asarray(kept[0]), expected)
         np.testing.assert_allclose(path.x[0], x, atol=1e-4)
         np.testing.assert_allclose(path.score[2], -path.x[2], rtol=1e-12)  # the prior's
         scores = np.asarray(path.score[0, few:]).reshape(-1, 2)
