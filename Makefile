@@ -93,6 +93,7 @@ diagnostics: setup
 	$(DIGITS) --workdir=runs/order3 --mode=train $(ORDER3)
 	$(DIGITS) --workdir=runs/order1 --mode=diagnose
 	$(DIGITS) --workdir=runs/order3 --mode=diagnose $(ORDER3)
+	$(DIGITS) --workdir=runs/order1 --mode=diagnose --eval_folder=diagnose_96_steps --config.eval.ode_steps=96
 	$(BIN)/python -m experiments.diagnostics
 
 # Draws 10,000 digits on 1 and on 4 devices with two interruptions each, and checks that the images are the same.

@@ -63,7 +63,9 @@ def likelihood_gradients(
     taus, ys, gradients = _forward(solve, x, num_steps=num_steps)
     slopes = (jnp.zeros_like(gradients),) * 3
     for number in range(num_steps + 1):
-        gradients, slopes = _step_back(solve, taus, ys, gradients, slopes, jnp.int32(number))
+        # Step 0 has no length. It evaluates the rate at T.
+        step = jnp.int32(max(number - 1, 0)), jnp.where(number == 0, 0, taus[0] - taus[1])
+        gradients, slopes = _step_back(solve, taus[-1 - number], ys[-1 - number], gradients, slopes, *step)
         if progress is not None:
             jax.block_until_ready(gradients)
             progress(number, num_steps)
@@ -107,14 +109,14 @@ def _forward(solve: _Solve, x: Batch, *, num_steps: int) -> tuple[Array, Array, 
 @jax.jit
 def _step_back(
     solve: _Solve,
-    taus: Float[Array, " n"],
-    ys: Float[Array, "n batch *dims"],
+    tau: Scalar,
+    y: Batch,
     gradients: Scores,
     slopes: tuple[Scores, Scores, Scores],
     number: Int[Array, ""],
+    length: Scalar,
 ) -> tuple[Scores, tuple[Scores, Scores, Scores]]:
-    """Takes step `number` of the solve back from T. Step 0 has no length, and evaluates the rate at T."""
-    tau, y = taus[-1 - number], ys[-1 - number]
+    """Takes a step of the solve back, to tau, where the path is at y. Returns the gradients there and the slopes."""
 
     def rate(_: Scalar, gradients: Scores) -> Scores:
         def potential(y: Batch, probe: Batch, gradient: Batch) -> Scalar:
@@ -124,9 +126,8 @@ def _step_back(
 
         return -jax.vmap(jax.grad(potential), in_axes=(None, 0, 0))(y, solve.probes, gradients)
 
-    length = jnp.where(number == 0, 0, taus[0] - taus[1])
     with jax.default_matmul_precision("highest"):
-        gradients, slope = adams_step(rate, Node(tau, gradients, slopes), length, jnp.maximum(number - 1, 0))
+        gradients, slope = adams_step(rate, Node(tau, gradients, slopes), length, number)
     return gradients, (slope, *slopes[:2])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 import datasets
 from analysis.likelihood_gradient import likelihood_gradients
@@ -43,7 +43,7 @@ class DiagnosticsEvaluator:
     They are means over the first `eval.diagnose_images` images of `eval.bpd_dataset`:
 
     - `bpd`: bits/dim with the data taken to be x_t at each of several start times ([L22] Fig. 6), solved and probed as
-      by --mode=eval, so that the first start time gives the same number;
+      by --mode=eval, so that the first start time, the smallest time of training, gives the same number;
     - `difference`: l_Diff(t) = g^2 / 2 E|s - grad ln p_t|^2 ([L22] Fig. 7), the distance between the model's score and
       the score of the ODE's own density, as a product of two estimates with independent probes, which is unbiased;
     - `first`: the first-order loss |sigma s + z|^2 / d;
@@ -70,7 +70,7 @@ class DiagnosticsEvaluator:
         self.sizes = evaluation_batch_sizes(self.source, self.batch_size, settings.diagnose_images)
         t_min = run.config.training.smallest_time
         self.nodes = time_nodes(run.sde, t_min, settings.diagnose_times)
-        self.starts = np.geomspace(t_min, 0.3, settings.diagnose_starts)
+        self.starts = start_times(run.sde, t_min, settings.diagnose_starts)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -126,7 +126,10 @@ class DiagnosticsEvaluator:
 
     def _result(self, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
         """Averages values of shape [images, times] or [images, starts] over images."""
-        t = jnp.asarray(self.nodes.t, jnp.float32)
+
+        def levels(t: np.ndarray) -> list[float]:
+            return np.asarray(self.run.sde.log_noise_level(jnp.asarray(t, jnp.float32)), np.float64).tolist()
+
         named = {name: array for name, array in values.items() if name != "solver_error"}
         means = {name: [mean_estimate(column)._asdict() for column in array.T] for name, array in named.items()}
         errors = values["solver_error"].mean(axis=0)
@@ -134,7 +137,8 @@ class DiagnosticsEvaluator:
         return {
             **means,
             "difference_integral": integral and integral._asdict(),
-            "log_noise_level": np.asarray(self.run.sde.log_noise_level(t), np.float64).tolist(),
+            "log_noise_level": levels(self.nodes.t),
+            "start_log_noise_level": levels(self.starts),
             "solver_error": [float(error) if np.isfinite(error) else None for error in errors],
             "n": len(values["bpd"]),
         }
@@ -172,7 +176,7 @@ class DiagnosticsEvaluator:
                 example = batch.indices[np.argmin(np.isfinite(values["difference"]))]
                 raise RuntimeError(f"the ODE solve failed from t = {self.nodes.t[number]:.6g}, at image {example}")
         else:
-            values = self._bits_per_dim(score_fn, images, indices, batch.indices, self.starts[number], show)
+            values = self._bits_per_dim(score_fn, images, indices, batch.indices, float(self.starts[number]), show)
         used = {name: value[: self.sizes[batch_number]] for name, value in values.items()}
         return used | {"seconds": np.asarray(time.monotonic() - started)}
 
@@ -197,6 +201,17 @@ class DiagnosticsEvaluator:
         dims = num_dims(noisy.x)
         total = bits_per_dim(found.terms | {"dequantization": log_q}, num_dims=dims, **scale)["bpd"]
         return {"bpd": total, "solver_error": to_bits_per_dim(found.errors["solver_error"], dims)}
+
+
+LAST_START = 0.3
+"""The last start time of the likelihood, as a part of T."""
+
+
+def start_times(sde: SDE, t_min: float, num: int) -> Float[np.ndarray, " num"]:
+    """Returns times from t_min to `LAST_START` T at equal steps of the logarithm of the noise level."""
+    first, last = sde.log_noise_level(jnp.asarray([t_min, LAST_START * sde.t_max]))
+    times = sde.time_of_log_noise_level(jnp.linspace(first, last, num))
+    return np.concatenate([[t_min], np.asarray(times[1:], np.float64)])
 
 
 def _batch_size(most: int, images: int) -> int:

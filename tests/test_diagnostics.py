@@ -10,14 +10,16 @@ import run_lib
 from build import build
 from configs.digits.smoke import get_config
 from configs.toy.smoke import get_config as points
+from dequantization.training import evaluation_dequantizer
+from evaluators.bits_per_dim import BitsPerDimEvaluator
 from infra import stop
-from infra.workdir import Workdir
+from infra.workdir import EvaluationFolder, Workdir
 
 
 def test_diagnosis_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An untrained model: its curves are finite, stored, read again, and drawn."""
     config = get_config()
-    fields = {"batch_size": 4, "diagnose_images": 8, "diagnose_times": 2, "diagnose_starts": 2, "num_repeats": 1}
+    fields = {"batch_size": 4, "diagnose_images": 8, "diagnose_times": 2, "diagnose_starts": 2, "max_examples": 8}
     config.update_from_flattened_dict({f"eval.{name}": value for name, value in fields.items()})
     run = build(config)
     with run.open_checkpoints(Workdir(tmp_path)) as checkpoints:
@@ -29,6 +31,10 @@ def test_diagnosis_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert (result["n"], len(result["bpd"]), len(result["difference"])) == (8, 2, 2)
     assert all(np.isfinite(estimate["mean"]) for name in ("bpd", "difference", "first") for estimate in result[name])
     assert result["trace_bias"][-1]["mean"] == pytest.approx(0, abs=0.2)  # an untrained network is 0 at large noise
+    evaluator = BitsPerDimEvaluator(run, evaluation_dequantizer(run, Workdir(tmp_path / "deq")))
+    folder = EvaluationFolder(Workdir(tmp_path), "bpd", "step_0", 0)
+    bits = evaluator(run.load_state(tmp_path).ema_params, folder)["mean"]
+    assert result["bpd"][0]["mean"] == pytest.approx(bits, rel=1e-5)  # the start of --mode=eval
     run_lib.diagnose(config, tmp_path)  # from the stored batches
     assert path.read_bytes() == first
     assert (tmp_path / "figures" / "diagnostics.png").stat().st_size > 1000

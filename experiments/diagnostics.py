@@ -1,0 +1,257 @@
+"""Compares the diagnostics of the demo's two models with the floor of the measurement: docs/results/diagnostics.md.
+
+The floor is what the same code measures for an exact score, for which the distance and the bias are 0. The exact score
+is that of a mixture of ten Gaussians, one for the training images of each digit. The error of the solver for a network,
+which is rougher in time than this score, is the change with twice as many steps.
+
+    python -m experiments.diagnostics --runs=runs
+
+`make diagnostics` trains the models and runs --mode=diagnose before. If the script is interrupted, run the same command
+again to resume.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from analysis.score_distances import TimeNodes, time_nodes
+from arrays import Batch, ScoreFn
+from build import Run, build
+from configs.digits.ncsnpp import get_config
+from datasets import data_reference, labels_of, source_from_config
+from evaluation import mean_estimate
+from evaluators.cache import Values
+from evaluators.diagnostics import BY_TIME, errors_at_time, start_times
+from evaluators.estimators import as_float64
+from experiments.provenance import commit, machine
+from infra.files import read_npz, write_atomic, write_npz
+from likelihood import GaussianReference, ode_log_likelihood, to_bits_per_dim
+from ode import as_pytree
+from report.diagnostics_figures import diagnostics_figure
+from report.figures import figure_png
+from report.run_files import read_runs
+from sampling import image_keys
+from sources.densities import GaussianMixture
+
+MODELS = {"order 1": "order1", "order 3": "order3"}
+"""Folders of the models, by their names on the page."""
+
+FINER = "diagnose_96_steps"
+"""The folder of the diagnosis with twice as many steps, in that of order 1."""
+
+IMAGES = 64
+"""Images behind the floor."""
+
+SMALLEST_STD = 1 / 17
+"""The standard deviation of the mixture's narrowest directions: one grey level."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the workdirs order1 and order3")
+    parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page and the figure")
+    arguments = parser.parse_args()
+    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+    run, folder = build(get_config()), arguments.runs / "diagnostics"
+    try:
+        floor = once(folder / "floor.npz", lambda: measure_floor(run))
+    except KeyboardInterrupt:
+        sys.exit("Interrupted. Run the same command again to resume.")
+    results, finer = diagnoses(arguments.runs), finer_diagnosis(arguments.runs)
+    models = {name: result["diagnostics"] for name, result in results.items()}
+    write_atomic(arguments.docs / "images" / "diagnostics.png", figure_png(diagnostics_figure(models)))
+    write_atomic(arguments.docs / "results" / "diagnostics.md", page(run, arguments.runs, results, finer, floor))
+
+
+def once(path: Path, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Returns the values in the file, or computes and writes them, with the time and the commit."""
+    if not path.exists():
+        started = time.monotonic()
+        values = compute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_npz(path, **values, seconds=np.array(time.monotonic() - started), commit=np.array(commit()))
+    return read_npz(path)
+
+
+def diagnoses(runs: Path) -> dict[str, dict[str, Any]]:
+    """Reads the newest diagnosis of each model.
+
+    Raises:
+        FileNotFoundError: if a model has none.
+    """
+    found = {}
+    for name, run in zip(MODELS, read_runs(runs / folder for folder in MODELS.values()), strict=True):
+        result = run.newest_result("diagnostics")[0]
+        if result is None:
+            raise FileNotFoundError(f"{runs / MODELS[name]} has no diagnosis: run main.py --mode=diagnose first")
+        found[name] = result
+    return found
+
+
+def finer_diagnosis(runs: Path) -> dict[str, Any]:
+    """Reads the diagnosis of the first model with twice as many steps.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    folder = runs / MODELS["order 1"] / FINER
+    paths = sorted(folder.glob("step_*.json"))
+    found = [json.loads(path.read_text()) for path in paths if not path.stem.endswith("_seconds")]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no diagnosis: run main.py --mode=diagnose --eval_folder={FINER} first")
+    return found[-1]["diagnostics"]
+
+
+def mixture_of_digits(run: Run) -> GaussianMixture:
+    """Fits a Gaussian to the training images of each digit, in the network's data space."""
+    source = source_from_config(run.config, "train")
+    indices = np.arange(len(source))
+    x = (source.images(indices).reshape(len(source), -1) + 0.5) / run.config.data.levels
+    labels = labels_of(source)
+    classes = [x[labels == label] for label in range(10)]
+    least = SMALLEST_STD**2 * np.eye(x.shape[1])
+    return GaussianMixture(
+        np.array([len(each) for each in classes]) / len(x),
+        np.stack([each.mean(axis=0) for each in classes]),
+        np.stack([np.cov(each.T) + least for each in classes]),
+    )
+
+
+def measure_floor(run: Run) -> dict[str, np.ndarray]:
+    """Measures the curves of --mode=diagnose for the exact score of a mixture, and the errors of bits/dim by start.
+
+    Bits/dim are solved with the exact divergence, so that their errors are those of the solver and the prior.
+
+    Returns:
+        Values of shape [images, times], and `bpd`, the errors, of shape [images, starts].
+    """
+    density, settings = mixture_of_digits(run), run.config.eval
+    x0 = density.sample(jax.random.key(0), (IMAGES, *run.data_shape))
+    score_fn = as_pytree(density.score_fn(run.sde))
+    reference = reference_of(run)
+    curves = curves_at_nodes(run, score_fn, x0, reference, settings.ode_steps)
+    errors = []
+    for start in starts_of(run):
+        solved = ode_log_likelihood(
+            score_fn,
+            run.sde,
+            x0,
+            None,
+            t_min=float(start),
+            method=settings.ode_solver,
+            num_steps=settings.ode_steps,
+            reference=reference,
+        )
+        exact = density.log_density(run.sde, x0, jnp.full(len(x0), start))
+        errors.append(to_bits_per_dim(np.asarray(exact - solved.logp, np.float64), density.dims))
+    return curves | {"bpd": np.stack(errors, axis=1)}
+
+
+def curves_at_nodes(
+    run: Run, score_fn: ScoreFn, x0: Batch, reference: GaussianReference, num_steps: int
+) -> dict[str, np.ndarray]:
+    """Computes `BY_TIME` at each time of --mode=diagnose: [images, times]."""
+    rows = []
+    for number, t in enumerate(nodes_of(run).t):
+        keys = image_keys(jax.random.fold_in(jax.random.key(2), number), jnp.arange(len(x0)))
+        rows.append(as_float64(errors_at_time(score_fn, run.sde, x0, t, keys, reference, num_steps=num_steps)))
+    return {name: np.stack([row[name] for row in rows], axis=1) for name in BY_TIME}
+
+
+def reference_of(run: Run) -> GaussianReference:
+    data = run.config.data
+    return data_reference(source_from_config(run.config, "train"), data.levels, data.levels, data.centered)
+
+
+def nodes_of(run: Run) -> TimeNodes:
+    return time_nodes(run.sde, run.config.training.smallest_time, run.config.eval.diagnose_times)
+
+
+def starts_of(run: Run) -> Float[np.ndarray, " starts"]:
+    return start_times(run.sde, run.config.training.smallest_time, run.config.eval.diagnose_starts)
+
+
+# --- the page ---
+
+
+def per_image(workdir: Path, diagnosis: Mapping[str, Any], name: str) -> Float[np.ndarray, "images times"]:
+    """Reads the values of each image, at all times or start times, from the files of a diagnosis."""
+    kind, places = ("start", diagnosis["starts"]) if name == "bpd" else ("time", diagnosis["times"])
+    folder = next(workdir.glob(f"*/{diagnosis['values']}"))
+    batches = range(len(list(folder.glob(f"batch*_{kind}0.npz"))))
+    return np.concatenate(
+        [
+            np.stack([read_npz(folder / f"batch{b}_{kind}{number}.npz")[name] for number in range(len(places))], axis=1)
+            for b in batches
+        ]
+    )
+
+
+def shown(values: np.ndarray, digits: int, sign: str = "") -> str:
+    """The mean over images and its standard error."""
+    mean, se, _ = mean_estimate(values)
+    return f"{mean:{sign}.{digits}f} ± {se:.{digits}f}"
+
+
+def table(places: Sequence[float], columns: Sequence[np.ndarray], digits: Sequence[int]) -> str:
+    """Rows of a table: the noise level, and the mean of each column of shape [images, places]. Column 3 has a sign."""
+    lines = []
+    for number, place in enumerate(places):
+        cells = [
+            shown(each[:, number], digit, "+" if position >= 2 else "")
+            for position, (each, digit) in enumerate(zip(columns, digits, strict=True))
+        ]
+        lines.append(f"| {place:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(
+    run: Run, runs: Path, results: Mapping[str, Mapping[str, Any]], finer: Mapping[str, Any], floor: Values
+) -> str:
+    found = {name: result["diagnostics"] for name, result in results.items()}
+    one, weight, dims = found["order 1"], nodes_of(run).weight, int(np.prod(run.data_shape))
+
+    def pair(name: str) -> list[np.ndarray]:
+        first, third = (per_image(runs / MODELS[model], diagnosis, name) for model, diagnosis in found.items())
+        return [first, third, third - first]
+
+    bpd, difference = pair("bpd"), pair("difference")
+    double = per_image(runs / MODELS["order 1"], finer, "difference")
+    integrals = [to_bits_per_dim(each @ weight, dims) for each in (*difference, floor["difference"])]
+    noise = one["log_noise_level"]
+    return PAGE.format(
+        images=one["n"],
+        steps=one["score_steps"],
+        double=finer["score_steps"],
+        bpd=table(one["start_log_noise_level"], [*bpd, floor["bpd"]], (4, 4, 4, 5)),
+        difference=table(noise, [*difference, floor["difference"], double - difference[0]], (2, 2, 2, 3, 2)),
+        errors=table(noise, [*pair("first"), *pair("trace_bias"), floor["trace_bias"]], (4, 4, 4, 3, 3, 3, 3)),
+        integrals=" | ".join(shown(each, 4, "+" if k >= 2 else "") for k, each in enumerate(integrals)),
+        seconds=", ".join(f"{seconds(runs / MODELS[name], each):.0f} s ({name})" for name, each in found.items()),
+        floor_seconds=f"{float(floor['seconds']):.0f}",
+        commit=commit(),
+        machine=machine(),
+    )
+
+
+def seconds(workdir: Path, diagnosis: Mapping[str, Any]) -> float:
+    """The time that the solves of a diagnosis took, summed over all runs."""
+    folder = next(workdir.glob(f"*/{diagnosis['values']}"))
+    return sum(float(read_npz(path)["seconds"]) for path in folder.glob("*.npz"))
+
+
+PAGE = """TODO"""
+
+
+if __name__ == "__main__":
+    main()
