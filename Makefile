@@ -28,8 +28,8 @@ $(VENV)/.dev-installed: requirements-dev.txt $(VENV)/.run-installed
 
 # Every line is a command that can be interrupted; make demo resumes.
 DIGITS := $(BIN)/python main.py --config=configs/digits/ncsnpp.py
-ORDER3 := --config.training.score_matching_order=3 --config.training.init_from=runs/order1 \
-	--config.training.batch_size=32 --config.training.n_iters=4800
+MORE := --config.training.init_from=runs/order1 --config.training.batch_size=32 --config.training.n_iters=4800
+ORDER3 := --config.training.score_matching_order=3 $(MORE)
 BOARD := $(BIN)/python main.py --config=configs/toy/checkerboard_demo.py
 BOARD3 := --config.training.score_matching_order=3
 demo: setup
@@ -91,7 +91,9 @@ baselines: setup
 diagnostics: setup
 	$(DIGITS) --workdir=runs/order1 --mode=train
 	$(DIGITS) --workdir=runs/order3 --mode=train $(ORDER3)
+	$(DIGITS) --workdir=runs/order1_more --mode=train $(MORE)
 	$(DIGITS) --workdir=runs/order1 --mode=diagnose
+	$(DIGITS) --workdir=runs/order1_more --mode=diagnose $(MORE)
 	$(DIGITS) --workdir=runs/order3 --mode=diagnose $(ORDER3)
 	$(DIGITS) --workdir=runs/order1 --mode=diagnose --eval_folder=diagnose_96_steps --config.eval.ode_steps=96
 	$(BIN)/python -m experiments.diagnostics

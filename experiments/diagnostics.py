@@ -43,8 +43,8 @@ from report.run_files import read_runs
 from sampling import image_keys
 from sources.densities import GaussianMixture
 
-MODELS = {"order 1": "order1", "order 3": "order3"}
-"""Folders of the models, by their names on the page."""
+MODELS = {"order 1": "order1", "order 1, 800 more steps": "order1_more", "order 3": "order3"}
+"""Folders of the models, by their names on the page. The last two continue from the first, for as many steps."""
 
 FINER = "diagnose_96_steps"
 """The folder of the diagnosis with twice as many steps, in that of order 1."""
@@ -204,11 +204,14 @@ def shown(values: np.ndarray, digits: int, sign: str = "") -> str:
 
 
 def table(places: Sequence[float], columns: Sequence[np.ndarray], digits: Sequence[int]) -> str:
-    """Rows of a table: the noise level, and the mean of each column of shape [images, places]. Column 3 has a sign."""
+    """Rows of a table: the noise level, and the mean of each column of shape [images, places].
+
+    Columns after the models have a sign.
+    """
     lines = []
     for number, place in enumerate(places):
         cells = [
-            shown(each[:, number], digit, "+" if position >= 2 else "")
+            shown(each[:, number], digit, "+" if position >= len(MODELS) else "")
             for position, (each, digit) in enumerate(zip(columns, digits, strict=True))
         ]
         lines.append(f"| {place:.2f} | {' | '.join(cells)} |")
@@ -221,11 +224,12 @@ def page(
     found = {name: result["diagnostics"] for name, result in results.items()}
     one, weight, dims = found["order 1"], nodes_of(run).weight, int(np.prod(run.data_shape))
 
-    def pair(name: str) -> list[np.ndarray]:
-        first, third = (per_image(runs / MODELS[model], diagnosis, name) for model, diagnosis in found.items())
-        return [first, third, third - first]
+    def compared(name: str) -> list[np.ndarray]:
+        """The values of each model, and those of the third above those of the second."""
+        each = [per_image(runs / MODELS[model], diagnosis, name) for model, diagnosis in found.items()]
+        return [*each, each[2] - each[1]]
 
-    bpd, difference = pair("bpd"), pair("difference")
+    bpd, difference = compared("bpd"), compared("difference")
     double = per_image(runs / MODELS["order 1"], finer, "difference")
     integrals = [to_bits_per_dim(each @ weight, dims) for each in (*difference, floor["difference"])]
     noise = one["log_noise_level"]
@@ -233,11 +237,11 @@ def page(
         images=one["n"],
         steps=one["score_steps"],
         double=finer["score_steps"],
-        bpd=table(one["start_log_noise_level"], [*bpd, floor["bpd"]], (4, 4, 4, 5)),
-        difference=table(noise, [*difference, floor["difference"], double - difference[0]], (2, 2, 2, 3, 2)),
-        first=table(noise, pair("first"), (4, 4, 4)),
-        trace=table(noise, [*pair("trace_bias"), floor["trace_bias"]], (3, 3, 3, 3)),
-        integrals=" | ".join(shown(each, 4, "+" if k >= 2 else "") for k, each in enumerate(integrals)),
+        bpd=table(one["start_log_noise_level"], [*bpd, floor["bpd"]], (4, 4, 4, 4, 5)),
+        difference=table(noise, [*difference, floor["difference"], double - difference[0]], (2, 2, 2, 2, 3, 2)),
+        first=table(noise, compared("first"), (4, 4, 4, 4)),
+        trace=table(noise, [*compared("trace_bias"), floor["trace_bias"]], (3, 3, 3, 3, 3)),
+        integrals=" | ".join(shown(each, 4, "+" if k >= len(MODELS) else "") for k, each in enumerate(integrals)),
         seconds=", ".join(f"{seconds(runs / MODELS[name], each):.0f} s ({name})" for name, each in found.items()),
         floor_seconds=f"{float(floor['seconds']):.0f}",
         commit=commit(),
@@ -253,65 +257,65 @@ def seconds(workdir: Path, diagnosis: Mapping[str, Any]) -> float:
 
 PAGE = """# The demo's models by noise level
 
-`--mode=diagnose` of the demo's two digits models (VE, configs/digits/ncsnpp.py): order 1 after 4,000 steps, and order 3,
-which continues from it to 4,800 steps. All curves are means over the first {images} test images, with two probes. Both
-models see the same images, noise and probes, and the column "order 3 - order 1" is paired by image. ± is the standard
-error over images, and bands in the figure are two of these. Each model was trained once.
+This page has the results of `--mode=diagnose` for the demo's two digits models (VE, configs/digits/ncsnpp.py): order 1
+after 4,000 steps, and order 3, which continues from it for 800 steps of batch 32. "+800" is order 1 continued in the
+same way, so that the order can be told from the steps. All values are means over the first {images} test images, with two
+probes. The models see the same images, noise and probes, and the column "order 3 - (+800)" is paired by image. ± is the
+standard error over images, and the bands in the figure are two of these. Each model was trained once. The rows are
+noise levels.
 
-The rows are noise levels, ln(sigma / alpha), from 0.01 to 50 in sigma.
+"Exact" is the floor of the measurement: the same code and number of steps with the exact score of a known density, for
+which the true value of the column is 0. The density is a mixture of ten Gaussians, one for each digit, with the means
+and covariances of the training images, and the {images} images are samples of it.
 
-"Exact score" is the floor of the measurement: the same code and number of steps with the exact score of a known density,
-for which the true value of the column is 0. The density is a mixture of ten Gaussians, one for each digit, with the
-means and covariances of the training images, and the {images} images are samples of it.
-
-![Both models by noise level](../images/diagnostics.png)
+![The models by noise level](../images/diagnostics.png)
 
 ## Bits/dim by start time ([L22] Fig. 6)
 
 The data are taken to be x_t at the start time. The first row is the number of `--mode=eval`, for these images. For the
-exact score, the column has the difference between the solved and the exact ln p, with the exact divergence.
+exact score, the column has the solved minus the exact bits/dim, with the exact divergence.
 
-| ln(sigma / alpha) at the start | order 1 | order 3 | order 3 - order 1 | exact score, error |
-|---|---|---|---|---|
+| ln(sigma / alpha) at the start | order 1 | +800 | order 3 | order 3 - (+800) | exact |
+|---|---|---|---|---|---|
 {bpd}
 
 ## Distance between the model's score and the score of its ODE ([L22] Fig. 7)
 
-l_Diff(t) = g^2 / 2 E|s - grad ln p_t|^2 in nats per unit of time, unbiased by two probes, with {steps} steps from t to T.
-The last column is the change for order 1 with {double} steps, paired by image: the error of the solver for a network,
-which is rougher in time than the exact score of the mixture.
+l_Diff(t) = g^2 / 2 E|s - grad ln p_t|^2 in nats per unit of time, unbiased by two probes, with {steps} steps from t to
+T. The last column is the change of order 1 from {steps} to {double} steps, paired by image. It shows the error of the
+solver for a network, which is rougher in time than the exact score of the mixture.
 
-| ln(sigma / alpha) | order 1 | order 3 | order 3 - order 1 | exact score | order 1, {double} - {steps} steps |
-|---|---|---|---|---|---|
+| ln(sigma / alpha) | order 1 | +800 | order 3 | order 3 - (+800) | exact | order 1, {double} steps |
+|---|---|---|---|---|---|---|
 {difference}
 
 The integrals over time, in bits/dim:
 
-| order 1 | order 3 | order 3 - order 1 | exact score |
-|---|---|---|---|
+| order 1 | +800 | order 3 | order 3 - (+800) | exact |
+|---|---|---|---|---|
 | {integrals} |
 
 ## First-order loss and bias of the trace
 
-The first-order loss is |sigma s + z|^2 / d. It has no floor of 0.
+The first-order loss is |sigma s + z|^2 / d. Its smallest value is not 0.
 
-| ln(sigma / alpha) | order 1 | order 3 | order 3 - order 1 |
-|---|---|---|---|
+| ln(sigma / alpha) | order 1 | +800 | order 3 | order 3 - (+800) |
+|---|---|---|---|---|
 {first}
 
 The trace's bias is (sigma^2 tr J + d - |sigma s + z|^2) / d, which has the mean 0 for the exact score.
 
-| ln(sigma / alpha) | order 1 | order 3 | order 3 - order 1 | exact score |
-|---|---|---|---|---|
+| ln(sigma / alpha) | order 1 | +800 | order 3 | order 3 - (+800) | exact |
+|---|---|---|---|---|---|
 {trace}
 
 ## What the numbers say
 
 READING
 
-Command `make diagnostics`, commit {commit}, {machine}. The diagnoses took {seconds} with two other processes on two shared
-cores, of which compilation is a third, and the floor {floor_seconds} s. An interrupted run resumes with the next time of
-a batch of images.
+Command `make diagnostics`, commit {commit}, {machine}. The diagnoses took {seconds}, which is two minutes of CPU time
+each with the compilation, on a machine that much other work shared, and the floor {floor_seconds} s. An interrupted run
+resumes with the next time of a batch of images.
 """
 
 
