@@ -95,7 +95,8 @@ diagnostics: setup
 	$(DIGITS) --workdir=runs/order1 --mode=diagnose
 	$(DIGITS) --workdir=runs/order1_more --mode=diagnose $(MORE)
 	$(DIGITS) --workdir=runs/order3 --mode=diagnose $(ORDER3)
-	$(DIGITS) --workdir=runs/order1 --mode=diagnose --eval_folder=diagnose_96_steps --config.eval.ode_steps=96
+	$(DIGITS) --workdir=runs/order1 --mode=diagnose --eval_folder=diagnose_96_steps --config.eval.ode_steps=96 \
+		--config.eval.diagnose_images=16 --config.eval.diagnose_starts=1
 	$(BIN)/python -m experiments.diagnostics
 
 # Draws 10,000 digits on 1 and on 4 devices with two interruptions each, and checks that the images are the same.

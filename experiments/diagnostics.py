@@ -231,14 +231,16 @@ def page(
 
     bpd, difference = compared("bpd"), compared("difference")
     double = per_image(runs / MODELS["order 1"], finer, "difference")
+    change = double - difference[0][: len(double)]
     integrals = [to_bits_per_dim(each @ weight, dims) for each in (*difference, floor["difference"])]
     noise = one["log_noise_level"]
     return PAGE.format(
         images=one["n"],
         steps=one["score_steps"],
         double=finer["score_steps"],
+        few=len(double),
         bpd=table(one["start_log_noise_level"], [*bpd, floor["bpd"]], (4, 4, 4, 4, 5)),
-        difference=table(noise, [*difference, floor["difference"], double - difference[0]], (2, 2, 2, 2, 3, 2)),
+        difference=table(noise, [*difference, floor["difference"], change], (2, 2, 2, 2, 3, 2)),
         first=table(noise, compared("first"), (4, 4, 4, 4)),
         trace=table(noise, [*compared("trace_bias"), floor["trace_bias"]], (3, 3, 3, 3, 3)),
         integrals=" | ".join(shown(each, 4, "+" if k >= len(MODELS) else "") for k, each in enumerate(integrals)),
@@ -259,9 +261,9 @@ PAGE = """# The demo's models by noise level
 
 This page has the results of `--mode=diagnose` for the demo's two digits models (VE, configs/digits/ncsnpp.py): order 1
 after 4,000 steps, and order 3, which continues from it for 800 steps of batch 32. "+800" is order 1 continued in the
-same way, so that the order can be told from the steps. All values are means over the first {images} test images, with two
-probes. The models see the same images, noise and probes, and the column "order 3 - (+800)" is paired by image. ± is the
-standard error over images, and the bands in the figure are two of these. Each model was trained once. The rows are
+same way, so that the order can be told from the steps. All values are means over the first {images} test images, with
+two probes. The models see the same images, noise and probes, and the column "order 3 - (+800)" is paired by image. ± is
+the standard error over images, and the bands in the figure are two of these. Each model was trained once. The rows are
 noise levels.
 
 "Exact" is the floor of the measurement: the same code and number of steps with the exact score of a known density, for
@@ -282,8 +284,8 @@ exact score, the column has the solved minus the exact bits/dim, with the exact 
 ## Distance between the model's score and the score of its ODE ([L22] Fig. 7)
 
 l_Diff(t) = g^2 / 2 E|s - grad ln p_t|^2 in nats per unit of time, unbiased by two probes, with {steps} steps from t to
-T. The last column is the change of order 1 from {steps} to {double} steps, paired by image. It shows the error of the
-solver for a network, which is rougher in time than the exact score of the mixture.
+T. The last column is the change of order 1 from {steps} to {double} steps for {few} images, paired by image. It is the
+error of the solver for a network, which is rougher in time than the exact score of the mixture.
 
 | ln(sigma / alpha) | order 1 | +800 | order 3 | order 3 - (+800) | exact | order 1, {double} steps |
 |---|---|---|---|---|---|---|
