@@ -54,24 +54,25 @@ def main() -> None:
     arguments = parser.parse_args()
     jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
     try:
-        for seed in SEEDS:
-            run_seed(seed, arguments.runs / f"seed{seed}")
+        for name in ("", *OBJECTIVES):  # the objective that takes longest is last
+            for seed in SEEDS:
+                train_and_evaluate(name, seed, arguments.runs / f"seed{seed}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Run the same command again to resume.")
     write_atomic(arguments.out, results_page(arguments.runs))
     print(arguments.out.read_text())
 
 
-def run_seed(seed: int, folder: Path) -> None:
-    """Trains and evaluates the models of a seed."""
+def train_and_evaluate(name: str, seed: int, folder: Path) -> None:
+    """Trains and evaluates the model of one objective, or without a name the start of all, in the folder of its seed."""
     common = PROBLEM.settings(seed) | {"training.log_freq": 100, "training.snapshot_freq": 100}
-    train(PROBLEM, folder / "base", common | {"training.n_iters": BASE_STEPS})
-    evaluate(folder / "base", BASE_STEPS, common)
-    for name, fields in OBJECTIVES.items():
-        settings = common | fields
-        end = {"training.n_iters": BASE_STEPS + MORE_STEPS, "training.init_from": str(folder / "base")}
-        train(PROBLEM, folder / slug(name), settings | end)
-        evaluate(folder / slug(name), BASE_STEPS + MORE_STEPS, settings)
+    if not name:
+        train(PROBLEM, folder / "base", common | {"training.n_iters": BASE_STEPS})
+        return evaluate(folder / "base", BASE_STEPS, common)
+    settings = common | OBJECTIVES[name]
+    end = {"training.n_iters": BASE_STEPS + MORE_STEPS, "training.init_from": str(folder / "base")}
+    train(PROBLEM, folder / slug(name), settings | end)
+    evaluate(folder / slug(name), BASE_STEPS + MORE_STEPS, settings)
 
 
 def slug(name: str) -> str:
@@ -103,32 +104,37 @@ def evaluate(workdir: Path, step: int, settings: dict[str, Any]) -> None:
 
 def results_page(runs: Path) -> str:
     folders = {"order 1 (the start)": "base", **{name: slug(name) for name in OBJECTIVES}}
-    found = {name: [read_npz(runs / f"seed{seed}" / f / "kl.npz") for seed in SEEDS] for name, f in folders.items()}
-    first = np.stack([each["kl"] for each in found["denoising, order 1"]])
-    rows = []
+    found = {
+        name: {seed: read_npz(path) for seed in SEEDS if (path := runs / f"seed{seed}" / folder / "kl.npz").exists()}
+        for name, folder in folders.items()
+    }
+    first, rows = found["denoising, order 1"], []
     for name, each in found.items():
-        values = np.stack([one["kl"] for one in each])
-        milliseconds = f"{1000 * float(np.mean([one['seconds_per_step'] for one in each])):.1f}"
-        cells = [name, *_kl_cells(values, first), milliseconds]
+        if not each:
+            continue
+        values = np.stack([one["kl"] for one in each.values()])
+        compared = np.stack([first[seed]["kl"] for seed in each])
+        milliseconds = f"{1000 * float(np.mean([one['seconds_per_step'] for one in each.values()])):.1f}"
+        cells = [name, ", ".join(map(str, each)), *_kl_cells(values, compared), milliseconds]
         rows.append(f"| {' | '.join(cells)} |")
-    commits = ", ".join(sorted({str(one["commit"]) for each in found.values() for one in each}))
+    commits = ", ".join(sorted({str(one["commit"]) for each in found.values() for one in each.values()}))
     return PAGE.format(
         rows="\n".join(rows),
         base=BASE_STEPS,
         more=MORE_STEPS,
         points=TEST_POINTS,
-        seeds=", ".join(map(str, SEEDS)),
         commits=commits,
         machine=machine(),
     )
 
 
 def _kl_cells(values: Float[np.ndarray, "seeds points"], first: Float[np.ndarray, "seeds points"]) -> list[str]:
-    """The mean over seeds with its standard error, and that of the difference from `first`."""
+    """The mean with its standard error, over seeds or over the points of one seed, and the difference from `first`."""
     diverged = int(np.sum(np.any(np.isnan(values), axis=1)))
     if diverged:
         return [f"diverged for {diverged} of {len(values)} seeds", ""]
-    over_seeds, paired = mean_estimate(values.mean(axis=1)), mean_estimate((values - first).mean(axis=1))
+    over = 1 if len(values) > 1 else 0  # a single seed has only the error over points
+    over_seeds, paired = mean_estimate(values.mean(axis=over)), mean_estimate((values - first).mean(axis=over))
     same = np.array_equal(values, first)
     return [
         f"{over_seeds.mean:.4f} ± {over_seeds.se:.4f}",
@@ -141,14 +147,17 @@ PAGE = """# The paper's alternatives to high-order score matching
 On the mixture in one dimension (VE, configs/toy/mixture_ve.py with the widths of experiments/synthetic.py), a model of
 first order after {base} steps continues for {more} steps with each objective. The numbers are estimates of KL(q || p)
 in nats on {points} points, where q is the density of the data and p the density of the model's ODE. ± is the standard
-error over the seeds {seeds}. The third column is the difference from the first order at equal steps.
+error over the seeds, or over the points if there is one seed. The fourth column is the difference from the first order
+at equal steps, paired by seed or by point.
 
-| objective | KL, nats | above order 1 | ms for a step |
-| --- | --- | --- | --- |
+| objective | seeds | KL, nats | above order 1 | ms for a step |
+| --- | --- | --- | --- | --- |
 {rows}
 
+READING
+
 Command `make baselines`, commits {commits}, {machine}. The times were measured on a machine shared with other work, so
-only their ratios are meaningful.
+only their ratios are meaningful. An interrupted run resumes.
 """
 
 
