@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def train_and_evaluate(name: str, seed: int, folder: Path) -> None:
-    """Trains and evaluates the model of one objective, or without a name the start of all, in the folder of its seed."""
+    """Trains and evaluates the model of one objective, or without a name the start of all, in the folder of a seed."""
     common = PROBLEM.settings(seed) | {"training.log_freq": 100, "training.snapshot_freq": 100}
     if not name:
         train(PROBLEM, folder / "base", common | {"training.n_iters": BASE_STEPS})
