@@ -83,16 +83,28 @@ class Run:
         used = {field.removeprefix("sampling.") for field in recorder.read if field.startswith("sampling.")}
         return {name: self.config.sampling[name] for name in sorted(used | {"batch_size"})}
 
+    @functools.cached_property
+    def _init(self) -> jax.stages.Wrapped:
+        """Makes the state at step 0 from the key of the initial parameters.
+
+        It is one program, traced once for the state and its shapes: op by op, XLA would compile hundreds of programs.
+        """
+
+        def init(key: jax.Array) -> TrainState:
+            params = self.model.init(key, self.data_shape)
+            with unrecorded(self.config):  # evaluation makes a state, too, but its values do not depend on these fields
+                trainer = _trainer(self.config, self.model, self.preprocess)
+            return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
+
+        return jax.jit(init)
+
     def fresh_state(self) -> TrainState:
         """The state at step 0, with initial parameters."""
-        params = self.model.init(self.key(INIT_KEY), self.data_shape)
-        with unrecorded(self.config):  # evaluation makes a state, too, but its values do not depend on these fields
-            trainer = _trainer(self.config, self.model, self.preprocess)
-        return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
+        return self._init(self.key(INIT_KEY))
 
     def abstract_state(self) -> TrainState:
         """The shapes of the training state, replicated over all devices."""
-        return abstract_state(jax.eval_shape(self.fresh_state), parallel.replicated(self.mesh))
+        return abstract_state(self._init.eval_shape(self.key(INIT_KEY)), parallel.replicated(self.mesh))
 
     def train_steps(self) -> jax.stages.Wrapped:
         """The compiled call of training: from a state, `training.n_jitted_steps` batches and the run's key to the next
