@@ -53,11 +53,13 @@ from infra.published_checkpoints import write_published_checkpoint
 from infra.results import Results
 from infra.selftest import HEADER as CHECK_HEADER
 from infra.selftest import check, checkpoint_bytes, collective, devices, disk, state_bytes
+from infra.startup import Startup
 from infra.training_loop import (
     Call,
     Callback,
     Metrics,
     Training,
+    record_first_step,
     record_metrics,
     record_test_loss,
     save_checkpoints,
@@ -73,14 +75,19 @@ from sources import prepare_from_config
 from train_state import TrainingBatches, TrainState, reset_parts
 
 
-def train(config: Config, path: Path) -> None:
+def train(config: Config, path: Path, started: float | None = None) -> None:
     """Trains to the run's last step, from the newest checkpoint if there is one. `last_step` says which that is.
+
+    Args:
+        started: when the command started, as `time.monotonic` counts; default: now. The time from then to the first
+            step is logged and recorded.
 
     Raises:
         KeyboardInterrupt: after a request to stop, once the state is saved. The same call resumes.
         ValueError, OSError: for bad input, before anything is written.
         FloatingPointError: after `training.max_nonfinite` steps in a row whose loss or gradient is not finite.
     """
+    startup = Startup(started)
     run, workdir = build(config), Workdir(path)
     train_source, test_source = (datasets.source_from_config(config, split) for split in datasets.SPLITS)
     parallel.require_same(f"{train_source.description}; {test_source.description}", "data")
@@ -104,6 +111,7 @@ def train(config: Config, path: Path) -> None:
         with MetricsWriter(workdir.train) as metrics:
             snapshots.draw(state)  # unless it was drawn before an interruption
             callbacks = [
+                record_first_step(startup, metrics),
                 record_metrics(metrics, order),
                 stop_after_failures(config.training.max_nonfinite, workdir),
                 record_test_loss(LossEvaluator(run, test_source).first_batches, metrics, order),
