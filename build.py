@@ -156,6 +156,11 @@ class Run:
         classes = {"data.num_classes": self.config.data.num_classes} if self.config.data.num_classes else {}
         return {**training, **model, **data, **classes}
 
+    def evaluated_network(self) -> dict[str, Any]:
+        """`network_description`, and the precision of feature maps, which results of evaluations depend on."""
+        dtype = self.config.model.dtype  # results of older versions, all with float32, do not name it
+        return self.network_description() | ({} if dtype == "float32" else {"model.dtype": dtype})
+
 
 def build(config: Config, *, for_training: bool = True) -> Run:
     """Builds the objects that the configuration describes.

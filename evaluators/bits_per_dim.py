@@ -102,7 +102,7 @@ class BitsPerDimEvaluator:
         settings, run = self.run.config.eval, self.run
         batches = {"batch_size": settings.batch_size, "max_examples": settings.max_examples}
         bins = {"bins_per_unit": self.dequantizer.bins_per_unit, "unit_scale": self.dequantizer.unit_scale}
-        network = {"network": run.network_description()}
+        network = {"network": run.evaluated_network()}
         if self._reference_source is None:
             return self.description | batches | bins | network
         reference = {"reference_data": self._reference_source.description, "reference_images": REFERENCE_EXAMPLES}
