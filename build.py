@@ -104,7 +104,7 @@ class Run:
 
     def abstract_state(self) -> TrainState:
         """The shapes of the training state, replicated over all devices."""
-        return abstract_state(self._init.eval_shape(self.key(INIT_KEY)), parallel.replicated(self.mesh))
+        return abstract_state(jax.eval_shape(self._init, self.key(INIT_KEY)), parallel.replicated(self.mesh))
 
     def train_steps(self) -> jax.stages.Wrapped:
         """The compiled call of training: from a state, `training.n_jitted_steps` batches and the run's key to the next

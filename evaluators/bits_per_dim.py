@@ -18,7 +18,7 @@ from coordinates import GaussianReference
 from datasets import REFERENCE_EXAMPLES, EvaluationBatch, data_reference, evaluation_batch, evaluation_batch_sizes
 from dequantization.noise import Dequantized, Dequantizer, Images, check_levels, importance_weights, log_mean_exp
 from evaluation import mean_estimate
-from evaluators.cache import BatchCache, Values
+from evaluators.cache import BatchCache, Values, examples_per_second
 from evaluators.estimators import (
     HostEstimate,
     OdeEstimator,
@@ -230,6 +230,7 @@ def summary(repeats: list[list[Values]]) -> dict[str, Any]:
         "errors": errors,
         "nfe": float(np.mean([batch["nfe"] for batch in every])),
         "seconds": float(np.sum([batch["seconds"] for batch in every])),
+        "images_per_second": examples_per_second([len(batch["bpd"]) for batch in every], every),
     }
 
 

@@ -28,7 +28,6 @@ from experiments.toy_step import Seconds, now
 from infra.metrics import MetricsWriter
 from infra.training_loop import Call, Callback, Training, record_test_loss, training_loop
 from report.formatting import text_table
-from train_state import TrainState
 
 Test = Callable[[Any], Mapping[str, float] | None]
 
@@ -67,7 +66,7 @@ class Clock:
 
 def _alone(call: Call, training: Training, steps: int) -> Seconds:
     """Times calls of the compiled step on the batch of the call, from a copy of its state, because it is donated."""
-    state: TrainState = jax.block_until_ready(jax.tree.map(lambda a: a.copy(), call.state))
+    state = jax.block_until_ready(jax.tree.map(lambda a: a.copy(), call.state))
     start, metrics = now(), None
     for _ in range(steps):
         state, metrics = training.update(state, call.batches)
@@ -89,9 +88,7 @@ def measure(config: Config, parts: int, workdir: Path) -> Clock:
     config.training.n_iters = steps * (parts + 1) + steps // 2
     clock = Clock()
 
-    def paused_loop(
-        training: Training, state: TrainState, training_config: Config, callbacks: Sequence[Callback]
-    ) -> Any:
+    def paused_loop(training: Training, state: Any, training_config: Config, callbacks: Sequence[Callback]) -> Any:
         def pause(call: Call) -> None:
             if call.step % steps == steps // 2:
                 clock.pause(call, training, steps, first=call.step < steps)

@@ -18,14 +18,13 @@ import numpy as np
 from jaxtyping import Array, Float
 
 import configs.digits.ncsnpp
+import run_lib
 from arrays import Batch
 from build import TRAIN_KEY, Run, build
+from configs.default import Config
 from datasets import source_from_config
-from dequantization.noise import dequantizer_from_config
-from evaluators.bits_per_dim import BitsPerDimEvaluator
 from experiments.provenance import commit, machine
 from infra.files import write_atomic
-from infra.workdir import EvaluationFolder, Workdir
 from losses import ORDERS, TERMS, Noise, Objective
 from models.score import Params
 
@@ -35,11 +34,10 @@ BATCH, DRAWS, REPEATS = 64, 16, 2
 Gradient = Callable[[Params, Batch, Noise, Float[Array, " orders"]], tuple[Params, dict[str, Array]]]
 
 
-def run_with(dtype: str) -> Run:
+def config_with(dtype: str) -> Config:
     config = configs.digits.ncsnpp.get_config()
     config.model.dtype = dtype
-    config.eval.num_repeats = REPEATS
-    return build(config)
+    return config
 
 
 def gradient_of(run: Run) -> Gradient:
@@ -99,16 +97,16 @@ def measured_draws(runs: Mapping[str, Run], params: Params, path: Path) -> list[
     return rows
 
 
-def bits_per_dim(run: Run, params: Params, workdir: Workdir, step: int) -> np.ndarray:
+def bits_per_dim(config: Config, model: Path, workdir: Path) -> np.ndarray:
     """Returns bits/dim of each test image for each repeat, [repeats, images]."""
-    evaluator = BitsPerDimEvaluator(run, dequantizer_from_config(run.config, run.sde))
-    folder = EvaluationFolder(workdir, "eval", f"step_{step}", step)
-    stored = folder.path / evaluator(params, folder)["values"]
+    config.eval.checkpoint, config.eval.num_repeats = str(model), REPEATS
+    config.eval.enable_bpd, config.eval.enable_sampling, config.eval.enable_loss = True, False, False
+    run_lib.evaluate(config, workdir, "eval")
+    results = [path for path in (workdir / "eval").glob("*.json") if not path.stem.endswith("_seconds")]
+    stored = workdir / "eval" / json.loads(results[0].read_text())["bpd"]["values"]
+    batches = range(len(list(stored.glob("repeat0_batch*.npz"))))
     return np.stack(
-        [
-            np.concatenate([np.load(stored / f"repeat{r}_batch{n}.npz")["bpd"] for n in range(len(evaluator.sizes))])
-            for r in range(REPEATS)
-        ]
+        [np.concatenate([np.load(stored / f"repeat{r}_batch{n}.npz")["bpd"] for n in batches]) for r in range(REPEATS)]
     ).astype(np.float64)
 
 
@@ -149,9 +147,9 @@ def page(rows: list[dict], values: Mapping[str, np.ndarray]) -> str:
 PAGE = """# The effect of bfloat16
 
 `model.dtype=bfloat16` computes the feature maps of the network with 16 bits. Parameters, moments of feature maps,
-losses and gradients keep 32 bits. Derivatives with respect to the input pass through the network, so they are rounded as
-its feature maps are. These are the differences for the first-order digits model of the demo, trained in float32. Both
-precisions have the same parameters, images, noise and probes.
+losses and gradients keep 32 bits. Derivatives with respect to the input pass through the network, so they are rounded
+as its feature maps are. These are the differences for the first-order digits model of the demo, trained in float32.
+Both precisions have the same parameters, images, noise and probes.
 
 ## Losses and their gradients
 
@@ -185,13 +183,10 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/precision"), help="folder of the measurements")
     parser.add_argument("--out", type=Path, default=Path("docs/results/precision.md"), help="page to write")
     arguments = parser.parse_args()
-    runs = {dtype: run_with(dtype) for dtype in DTYPES}
-    state = runs["float32"].load_state(arguments.model)
-    rows = measured_draws(runs, state.ema_params, arguments.runs / "draws.jsonl")
-    values = {
-        dtype: bits_per_dim(run, state.ema_params, Workdir(arguments.runs / dtype), int(state.step))
-        for dtype, run in runs.items()
-    }
+    runs = {dtype: build(config_with(dtype)) for dtype in DTYPES}
+    params = runs["float32"].load_state(arguments.model).ema_params
+    rows = measured_draws(runs, params, arguments.runs / "draws.jsonl")
+    values = {dtype: bits_per_dim(run.config, arguments.model, arguments.runs / dtype) for dtype, run in runs.items()}
     write_atomic(arguments.out, page(rows, values))
     print(arguments.out.read_text())
 

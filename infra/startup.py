@@ -34,7 +34,13 @@ class Programs(NamedTuple):
     """Time to compile or load them."""
 
     def since(self, before: "Programs") -> "Programs":
-        return Programs(*(now - then for now, then in zip(self, before, strict=True)))
+        """The difference of the counts and times."""
+        return Programs(
+            prepared=self.prepared - before.prepared,
+            loaded=self.loaded - before.loaded,
+            trace_seconds=self.trace_seconds - before.trace_seconds,
+            prepare_seconds=self.prepare_seconds - before.prepare_seconds,
+        )
 
 
 def count_programs() -> Programs:
@@ -50,14 +56,14 @@ class _Counter:
         jax.monitoring.register_event_duration_secs_listener(self._took)
         jax.monitoring.register_event_listener(self._happened)
 
-    def _took(self, event: str, seconds: float, **_: str | int) -> None:
+    def _took(self, event: str, duration_secs: float, **_: str | int) -> None:
         programs = self.programs
         if event == "/jax/core/compile/backend_compile_duration":
             self.programs = programs._replace(
-                prepared=programs.prepared + 1, prepare_seconds=programs.prepare_seconds + seconds
+                prepared=programs.prepared + 1, prepare_seconds=programs.prepare_seconds + duration_secs
             )
         elif event in ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
-            self.programs = programs._replace(trace_seconds=programs.trace_seconds + seconds)
+            self.programs = programs._replace(trace_seconds=programs.trace_seconds + duration_secs)
 
     def _happened(self, event: str, **_: str | int) -> None:
         if event == "/jax/compilation_cache/cache_hits":
