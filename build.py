@@ -23,7 +23,7 @@ from models.score import NETWORKS, NetworkScore, Params, ScoreModel, score_model
 from sampling import Sampler, sampler_from_config
 from sde_lib import SDE
 from sources.densities import DENSITIES, Density
-from train_state import Trainer, TrainState, create_state, optimizer_from_config, parts_to_reset
+from train_state import PRECISIONS, Trainer, TrainState, create_state, optimizer_from_config, parts_to_reset
 
 INIT_KEY, TRAIN_KEY, EVAL_KEY, SAMPLE_KEY = range(4)
 """The seed is folded with one of these for each purpose, so that no two purposes share random numbers."""
@@ -185,6 +185,9 @@ def build(config: Config, *, for_training: bool = True) -> Run:
 
 
 def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPreprocess) -> Trainer:
+    precision = config.training.matmul_precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"training.matmul_precision is {precision!r}; known: {', '.join(PRECISIONS)}")
     return Trainer(
         model=model,
         objective=objective_from_config(config),
@@ -194,6 +197,7 @@ def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPr
         accumulation_steps=config.training.accumulation_steps,
         unroll_parts=jax.default_backend() == "cpu",
         ema_warmup=config.model.ema_warmup,
+        matmul_precision=precision,
         num_classes=config.data.num_classes,
         label_dropout=config.training.label_dropout if config.data.num_classes else 0.0,
     )
