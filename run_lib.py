@@ -69,7 +69,6 @@ from infra.training_loop import (
 from infra.workdir import EvaluationFolder, Workdir
 from report.comparison import comparison_table
 from report.formatting import text_table
-from report.page import write_report
 from report.run_files import read_run
 from sources import prepare_from_config
 from train_state import TrainingBatches, TrainState, reset_parts
@@ -123,7 +122,7 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
                 training_loop(score_training(run, train_source, end), state, config.training, callbacks)
     stop.check()
     if jax.process_index() == 0:
-        write_report(path)
+        _write_report(path)
         logging.info("Report: %s", workdir.report)
 
 
@@ -460,7 +459,7 @@ def evaluate_checkpoint(
         result = evaluator(params, folder)
         if first_host:
             results.add(evaluator.name, result)
-            write_report(folder.workdir.path)
+            _write_report(folder.workdir.path)
     logging.info("Results: %s", results.path)
 
 
@@ -665,6 +664,13 @@ def report(path: Path, others: Sequence[Path] = ()) -> None:
         if not Workdir(folder).config.is_file():
             reason = "it holds no config.json" if folder.is_dir() else "there is no such folder"
             raise FileNotFoundError(f"no run in {folder}: {reason}")
-    write_report(path, others=others)
+    _write_report(path, others)
     print(comparison_table([result for folder in (*others, path) for result in read_run(folder).results]))
     print(f"\nreport: {Workdir(path).report}")
+
+
+def _write_report(path: Path, others: Sequence[Path] = ()) -> None:
+    """Writes the page of the run. Its module imports matplotlib, which training does not need before the first step."""
+    from report.page import write_report
+
+    write_report(path, others=others)
