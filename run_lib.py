@@ -78,7 +78,7 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
     """Trains to the run's last step, from the newest checkpoint if there is one. `last_step` says which that is.
 
     Args:
-        started: when the command started, as `time.monotonic` counts; default: now. The time from then to the first
+        started: when the process started, as `time.monotonic` counts; None: now. The time from then to the first
             step is logged and recorded.
 
     Raises:

@@ -82,18 +82,21 @@ class Startup:
         """Starts to count programs.
 
         Args:
-            started: when the run started, as `time.monotonic` counts; default: now.
+            started: when the process started, as `time.monotonic` counts; None: count from now.
         """
         self.started = time.monotonic() if started is None else started
+        self.processor_before = time.process_time() if started is None else 0.0
         self.before = count_programs()
 
     def first_step(self) -> dict[str, float]:
         """Logs and returns the seconds since the start, and what they were spent on. Call it after the first step."""
         seconds, programs = time.monotonic() - self.started, count_programs().since(self.before)
+        processor = time.process_time() - self.processor_before
         logging.info(
-            "First training step after %.1f s: %.1f s to trace, %.1f s for %d programs, %d of them from the "
-            "compilation cache",
+            "First training step after %.1f s, %.1f s of processor time: %.1f s to trace, %.1f s for %d programs, %d of "
+            "them from the compilation cache",
             seconds,
+            processor,
             programs.trace_seconds,
             programs.prepare_seconds,
             programs.prepared,
@@ -101,6 +104,7 @@ class Startup:
         )
         return {
             "first_step_seconds": round(seconds, 3),
+            "processor_seconds": round(processor, 3),
             "trace_seconds": round(programs.trace_seconds, 3),
             "compile_seconds": round(programs.prepare_seconds, 3),
             "programs": programs.prepared,
