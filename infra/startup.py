@@ -93,8 +93,8 @@ class Startup:
         seconds, programs = time.monotonic() - self.started, count_programs().since(self.before)
         processor = time.process_time() - self.processor_before
         logging.info(
-            "First training step after %.1f s, %.1f s of processor time: %.1f s to trace, %.1f s for %d programs, %d of "
-            "them from the compilation cache",
+            "First training step after %.1f s, %.1f s of processor time: %.1f s to trace, %.1f s for %d programs, "
+            "%d of them from the compilation cache",
             seconds,
             processor,
             programs.trace_seconds,
