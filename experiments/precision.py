@@ -172,8 +172,8 @@ images.
 
 The change with each draw of the noise: {by_repeat}.
 
-One model, trained with one seed. Command `make precision`, commit {commit}, {machine}. CPUs compute with the rounded
-values in higher precision, so GPUs and TPUs may differ in the order of summation.
+One model, trained with one seed. Command `make precision`, commit {commit}, {machine}. On CPUs, XLA converts to
+32 bits for each operation and may keep the extra bits between some of them, so GPUs and TPUs may round more often.
 """
 
 
