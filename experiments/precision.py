@@ -113,7 +113,7 @@ def bits_per_dim(config: Config, model: Path, workdir: Path) -> np.ndarray:
 def with_error(values: np.ndarray, digits: str = ".2g") -> str:
     """Formats the mean and its standard error."""
     error = np.std(values, ddof=1) / math.sqrt(len(values))
-    return f"{np.mean(values):{digits}} ± {error:.1g}"
+    return f"{np.mean(values):{digits}} ± {error:.2g}"
 
 
 def loss_rows(rows: list[dict]) -> str:
@@ -172,8 +172,9 @@ images.
 
 The change with each draw of the noise: {by_repeat}.
 
-One model, trained with one seed. Command `make precision`, commit {commit}, {machine}. On CPUs, XLA converts to
-32 bits for each operation and may keep the extra bits between some of them, so GPUs and TPUs may round more often.
+One model, trained with one seed. Command `make precision`, commit {commit}, {machine}.
+On CPUs, XLA converts to 32 bits for each operation and may keep the extra bits between some of them, so GPUs and TPUs
+may round more often. A model trained with bfloat16 can be evaluated with float32, which avoids the change of bits/dim.
 """
 
 
