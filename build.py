@@ -214,9 +214,11 @@ def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPr
 
 def _check_noise_level(training: Config, sde: SDE) -> None:
     """Raises ValueError if the SDE does not have the noise level that training uses."""
+    if not training.noise_level:
+        return  # without compiling five small programs
     ends = jnp.asarray([training.smallest_time, sde.t_max])
     first, last = (float(rho) for rho in jnp.exp(sde.log_noise_level(ends)))
-    if training.noise_level and not first <= training.noise_level <= last:
+    if not first <= training.noise_level <= last:
         raise ValueError(
             f"training.noise_level is {training.noise_level}; it must be 0 (all levels) or lie between {first:.3g} and "
             f"{last:.3g}, the levels of the SDE"

@@ -1,10 +1,11 @@
 """Measures how much time a training run spends outside its training steps: data, records and checkpoints.
 
-A run on the digits with its usual records, test losses and checkpoints pauses once for each checkpoint, half-way
-between two of them. In each pause, the same compiled step is called alone, on one batch, as often as in the part of the
-run before. The overhead is the time of the part divided by the time of the calls alone, minus 1. Test losses are work
-of their own, so their time is subtracted and given separately. Both times are given for the clock and for the
-processor, which other programs on the machine disturb less. Processor time is meaningful only if steps run on the CPU.
+A run on the digits with its usual records, test losses and checkpoints pauses regularly, half-way between two test
+losses. In each pause, the same compiled step is called alone, on one batch, as often as in the part of the run before.
+The overhead is the time of the part divided by the time of the calls alone, minus 1. Test losses are work of their own,
+so their time is subtracted and given separately. Both times are given for the clock and for the processor, which other
+programs on the machine disturb less. Processor time is meaningful only if steps run on the CPU. The parts together
+should have whole intervals between checkpoints: by default, five parts have one checkpoint.
 
     python -m experiments.loop_overhead
     python -m experiments.loop_overhead --order=3 --parts=4
@@ -82,9 +83,8 @@ def _difference(a: Seconds, b: Seconds) -> Seconds:
     return Seconds(a.wall - b.wall, a.processor - b.processor)
 
 
-def measure(config: Config, parts: int, workdir: Path) -> Clock:
-    """Trains for `parts` times the steps between two checkpoints, after a first time that is not measured."""
-    steps = config.training.snapshot_freq_for_preemption
+def measure(config: Config, parts: int, steps: int, workdir: Path) -> Clock:
+    """Trains for `parts` parts of `steps` steps, after a first one that is not measured."""
     config.training.n_iters = steps * (parts + 1) + steps // 2
     clock = Clock()
 
@@ -109,14 +109,19 @@ def measure(config: Config, parts: int, workdir: Path) -> Clock:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--order", type=int, default=1, help="order of score matching")
-    parser.add_argument("--parts", type=int, default=6, help="parts of the run that are measured")
+    parser.add_argument("--parts", type=int, default=5, help="parts of the run that are measured")
+    parser.add_argument("--steps", type=int, default=200, help="training steps of a part")
     arguments = parser.parse_args()
     config = configs.digits.ncsnpp.get_config()
     config.training.score_matching_order = arguments.order
-    steps = config.training.snapshot_freq_for_preemption
+    steps = arguments.steps
     with tempfile.TemporaryDirectory() as folder:
-        clock = measure(config, arguments.parts, Path(folder) / "run")
+        clock = measure(config, arguments.parts, steps, Path(folder) / "run")
     in_run, alone, tests = (np.array(each) for each in (clock.in_run, clock.alone, clock.tests))
+    print(
+        "overhead of each part, processor:",
+        *(f"{100 * (a / b - 1):.1f} %" for a, b in zip(in_run[:, 1], alone[:, 1], strict=True)),
+    )
     rows = []
     for name, part, calls, test in zip(("clock", "processor"), in_run.T, alone.T, tests.T, strict=True):
         overhead = 100 * (part / calls - 1)
