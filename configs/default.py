@@ -41,6 +41,9 @@ def _training() -> ConfigDict:
     training.batch_size = 128
     # parts of the batch that are computed one after another; more parts need less memory and give the same gradient
     training.accumulation_steps = 1
+    # precision of matrix products and convolutions of 32-bit numbers in training: default, which GPUs and TPUs round to
+    # fewer bits; high; highest, all bits. Likelihoods have the highest in any case
+    training.matmul_precision = "default"
     training.n_iters = 4_000_001  # step at which training ends
     # steps that a run which starts from training.init_from makes, instead of training to n_iters; 0 means to n_iters
     training.n_iters_from_start = 0
