@@ -42,7 +42,7 @@ class Run:
     @functools.cached_property
     def trainer(self) -> Trainer:
         """The trainer. It is built on first use, so the fields of `optim` count as used only then."""
-        return _trainer(self.config, self.model, self.preprocess)
+        return _trainer(self.config, self.mesh, self.model, self.preprocess)
 
     @property
     def sde(self) -> SDE:
@@ -87,7 +87,7 @@ class Run:
         """The state at step 0, with initial parameters."""
         params = self.model.init(self.key(INIT_KEY), self.data_shape)
         with unrecorded(self.config):  # evaluation makes a state, too, but its values do not depend on these fields
-            trainer = _trainer(self.config, self.model, self.preprocess)
+            trainer = _trainer(self.config, self.mesh, self.model, self.preprocess)
         return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
 
     def abstract_state(self) -> TrainState:
@@ -145,29 +145,31 @@ class Run:
         return {**training, **model, **data, **classes}
 
 
-def build(config: Config, *, for_training: bool = True) -> Run:
+def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True) -> Run:
     """Builds the objects that the configuration describes.
 
     Args:
+        mesh: the devices to compile for; None: all devices at hand.
         for_training: also check that the fields for training are compatible, and that the batch can be divided among
             the devices. An evaluation does not depend on this, and may run on other devices.
 
     Raises:
         ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
     """
+    mesh = mesh or parallel.device_mesh()
     with unrecorded(config):  # a field that is only checked has no effect
         check_config(config)
         _check_kind_of_data(config)
         _check_classes(config)
         model = score_model_from_config(config)
-        objective = _trainer(config, model, training_preprocess(config)).objective
+        objective = _trainer(config, mesh, model, training_preprocess(config)).objective
         if for_training:
             _check_noise_level(config.training, model.sde)
             _check_training(config, objective.every)
-    return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
+    return Run(config, mesh, score_model_from_config(config), training_preprocess(config))
 
 
-def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPreprocess) -> Trainer:
+def _trainer(config: Config, mesh: Mesh, model: ScoreModel, preprocess: Preprocess | PointPreprocess) -> Trainer:
     return Trainer(
         model=model,
         objective=objective_from_config(config),
@@ -175,7 +177,7 @@ def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPr
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,
         accumulation_steps=config.training.accumulation_steps,
-        unroll_parts=jax.default_backend() == "cpu",
+        unroll_parts=mesh.devices.flat[0].platform == "cpu",
         ema_warmup=config.model.ema_warmup,
         num_classes=config.data.num_classes,
         label_dropout=config.training.label_dropout if config.data.num_classes else 0.0,
