@@ -165,7 +165,7 @@ def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True
         objective = _trainer(config, mesh, model, training_preprocess(config)).objective
         if for_training:
             _check_noise_level(config.training, model.sde)
-            _check_training(config, objective.every)
+            _check_training(config, objective.every, mesh.size)
     return Run(config, mesh, score_model_from_config(config), training_preprocess(config))
 
 
@@ -195,11 +195,12 @@ def _check_noise_level(training: Config, sde: SDE) -> None:
         )
 
 
-def _check_training(config: Config, every: int) -> None:
+def _check_training(config: Config, every: int, devices: int) -> None:
     """Raises ValueError if fields that only training uses contradict each other or do not fit the devices.
 
     Args:
         every: the size of the groups of examples that must stay together when a batch is divided.
+        devices: the number of devices that share a batch.
     """
     training = config.training
     _check_init(training)
@@ -214,7 +215,7 @@ def _check_training(config: Config, every: int) -> None:
         raise ValueError(
             "training.high_order_fraction is not 1, but with data.num_classes all examples need all terms: set it to 1"
         )
-    parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps * every)
+    parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps * every, devices)
 
 
 def _check_init(training: Config) -> None:

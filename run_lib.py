@@ -169,6 +169,8 @@ def _build_settings(config: Config, mode: str) -> None:
             dequantizer_from_config(config, run.sde)
         if config.eval.end_ckpt:
             _ = config.eval.begin_ckpt
+    elif mode == "cost":
+        _ = config.cost.num_devices if config.cost.device else config.cost.measure_steps
 
 
 def warn_after_first_call(config: Config, mode: str) -> Callback:
@@ -521,7 +523,7 @@ def cost(config: Config, path: Path) -> None:
     """
     fields = config.cost
     gpu = gpu_by_name(fields.device) if fields.device else None
-    mesh = mesh_of(gpu) if gpu else None
+    mesh = mesh_of(gpu, fields.num_devices) if gpu else None
     sizes = fields.batch_sizes or (config.training.batch_size,)
     runs = {case: build(_changed(config, case), mesh) for case in all_cases(fields.orders, sizes, fields.memory)}
     workdir, rows = Workdir(path), []
@@ -534,10 +536,7 @@ def cost(config: Config, path: Path) -> None:
         row = known.get(json.dumps(program))
         if row is None:
             logging.info("Measuring order %d, batch size %d, memory setting %s", *case)
-            if gpu:
-                measured = predicted_cost(_lowered, run.config.to_dict(), fields.device)
-            else:
-                measured = case_cost(run, state, fields.measure_steps)
+            measured = _without_device(run) if gpu else case_cost(run, state, fields.measure_steps)
             row = case._asdict() | {"program": program} | measured
             known[json.dumps(program)] = row
             if jax.process_index() == 0:
@@ -573,9 +572,16 @@ def _program(run: Run, measure_steps: int) -> dict[str, Any]:
     }
 
 
-def _lowered(fields: dict[str, Any], device: str) -> tuple[dict[str, Any], jax.stages.Lowered]:
-    """Traces the training steps of the configuration with these fields, for the GPU that cost.device names."""
-    run = build(ConfigDict(fields), mesh_of(gpu_by_name(device)))
+def _without_device(run: Run) -> dict[str, Any]:
+    """Returns the cost of a training step on the GPUs that cost.device names."""
+    _ = run.trainer  # its fields count as used, though only the other process uses them
+    return predicted_cost(_lowered, run.config.to_dict())
+
+
+def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered]:
+    """Traces the training steps of the configuration with these fields, for the GPUs that cost.device names."""
+    config = ConfigDict(fields)
+    run = build(config, mesh_of(gpu_by_name(config.cost.device), config.cost.num_devices))
     steps, key = run.config.training.n_jitted_steps, run.key(TRAIN_KEY)
     shape = (steps, run.config.training.batch_size, *run.data_shape)
     dtype = np.uint8 if run.density is None else np.float32

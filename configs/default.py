@@ -375,6 +375,7 @@ def _cost() -> ConfigDict:
     # GPU to compile for, without having one: h100, h200, a100, a100-40 or a6000. There are no seconds then. It needs the
     # packages of requirements-gpu.txt. If empty, the devices at hand
     cost.device = ""
+    cost.num_devices = 1  # number of GPUs of one machine that share the batch, with cost.device
     # time limit in seconds for --mode=selftest to compile a training step, whose memory and time it then shows
     cost.selftest_seconds = 60.0
     return cost
