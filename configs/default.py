@@ -372,7 +372,7 @@ def _cost() -> ConfigDict:
     cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
     cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
     cost.memory_gb = 0.0  # memory in GB that a batch has to fit; 0 means the memory of the device
-    # GPU to compile for, without having one: h100, h200, a100, a100-40 or a6000. There are no seconds then. It needs the
+    # GPU to compile for, without having one: h100, h200, a100, a100-40 or a6000. Nothing is timed then. It needs the
     # packages of requirements-gpu.txt. If empty, the devices at hand
     cost.device = ""
     cost.num_devices = 1  # number of GPUs of one machine that share the batch, with cost.device

@@ -1,4 +1,4 @@
-"""The memory of programs for a GPU that is not there, up to XLA's compilation for GPUs itself: it is not installed here."""
+"""The memory of programs for a GPU that is not there. XLA's compiler for GPUs is not installed here."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     monkeypatch.setattr(gpus, "PLUGINS", ("no_such_plugin",))
     config = get_config()
     config.cost.device = "h100"
-    with pytest.raises(ValueError, match="needs JAX's packages for CUDA.*requirements-gpu.txt"):
+    with pytest.raises(ValueError, match=r"needs JAX's packages for CUDA.*requirements-gpu\.txt"):
         run_lib.cost(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
