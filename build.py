@@ -94,14 +94,28 @@ class Run:
         """The shapes of the training state, replicated over all devices."""
         return abstract_state(jax.eval_shape(self.fresh_state), parallel.replicated(self.mesh))
 
+    def state_shardings(self) -> TrainState:
+        """The placement of the training state: on all devices, or as `training.shard_state` says."""
+        whole, state = parallel.replicated(self.mesh), jax.eval_shape(self.fresh_state)
+        shardings: TrainState = jax.tree.map(lambda _: whole, state)
+        if not self.config.training.shard_state:
+            return shardings
+        divided = jax.tree.map(lambda a: parallel.along_largest_axis(self.mesh, a.shape), state)
+        return shardings.replace(ema_params=divided.ema_params, opt_state=divided.opt_state)
+
+    def training_state(self) -> TrainState:
+        """The shapes of the training state, placed as `state_shardings` says."""
+        return abstract_state(jax.eval_shape(self.fresh_state), self.state_shardings())
+
     def train_steps(self) -> jax.stages.Wrapped:
         """The compiled call of training: from a state, `training.n_jitted_steps` batches and the run's key to the next
         state and the mean metrics. It donates the state."""
         replicated, along = parallel.replicated(self.mesh), parallel.along_batch(self.mesh, axis=1)
+        shardings = self.state_shardings()
         return jax.jit(
             self.trainer.train_steps,
-            in_shardings=(replicated, along, replicated),
-            out_shardings=replicated,
+            in_shardings=(shardings, along, replicated),
+            out_shardings=(shardings, replicated),
             donate_argnums=0,
         )
 
@@ -117,7 +131,7 @@ class Run:
     def open_checkpoints(self, workdir: Workdir) -> Checkpoints:
         """The checkpoints of a run, to save and restore."""
         keep_every = self.config.training.snapshot_freq
-        return Checkpoints(workdir.checkpoints, self.network_description(), self.abstract_state(), keep_every)
+        return Checkpoints(workdir.checkpoints, self.network_description(), self.training_state(), keep_every)
 
     def existing_checkpoints(self, workdir: Workdir) -> Checkpoints:
         """The checkpoints of a run, to restore only.
@@ -178,6 +192,7 @@ def _trainer(config: Config, mesh: Mesh, model: ScoreModel, preprocess: Preproce
         ema_rate=config.model.ema_rate,
         accumulation_steps=config.training.accumulation_steps,
         unroll_parts=mesh.devices.flat[0].platform == "cpu",
+        gradient_sharding=parallel.replicated(mesh) if config.training.shard_state else None,
         ema_warmup=config.model.ema_warmup,
         num_classes=config.data.num_classes,
         label_dropout=config.training.label_dropout if config.data.num_classes else 0.0,

@@ -191,7 +191,7 @@ def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | 
     """The newest checkpoint's state; for a new run, `init_state` or a fresh one."""
     state = checkpoints.resume()
     if state is None:
-        return jax.device_put(init_state or run.fresh_state(), parallel.replicated(run.mesh))
+        return jax.device_put(init_state or run.fresh_state(), run.state_shardings())
     if run.config.training.init_from:
         logging.info("training.init_from is ignored, because this run has checkpoints of its own")
     return state
@@ -586,7 +586,7 @@ def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered
     shape = (steps, run.config.training.batch_size, *run.data_shape)
     dtype = np.uint8 if run.density is None else np.float32
     arguments = (
-        run.abstract_state(),
+        run.training_state(),
         jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.along_batch(run.mesh, axis=1)),
         jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(run.mesh)),
     )
@@ -609,13 +609,13 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, lim
     local = images if run.density is None else random.standard_normal(rows, np.float32)
     batches, key, cost = parallel.global_array(run.mesh, local, axis=1), run.key(TRAIN_KEY), {}
     try:
-        cost, train_steps = program_cost(run.train_steps(), (run.abstract_state(), batches, key), steps, limit)
+        cost, train_steps = program_cost(run.train_steps(), (run.training_state(), batches, key), steps, limit)
         if not math.isinf(limit) and parallel.any_host(train_steps is None):
             return cost | {"error": NOT_COMPILED}
         if measure_steps and cost["total_gb"] > device_memory():
             return cost | {"error": OUT_OF_MEMORY}
         if measure_steps:
-            first = jax.device_put(state(), parallel.replicated(run.mesh))
+            first = jax.device_put(state(), run.state_shardings())
             cost |= step_seconds(lambda state: train_steps(state, batches, key)[0], first, measure_steps, steps)
             cost |= {"images_per_second": size / cost["step_seconds"], "peak_gb": peak_memory()}
     except (jax.errors.JaxRuntimeError, MemoryError) as error:

@@ -21,8 +21,14 @@ Row: TypeAlias = Mapping[str, Any]
 UNCHANGED = "none"
 """The memory setting that leaves the configuration as it is."""
 
-MEMORY_FIELDS = ("training.accumulation_steps", "training.residual_first", "model.remat", "model.dtype")
-"""Fields of the configuration that a memory setting may change. They change the cost of a step, but not the state."""
+MEMORY_FIELDS = (
+    "training.accumulation_steps",
+    "training.residual_first",
+    "training.shard_state",
+    "model.remat",
+    "model.dtype",
+)
+"""Fields of the configuration that a memory setting may change. They change the cost of a step, but not its state."""
 
 OUT_OF_MEMORY, NOT_COMPILED = "out of memory", "not compiled in time"
 """Values of `error` in a row."""

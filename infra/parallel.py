@@ -44,9 +44,25 @@ def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "data"))
 
 
+def along_largest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Shards the largest axis that the number of devices divides; without such an axis, replicates the array."""
+    divisible = [axis for axis, length in enumerate(shape) if length and length % mesh.size == 0]
+    return along_batch(mesh, max(divisible, key=lambda axis: shape[axis])) if divisible else replicated(mesh)
+
+
 def global_array(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
     """A global array, given each host's own rows along `axis`."""
     return jax.make_array_from_process_local_data(along_batch(mesh, axis), local)
+
+
+def whole(tree: Tree) -> Tree:
+    """The arrays on all devices, if they are divided among them."""
+
+    def replicate(array: jax.Array) -> jax.Array:
+        sharding = array.sharding
+        return jax.device_put(array, replicated(sharding.mesh)) if isinstance(sharding, NamedSharding) else array
+
+    return jax.tree.map(replicate, tree)
 
 
 def fetch(tree: Tree) -> Tree:

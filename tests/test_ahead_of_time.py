@@ -1,12 +1,14 @@
 """The memory of programs for a GPU that is not there. XLA's compiler for GPUs is not installed here."""
 
+import multiprocessing
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 import run_lib
 from configs.toy.smoke import get_config
-from infra import gpus
+from infra import ahead_of_time, gpus
 from infra.ahead_of_time import buffer_gb, predicted_cost
 from infra.cost import memory_gb
 
@@ -39,8 +41,10 @@ def test_another_process_finds_the_memory_of_the_compiled_program():
     assert {name: cost[name] for name in expected} == expected
 
 
-def test_an_error_in_the_other_process_is_a_row():
-    assert predicted_cost(lower_nothing, 3) == {"error": "failed: size is 3"}
+def test_an_error_in_the_other_process_is_a_row(tmp_path):
+    receive, send = multiprocessing.Pipe(duplex=False)
+    ahead_of_time._compile(send, str(tmp_path), lower_nothing, (3,))
+    assert receive.recv() == {"error": "failed: size is 3"}
 
 
 def test_buffers_of_arguments_and_results_count_once():
