@@ -96,12 +96,17 @@ def mesh_of(gpu: Gpu, count: int = 1) -> Mesh:
     """Returns GPUs of one machine along the axis "data", for which programs can be compiled but not run.
 
     Raises:
-        ValueError: if JAX is installed without its packages for GPUs.
+        ValueError: if JAX is installed without its packages for GPUs, or does not load them.
     """
     if not any(map(importlib.util.find_spec, PLUGINS)):
         raise ValueError(
             "cost.device needs JAX's packages for CUDA, which are not installed: pip install -r requirements-gpu.txt "
-            "(3 GB; a GPU is not needed)"
+            "(6 GB; a GPU is not needed)"
         )
-    devices = topologies.get_topology_desc("", "cuda", topology=f"1x1x{count}", target_config=gpu.target()).devices
-    return Mesh(np.array(devices), ("data",))
+    try:
+        topology = topologies.get_topology_desc("", "cuda", topology=f"1x1x{count}", target_config=gpu.target())
+    except NotImplementedError as error:
+        raise ValueError(
+            "cost.device needs JAX_PLATFORMS=cpu in the environment, on a machine without a GPU"
+        ) from error
+    return Mesh(np.array(topology.devices), ("data",))
