@@ -580,7 +580,7 @@ def _without_device(run: Run) -> dict[str, Any]:
 
 def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered]:
     """Traces the training steps of the configuration with these fields, for the GPUs that cost.device names."""
-    config = ConfigDict(fields)
+    config: Config = ConfigDict(fields)
     run = build(config, mesh_of(gpu_by_name(config.cost.device), config.cost.num_devices))
     steps, key = run.config.training.n_jitted_steps, run.key(TRAIN_KEY)
     shape = (steps, run.config.training.batch_size, *run.data_shape)

@@ -3,6 +3,7 @@
 import pytest
 
 from experiments.predicted_cost_page import BEGIN, END, front_rows, network_table, on_front, with_tables
+from report.formatting import MISSING
 
 
 def row(memory, temporary_gb, gflop, order=3, batch_size=128):
@@ -41,4 +42,6 @@ def test_tables_replace_those_on_the_page():
 
 
 def test_rows_that_are_not_known_yet_are_left_out():
-    assert network_table({"network": ROWS[:1], "other": []})[2:] == ["| network | 128 | 3 | 100 | 40.00 | 41.00 | – |"]
+    assert network_table({"network": ROWS[:1], "other": []})[2:] == [
+        f"| network | 128 | 3 | 100 | 40.00 | 41.00 | {MISSING} |"
+    ]
