@@ -283,7 +283,7 @@ def _checksums(arrays: dict[str, Any], description: dict[str, Any]) -> dict[str,
 
 
 def _on_host(array: jax.Array) -> np.ndarray:
-    return np.asarray(array.addressable_data(0)) if array.is_fully_replicated else parallel.fetch(array)
+    return np.asarray(array.addressable_data(0) if array.is_fully_replicated else parallel.fetch(array))
 
 
 def _checksum_of_text(description: dict[str, Any]) -> int:

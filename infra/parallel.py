@@ -59,8 +59,9 @@ def whole(tree: Tree) -> Tree:
     """The arrays on all devices, if they are divided among them."""
 
     def replicate(array: jax.Array) -> jax.Array:
-        sharding = array.sharding
-        return jax.device_put(array, replicated(sharding.mesh)) if isinstance(sharding, NamedSharding) else array
+        if not isinstance(array.sharding, NamedSharding):
+            return array
+        return jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
 
     return jax.tree.map(replicate, tree)
 
