@@ -20,7 +20,8 @@ from infra.workdir import Workdir
 from losses import objective_from_config
 from models.mlp import POINT_NETWORKS
 from models.score import NETWORKS, NetworkScore, Params, ScoreModel, score_model_from_config
-from sampling import Sampler, sampler_from_config
+from samplers.sampler import Sampler
+from sampling import PredictorCorrector, pc_from_config, sampler_from_config
 from sde_lib import SDE
 from sources.densities import DENSITIES, Density
 from train_state import Trainer, TrainState, create_state, optimizer_from_config, parts_to_reset
@@ -74,6 +75,14 @@ class Run:
             ValueError: for a field of `sampling` whose value is not allowed.
         """
         return sampler_from_config(self.config, self.sde, self.preprocess.data_range)
+
+    def predictor_corrector(self) -> PredictorCorrector:
+        """The predictor-corrector sampler with the fields of `sampling`, whatever sampling.method says.
+
+        Raises:
+            ValueError: for a field of `sampling` whose value is not allowed.
+        """
+        return pc_from_config(self.config, self.sde)
 
     def sampling_description(self) -> dict[str, Any]:
         """The fields of `sampling` that samples depend on, with their values: those that the sampler reads."""

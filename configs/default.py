@@ -313,7 +313,7 @@ def _eval() -> ConfigDict:
     evaluate.rounding = "truncate"
     evaluate.inception_splits = 1  # parts of the samples that the Inception Score is averaged over; published: 1
     evaluate.features = "inception"  # network whose features are compared: inception, or classifier (with labels)
-    # weights of Inception, as python -m tools.convert_inception writes them
+    # weights of Inception, as python -m evaluators.convert_inception writes them
     evaluate.inception = "assets/inception-2015-12-05.npz"
     # input of Inception is (level - centre) / centre: 128 as in the published graph, 127.5 as in TF-GAN
     evaluate.inception_centre = 128.0

@@ -31,7 +31,7 @@ from infra import parallel
 from infra.workdir import EvaluationFolder
 from likelihood import bits_per_dim, to_bits_per_dim
 from models.score import Params
-from sampling import image_keys
+from samplers.sampler import image_keys
 
 
 class BitsPerDimEvaluator:

@@ -25,7 +25,7 @@ from infra.workdir import EvaluationFolder
 from likelihood import bits_per_dim
 from models.score import NetworkScore, Params
 from ode import require_success
-from sampling import image_keys
+from samplers.sampler import image_keys
 
 CURVES = ("difference", "first", "trace_bias")
 """Values of an image at each time: l_Diff in nats per unit of time, the first-order loss, and the trace's bias."""

@@ -25,7 +25,7 @@ from infra.checkpoints import params_digest
 from infra.files import write_npz
 from infra.workdir import PER_GRID, EvaluationFolder
 from models.score import Params
-from sampling import ode_from_config
+from samplers.probability_flow import ode_from_config
 
 
 class Codec:

@@ -21,7 +21,7 @@ from evaluators.estimators import Estimate, as_float64, estimator_from_config, e
 from infra import parallel, stop
 from infra.workdir import DATA, DensityGrid, EvaluationFolder, PointCloud
 from models.score import Params
-from sampling import image_keys
+from samplers.sampler import image_keys
 
 REFERENCE_POINTS = 10_000
 """Training points, at most, from which the mean and standard deviation of the data are computed."""

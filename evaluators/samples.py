@@ -25,7 +25,7 @@ from evaluators.fid import Comparison
 from infra import parallel
 from infra.workdir import PER_GRID, EvaluationFolder
 from models.score import Params
-from sampling import Sampler
+from samplers.sampler import Sampler
 
 
 class SamplesEvaluator:

@@ -12,7 +12,8 @@ from infra import parallel, stop
 from infra.checkpoints import params_digest
 from infra.console import progress
 from infra.workdir import PER_GRID, ImageGrid, Snapshot, Workdir
-from sampling import DPMSolverSampler, Sampler
+from samplers.few_step import DPMSolverSampler
+from samplers.sampler import Sampler
 from train_state import TrainState
 
 

@@ -221,8 +221,8 @@ class Checkpoints:
                 return left[-1], self.restore(left[-1])
             except DamagedCheckpointError as error:
                 failures[left[-1]] = error
-                if len(left) > 1 and (self._manager.directory / str(left[-1])).exists():
-                    logging.warning("%s; trying an earlier one", error)
+                if len(left) > 1:
+                    logging.warning("%s; trying another one", error)
             self._manager.reload()  # there may be a newer one
         if failures:
             error = failures[max(failures)]
@@ -239,8 +239,11 @@ class Checkpoints:
             with waiting(f"the checkpoint of step {step} in {self._manager.directory}"):
                 return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
         except Exception as error:  # damaged files make orbax, tensorstore and JAX raise a dozen kinds of errors
+            if not (self._manager.directory / str(step)).exists():
+                raise DamagedCheckpointError(f"{self._name(step)} was removed while it was read") from error
+            first_line = (str(error).splitlines() or [type(error).__name__])[0]
             raise DamagedCheckpointError(
-                f"{self._name(step)} is damaged, or comes from another kind of training: {str(error)[:300]}"
+                f"{self._name(step)} is damaged, or comes from another kind of training: {first_line[:300]}"
             ) from error
 
 
