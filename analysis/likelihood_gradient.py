@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from arrays import Batch, ReportProgress, Scalar, ScoreFn, inner
+from arrays import Batch, ReportProgress, Scalar, ScoreFn, as_pytree, inner
 from likelihood import GaussianReference, Probes, ReferenceField, ReferencePath
-from ode import Node, adams_path, adams_step, as_pytree
+from ode import Node, adams_path, adams_step
 from sde_lib import SDE
 
 Scores = Float[Array, "k batch *dims"]

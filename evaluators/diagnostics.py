@@ -27,7 +27,7 @@ from infra import parallel
 from infra.workdir import EvaluationFolder
 from likelihood import bits_per_dim, to_bits_per_dim
 from models.score import Params
-from sampling import image_keys
+from samplers.sampler import image_keys
 from sde_lib import SDE
 
 BY_TIME = ("difference", "first", "trace_bias")
@@ -97,7 +97,7 @@ class DiagnosticsEvaluator:
         settings = self.run.config.eval
         batches = {"batch_size": self.batch_size, "diagnose_images": settings.diagnose_images}
         reference = {"reference_data": self._reference_source.description, "reference_images": REFERENCE_EXAMPLES}
-        known = self.description | batches | reference | {"network": self.run.network_description()}
+        known = self.description | batches | reference | {"network": self.run.evaluated_network()}
         cache = BatchCache(folder.path, "diagnostics", known, params)
         parts = [("time", number) for number in range(len(self.nodes.t))]
         parts += [("start", number) for number in range(len(self.starts))]

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Float
 
 from analysis.score_distances import TimeNodes, time_nodes
-from arrays import Batch, ScoreFn
+from arrays import Batch, ScoreFn, as_pytree
 from build import Run, build
 from configs.digits.ncsnpp import get_config
 from datasets import data_reference, labels_of, source_from_config
@@ -36,11 +36,9 @@ from evaluators.estimators import as_float64
 from experiments.provenance import commit, machine
 from infra.files import read_npz, write_atomic, write_npz
 from likelihood import GaussianReference, ode_log_likelihood, to_bits_per_dim
-from ode import as_pytree
 from report.diagnostics_figures import diagnostics_figure
 from report.figures import figure_png
 from report.run_files import read_runs
-from sampling import image_keys
 from sources.densities import GaussianMixture
 
 MODELS = {"order 1": "order1", "order 1, 800 more steps": "order1_more", "order 3": "order3"}
@@ -163,7 +161,8 @@ def curves_at_nodes(
     """Computes `BY_TIME` at each time of --mode=diagnose: [images, times]."""
     rows = []
     for number, t in enumerate(nodes_of(run).t):
-        keys = image_keys(jax.random.fold_in(jax.random.key(2), number), jnp.arange(len(x0)))
+        key = jax.random.fold_in(jax.random.key(2), number)
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(len(x0)))
         rows.append(as_float64(errors_at_time(score_fn, run.sde, x0, t, keys, reference, num_steps=num_steps)))
     return {name: np.stack([row[name] for row in rows], axis=1) for name in BY_TIME}
 
