@@ -323,8 +323,8 @@ The trace's bias is (sigma^2 tr J + d - |sigma s + z|^2) / d, which has the mean
 - The third order lowers l_Diff of order 1, but 800 more first-order steps lower it as much: the integrals differ by no
   more than their error. So the gain is that of the steps, not of the order.
 - Bits/dim from the smallest start are better after first-order steps, and those from a start at ln(sigma / alpha) of
-  -2.6 or more are better after the third order. The bias of the trace shows the same: the third order is nearer to 0
-  where the noise is small, and the first order where it is large.
+  -2.6 or more are better after the third order. The bias of the trace is lower after the third
+  order where the noise is small, and lower after first-order steps where it is large.
 - l_Diff is far above the floor at most noise levels. At ln(sigma / alpha) of -2.6 and -1.1, the probes add noise of 2
   to 4 to a mean of 64 images. The 0.035 of the exact score at large noise is the difference between the prior and the
   data with the largest noise.
