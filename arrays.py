@@ -36,6 +36,14 @@ ReportProgress: TypeAlias = Callable[[int, int], None]
 """report(steps_done, total_steps), called between the compiled calls of a long computation. It raises to stop it."""
 
 State = TypeVar("State")
+Function = TypeVar("Function", bound=Callable)
+
+
+def as_pytree(function: Function) -> Function:
+    """Makes a callable an argument of jit: returns it if it is a pytree of arrays, otherwise wraps it as one."""
+    is_leaf = jax.tree.all(jax.tree.map(lambda leaf: leaf is function, function))
+    return jax.tree_util.Partial(function) if is_leaf and jax.tree.leaves(function) else function  # pyright: ignore[reportReturnType]
+
 
 PART_SECONDS = 1.0
 """The time that one part of a long computation should take."""

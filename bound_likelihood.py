@@ -33,10 +33,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from arrays import Batch, Factor, PerExample, ReportProgress, ScoreFn, append_dims, in_parts, inner, num_dims
+from arrays import Batch, Factor, PerExample, ReportProgress, ScoreFn, append_dims, as_pytree, in_parts, inner, num_dims
 from coordinates import GaussianReference
 from derivatives import probe_divergence
-from ode import as_pytree
 from sde_lib import SDE
 
 FORMS = ("dsm", "sm")

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ReportProgress, ScoreFn
+from arrays import Batch, PerExample, ReportProgress, ScoreFn, as_pytree
 from coordinates import GaussianReference, ReferencePath
 from derivatives import PROBES, divergence_estimates
-from ode import Info, as_pytree, integrate
+from ode import Info, integrate
 from sde_lib import SDE
 
 Probes: TypeAlias = Float[Array, "k batch *dims"]

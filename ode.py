@@ -4,51 +4,24 @@ A field maps (t, y) to dy/dt, where t is a scalar and y a pytree of arrays whose
 a field is a pytree itself (`jax.tree_util.Partial`, a registered dataclass) with the parameters of the network as
 leaves. Then it is an argument of the compiled functions here, and new weights do not compile anything. A plain function
 works too, and is compiled once for each function object.
+
+The methods with fixed steps are here. solvers/ has those that use a library: diffrax on the devices, SciPy on the host.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple
 
-import diffrax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
-from scipy.integrate import RK45
 
-from arrays import ReportProgress, in_parts
-
-State = TypeVar("State", bound=PyTree)
-Function = TypeVar("Function", bound=Callable)
-Field: TypeAlias = Callable[[Float[Array, ""], State], State]
+from arrays import ReportProgress, as_pytree, in_parts
+from solvers.dormand_prince import dopri5
+from solvers.solve import Field, Info, State, combine, is_finite, report_of
 
 METHODS = ("dopri5", "scipy", "rk4", "adams")
-
-
-class Info(NamedTuple):
-    """The cost of a solve, and whether it succeeded."""
-
-    nfe: Int[Array, ""]
-    """Evaluations of the field, including those of rejected steps."""
-    steps: Int[Array, ""]
-    """Attempted steps."""
-    success: Bool[Array, ""]
-    """Whether the solve reached its end with a finite state."""
-    t: Float[Array, ""]
-    """The time at which the solve stopped."""
-    worst_example: Int[Array, ""]
-    """The example that probably caused a failure; -1 after a success.
-
-    It is the first example whose state or derivative just after t is not finite or, if all are finite, the one with the
-    largest derivative."""
-    error_estimate: PyTree = None
-    """An estimate of the error of y1 with fixed steps, with the same structure as y1; None for adaptive methods.
-
-    It is the difference between y1 and the integral of dy/dt by a rule that uses only every second time. If dy/dt is
-    too rough for the steps, as for networks that resolve time finely, it has the size of the error. If dy/dt is smooth,
-    it has the size of the error for "adams", and is several times larger for "rk4"."""
 
 
 def integrate(
@@ -105,8 +78,10 @@ def integrate(
     if method in FIXED_STEP:
         return _fixed_steps(field, y0, start, end, num_steps, method, progress)
     if method == "dopri5":
-        return _dopri5(field, y0, start, end, rtol, atol, max_steps, progress)
-    return _scipy_rk45(field, y0, float(t0), float(t1), rtol, atol, max_steps, progress)
+        return dopri5(field, y0, start, end, rtol, atol, max_steps, progress)
+    from solvers.scipy_rk45 import scipy_rk45  # SciPy's solvers take a quarter of a second to import
+
+    return scipy_rk45(field, y0, float(t0), float(t1), rtol, atol, max_steps, progress)
 
 
 def check_processes(method: str, field: str) -> None:
@@ -127,12 +102,6 @@ def require_success(info: Info) -> None:
         )
 
 
-def as_pytree(function: Function) -> Function:
-    """Makes a callable an argument of jit: returns it if it is a pytree of arrays, otherwise wraps it as one."""
-    is_leaf = jax.tree.all(jax.tree.map(lambda leaf: leaf is function, function))
-    return jax.tree_util.Partial(function) if is_leaf and jax.tree.leaves(function) else function  # pyright: ignore[reportReturnType]
-
-
 class _Node(NamedTuple):
     """The time and state of a fixed-step solve, and the derivatives there and at the two times before."""
 
@@ -145,10 +114,10 @@ def rk4_step(field: Field, node: _Node, dt: Float[Array, ""], number: Int[Array,
     """Returns the next state and derivative of the classical fourth-order Runge-Kutta method."""
     del number
     half, k1 = node.t + dt / 2, node.slopes[0]
-    k2 = field(half, _combine(node.y, dt, [1 / 2], [k1]))
-    k3 = field(half, _combine(node.y, dt, [1 / 2], [k2]))
-    k4 = field(node.t + dt, _combine(node.y, dt, [1], [k3]))
-    y = _combine(node.y, dt, [1 / 6, 1 / 3, 1 / 3, 1 / 6], [k1, k2, k3, k4])
+    k2 = field(half, combine(node.y, dt, [1 / 2], [k1]))
+    k3 = field(half, combine(node.y, dt, [1 / 2], [k2]))
+    k4 = field(node.t + dt, combine(node.y, dt, [1], [k3]))
+    y = combine(node.y, dt, [1 / 6, 1 / 3, 1 / 3, 1 / 6], [k1, k2, k3, k4])
     return y, field(node.t + dt, y)
 
 
@@ -163,18 +132,9 @@ def adams_step(field: Field, node: _Node, dt: Float[Array, ""], number: Int[Arra
     The derivative is evaluated at the predicted state, which differs from the corrected one by the error of a step.
     """
     past = jnp.minimum(number, 2)
-    predicted = _combine(node.y, dt, jnp.asarray(ADAMS_BASHFORTH)[past], node.slopes)
+    predicted = combine(node.y, dt, jnp.asarray(ADAMS_BASHFORTH)[past], node.slopes)
     slope = field(node.t + dt, predicted)
-    return _combine(node.y, dt, jnp.asarray(ADAMS_MOULTON)[past], [slope, *node.slopes]), slope
-
-
-def _combine(y: PyTree, dt: Float[Array, ""], weights: Iterable[float | Array], slopes: Iterable[PyTree]) -> PyTree:
-    """y plus dt times the weighted sum of slopes."""
-
-    def combine(y: Array, *slopes: Array) -> Array:
-        return y + (dt * sum(w * k for w, k in zip(weights, slopes, strict=True))).astype(y.dtype)
-
-    return jax.tree.map(combine, y, *slopes)
+    return combine(node.y, dt, jnp.asarray(ADAMS_MOULTON)[past], [slope, *node.slopes]), slope
 
 
 class _FixedStep(NamedTuple):
@@ -188,6 +148,19 @@ class _FixedStep(NamedTuple):
 
 
 FIXED_STEP = {"rk4": _FixedStep(rk4_step, 4, 1), "adams": _FixedStep(adams_step, 1, 2)}
+
+
+class _Grid(NamedTuple):
+    """What the parts of a solve with fixed steps have in common."""
+
+    field: Field
+    t0: Float[Array, ""]
+    t1: Float[Array, ""]
+    num_steps: Int[Array, ""] | int
+
+    @property
+    def dt(self) -> Float[Array, ""]:
+        return (self.t1 - self.t0) / self.num_steps
 
 
 class _FixedSolve(NamedTuple):
@@ -209,71 +182,49 @@ def _fixed_steps(
     method: str,
     progress: ReportProgress | None,
 ) -> tuple[State, Info]:
-    def advance(solve: _FixedSolve, first: int, last: int) -> _FixedSolve:
-        del first
-        return _fixed_steps_until(field, solve, t0, t1, num_steps, last, method=method)
+    """Takes `num_steps` equal steps of a method of `FIXED_STEP`, and estimates the error of the result."""
+    grid = _Grid(field, t0, t1, num_steps)
 
-    solve = in_parts(advance, _first_node(field, y0, t0, t1, num_steps, method=method), num_steps, progress)
-    return _end_of_fixed_steps(field, solve, t0, t1, num_steps, method=method)
+    def advance(solve: _FixedSolve, _: int, last: int) -> _FixedSolve:
+        return _steps_until(grid, solve, last, method=method)
 
-
-@partial(jax.jit, static_argnames="method")
-def _first_node(
-    field: Field,
-    y0: PyTree,
-    t0: Float[Array, ""],
-    t1: Float[Array, ""],
-    num_steps: Int[Array, ""] | int,
-    *,
-    method: str,
-) -> _FixedSolve:
-    stride, slope = FIXED_STEP[method].stride, field(t0, y0)
-    weight = stride * (t1 - t0) / num_steps
-    sampled = _combine(y0, weight, [_gregory_weight(0, num_steps // stride)], [slope])
-    return _FixedSolve(jnp.int32(0), _Node(t0, y0, (slope,) * 3), sampled)
+    solve = in_parts(advance, _before_first_step(grid, y0, method=method), num_steps, progress)
+    return _end(grid, solve, method=method)
 
 
 @partial(jax.jit, static_argnames="method")
-def _fixed_steps_until(
-    field: Field,
-    solve: _FixedSolve,
-    t0: Float[Array, ""],
-    t1: Float[Array, ""],
-    num_steps: Int[Array, ""] | int,
-    last: Int[Array, ""] | int,
-    *,
-    method: str,
-) -> _FixedSolve:
+def _before_first_step(grid: _Grid, y0: PyTree, *, method: str) -> _FixedSolve:
+    stride, slope = FIXED_STEP[method].stride, grid.field(grid.t0, y0)
+    sampled = combine(y0, stride * grid.dt, [_gregory_weight(0, grid.num_steps // stride)], [slope])
+    return _FixedSolve(jnp.int32(0), _Node(grid.t0, y0, (slope,) * 3), sampled)
+
+
+@partial(jax.jit, static_argnames="method")
+def _steps_until(grid: _Grid, solve: _FixedSolve, last: Int[Array, ""] | int, *, method: str) -> _FixedSolve:
+    """Takes steps until `last` were taken, or until the state is not finite."""
     step, _, stride = FIXED_STEP[method]
-    dt = (t1 - t0) / num_steps
+    dt, num_nodes = grid.dt, grid.num_steps // stride
 
     def healthy(solve: _FixedSolve) -> Bool[Array, ""]:
-        return (solve.number < last) & _is_finite(solve.node.y)
+        return (solve.number < last) & is_finite(solve.node.y)
 
     def advance(solve: _FixedSolve) -> _FixedSolve:
         number, node, sampled = solve
-        y, slope = step(field, node, dt, number)
+        y, slope = step(grid.field, node, dt, number)
         number = number + 1
-        weight = jnp.where(number % stride == 0, _gregory_weight(number // stride, num_steps // stride), 0)
-        sampled = _combine(sampled, stride * dt, [weight], [slope])
-        return _FixedSolve(number, _Node(t0 + number * dt, y, (slope, *node.slopes[:2])), sampled)
+        weight = jnp.where(number % stride == 0, _gregory_weight(number // stride, num_nodes), 0)
+        sampled = combine(sampled, stride * dt, [weight], [slope])
+        return _FixedSolve(number, _Node(grid.t0 + number * dt, y, (slope, *node.slopes[:2])), sampled)
 
     return jax.lax.while_loop(healthy, advance, solve)
 
 
 @partial(jax.jit, static_argnames="method")
-def _end_of_fixed_steps(
-    field: Field,
-    solve: _FixedSolve,
-    t0: Float[Array, ""],
-    t1: Float[Array, ""],
-    num_steps: Int[Array, ""] | int,
-    *,
-    method: str,
-) -> tuple[PyTree, Info]:
+def _end(grid: _Grid, solve: _FixedSolve, *, method: str) -> tuple[PyTree, Info]:
     steps, node, sampled = solve
-    solved = (steps == num_steps) & _is_finite(node.y)
-    info = _info(field, node.t, node.y, t1 - t0, solved, FIXED_STEP[method].evaluations * steps + 1, steps)
+    solved = (steps == grid.num_steps) & is_finite(node.y)
+    nfe = FIXED_STEP[method].evaluations * steps + 1
+    info = report_of(grid.field, node.t, node.y, grid.t1 - grid.t0, solved, nfe, steps)
     return node.y, info._replace(error_estimate=jax.tree.map(jnp.subtract, node.y, sampled))
 
 
@@ -285,244 +236,3 @@ def _gregory_weight(node: Int[Array, ""] | int, last: Int[Array, ""] | int) -> F
     from_end = jnp.minimum(node, last - node)
     gregory = jnp.array([3 / 8, 7 / 6, 23 / 24, 1.0])[jnp.minimum(from_end, 3)]
     return jnp.where(last >= 5, gregory, jnp.where(from_end == 0, 0.5, 1.0))
-
-
-class _AdaptiveSolve(NamedTuple):
-    """A solve with adaptive steps between two parts. Times are multiplied by the direction of time, and so increase."""
-
-    steps: Int[Array, ""]
-    """Attempted steps."""
-    t: Float[Array, ""]
-    t_next: Float[Array, ""]
-    """The end of the step to attempt."""
-    y: PyTree
-    healthy: Bool[Array, ""]
-    solver_state: PyTree
-    controller_state: PyTree
-
-
-class _Interval(NamedTuple):
-    """What the parts of an adaptive solve have in common."""
-
-    field: Field
-    t0: Float[Array, ""]
-    t1: Float[Array, ""]
-    rtol: float | Float[Array, ""]
-    atol: float | Float[Array, ""]
-
-    @property
-    def direction(self) -> Float[Array, ""]:
-        return jnp.where(self.t0 < self.t1, 1, -1).astype(self.t0.dtype)
-
-    @property
-    def end(self) -> Float[Array, ""]:
-        return self.direction * self.t1
-
-    def term(self) -> diffrax.ODETerm:
-        return diffrax.ODETerm(lambda s, y, _: jax.tree.map(self._directed, self.field(self.direction * s, y)))
-
-    def _directed(self, slope: Array) -> Array:
-        return self.direction.astype(slope.dtype) * slope
-
-    def controller(self) -> diffrax.PIDController:
-        """The step-size rules of SciPy's RK45."""
-        return diffrax.PIDController(
-            rtol=self.rtol,
-            atol=self.atol,
-            pcoeff=0.0,
-            icoeff=1.0,
-            dcoeff=0.0,
-            safety=0.9,
-            factormin=0.2,
-            factormax=10.0,
-            # A step below the rounding error of t does not change t.
-            dtmin=0.1 * jnp.finfo(self.t0.dtype).eps * jnp.abs(self.t1 - self.t0),
-            force_dtmin=False,
-        )
-
-
-_DOPRI5, _ERROR_ORDER = diffrax.Dopri5(), 5
-"""The method, and the order of the error estimate of its embedded formula, which the step size control uses."""
-
-
-def _dopri5(
-    field: Field,
-    y0: State,
-    t0: Float[Array, ""],
-    t1: Float[Array, ""],
-    rtol: float,
-    atol: float,
-    max_steps: int,
-    progress: ReportProgress | None,
-) -> tuple[State, Info]:
-    """Runs diffrax's steps in a loop of our own, which can be left and entered again between steps."""
-    interval = _Interval(field, t0, t1, rtol, atol)
-    solve = _before_first_step(interval, y0)
-    first, length = solve.t, interval.end - solve.t
-
-    def advance(solve: _AdaptiveSolve, _: int, last: int) -> _AdaptiveSolve:
-        return _adaptive_steps_until(interval, solve, last)
-
-    def percentage(solve: _AdaptiveSolve) -> tuple[int, int]:
-        return (int(100 * (solve.t - first) / length) if solve.healthy else 100), 100
-
-    solve = in_parts(advance, solve, max_steps, progress, percentage)
-    return _end_of_adaptive_steps(interval, solve)
-
-
-@jax.jit
-def _before_first_step(interval: _Interval, y0: PyTree) -> _AdaptiveSolve:
-    term, controller, start = interval.term(), interval.controller(), interval.direction * interval.t0
-    slope = term.vf(start, y0, None)
-    size = _first_step_size(interval, y0, slope)
-    t_next, controller_state = controller.init(term, start, interval.end, y0, size, None, _DOPRI5.func, _ERROR_ORDER)
-    # The state of the solver says that this is not a step without a derivative, because there is one: `slope`.
-    solver_state = jnp.asarray(False), slope
-    t_next = jnp.minimum(t_next, interval.end)
-    return _AdaptiveSolve(jnp.int32(0), start, t_next, y0, jnp.isfinite(t_next), solver_state, controller_state)
-
-
-def _first_step_size(interval: _Interval, y0: State, slope: State) -> Float[Array, ""]:
-    """The size of the first step by the rule of SciPy's RK45 (Hairer, Norsett and Wanner, Sec. II.4)."""
-    term, start, norm = interval.term(), interval.direction * interval.t0, diffrax.PIDController(1, 1).norm
-    scaled = partial(jax.tree.map, lambda y, a: a / (interval.atol + interval.rtol * jnp.abs(y)), y0)
-    d0, d1 = norm(scaled(y0)), norm(scaled(slope))
-    h0 = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    h0 = jnp.minimum(h0, interval.end - start)
-    slope1 = term.vf(start + h0, _combine(y0, h0, [1], [slope]), None)
-    d2 = norm(scaled(jax.tree.map(jnp.subtract, slope1, slope))) / h0
-    largest = jnp.maximum(d1, d2)
-    # A field that is not finite at the trial point may be finite before it, so the solver begins with a small step.
-    unknown = (largest <= 1e-15) | ~jnp.isfinite(largest)
-    h1 = jnp.where(unknown, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / largest) ** (1 / 5))
-    return jnp.minimum(100 * h0, h1).astype(start.dtype)
-
-
-@jax.jit
-def _adaptive_steps_until(
-    interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Array, ""] | int
-) -> _AdaptiveSolve:
-    """Attempts steps until the end of the interval, or until `most_steps` were attempted since its beginning."""
-    term, controller, end = interval.term(), interval.controller(), interval.end
-    nearly_end = end - 100 * jnp.finfo(end.dtype).eps * jnp.abs(end)
-
-    def unfinished(solve: _AdaptiveSolve) -> Bool[Array, ""]:
-        return (solve.steps < most_steps) & (solve.t < end) & solve.healthy
-
-    def attempt(solve: _AdaptiveSolve) -> _AdaptiveSolve:
-        y, error, _, solver_state, solved = _DOPRI5.step(
-            term, solve.t, solve.t_next, solve.y, None, solve.solver_state, made_jump=False
-        )
-        error = jax.tree.map(lambda a: jnp.where(jnp.isnan(a), jnp.inf, a), error)
-        accepted, t, t_next, _, controller_state, controlled = controller.adapt_step_size(
-            solve.t,
-            solve.t_next,
-            solve.y,
-            y,
-            None,
-            error,
-            _ERROR_ORDER,
-            solve.controller_state,  # pyright: ignore[reportArgumentType]
-        )
-        t = jnp.minimum(t, end)
-        # A rejected step near the end must become shorter, too.
-        t_next = jnp.where(t_next > nearly_end, jnp.where(accepted, end, t + 0.5 * (end - t)), t_next)
-        y, solver_state = jax.tree.map(
-            lambda new, old: jnp.where(accepted, new, old), (y, solver_state), (solve.y, solve.solver_state)
-        )
-        successful = diffrax.RESULTS.successful
-        healthy = (~accepted | (solved == successful)) & (controlled == successful)
-        return _AdaptiveSolve(solve.steps + 1, t, t_next, y, healthy, solver_state, controller_state)  # pyright: ignore[reportArgumentType]
-
-    return jax.lax.while_loop(unfinished, attempt, solve)
-
-
-@jax.jit
-def _end_of_adaptive_steps(interval: _Interval, solve: _AdaptiveSolve) -> tuple[PyTree, Info]:
-    field, t0, t1 = interval[:3]
-    solved = solve.healthy & (solve.t >= interval.end) & _is_finite(solve.y)
-    # Six new stages in each step, one at the start, and one to choose the first step.
-    nfe, t = 6 * solve.steps + 2, interval.direction * solve.t
-    return solve.y, _info(field, t, solve.y, t1 - t0, solved, nfe, solve.steps)
-
-
-def _scipy_rk45(
-    field: Field,
-    y0: State,
-    t0: float,
-    t1: float,
-    rtol: float,
-    atol: float,
-    max_steps: int,
-    progress: ReportProgress | None,
-) -> tuple[State, Info]:
-    """Runs SciPy's RK45 step by step, because solve_ivp would store every intermediate state."""
-    flat0, unravel = ravel_pytree(y0)
-
-    def state(flat: np.ndarray) -> State:
-        return jax.tree.map(_spread_as, unravel(jnp.asarray(flat, flat0.dtype)), y0)
-
-    def derivative(t: float, flat: np.ndarray) -> np.ndarray:
-        dy = _evaluate(field, jnp.asarray(t, flat0.dtype), state(flat))
-        return np.asarray(ravel_pytree(dy)[0], np.float64)
-
-    if not bool(_is_finite(y0)):  # SciPy would raise an exception.
-        zero = jnp.int32(0)
-        return y0, _info(field, jnp.asarray(t0, flat0.dtype), y0, t1 - t0, jnp.asarray(False), zero, zero)
-    solver = RK45(derivative, t0, np.asarray(flat0, np.float64), t1, rtol=rtol, atol=atol)
-    # If the first derivative is not finite, SciPy would reduce a first step of NaN forever.
-    healthy = bool(np.isfinite(solver.f).all())
-    while healthy and solver.status == "running" and _attempted_steps(solver) < max_steps:
-        solver.step()
-        if progress is not None:
-            progress(int(100 * (solver.t - t0) / (t1 - t0)), 100)
-    y = state(solver.y)
-    solved = jnp.asarray(solver.status == "finished" and bool(_is_finite(y)))
-    nfe, steps = jnp.int32(solver.nfev), jnp.int32(_attempted_steps(solver))
-    return y, _info(field, jnp.asarray(solver.t, flat0.dtype), y, t1 - t0, solved, nfe, steps)
-
-
-def _attempted_steps(solver: RK45) -> int:
-    return (solver.nfev - 2) // 6
-
-
-@jax.jit
-def _evaluate(field: Field, t: Float[Array, ""], y: State) -> State:
-    return field(t, y)
-
-
-def _spread_as(array: Array, like: Array | np.ndarray) -> Array:
-    """Shards the array as `like`, if that is on several devices."""
-    if isinstance(like, jax.Array) and len(like.sharding.device_set) > 1:
-        return jax.device_put(array, like.sharding)
-    return array
-
-
-def _is_finite(y: PyTree) -> Bool[Array, ""]:
-    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), y))
-
-
-@jax.jit
-def _info(
-    field: Field,
-    t: Float[Array, ""],
-    y: PyTree,
-    span: Float[Array, ""],
-    success: Bool[Array, ""],
-    nfe: Int[Array, ""],
-    steps: Int[Array, ""],
-) -> Info:
-    """Fills in the report of a solve, and finds the worst example after a failure."""
-
-    def worst_example() -> Int[Array, ""]:
-        # Just after t, because a solver stops before the time at which a field breaks.
-        derivative = field(t + 1e-6 * span, y)
-        return jnp.argmax(sum(jax.tree.leaves(jax.tree.map(_size, derivative, y)))).astype(jnp.int32)
-
-    return Info(nfe, steps, success, t, jax.lax.cond(success, lambda: jnp.int32(-1), worst_example))
-
-
-def _size(derivative: Array, y: Array) -> Float[Array, " batch"]:
-    """The largest |derivative| of each example, infinite if a derivative or y is not finite."""
-    size = jnp.where(jnp.isfinite(y), jnp.abs(derivative), jnp.inf)
-    return jnp.max(jnp.where(jnp.isnan(size), jnp.inf, size), axis=tuple(range(1, y.ndim)))

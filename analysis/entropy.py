@@ -27,10 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ScoreFn, append_dims, inner, num_dims
+from arrays import Batch, PerExample, ScoreFn, append_dims, as_pytree, inner, num_dims
 from derivatives import PROBES, exact_divergence, probe_divergence
 from evaluation import MeanEstimate, mean_estimate
-from ode import as_pytree
 from sde_lib import SDE
 
 FORMS = ("score", "divergence")

@@ -25,10 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ScoreFn, append_dims, inner, num_dims
+from arrays import Batch, PerExample, ScoreFn, append_dims, as_pytree, inner, num_dims
 from derivatives import UNROLLED_DIMS, Field, divergence_estimates, exact_divergence
 from likelihood import Probes
-from ode import Info, as_pytree, integrate
+from ode import Info, integrate
 from sde_lib import SDE
 
 

@@ -39,11 +39,11 @@ from absl import logging
 from jaxtyping import Array, Float
 
 from analysis.ode_score import ode_score, return_error
-from arrays import Batch, PerExample, ScoreFn, append_dims, inner
+from arrays import Batch, PerExample, ScoreFn, append_dims, as_pytree, inner
 from derivatives import exact_trace_gradient
 from evaluation import MeanEstimate, mean_estimate
 from likelihood import Probes, ode_log_likelihood
-from ode import as_pytree, require_success
+from ode import require_success
 from sde_lib import SDE
 from sources.marginals import Marginals
 
@@ -138,7 +138,7 @@ def order_errors(score_fn: ScoreFn, data_score: ScoreFn, x: Batch, t: PerExample
     """Computes the errors of second and third order at points x of q_t, each at its own time, for few dimensions.
 
     Args:
-        score_fn, data_score: pytrees (ode.as_pytree).
+        score_fn, data_score: pytrees (arrays.as_pytree).
     """
     _, jacobian, trace_gradient = _error_derivatives(score_fn, data_score, x, t)
     g, sigma = sde.diffusion(t), sde.alpha_sigma(t)[1]

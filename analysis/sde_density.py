@@ -24,8 +24,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy.linalg import solve_banded
 
-from arrays import ScoreFn
-from ode import as_pytree
+from arrays import ScoreFn, as_pytree
 from sde_lib import SDE
 from sources.marginals import Marginals
 

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from arrays import Batch, ScoreFn
-from ode import as_pytree
+from arrays import Batch, ScoreFn, as_pytree
 from sde_lib import SDE
 
 TimeGrid = Float[Array, " times"]

@@ -34,7 +34,7 @@ from evaluators.control_inputs import (
 from infra import parallel
 from infra.workdir import EvaluationFolder, Workdir
 from models.score import Params
-from sampling import ClassifierFreeScore, GuidedScore, Observation, pc_from_config
+from samplers.controllable import ClassifierFreeScore, GuidedScore, Observation
 
 PROBLEMS: dict[str, tuple[str, Callable[[Any, Any, int], Problem]]] = {
     "inpaint": ("inpainting", inpainting),
@@ -58,7 +58,7 @@ class ConditionalEvaluator:
         self.run, self.preprocess = run, require_images(run, mode)
         self.source, control = input_source(run), run.config.control
         self.num_images, self.num_draws = min(control.num_images, len(self.source)), control.num_draws
-        self.sampler = pc_from_config(run.config, run.sde)
+        self.sampler = run.predictor_corrector()
         self.name, build = PROBLEMS[mode]
         self.problem = build(run.config, run.data_shape, self.num_images)
         parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
@@ -77,7 +77,7 @@ class ConditionalEvaluator:
             RuntimeError: if an image is not finite.
         """
         settings = self._settings()
-        cache = BatchCache(folder.path, self.name, settings | {"network": self.run.network_description()}, params)
+        cache = BatchCache(folder.path, self.name, settings | {"network": self.run.evaluated_network()}, params)
         sizes = _rounds(self.count, self.round_size)
         rounds = cache.all(sizes, lambda number, show: self._round(params, number, show), "sampling", "sample")
         values = {name: np.concatenate([each[name] for each in rounds])[: self.count] for name in PER_SAMPLE}
@@ -232,7 +232,7 @@ class ClassesEvaluator:
             "sampling": run.sampling_description(),
             "seed": run.config.seed,
         }
-        cache = BatchCache(folder.path, self.name, settings | {"network": run.network_description()}, params)
+        cache = BatchCache(folder.path, self.name, settings | {"network": run.evaluated_network()}, params)
         sizes = _rounds(self.count, self.round_size)
         rounds = cache.all(sizes, lambda number, show: self._round(params, number, show), "sampling", "sample")
         images = np.concatenate([each["images"] for each in rounds])[: self.count]

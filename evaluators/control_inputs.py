@@ -19,7 +19,8 @@ from evaluators.estimators import evaluation_source
 from evaluators.extractor import array_hash
 from infra import parallel
 from infra.files import read_npz
-from sampling import basis_of_matrix, colorization_basis, image_keys
+from samplers.controllable import basis_of_matrix, colorization_basis
+from samplers.sampler import image_keys
 
 
 def require_images(run: Run, mode: str) -> Preprocess:

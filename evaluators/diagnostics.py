@@ -25,7 +25,7 @@ from infra.workdir import EvaluationFolder
 from likelihood import bits_per_dim
 from models.score import NetworkScore, Params
 from ode import require_success
-from sampling import image_keys
+from samplers.sampler import image_keys
 
 CURVES = ("difference", "first", "trace_bias")
 """Values of an image at each time: l_Diff in nats per unit of time, the first-order loss, and the trace's bias."""
@@ -81,7 +81,7 @@ class DiagnosticsEvaluator:
         """
         settings = self.run.config.eval
         batches = {"batch_size": settings.batch_size, "diagnose_images": settings.diagnose_images}
-        known = self.description | batches | {"network": self.run.network_description()}
+        known = self.description | batches | {"network": self.run.evaluated_network()}
         cache = BatchCache(folder.path, "diagnostics", known, params)
         sizes = {f"batch{number}": size for number, size in enumerate(self.sizes)}
         stored = cache.all(sizes, lambda number, show: self._batch(params, number, show), "diagnostics", "image")

@@ -25,7 +25,7 @@ from infra.checkpoints import params_digest
 from infra.files import write_npz
 from infra.workdir import PER_GRID, EvaluationFolder
 from models.score import Params
-from sampling import ode_from_config
+from samplers.probability_flow import ode_from_config
 
 
 class Codec:
@@ -51,7 +51,7 @@ class Codec:
     def settings(self) -> dict[str, Any]:
         """Returns all settings that the values of a batch depend on, except the parameters and the input."""
         dequantize = {"dequantize": self.preprocess.dequantize, "rounding": self.preprocess.rounding}
-        network = {"network": self.run.network_description(), "batch_size": self.batch_size}
+        network = {"network": self.run.evaluated_network(), "batch_size": self.batch_size}
         return self.description | dequantize | network
 
     def encode(self, params: Params, x: Batch, show: ReportProgress | None = None) -> tuple[Batch, int]:

@@ -12,7 +12,8 @@ from infra import parallel, stop
 from infra.checkpoints import params_digest
 from infra.console import progress
 from infra.workdir import PER_GRID, ImageGrid, Snapshot, Workdir
-from sampling import DPMSolverSampler, Sampler
+from samplers.few_step import DPMSolverSampler
+from samplers.sampler import Sampler
 from train_state import TrainState
 
 
@@ -58,7 +59,7 @@ class Snapshots:
         if parallel.agree(_stored_digest(path) == digest):
             return
         try:
-            grids = {"ema": self._grid(state.ema_params), "raw": self._grid(state.params)}
+            grids = {"ema": self._grid(parallel.whole(state.ema_params)), "raw": self._grid(state.params)}
         except KeyboardInterrupt:
             return
         except RuntimeError as error:

@@ -26,7 +26,8 @@ from infra.workdir import Workdir
 from likelihood import bits_per_dim, draw_probes, ode_log_likelihood
 from models.score import NetworkScore
 from ode import require_success
-from sampling import DPMSolverSampler, image_keys
+from samplers.few_step import DPMSolverSampler
+from samplers.sampler import image_keys
 
 
 def main(workdir: Path, out: Path, num_samples: int = 16, num_images: int = 32) -> MeanEstimate:

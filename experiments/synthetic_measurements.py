@@ -11,7 +11,7 @@ from analysis.entropy import FORMS, draw_entropy_noise, entropy
 from analysis.ode_score import likelihood_by_start
 from analysis.score_distances import TimeNodes, curve_of, distance_curves, error_sources, order_errors, time_nodes
 from analysis.sde_density import sde_divergence
-from arrays import ScoreFn
+from arrays import ScoreFn, as_pytree
 from build import Run
 from evaluators.points import grid_points
 from experiments.synthetic import (
@@ -30,7 +30,7 @@ from experiments.synthetic import (
 )
 from likelihood import GaussianReference, ode_log_likelihood
 from losses import Objective
-from ode import as_pytree, require_success
+from ode import require_success
 from sources.densities import Density
 from sources.marginals import Marginals, marginals_of, sample_at
 

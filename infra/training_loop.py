@@ -14,6 +14,7 @@ from infra.checkpoints import Checkpoints
 from infra.console import progress
 from infra.files import write_npz
 from infra.metrics import FAILED, MetricsWriter
+from infra.startup import Startup
 from infra.workdir import Workdir
 from models.score import Params
 from train_state import TrainState
@@ -95,6 +96,18 @@ def due(step: int, before: int, every: int) -> bool:
     return step // every > before // every
 
 
+def record_first_step(startup: Startup, writer: MetricsWriter) -> Callback:
+    """Writes how long the run took to its first call, in a record with the split "start". It waits for that call."""
+    waiting = [startup]
+
+    def record(call: Call) -> None:
+        if waiting:
+            jax.block_until_ready(call.metrics)
+            writer.write(call.step, "start", **waiting.pop().first_step())
+
+    return record
+
+
 def record_metrics(writer: MetricsWriter, order: int, shown: str = "loss") -> Callback:
     """Collects the metrics of every call and writes their means when a record or a checkpoint is due.
 
@@ -119,7 +132,7 @@ def record_test_loss(
     def record(call: Call) -> None:
         if call.testing:
             with writer.aside():
-                means = test(call.state.ema_params)
+                means = test(parallel.whole(call.state.ema_params))
             if means is not None:
                 writer.write(call.step, "test", order=order, **means)
 

@@ -1,1 +1,1 @@
-"""The update rules behind sampling.py: predictor-corrector updates and few-step solvers."""
+"""The interface of samplers, the samplers behind sampling.py, and the updates of predictor-corrector samplers."""

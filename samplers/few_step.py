@@ -12,34 +12,36 @@ score is multiplied by rho^2 in D ([LZ22] Sec. 4.1, called thresholding there).
 Sources: [K22] Karras et al., NeurIPS 2022; [LZ22] Lu et al., "DPM-Solver++", 2022.
 """
 
+import dataclasses
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from arrays import Batch, PerExample, ReportProgress, ScoreFn, append_dims, in_parts
+from arrays import Batch, ReportProgress, ScoreFn, in_parts
+from configs.default import Config
+from samplers.sampler import (
+    DataRange,
+    ImageKeys,
+    Sampler,
+    Samples,
+    StepNoise,
+    check_at_least,
+    check_choice,
+    check_positive,
+    common_fields,
+    denoise,
+    first_noise,
+)
 from sde_lib import SDE
 
 SCHEDULES = ("log_snr", "power", "time")
 
 LogNoiseLevels = Float[np.ndarray, " levels"]
 """ln rho on a grid, decreasing."""
-
-DataRange = tuple[float, float] | None
-"""The least and greatest value of a pixel; None if the data have no known range."""
-
-StepNoise = Callable[[tuple[int, ...], Array], Batch]
-"""Draws standard normal noise for images of this shape at this step. A pytree."""
-
-
-def denoise(score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample) -> Batch:
-    """E[x_0 | x_t] = (x_t + sigma^2 score) / alpha (Tweedie's formula)."""
-    alpha, sigma = (append_dims(a, x) for a in sde.alpha_sigma(t))
-    return (x + sigma**2 * score_fn(x, t)) / alpha
 
 
 def noise_levels(sde: SDE, smallest_time: float, num_levels: int, schedule: str, exponent: float) -> LogNoiseLevels:
@@ -243,3 +245,100 @@ def _denoise_scaled(score_fn: ScoreFn, sde: SDE, data_range: DataRange, y: Batch
     t = jnp.full(y.shape[0], sde.time_of_log_noise_level(log_rho))
     denoised = denoise(score_fn, sde, _scale_up(sde, y, log_rho), t)
     return denoised if data_range is None else jnp.clip(denoised, *data_range)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FastSampler(Sampler):
+    """The common part of the samplers of this file: a budget of evaluations and a grid of noise levels.
+
+    Attributes:
+        schedule: of the grid, see `noise_levels`. "auto" is the choice of the source: "log_snr" for DPM-Solver++ and
+            "power" for Heun.
+        data_range: the range of pixel values, to which denoised images are clipped. None: no clipping.
+    """
+
+    best_schedule: ClassVar[str]
+
+    max_nfe: int = 20
+    schedule: str = "auto"
+    schedule_exponent: float = 7.0
+    data_range: DataRange = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("sampling.max_nfe", self.max_nfe, 3)
+        check_choice("sampling.schedule", self.schedule, ("auto", *SCHEDULES))
+        check_positive("sampling.schedule_exponent", self.schedule_exponent)
+
+    def levels(self, num_levels: int) -> LogNoiseLevels:
+        schedule = self.best_schedule if self.schedule == "auto" else self.schedule
+        return noise_levels(self.sde, self.smallest_time, num_levels, schedule, self.schedule_exponent)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeunSampler(FastSampler):
+    """Heun's method, see `heun`."""
+
+    best_schedule = "power"
+
+    @property
+    def follows_ode(self) -> bool:
+        return True
+
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
+        num_steps = (self.max_nfe - self.noise_removal) // 2
+        log_rhos = jnp.asarray(self.levels(num_steps + 1), x.dtype)
+        x = heun(score_fn, self.sde, x, log_rhos, self.noise_removal, self.data_range, progress)
+        return Samples(x, 2 * num_steps + self.noise_removal)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPMSolverSampler(FastSampler):
+    """DPM-Solver++, see `dpm_solver`.
+
+    Attributes:
+        eta: 0 follows the probability-flow ODE, 1 the reverse-time SDE.
+    """
+
+    best_schedule = "log_snr"
+
+    order: int = 2
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("sampling.order", self.order, (1, 2, 3))
+        if not self.eta >= 0:
+            raise ValueError(f"sampling.eta must not be negative, got {self.eta}")
+
+    @property
+    def follows_ode(self) -> bool:
+        return self.eta == 0
+
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
+        log_rhos = self.levels(self.max_nfe + 1 - self.noise_removal)
+        noise = jax.tree_util.Partial(first_noise, keys)
+        order, to_zero = self.order, self.noise_removal
+        settings = {"eta": self.eta, "noise": noise, "data_range": self.data_range, "progress": progress}
+        x = dpm_solver(score_fn, self.sde, x, log_rhos, order, to_zero, **settings)
+        return Samples(x, self.max_nfe)
+
+
+def _fast_fields(config: Config, sde: SDE, data_range: DataRange) -> dict[str, Any]:
+    """The fields of every `FastSampler`."""
+    sampling = config.sampling
+    return common_fields(config, sde) | {
+        "max_nfe": sampling.max_nfe,
+        "schedule": sampling.schedule,
+        "schedule_exponent": sampling.schedule_exponent,
+        "data_range": data_range if sampling.clip_denoised else None,
+    }
+
+
+def dpm_solver_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    fields = _fast_fields(config, sde, data_range)
+    return DPMSolverSampler(order=config.sampling.order, eta=config.sampling.eta, **fields)
+
+
+def heun_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    return HeunSampler(**_fast_fields(config, sde, data_range))

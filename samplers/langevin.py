@@ -9,13 +9,28 @@ long to move mass between them. Annealing starts at a noise level at which there
 Source: [SE19] Song & Ermon, NeurIPS 2019.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from arrays import Batch, ReportProgress, ScoreFn, append_dims, in_parts
-from samplers.few_step import LogNoiseLevels, StepNoise
+from configs.default import Config
+from samplers.few_step import LogNoiseLevels, noise_levels
 from samplers.predictor_corrector import langevin_step
+from samplers.sampler import (
+    DataRange,
+    ImageKeys,
+    Sampler,
+    Samples,
+    StepNoise,
+    check_at_least,
+    check_positive,
+    common_fields,
+    denoise_at,
+    first_noise,
+)
 from sde_lib import SDE
 
 
@@ -77,3 +92,50 @@ def _steps(
         return langevin_step(y, alpha * score_fn(alpha * y, t), noise(y.shape[1:], k), 0.5 * step_size)[0]
 
     return jax.lax.fori_loop(first, last, step, y)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LangevinSampler(Sampler):
+    """Langevin dynamics, see `annealed_langevin_dynamics`. The defaults are from [SE19] Sec. 5.
+
+    Attributes:
+        num_levels: noise levels, in geometric steps from the one at t_max to the one at `smallest_time`. With one
+            level, the one at `smallest_time`, this is Langevin dynamics without annealing.
+        steps_per_level: steps at each level.
+        step_size: the step size at the last level.
+    """
+
+    num_levels: int = 10
+    steps_per_level: int = 100
+    step_size: float = 2e-5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least("sampling.num_levels", self.num_levels, 1)
+        check_at_least("sampling.steps_per_level", self.steps_per_level, 1)
+        check_positive("sampling.step_size", self.step_size)
+
+    @property
+    def log_rhos(self) -> LogNoiseLevels:
+        """Returns ln rho of the levels."""
+        # The smallest level comes last, so that it is also the only one.
+        return noise_levels(self.sde, self.smallest_time, max(self.num_levels, 2), "log_snr", 1.0)[-self.num_levels :]
+
+    def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
+        noise = jax.tree_util.Partial(first_noise, keys)
+        settings = self.log_rhos, self.steps_per_level, self.step_size, noise, progress
+        x = annealed_langevin_dynamics(score_fn, self.sde, x, *settings)
+        if self.noise_removal:
+            x = denoise_at(score_fn, self.sde, x, self.smallest_time)
+        return Samples(x, self.num_levels * self.steps_per_level + self.noise_removal)
+
+
+def langevin_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    del data_range
+    sampling = config.sampling
+    return LangevinSampler(
+        num_levels=sampling.num_levels if sampling.method == "annealed_langevin" else 1,
+        steps_per_level=sampling.steps_per_level,
+        step_size=sampling.step_size,
+        **common_fields(config, sde),
+    )

@@ -219,7 +219,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog
     assert (tmp_path / "2").exists(), "nothing is set aside if nothing can be read"
 
 
-def test_a_checkpoint_removed_by_a_training_beside_is_no_failure(tmp_path):
+def test_a_checkpoint_removed_by_a_training_beside_is_no_failure(tmp_path, caplog):
     with Checkpoints(tmp_path, {}, like(), keep_every=100) as training:
         training.save(state_at(1))
         training._manager.wait_until_finished()
@@ -228,7 +228,14 @@ def test_a_checkpoint_removed_by_a_training_beside_is_no_failure(tmp_path):
             training.save(state_at(2))
             training._manager.wait_until_finished()
             assert not (tmp_path / "1").exists()
-            assert checkpoints.restore_newest()[0] == 2
+            with caplog.at_level("WARNING"):
+                assert checkpoints.restore_newest()[0] == 2
+    assert "damaged" not in caplog.text
+
+
+def test_a_checkpoint_removed_while_it_is_read_is_named_as_such(tmp_path):
+    with Checkpoints(tmp_path, {}, like()) as checkpoints, pytest.raises(ValueError, match="/7 was removed while"):
+        checkpoints.restore(7)
 
 
 def test_a_full_disk_is_one_line_also_at_the_end(tmp_path, monkeypatch):

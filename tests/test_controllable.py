@@ -11,7 +11,8 @@ import pytest
 from evaluators.latents import spherical_interpolation
 from models.wideresnet import WideResnet
 from samplers.controllable import ClassifierFreeScore, GuidedScore, Observation, basis_of_matrix, colorization_basis
-from sampling import ODESampler, PredictorCorrector
+from samplers.probability_flow import ODESampler
+from sampling import PredictorCorrector
 from sde_lib import VESDE, VPSDE
 from tests.analytic import asymmetric_mixture, gaussian
 

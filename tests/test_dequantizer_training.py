@@ -12,6 +12,7 @@ import pytest
 from scipy.stats import norm
 
 import run_lib
+from arrays import as_pytree
 from bound_likelihood import bound_draw, likelihood_bound
 from build import build
 from configs.digits.smoke import get_config
@@ -21,7 +22,6 @@ from dequantization.training import evaluation_dequantizer
 from dequantization.variational import DequantizerTrainer, VariationalDequantizer
 from infra.workdir import Workdir
 from models.flowpp import ARCHITECTURES, Flowpp
-from ode import as_pytree
 from sde_lib import SDES, VPSDE
 from tests.analytic import asymmetric_mixture, gaussian
 

@@ -13,9 +13,9 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs import reference
 from configs.default import get_config
 from main import MODES
-from tools import config_reference
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -190,14 +190,14 @@ def test_golden_numbers_of_the_readme_agree() -> None:
 
 
 def test_configuration_page_is_up_to_date(tmp_path: Path) -> None:
-    assert _run("-m", "tools.config_reference", f"--out={tmp_path / 'page.md'}").returncode == 0
+    assert _run("-m", "configs.reference", f"--out={tmp_path / 'page.md'}").returncode == 0
     written = (ROOT / "docs" / "configuration.md").read_text()
-    assert (tmp_path / "page.md").read_text() == written, "run python -m tools.config_reference"
+    assert (tmp_path / "page.md").read_text() == written, "run python -m configs.reference"
 
 
 def test_configuration_page_has_every_field() -> None:
-    config, source = get_config(), config_reference.DEFAULT.read_text()
-    found = {field.name for section in config_reference.sections(source) for field in section.fields}
+    config, source = get_config(), reference.DEFAULT.read_text()
+    found = {field.name for section in reference.sections(source) for field in section.fields}
     sections = {name: fields for name, fields in config.to_dict().items() if isinstance(fields, dict)}
     assert found == {"seed"} | {f"{name}.{field}" for name, fields in sections.items() for field in fields}
 
@@ -205,7 +205,7 @@ def test_configuration_page_has_every_field() -> None:
 def test_a_field_without_a_comment_is_refused() -> None:
     source = "def _data():\n    data = ConfigDict()\n    data.levels = 256\n    return data\n"
     with pytest.raises(ValueError, match=r"data\.levels has no comment"):
-        config_reference.sections(source)
+        reference.sections(source)
 
 
 def test_labels_have_references() -> None:

@@ -16,8 +16,7 @@ from build import Run, build
 from configs.default import Config
 from configs.toy.smoke import get_config
 from likelihood import ode_log_likelihood
-from samplers.few_step import denoise
-from sampling import DataRange, ImageKeys, Sampler, Samples
+from samplers.sampler import DataRange, ImageKeys, Sampler, Samples, denoise
 from sde_lib import SDE, Times, sde_from_config
 from tests.analytic import asymmetric_mixture, gaussian
 

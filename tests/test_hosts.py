@@ -24,13 +24,15 @@ FIELDS: dict[str, Any] = {
     "eval.ode_steps": 2,
     "eval.num_repeats": 1,
     "sampling.num_steps": 2,
+    "deq.n_iters": 4,
 }
 
 
 def start(workdir: Path, mode: str, *flags: str) -> subprocess.Popen[str]:
     command = [sys.executable, "main.py", "--config=configs/digits/smoke.py", f"--workdir={workdir}", f"--mode={mode}"]
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    two_devices = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=2")
+    environment = {**os.environ, "XLA_FLAGS": two_devices, "JAX_PLATFORMS": "cpu"}
     statistics = f"--config.eval.statistics_dir={workdir.parent}/stats"
     return subprocess.Popen(
         [*command, *fields, statistics, *flags], cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE
@@ -58,21 +60,26 @@ def run_here(workdir: Path) -> None:
     config = get_config()
     config.update_from_flattened_dict({**FIELDS, "eval.statistics_dir": f"{workdir.parent}/stats"})
     run_lib.train(config, workdir)
+    run_lib.train_deq(config, workdir, "deq")
     run_lib.evaluate(config, workdir, "eval")
+
+
+def logged(workdir: Path) -> list[float]:
+    """Returns the totals of the training losses that a training wrote."""
+    lines = (workdir / "train" / "metrics.jsonl").read_text().splitlines()
+    return [record["total"] for record in map(json.loads, lines) if record["split"] == "train"]
 
 
 def test_two_hosts_do_what_one_does(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run_here(one)
-    run_two(two, "train")
-    run_two(two, "eval")
+    for mode in ("train", "train_deq", "eval"):
+        run_two(two, mode)
     assert {path.name for path in two.glob("log*")} == {"log.txt", "log_1.txt"}, "each host has a log of its own"
-    losses = []
-    for workdir in (one, two):
-        records = [json.loads(line) for line in (workdir / "train" / "metrics.jsonl").read_text().splitlines()]
-        losses.append([record["total"] for record in records if record["split"] == "train"])
-    assert len(losses[0]) == 3
-    np.testing.assert_allclose(*losses, rtol=1e-5)  # sums in another order
+    for folder, records in ((".", 3), ("deq", 2)):
+        losses = [logged(workdir) for workdir in (one / folder, two / folder)]
+        assert len(losses[0]) == records
+        np.testing.assert_allclose(*losses, rtol=1e-5)  # sums in another order
     results = [json.loads((workdir / "eval" / "step_6.json").read_text()) for workdir in (one, two)]
     assert [result["bpd"]["n"] for result in results] == [48, 48]
     assert results[0]["bpd"]["mean"] == pytest.approx(results[1]["bpd"]["mean"], rel=1e-4)

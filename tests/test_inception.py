@@ -12,6 +12,8 @@ import pytest
 import build
 import run_lib
 from configs.digits.smoke import get_config
+from evaluators.convert_inception import convert
+from evaluators.convert_inception import main as convert_main
 from evaluators.features import (
     InceptionFeatures,
     extractor_from_config,
@@ -23,8 +25,6 @@ from evaluators.fid import comparison_from_config
 from infra.files import write_npz
 from models.inception import average, params_from_published, published_shapes, resize
 from tests import inception_reference
-from tools.convert_inception import convert
-from tools.convert_inception import main as convert_main
 
 TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("torch_fidelity") is not None
 
@@ -246,7 +246,7 @@ def config_with(tmp_path: Path, **fields):
 def test_without_weights_evaluation_says_so_before_any_work(tmp_path, monkeypatch):
     """Also before bits/dim; and bits/dim alone does not ask for them."""
     config = config_with(tmp_path, features="inception", inception=str(tmp_path / "none.npz"))
-    message = r"none\.npz.*python -m tools\.convert_inception PATH"
+    message = r"none\.npz.*python -m evaluators\.convert_inception PATH"
     with monkeypatch.context() as patch:
         patch.setattr(build.Run, "existing_checkpoints", lambda *_: pytest.fail("work before the check"))
         with pytest.raises(FileNotFoundError, match=message) as raised:

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arrays import as_pytree
 from configs.toy.smoke import get_config
-from ode import as_pytree
-from samplers.langevin import annealed_langevin_dynamics
+from samplers.langevin import LangevinSampler, annealed_langevin_dynamics
 from samplers.predictor_corrector import annealed_langevin
-from sampling import LangevinSampler, sampler_from_config
+from sampling import sampler_from_config
 from sde_lib import SDE, VESDE, VPSDE
 from sources.densities import far_modes
 from tests.analytic import correlated_gaussian

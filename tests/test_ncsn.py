@@ -10,7 +10,7 @@ from evaluators.extractor import Features
 from experiments.ncsn_cases import IMAGE_CASES, IMAGE_STEPS, LONG_CASES, POINT_CASES, POINT_STEPS, Case
 from experiments.ncsn_page import class_error, point_row
 from infra.files import write_npz
-from sampling import LangevinSampler
+from samplers.langevin import LangevinSampler
 
 
 @pytest.mark.parametrize(

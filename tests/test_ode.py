@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ode import FIXED_STEP, METHODS, Info, as_pytree, integrate, require_success
+from arrays import as_pytree
+from ode import FIXED_STEP, METHODS, Info, integrate, require_success
 
 # A damped rotation by example, with the integral of its first component: known in closed form.
 RATES = np.array([0.5, 1.0, 3.0])

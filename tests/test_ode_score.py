@@ -21,9 +21,9 @@ from analysis.score_distances import (
     order_errors,
     time_nodes,
 )
-from arrays import Batch, PerExample, append_dims
+from arrays import Batch, PerExample, append_dims, as_pytree
 from likelihood import Probes, draw_probes, ode_log_likelihood
-from ode import Info, as_pytree, require_success
+from ode import Info, require_success
 from sde_lib import SDE, SDES, VESDE, VPSDE
 from sources.densities import GaussianMixture, paper_mixture
 from tests.analytic import asymmetric_mixture

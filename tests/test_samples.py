@@ -24,7 +24,7 @@ from infra.image_grid import image_grid
 from infra.workdir import EvaluationFolder, Workdir
 from report.figures import snapshot_grid
 from report.run_files import read_run
-from sampling import DPMSolverSampler
+from samplers.few_step import DPMSolverSampler
 
 
 def config_with(**fields):

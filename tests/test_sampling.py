@@ -10,19 +10,11 @@ import pytest
 from configs.default import Config, get_config
 from datasets import training_preprocess
 from samplers import few_step
-from samplers.few_step import denoise, multistep_coefficients, noise_levels
+from samplers.few_step import DPMSolverSampler, FastSampler, HeunSampler, multistep_coefficients, noise_levels
 from samplers.predictor_corrector import CORRECTORS, PREDICTORS
-from sampling import (
-    DPMSolverSampler,
-    FastSampler,
-    HeunSampler,
-    ODESampler,
-    PredictorCorrector,
-    Sampler,
-    image_keys,
-    prior_samples,
-    sampler_from_config,
-)
+from samplers.probability_flow import ODESampler
+from samplers.sampler import Sampler, denoise, image_keys, prior_samples
+from sampling import PredictorCorrector, sampler_from_config
 from sde_lib import SDE, SDES, VESDE, VPSDE, LinearVESDE, SubVPSDE
 from sources.marginals import sample_at
 from tests.analytic import GaussianMixture, asymmetric_mixture, correlated_gaussian

@@ -1,7 +1,7 @@
 """Converts the published weights of Inception-2015-12-05 from PyTorch's format.
 
     pip install -r requirements-convert.txt
-    python -m tools.convert_inception PATH [--out=assets/inception-2015-12-05.npz]
+    python -m evaluators.convert_inception PATH [--out=assets/inception-2015-12-05.npz]
 
 PATH is weights-inception-2015-12-05-6726825d.pth, 95,628,359 bytes, which torch-fidelity and pytorch-fid distribute.
 The file is checked by its SHA-256 and read without running any code in it. Only this command needs torch, and it runs
@@ -25,7 +25,7 @@ PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m tools.convert_inception", description=(__doc__ or "").split("\n")[0]
+        prog="python -m evaluators.convert_inception", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("path", type=Path, help="weights-inception-2015-12-05-6726825d.pth")
     parser.add_argument("--out", type=Path, default=Path(get_config().eval.inception), help="the converted file")

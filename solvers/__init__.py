@@ -1,0 +1,1 @@
+"""The methods of ode.py that use a library, and what all methods have in common."""
