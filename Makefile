@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
 .PHONY: setup setup-dev demo test check lint clean digits-orders fashion-orders estimators reproduce fid-nfe \
-	sample-devices cost faults devices fuzz smoke ncsn baselines precision
+	sample-devices cost cost-h100 faults devices fuzz smoke ncsn baselines precision
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -103,6 +103,16 @@ cost: setup
 precision: setup
 	$(DIGITS) --workdir=runs/order1 --mode=train
 	$(BIN)/python -m experiments.precision
+
+# Predicts the memory of a training step on an H100, without one, for docs/results/cost.md. It takes hours on two cores, and
+# resumes. The packages for GPUs need 6 GB, and have an environment of their own.
+cost-h100: .venv-gpu/.installed
+	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m experiments.predicted_cost
+
+.venv-gpu/.installed: requirements-gpu.txt requirements.txt
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-gpu.txt
+	@touch $@
 
 # Kills small trainings of each order at 30 random moments, and compares them with uninterrupted ones. It resumes.
 faults: setup

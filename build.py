@@ -43,7 +43,7 @@ class Run:
     @functools.cached_property
     def trainer(self) -> Trainer:
         """The trainer. It is built on first use, so the fields of `optim` count as used only then."""
-        return _trainer(self.config, self.model, self.preprocess)
+        return _trainer(self.config, self.mesh, self.model, self.preprocess)
 
     @property
     def sde(self) -> SDE:
@@ -102,7 +102,7 @@ class Run:
         def init(key: jax.Array) -> TrainState:
             params = self.model.init(key, self.data_shape)
             with unrecorded(self.config):  # evaluation makes a state, too, but its values do not depend on these fields
-                trainer = _trainer(self.config, self.model, self.preprocess)
+                trainer = _trainer(self.config, self.mesh, self.model, self.preprocess)
             return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
 
         return jax.jit(init)
@@ -115,14 +115,28 @@ class Run:
         """The shapes of the training state, replicated over all devices."""
         return abstract_state(jax.eval_shape(self._init, self.key(INIT_KEY)), parallel.replicated(self.mesh))
 
+    def state_shardings(self) -> TrainState:
+        """The placement of the training state: on all devices, or as `training.shard_state` says."""
+        whole, state = parallel.replicated(self.mesh), jax.eval_shape(self._init, self.key(INIT_KEY))
+        shardings: TrainState = jax.tree.map(lambda _: whole, state)
+        if not self.config.training.shard_state:
+            return shardings
+        divided = jax.tree.map(lambda a: parallel.along_largest_axis(self.mesh, a.shape), state)
+        return shardings.replace(ema_params=divided.ema_params, opt_state=divided.opt_state)
+
+    def training_state(self) -> TrainState:
+        """The shapes of the training state, placed as `state_shardings` says."""
+        return abstract_state(jax.eval_shape(self._init, self.key(INIT_KEY)), self.state_shardings())
+
     def train_steps(self) -> jax.stages.Wrapped:
         """The compiled call of training: from a state, `training.n_jitted_steps` batches and the run's key to the next
         state and the mean metrics. It donates the state."""
         replicated, along = parallel.replicated(self.mesh), parallel.along_batch(self.mesh, axis=1)
+        shardings = self.state_shardings()
         return jax.jit(
             self.trainer.train_steps,
-            in_shardings=(replicated, along, replicated),
-            out_shardings=replicated,
+            in_shardings=(shardings, along, replicated),
+            out_shardings=(shardings, replicated),
             donate_argnums=0,
         )
 
@@ -138,7 +152,7 @@ class Run:
     def open_checkpoints(self, workdir: Workdir) -> Checkpoints:
         """The checkpoints of a run, to save and restore."""
         keep_every = self.config.training.snapshot_freq
-        return Checkpoints(workdir.checkpoints, self.network_description(), self.abstract_state(), keep_every)
+        return Checkpoints(workdir.checkpoints, self.network_description(), self.training_state(), keep_every)
 
     def existing_checkpoints(self, workdir: Workdir) -> Checkpoints:
         """The checkpoints of a run, to restore only.
@@ -171,29 +185,31 @@ class Run:
         return self.network_description() | ({} if dtype == "float32" else {"model.dtype": dtype})
 
 
-def build(config: Config, *, for_training: bool = True) -> Run:
+def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True) -> Run:
     """Builds the objects that the configuration describes.
 
     Args:
+        mesh: the devices to compile for; None: all devices at hand.
         for_training: also check that the fields for training are compatible, and that the batch can be divided among
             the devices. An evaluation does not depend on this, and may run on other devices.
 
     Raises:
         ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
     """
+    mesh = mesh or parallel.device_mesh()
     with unrecorded(config):  # a field that is only checked has no effect
         check_config(config)
         _check_kind_of_data(config)
         _check_classes(config)
         model = score_model_from_config(config)
-        objective = _trainer(config, model, training_preprocess(config)).objective
+        objective = _trainer(config, mesh, model, training_preprocess(config)).objective
         if for_training:
             _check_noise_level(config.training, model.sde)
-            _check_training(config, objective.every)
-    return Run(config, parallel.device_mesh(), score_model_from_config(config), training_preprocess(config))
+            _check_training(config, objective.every, mesh.size)
+    return Run(config, mesh, score_model_from_config(config), training_preprocess(config))
 
 
-def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPreprocess) -> Trainer:
+def _trainer(config: Config, mesh: Mesh, model: ScoreModel, preprocess: Preprocess | PointPreprocess) -> Trainer:
     precision = config.training.matmul_precision
     if precision not in PRECISIONS:
         raise ValueError(f"training.matmul_precision is {precision!r}; known: {', '.join(PRECISIONS)}")
@@ -204,7 +220,8 @@ def _trainer(config: Config, model: ScoreModel, preprocess: Preprocess | PointPr
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,
         accumulation_steps=config.training.accumulation_steps,
-        unroll_parts=jax.default_backend() == "cpu",
+        unroll_parts=mesh.devices.flat[0].platform == "cpu",
+        gradient_sharding=parallel.replicated(mesh) if config.training.shard_state else None,
         ema_warmup=config.model.ema_warmup,
         matmul_precision=precision,
         num_classes=config.data.num_classes,
@@ -225,11 +242,12 @@ def _check_noise_level(training: Config, sde: SDE) -> None:
         )
 
 
-def _check_training(config: Config, every: int) -> None:
+def _check_training(config: Config, every: int, devices: int) -> None:
     """Raises ValueError if fields that only training uses contradict each other or do not fit the devices.
 
     Args:
         every: the size of the groups of examples that must stay together when a batch is divided.
+        devices: the number of devices that share a batch.
     """
     training = config.training
     _check_init(training)
@@ -244,7 +262,7 @@ def _check_training(config: Config, every: int) -> None:
         raise ValueError(
             "training.high_order_fraction is not 1, but with data.num_classes all examples need all terms: set it to 1"
         )
-    parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps * every)
+    parallel.divisible(training.batch_size, "training.batch_size", training.accumulation_steps * every, devices)
 
 
 def _check_init(training: Config) -> None:

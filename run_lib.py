@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 import datasets
 from build import TRAIN_KEY, Run, build
@@ -33,6 +34,7 @@ from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
 from infra import parallel, stop
+from infra.ahead_of_time import predicted_cost
 from infra.checkpoints import Checkpoints, params_digest
 from infra.cost import (
     HEADERS,
@@ -47,7 +49,9 @@ from infra.cost import (
     peak_memory,
     program_cost,
     step_seconds,
+    traced_cost,
 )
+from infra.gpus import gpu_by_name, mesh_of
 from infra.metrics import MetricsWriter, trained_order
 from infra.published_checkpoints import write_published_checkpoint
 from infra.results import Results
@@ -172,6 +176,8 @@ def _build_settings(config: Config, mode: str) -> None:
             dequantizer_from_config(config, run.sde)
         if config.eval.end_ckpt:
             _ = config.eval.begin_ckpt
+    elif mode == "cost":
+        _ = config.cost.num_devices if config.cost.device else config.cost.measure_steps
 
 
 def warn_after_first_call(config: Config, mode: str) -> Callback:
@@ -192,7 +198,7 @@ def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | 
     """The newest checkpoint's state; for a new run, `init_state` or a fresh one."""
     state = checkpoints.resume()
     if state is None:
-        return jax.device_put(init_state or run.fresh_state(), parallel.replicated(run.mesh))
+        return jax.device_put(init_state or run.fresh_state(), run.state_shardings())
     if run.config.training.init_from:
         logging.info("training.init_from is ignored, because this run has checkpoints of its own")
     return state
@@ -516,32 +522,36 @@ def cost(config: Config, path: Path) -> None:
     """Measures the cost of a training step as `cost` asks, prints it as a table, and writes it to the workdir.
 
     Each row is written as soon as it is known. Rows of the same program on the same devices are not measured again.
-    The last lines name, for each order, the largest batch that fits `cost.memory_gb`.
+    The last lines name, for each order, the largest batch that fits `cost.memory_gb`. With `cost.device`, the programs
+    are compiled for that GPU, but not run.
 
     Raises:
         ValueError, OSError: for bad input, before anything is measured or written.
     """
     fields = config.cost
+    gpu = gpu_by_name(fields.device) if fields.device else None
+    mesh = mesh_of(gpu, fields.num_devices) if gpu else None
     sizes = fields.batch_sizes or (config.training.batch_size,)
-    runs = {case: build(_changed(config, case)) for case in all_cases(fields.orders, sizes, fields.memory)}
+    runs = {case: build(_changed(config, case), mesh) for case in all_cases(fields.orders, sizes, fields.memory)}
     workdir, rows = Workdir(path), []
     known = {json.dumps(row["program"]): row for row in workdir.read_costs()}
     workdir.prepare()
     # The cases differ in their steps, not in their states. The copy on the host is put on the devices for each case.
     state = functools.cache(lambda: jax.device_get(next(iter(runs.values())).fresh_state()))
     for case, run in runs.items():
-        program = _program(run, fields.measure_steps)
+        program = _program(run, 0 if gpu else fields.measure_steps)
         row = known.get(json.dumps(program))
         if row is None:
             logging.info("Measuring order %d, batch size %d, memory setting %s", *case)
-            row = case._asdict() | {"program": program} | case_cost(run, state, fields.measure_steps)
+            measured = _without_device(run) if gpu else case_cost(run, state, fields.measure_steps)
+            row = case._asdict() | {"program": program} | measured
             known[json.dumps(program)] = row
             if jax.process_index() == 0:
                 workdir.write_costs(list(known.values()))
         rows.append(row | case._asdict())  # two settings may lead to the same program
         logging.info("%s", ", ".join(f"{name} {cell}" for name, cell in zip(HEADERS, cells(rows[-1]), strict=True)))
     print(text_table(HEADERS, [cells(row) for row in rows]))
-    limit = fields.memory_gb or device_memory()
+    limit = fields.memory_gb or (gpu.usable_gb if gpu else device_memory())
     for order in fields.orders:
         print(fitting_text(order, rows, limit))
 
@@ -562,11 +572,33 @@ def _program(run: Run, measure_steps: int) -> dict[str, Any]:
     relevant = json.dumps({part: fields[part] for part in ("model", "training", "data", "optim")}, sort_keys=True)
     return {
         "configuration": hashlib.sha256(relevant.encode()).hexdigest()[:16],
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
+        "device": run.mesh.devices.flat[0].device_kind,
+        "devices": run.mesh.size,
         "jax": jax.__version__,
         "measure_steps": measure_steps,
     }
+
+
+def _without_device(run: Run) -> dict[str, Any]:
+    """Returns the cost of a training step on the GPUs that cost.device names."""
+    _ = run.trainer  # its fields count as used, though only the other process uses them
+    return predicted_cost(_lowered, run.config.to_dict())
+
+
+def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered]:
+    """Traces the training steps of the configuration with these fields, for the GPUs that cost.device names."""
+    config: Config = ConfigDict(fields)
+    run = build(config, mesh_of(gpu_by_name(config.cost.device), config.cost.num_devices))
+    steps, key = run.config.training.n_jitted_steps, run.key(TRAIN_KEY)
+    shape = (steps, run.config.training.batch_size, *run.data_shape)
+    dtype = np.uint8 if run.density is None else np.float32
+    arguments = (
+        run.training_state(),
+        jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.along_batch(run.mesh, axis=1)),
+        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(run.mesh)),
+    )
+    cost, _, lowered = traced_cost(run.train_steps(), arguments, steps, run.mesh.size)
+    return cost, lowered
 
 
 def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, limit: float = math.inf) -> dict[str, Any]:
@@ -584,13 +616,13 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, lim
     local = images if run.density is None else random.standard_normal(rows, np.float32)
     batches, key, cost = parallel.global_array(run.mesh, local, axis=1), run.key(TRAIN_KEY), {}
     try:
-        cost, train_steps = program_cost(run.train_steps(), (run.abstract_state(), batches, key), steps, limit)
+        cost, train_steps = program_cost(run.train_steps(), (run.training_state(), batches, key), steps, limit)
         if not math.isinf(limit) and parallel.any_host(train_steps is None):
             return cost | {"error": NOT_COMPILED}
         if measure_steps and cost["total_gb"] > device_memory():
             return cost | {"error": OUT_OF_MEMORY}
         if measure_steps:
-            first = jax.device_put(state(), parallel.replicated(run.mesh))
+            first = jax.device_put(state(), run.state_shardings())
             cost |= step_seconds(lambda state: train_steps(state, batches, key)[0], first, measure_steps, steps)
             cost |= {"images_per_second": size / cost["step_seconds"], "peak_gb": peak_memory()}
     except (jax.errors.JaxRuntimeError, MemoryError) as error:

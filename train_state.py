@@ -9,6 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from arrays import Batch, LabelledBatch, PerExample
@@ -201,6 +202,8 @@ class Trainer:
     accumulation_steps: int = 1
     unroll_parts: bool = False
     """Unroll the loop over the parts of a batch: for CPUs, where XLA's gradients of convolutions are slow in loops."""
+    gradient_sharding: Sharding | None = None
+    """Placement of the gradient. It keeps the placement of a divided optimizer state away from the network's arrays."""
     ema_warmup: bool = False
     matmul_precision: str = "default"
     """The precision of matrix products and convolutions of 32-bit numbers, one of `PRECISIONS`."""
@@ -237,6 +240,8 @@ class Trainer:
         gradient, losses, table = self.gradient_and_residuals(
             state.params, images, jax.random.fold_in(key, state.step), state.residuals
         )
+        if self.gradient_sharding is not None:
+            gradient = jax.lax.with_sharding_constraint(gradient, self.gradient_sharding)
         del losses["largest_losses"]
         metrics = losses | {"grad_norm": optax.tree.norm(gradient)}
         failed = not_finite(metrics)

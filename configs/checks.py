@@ -122,6 +122,7 @@ RANGES = {
     "cost.batch_sizes": "[1, inf)",
     "cost.measure_steps": "[0, inf)",
     "cost.memory_gb": "[0, inf)",
+    "cost.num_devices": "[1, inf)",
     "cost.selftest_seconds": "(0, inf)",
 }
 """The interval of every field that is a number or a tuple of numbers, in the notation of mathematics."""

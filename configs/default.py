@@ -44,6 +44,9 @@ def _training() -> ConfigDict:
     # precision of matrix products and convolutions of 32-bit numbers in training: default, which GPUs and TPUs round to
     # fewer bits; high; highest, all bits. Likelihoods have the highest in any case
     training.matmul_precision = "default"
+    # divide the moments of Adam and the averaged parameters among the devices, each of which updates its own part. The
+    # result is the same; each device needs less memory
+    training.shard_state = False
     training.n_iters = 4_000_001  # step at which training ends
     # steps that a run which starts from training.init_from makes, instead of training to n_iters; 0 means to n_iters
     training.n_iters_from_start = 0
@@ -371,10 +374,14 @@ def _cost() -> ConfigDict:
     cost.orders = (1, 2, 3)  # orders of score matching
     cost.batch_sizes = ()  # batch sizes, over all devices; none means training.batch_size
     # memory settings: none, or FIELD=VALUE, with spaces between several, for training.accumulation_steps,
-    # training.residual_first, model.remat and model.dtype
+    # training.residual_first, training.shard_state, model.remat and model.dtype
     cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
     cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
     cost.memory_gb = 0.0  # memory in GB that a batch has to fit; 0 means the memory of the device
+    # GPU to compile for, without having one: h100, h200, a100, a100-40 or a6000. Nothing is timed then. It needs the
+    # packages of requirements-gpu.txt. If empty, the devices at hand
+    cost.device = ""
+    cost.num_devices = 1  # number of GPUs of one machine that share the batch, with cost.device
     # time limit in seconds for --mode=selftest to compile a training step, whose memory and time it then shows
     cost.selftest_seconds = 60.0
     return cost

@@ -28,6 +28,7 @@ CHOICES = {
     "eval.probe": ("rademacher", "exact"),
     "eval.likelihood_at": ("x", "x_tmin", "both"),
     "eval.end_ckpt": (0, 1),
+    "cost.device": ("", "h100"),
     "eval.dequantization": ("uniform", "truncated_normal", "normal"),
 }
 """Fields that decide which other fields have an effect, besides those that are True or False, with values to try."""

@@ -59,7 +59,7 @@ class Snapshots:
         if parallel.agree(_stored_digest(path) == digest):
             return
         try:
-            grids = {"ema": self._grid(state.ema_params), "raw": self._grid(state.params)}
+            grids = {"ema": self._grid(parallel.whole(state.ema_params)), "raw": self._grid(state.params)}
         except KeyboardInterrupt:
             return
         except RuntimeError as error:

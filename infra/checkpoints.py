@@ -28,9 +28,14 @@ from models.score import Params
 from train_state import ResidualTable, TrainState
 
 
-def abstract_state(state: TrainState, sharding: Sharding) -> TrainState:
-    """The shapes, dtypes and placement of a state, given the state or its shapes."""
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state)
+def abstract_state(state: TrainState, sharding: Sharding | TrainState) -> TrainState:
+    """The shapes, dtypes and placement of a state, given the state or its shapes.
+
+    Args:
+        sharding: of all arrays, or a state that holds the sharding of each array.
+    """
+    shardings = sharding if isinstance(sharding, TrainState) else jax.tree.map(lambda _: sharding, state)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
 
 
 class DamagedCheckpointError(ValueError):
@@ -271,13 +276,17 @@ _DESCRIPTION = "description"
 
 
 def _checksums(arrays: dict[str, Any], description: dict[str, Any]) -> dict[str, int]:
-    """The CRC-32 of each array, by its path, and of the description. Each host has all arrays."""
+    """The CRC-32 of each array, by its path, and of the description. All hosts must call this together."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
     for _, leaf in leaves:
         leaf.addressable_data(0).copy_to_host_async()
-    contents = {jax.tree_util.keystr(path): np.asarray(leaf.addressable_data(0)) for path, leaf in leaves}
+    contents = {jax.tree_util.keystr(path): _on_host(leaf) for path, leaf in leaves}
     sums = {path: zlib.crc32(array.tobytes()) for path, array in contents.items()}
     return sums | {_DESCRIPTION: _checksum_of_text(description)}
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    return np.asarray(array.addressable_data(0) if array.is_fully_replicated else parallel.fetch(array))
 
 
 def _checksum_of_text(description: dict[str, Any]) -> int:

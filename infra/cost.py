@@ -21,8 +21,14 @@ Row: TypeAlias = Mapping[str, Any]
 UNCHANGED = "none"
 """The memory setting that leaves the configuration as it is."""
 
-MEMORY_FIELDS = ("training.accumulation_steps", "training.residual_first", "model.remat", "model.dtype")
-"""Fields of the configuration that a memory setting may change. They change the cost of a step, but not the state."""
+MEMORY_FIELDS = (
+    "training.accumulation_steps",
+    "training.residual_first",
+    "training.shard_state",
+    "model.remat",
+    "model.dtype",
+)
+"""Fields of the configuration that a memory setting may change. They change the cost of a step, but not its state."""
 
 OUT_OF_MEMORY, NOT_COMPILED = "out of memory", "not compiled in time"
 """Values of `error` in a row."""
@@ -136,10 +142,10 @@ def peak_bytes(jaxpr: Any) -> int:
     return peak
 
 
-def _per_device(jaxpr: Any) -> float:
+def _per_device(jaxpr: Any, devices: int) -> float:
     """Returns `peak_bytes` of one device. It holds all arguments, and its share of the values from the batch."""
     arguments = sum(map(_bytes, jaxpr.invars))
-    return arguments + (peak_bytes(jaxpr) - arguments) / jax.device_count()
+    return arguments + (peak_bytes(jaxpr) - arguments) / devices
 
 
 def _bytes(variable: Any) -> int:
@@ -147,37 +153,54 @@ def _bytes(variable: Any) -> int:
     return math.prod(shape) * getattr(dtype, "itemsize", 4)
 
 
-def program_cost(
-    train_steps: Any, arguments: Sequence[Any], steps: int, limit: float = math.inf
-) -> tuple[dict[str, Any], Any]:
-    """Compiles the training steps and returns their cost for one step, with the compiled program.
+def traced_cost(
+    train_steps: Any, arguments: Sequence[Any], steps: int, devices: int
+) -> tuple[dict[str, Any], Any, jax.stages.Lowered]:
+    """Traces the training steps and returns what is known before the compilation, with the traced and lowered program.
 
-    The cost has these values:
+    The cost of one step has these values:
 
     - `gflop`: operations of convolutions and matrix products.
     - `estimated_gb`: memory per device, by `peak_bytes`.
-    - `xla_gflop`, `gb_accessed`: counted by XLA. None if the program has loops, because XLA counts their bodies once.
-    - `temporary_gb`, `total_gb`: memory per device; the total includes arguments and results.
-    - `trace_seconds`, `compile_seconds`.
-
-    If the compilation takes longer than the limit, the compiled program is None, and the cost has only the values that
-    are known from the traced program.
+    - `trace_seconds`.
 
     Args:
         train_steps: the jitted function.
         arguments: arrays or their shapes.
         steps: the number of training steps of one call.
-        limit: seconds that the compilation may take. If it takes longer, the process must end by `waiting.leave`.
+        devices: the number of devices that share the batch.
     """
     start = time.perf_counter()
     traced = train_steps.trace(*arguments)
     lowered = traced.lower()
-    middle = time.perf_counter()
-    known = {
+    cost = {
         "gflop": contraction_flop(traced.jaxpr) / steps / GIGA,
-        "estimated_gb": _per_device(traced.jaxpr.jaxpr) / GIGA,
-        "trace_seconds": middle - start,
+        "estimated_gb": _per_device(traced.jaxpr.jaxpr, devices) / GIGA,
+        "trace_seconds": time.perf_counter() - start,
     }
+    return cost, traced, lowered
+
+
+def program_cost(
+    train_steps: Any, arguments: Sequence[Any], steps: int, limit: float = math.inf
+) -> tuple[dict[str, Any], Any]:
+    """Compiles the training steps and returns their cost for one step, with the compiled program.
+
+    The cost has the values of `traced_cost`, and these:
+
+    - `xla_gflop`, `gb_accessed`: counted by XLA. None if the program has loops, because XLA counts their bodies once.
+    - `temporary_gb`, `total_gb`: memory per device; the total includes arguments and results.
+    - `compile_seconds`.
+
+    If the compilation takes longer than the limit, the compiled program is None, and the cost has only the values that
+    are known from the traced program.
+
+    Args:
+        train_steps, arguments, steps: as in `traced_cost`.
+        limit: seconds that the compilation may take. If it takes longer, the process must end by `waiting.leave`.
+    """
+    known, traced, lowered = traced_cost(train_steps, arguments, steps, jax.device_count())
+    start = time.perf_counter()
     try:
         compiled = lowered.compile() if math.isinf(limit) else within(limit, "the compilation", lowered.compile)
     except TimeoutError:
@@ -186,17 +209,22 @@ def program_cost(
     flop = contraction_flop(traced.jaxpr)
     in_loops = flop > contraction_flop(traced.jaxpr, repeat_loops=False)
     counted = {} if in_loops else compiled.cost_analysis() or {}
-    memory = compiled.memory_analysis()
-    resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     cost = {
         **known,
         "xla_gflop": _giga(counted.get("flops"), steps),
         "gb_accessed": _giga(counted.get("bytes accessed"), steps),
-        "temporary_gb": memory.temp_size_in_bytes / GIGA,
-        "total_gb": (memory.temp_size_in_bytes + resident + memory.generated_code_size_in_bytes) / GIGA,
-        "compile_seconds": end - middle,
+        **memory_gb(compiled),
+        "compile_seconds": end - start,
     }
     return cost, compiled
+
+
+def memory_gb(compiled: Any) -> dict[str, float]:
+    """Returns `temporary_gb` and `total_gb` of a compiled program."""
+    memory = compiled.memory_analysis()
+    resident = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    total = memory.temp_size_in_bytes + resident + memory.generated_code_size_in_bytes
+    return {"temporary_gb": memory.temp_size_in_bytes / GIGA, "total_gb": total / GIGA}
 
 
 def _giga(value: float | None, steps: int) -> float | None:

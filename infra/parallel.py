@@ -44,9 +44,26 @@ def along_batch(mesh: Mesh, axis: int = 0) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, "data"))
 
 
+def along_largest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Shards the largest axis that the number of devices divides; without such an axis, replicates the array."""
+    divisible = [axis for axis, length in enumerate(shape) if length and length % mesh.size == 0]
+    return along_batch(mesh, max(divisible, key=lambda axis: shape[axis])) if divisible else replicated(mesh)
+
+
 def global_array(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
     """A global array, given each host's own rows along `axis`."""
     return jax.make_array_from_process_local_data(along_batch(mesh, axis), local)
+
+
+def whole(tree: Tree) -> Tree:
+    """The arrays on all devices, if they are divided among them."""
+
+    def replicate(array: jax.Array) -> jax.Array:
+        if not isinstance(array.sharding, NamedSharding):
+            return array
+        return jax.device_put(array, NamedSharding(array.sharding.mesh, PartitionSpec()))
+
+    return jax.tree.map(replicate, tree)
 
 
 def fetch(tree: Tree) -> Tree:
@@ -204,19 +221,21 @@ def pad_rows(batch_size: int, *arrays: np.ndarray) -> tuple[np.ndarray, ...]:
     return tuple(np.concatenate([a, np.repeat(a[:1], batch_size - len(a), axis=0)]) for a in arrays)
 
 
-def divisible(batch_size: int, field: str, parts: int = 1) -> None:
+def divisible(batch_size: int, field: str, parts: int = 1, devices: int | None = None) -> None:
     """Checks that a global batch splits evenly into `parts`, and each part over all devices.
 
     Args:
         field: the name of the batch size in the configuration.
+        devices: the number of devices; None: of those at hand.
 
     Raises:
         ValueError: if it does not. The message names the nearest sizes that do.
     """
-    unit = jax.device_count() * parts
+    devices = devices or jax.device_count()
+    unit = devices * parts
     if batch_size > 0 and batch_size % unit == 0:
         return
     below, above = unit * max(1, batch_size // unit), unit * max(1, math.ceil(batch_size / unit))
     nearest = f"{below}" if below == above else f"{below} or {above}"
-    split = f"{jax.device_count()} devices" + (f" x {parts} parts" if parts > 1 else "")
+    split = f"{devices} devices" + (f" x {parts} parts" if parts > 1 else "")
     raise ValueError(f"{field} is {batch_size}, which is not divisible by {split}; use {nearest}")

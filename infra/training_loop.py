@@ -132,7 +132,7 @@ def record_test_loss(
     def record(call: Call) -> None:
         if call.testing:
             with writer.aside():
-                means = test(call.state.ema_params)
+                means = test(parallel.whole(call.state.ema_params))
             if means is not None:
                 writer.write(call.step, "test", order=order, **means)
 

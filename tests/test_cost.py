@@ -102,6 +102,7 @@ def test_a_full_device_is_a_row(tmp_path, monkeypatch):
         ({"cost__memory": ("model.nf=2",)}, "cost.memory has the setting 'model.nf=2'"),
         ({"cost__memory": ("training.accumulation_steps=x",)}, "cost.memory has the setting .*=x'"),
         ({"cost__measure_steps": -1}, "cost.measure_steps is -1"),
+        ({"cost__device": "h10"}, "cost.device is 'h10'; known: h100, h200, a100"),
     ],
 )
 def test_nonsense_is_refused_before_anything_is_written(fields, message, tmp_path):

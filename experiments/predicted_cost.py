@@ -1,0 +1,96 @@
+r"""Compiles the training steps of the CIFAR-10 networks for an H100 without having one, for docs/results/cost.md.
+
+    python -m experiments.predicted_cost --workdir=runs/predicted
+
+Each network has a folder in the workdir, with the rows that `--mode=cost` writes, as by
+
+    python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=runs/predicted/ve --mode=cost \
+        --config.cost.device=h100 --config.cost.orders="(3,)" --config.cost.batch_sizes="(128,)" \
+        --config.cost.memory="('none', 'model.remat=conv')"
+
+It takes hours. If it is interrupted, run the same command again to resume. With --table-only, it writes the page and
+the picture from the rows that exist.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import run_lib
+from configs.default import Config
+from configs.ve import cifar10_ncsnpp_continuous, cifar10_ncsnpp_deep_continuous
+from configs.vp import cifar10_ddpmpp_continuous, cifar10_ddpmpp_deep_continuous
+from experiments.predicted_cost_page import front_figure, with_tables
+from infra import stop
+from infra.files import write_atomic
+from infra.workdir import Workdir
+from report.figures import figure_png
+
+NETWORKS: dict[str, tuple[str, Callable[[], Config]]] = {
+    "ve": ("NCSN++ (VE)", cifar10_ncsnpp_continuous.get_config),
+    "ve_deep": ("NCSN++ deep (VE)", cifar10_ncsnpp_deep_continuous.get_config),
+    "vp": ("DDPM++ (VP)", cifar10_ddpmpp_continuous.get_config),
+    "vp_deep": ("DDPM++ deep (VP)", cifar10_ddpmpp_deep_continuous.get_config),
+}
+"""The title and the configuration of each network, by the name of its folder."""
+
+NONE, BFLOAT16 = "none", "model.dtype=bfloat16"
+FRONT = (
+    NONE,
+    "training.residual_first=True model.remat=conv",
+    "training.accumulation_steps=4",
+    "model.remat=block",
+    "training.accumulation_steps=8",
+    "model.remat=conv",
+    "training.accumulation_steps=2",
+    "training.residual_first=True model.remat=block",
+    "training.residual_first=True",
+)
+"""The memory settings whose cost is compared, the most important first."""
+
+
+class Group(NamedTuple):
+    """Cases of one network: each order with each batch size and memory setting."""
+
+    network: str
+    orders: tuple[int, ...]
+    batch_sizes: tuple[int, ...]
+    memory: tuple[str, ...]
+
+
+GROUPS = (
+    Group("ve", (3,), (128,), FRONT),
+    Group("ve", (3, 1, 2), (128,), (NONE, BFLOAT16)),
+    Group("ve", (3, 1, 2), (48,), (NONE,)),
+    Group("vp", (3, 1, 2), (128,), (NONE,)),
+    Group("ve_deep", (3, 1, 2), (128,), (NONE,)),
+    Group("vp_deep", (3, 1, 2), (128,), (NONE,)),
+    Group("ve", (3,), (48,), FRONT),
+    *(Group(network, (3, 1, 2), (48,), (NONE,)) for network in ("vp", "ve_deep", "vp_deep")),
+    *(Group(network, (3, 1, 2), (48, 128), (BFLOAT16,)) for network in NETWORKS),
+    Group("ve_deep", (3,), (128, 48), FRONT),
+)
+"""All cases, the most important first."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, default=Path("runs/predicted"), help="folder for the rows")
+    parser.add_argument("--out", type=Path, default=Path("docs/results/cost.md"), help="page with the tables")
+    parser.add_argument("--plot", type=Path, default=Path("docs/images/cost_pareto.png"), help="picture of the front")
+    parser.add_argument("--table-only", action="store_true", help="only show the rows that exist")
+    arguments = parser.parse_args()
+    with stop.on_signals():
+        for group in () if arguments.table_only else GROUPS:
+            config = NETWORKS[group.network][1]()
+            config.cost.device = "h100"
+            config.cost.orders, config.cost.batch_sizes, config.cost.memory = group[1:]
+            run_lib.cost(config, arguments.workdir / group.network)
+    rows = {title: Workdir(arguments.workdir / name).read_costs() for name, (title, _) in NETWORKS.items()}
+    write_atomic(arguments.plot, figure_png(front_figure(rows["NCSN++ (VE)"])))
+    write_atomic(arguments.out, with_tables(arguments.out.read_text(), rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""The tables and the picture of docs/results/cost.md that show costs predicted for a GPU."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from report.figures import COLOURS
+from report.formatting import MISSING
+
+Row: TypeAlias = Mapping[str, Any]
+"""A row that `--mode=cost` writes."""
+
+NONE = "none"
+BEGIN, END = "<!-- predicted costs: begin -->", "<!-- predicted costs: end -->"
+"""The lines of the page between which the tables stand."""
+
+
+class Bound(NamedTuple):
+    """What order 3 may cost: temporary memory in GB, and arithmetic as a multiple of that without a memory setting."""
+
+    temporary_gb: float
+    gflop_ratio: float
+    title: str
+    in_parts: bool
+    """Whether it is for settings that compute the batch in parts."""
+
+
+BOUNDS = (Bound(11, 1.05, "with accumulation", True), Bound(20, 1.35, "without accumulation", False))
+"""The goals for order 3 of NCSN++ with batch 128."""
+
+
+def with_tables(page: str, networks: Mapping[str, Sequence[Row]]) -> str:
+    """Returns the page with new tables.
+
+    Args:
+        networks: the rows of each network, by its title. The first network is that of the picture.
+
+    Raises:
+        ValueError: if the page lacks a line that marks the place of the tables.
+    """
+    if BEGIN not in page or END not in page:
+        raise ValueError(f"the page lacks the line {BEGIN!r} or {END!r}")
+    rows = next(iter(networks.values()))
+    parts = [BEGIN, "", *front_table(rows), "", *network_table(networks), "", END]
+    return page.partition(BEGIN)[0] + "\n".join(parts) + page.partition(END)[2]
+
+
+def front_rows(rows: Sequence[Row], batch_size: int = 128) -> list[Row]:
+    """Returns the rows of order 3 with 32-bit floats whose memory is known, those with the least memory first."""
+    chosen = [row for row in rows if (row["order"], row["batch_size"]) == (3, batch_size) and "temporary_gb" in row]
+    return sorted((row for row in chosen if "bfloat16" not in row["memory"]), key=lambda row: row["temporary_gb"])
+
+
+def in_parts(row: Row) -> bool:
+    """Returns whether the batch is computed in parts."""
+    return "accumulation" in row["memory"]
+
+
+def on_front(rows: Sequence[Row]) -> list[Row]:
+    """Returns the rows that no other row beats in both memory and arithmetic, those with the least memory first.
+
+    Smaller parts always need less memory for the same arithmetic, so a row is compared only with those that have the
+    batch in parts, too, or with those that do not.
+    """
+
+    def beats(other: Row, row: Row) -> bool:
+        less = other["temporary_gb"] < row["temporary_gb"]
+        return less and other["gflop"] <= row["gflop"] * 1.001 and in_parts(other) == in_parts(row)
+
+    ordered = sorted(rows, key=lambda row: row["temporary_gb"])
+    return [row for row in ordered if not any(beats(other, row) for other in rows)]
+
+
+def ratios(rows: Sequence[Row]) -> dict[str, float]:
+    """Returns the arithmetic of each setting as a multiple of that of no setting; empty if this is not known."""
+    plain = next((row["gflop"] for row in rows if row["memory"] == NONE), None)
+    return {row["memory"]: row["gflop"] / plain for row in rows} if plain else {}
+
+
+def front_table(rows: Sequence[Row]) -> list[str]:
+    """Returns the table of order 3 with batch 128: each memory setting, and which of the goals it meets."""
+    chosen = front_rows(rows)
+    relative, best = ratios(chosen), [row["memory"] for row in on_front(chosen)]
+    lines = [
+        "| memory setting | temporary GB | total GB | GFLOP | times the GFLOP of none | on the front |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in chosen:
+        ratio = f"{relative[row['memory']]:.3f}" if relative else MISSING
+        cells = [f"`{row['memory']}`", *(f"{row[name]:.2f}" for name in ("temporary_gb", "total_gb"))]
+        cells += [f"{row['gflop']:,.0f}", ratio, "yes" if row["memory"] in best else "no"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def network_table(networks: Mapping[str, Sequence[Row]]) -> list[str]:
+    """Returns the table of all networks and orders without memory settings, with 32-bit and with 16-bit floats."""
+    lines = [
+        "| network | batch | order | GFLOP | temporary GB, float32 | total GB, float32 | temporary GB, bfloat16 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for title, rows in networks.items():
+        known = {(row["batch_size"], row["order"], row["memory"]): row for row in rows if "temporary_gb" in row}
+        for size, order in sorted({(size, order) for size, order, _ in known}):
+            full, half = (known.get((size, order, memory)) for memory in (NONE, "model.dtype=bfloat16"))
+            if not full and not half:
+                continue
+            gflop = f"{(full or half or {})['gflop']:,.0f}"
+            numbers = [_gb(full, "temporary_gb"), _gb(full, "total_gb"), _gb(half, "temporary_gb")]
+            lines.append(f"| {' | '.join([title, str(size), str(order), gflop, *numbers])} |")
+    return lines
+
+
+def _gb(row: Row | None, name: str) -> str:
+    return f"{row[name]:.2f}" if row else MISSING
+
+
+def front_figure(rows: Sequence[Row]) -> Figure:
+    """Draws memory against arithmetic of order 3 with batch 128, the settings that no other beats, and the goals."""
+    chosen = front_rows(rows)
+    relative, best = ratios(chosen), on_front(chosen)
+    figure = Figure(figsize=(8.4, 5.0), layout="constrained")
+    panel = figure.subplots()
+    for bound, colour in zip(BOUNDS, (COLOURS[2], COLOURS[3]), strict=True):
+        label = f"goal {bound.title}"
+        panel.fill_between(
+            [0, bound.gflop_ratio], 0, bound.temporary_gb, color=colour, alpha=0.12, linewidth=0, label=label
+        )
+    for parts, marker, colour in ((True, "s", COLOURS[2]), (False, "o", COLOURS[3])):
+        for kind, style in ((chosen, marker), (best, "--")):
+            points = sorted((relative[row["memory"]], row["temporary_gb"]) for row in kind if in_parts(row) == parts)
+            label = f"{'front ' if style == '--' else ''}with{'' if parts else 'out'} accumulation"
+            panel.plot(*np.array(points).reshape(-1, 2).T, style, color=colour, linewidth=1, label=label)
+    for row in chosen:
+        panel.annotate(
+            _short(row["memory"]),
+            (relative[row["memory"]], row["temporary_gb"]),
+            (6, 3),
+            textcoords="offset points",
+            fontsize=8,
+        )
+    panel.set_xlim(0.95, max([1.5, *relative.values()]) * 1.12)
+    panel.set_ylim(0, None)
+    panel.set_xlabel("arithmetic of a step, as a multiple of that without a memory setting")
+    panel.set_ylabel("temporary memory (GB)")
+    panel.set_title("NCSN++ (VE), order 3, batch 128, float32, compiled for an H100", fontsize=10)
+    panel.legend(fontsize=8, frameon=False)
+    panel.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _short(memory: str) -> str:
+    """Returns a memory setting without the names of the sections."""
+    names = {
+        "training.accumulation_steps=": "parts: ",
+        "model.remat=": "remat: ",
+        "training.residual_first=True": "residual first",
+    }
+    for name, short in names.items():
+        memory = memory.replace(name, short)
+    return memory.replace(" remat", ", remat")

@@ -1,0 +1,124 @@
+"""Compiles programs for a GPU that is not there, to find out how much memory they need.
+
+A compilation for a GPU takes minutes, but XLA assigns the buffers before it generates code. It writes the assignment to
+a folder if it is asked to. So each compilation runs in a process of its own, which ends when the assignment is there.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from infra import stop
+from infra.cost import GIGA, error_text, memory_gb
+
+COMPILER_OPTIONS: dict[str, bool | str] = {
+    # Without a GPU to time them on, XLA takes its Triton kernels for all matrix products. For those of the FIR filters
+    # in models/resample.py it finds no tiles, and fails. On a GPU it times other kernels, too, and takes one of those.
+    "xla_gpu_enable_triton_gemm": False,
+}
+
+ASSIGNMENT, NEXT_FILE = "*-buffer-assignment.txt", "*-buffer-assignment-values.txt"
+"""The file with the buffers, and the one that XLA writes after it."""
+
+Lower = Callable[..., tuple[dict[str, Any], jax.stages.Lowered]]
+"""A function of a module, called in the other process. Returns costs that are known already, and the program."""
+
+
+def buffer_gb(assignment: str) -> dict[str, float]:
+    """Returns `temporary_gb` and `total_gb` from XLA's text about buffers: the numbers of `memory_analysis`.
+
+    The total includes arguments and results. A result in the memory of a donated argument counts once.
+
+    Raises:
+        ValueError: if the text names no buffer for temporary values.
+    """
+    temporary = total = None
+    for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*)", assignment, re.MULTILINE):
+        if kind.startswith("preallocated-temp"):
+            temporary = (temporary or 0) + int(size)
+        elif "parameter" in kind or "maybe-live-out" in kind:
+            total = (total or 0) + int(size)
+    if temporary is None or total is None:
+        raise ValueError("cannot read the buffers that XLA wrote; its format has changed")
+    return {"temporary_gb": temporary / GIGA, "total_gb": (temporary + total) / GIGA}
+
+
+def predicted_cost(lower: Lower, *arguments: Any) -> dict[str, Any]:
+    """Returns the costs from `lower` and the memory of the program, as `infra.cost.program_cost` names them.
+
+    `compile_seconds` is the time until the memory was known. A program that does not compile has an `error`.
+
+    Args:
+        arguments: of `lower`; values that pickle can copy.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="buffers-") as folder, _child(folder, lower, arguments) as receive:
+        costs = _next(receive)
+        if costs is None or "error" in costs:
+            return costs or {"error": "failed: the compiler ended"}
+        while (memory := _assigned(Path(folder))) is None:
+            stop.check_this_host()
+            if receive.poll(0.2):
+                memory = _next(receive) or {"error": "failed: the compiler ended"}
+                break
+    return costs | memory | {"compile_seconds": time.perf_counter() - start - costs["trace_seconds"]}
+
+
+def _assigned(folder: Path) -> dict[str, float] | None:
+    """Returns the memory, or None if it is not known yet."""
+    assignments = list(folder.glob(ASSIGNMENT))
+    return buffer_gb(assignments[0].read_text()) if assignments and any(folder.glob(NEXT_FILE)) else None
+
+
+def _next(receive: Connection) -> dict[str, Any] | None:
+    """Returns the next costs from the other process; None if it has ended."""
+    while not receive.poll(0.2):
+        stop.check_this_host()
+    try:
+        return receive.recv()
+    except EOFError:
+        return None
+
+
+@contextlib.contextmanager
+def _child(folder: str, lower: Lower, arguments: tuple[Any, ...]) -> Iterator[Connection]:
+    """A process that runs `_compile`, until the end of the context, and the pipe from it."""
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_compile, args=(send, folder, lower, arguments), daemon=True)
+    # The process leaves alone the GPUs that the machine may have, and XLA's warnings about slow compilations.
+    settings = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        process.start()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+    send.close()  # so that the pipe ends when the process does
+    try:
+        yield receive
+    finally:
+        process.kill()
+        process.join()
+        receive.close()
+
+
+def _compile(send: Connection, folder: str, lower: Lower, arguments: tuple[Any, ...]) -> None:
+    """Sends the costs from `lower`, and those of the compiled program if nothing ends the process before."""
+    try:
+        costs, lowered = lower(*arguments)
+        send.send(costs)
+        compiled = lowered.compile(compiler_options=COMPILER_OPTIONS | {"xla_dump_to": folder})
+        send.send(memory_gb(compiled))
+    except (ValueError, RuntimeError, MemoryError) as error:
+        send.send({"error": error_text(error)})

@@ -1,0 +1,98 @@
+"""The memory of programs for a GPU that is not there. XLA's compiler for GPUs is not installed here."""
+
+import multiprocessing
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import run_lib
+from configs.toy.smoke import get_config
+from infra import ahead_of_time, gpus
+from infra.ahead_of_time import buffer_gb, predicted_cost
+from infra.cost import memory_gb
+
+
+def lowered(size: int) -> jax.stages.Lowered:
+    """A program with a donated argument, another argument, temporary values and a result."""
+
+    def step(state, weight):
+        return state + jnp.sum(jnp.sin(weight) @ weight), jnp.sum(weight, axis=0)
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((size,), (size, size))]
+    return jax.jit(step, donate_argnums=0).lower(*shapes)
+
+
+def lower(size: int):
+    return {"gflop": float(size), "trace_seconds": 0.0}, lowered(size)
+
+
+def lower_nothing(size: int):
+    raise ValueError(f"size is {size}\nand more")
+
+
+def test_another_process_finds_the_memory_of_the_compiled_program():
+    """The numbers of a text of buffers that XLA wrote are those of `memory_analysis`."""
+    cost = predicted_cost(lower, 300)
+    assert cost["gflop"] == 300
+    assert cost["compile_seconds"] > 0
+    expected = memory_gb(lowered(300).compile())
+    assert expected["temporary_gb"] >= 300 * 300 * 4 / 1e9
+    assert {name: cost[name] for name in expected} == expected
+
+
+def test_an_error_in_the_other_process_is_a_row(tmp_path):
+    receive, send = multiprocessing.Pipe(duplex=False)
+    ahead_of_time._compile(send, str(tmp_path), lower_nothing, (3,))
+    assert receive.recv() == {"error": "failed: size is 3"}
+
+
+def test_buffers_of_arguments_and_results_count_once():
+    text = """BufferAssignment:
+allocation 0: size 4000, parameter 1, shape |f32[1000]| at ShapeIndex {}, maybe-live-out:
+ value: <7 copy.2 @0> (size=4000,offset=0): f32[1000]{0}
+allocation 1: size 500, parameter 0, shape |f32[125]| at ShapeIndex {}:
+allocation 2: size 16, output shape is |(f32[1000], f32[4])|, maybe-live-out:
+allocation 3: size 64, constant:
+allocation 4: size 8, thread-local:
+allocation 5: size 300000, preallocated-temp:
+"""
+    assert buffer_gb(text) == pytest.approx({"temporary_gb": 3e-4, "total_gb": 3.04516e-4})
+    with pytest.raises(ValueError, match="format has changed"):
+        buffer_gb("BufferAssignment:\nallocation 0: size 4000, parameter 1, shape |f32[1000]|:\n")
+
+
+def test_missing_packages_are_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpus, "PLUGINS", ("no_such_plugin",))
+    config = get_config()
+    config.cost.device = "h100"
+    with pytest.raises(ValueError, match=r"needs JAX's packages for CUDA.*requirements-gpu\.txt"):
+        run_lib.cost(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_compiler_is_told_what_the_table_says():
+    a100 = gpus.gpu_by_name("a100")
+    told = dict(line.strip().split(": ", 1) for line in a100.target().splitlines() if line.strip().count(":") == 1)
+    assert told["core_count"] == "108"
+    assert told["device_memory_size"] == str(a100.memory)
+    assert told["shared_memory_per_block_optin"] == "166912"
+    assert a100.usable_gb == pytest.approx(63.8, abs=0.1)
+    assert all(gpu.memory > gpus.gpu_by_name("a100-40").memory - 1 for gpu in gpus.GPUS.values())
+
+
+def test_rows_of_a_gpu_say_so_and_are_kept(monkeypatch, tmp_path, capsys):
+    asked = []
+
+    def predicted(lower, fields):
+        asked.append(fields["training"]["score_matching_order"])
+        return {"gflop": 2.0, "temporary_gb": 60.0, "total_gb": 65.0, "compile_seconds": 1.0}
+
+    monkeypatch.setattr(run_lib, "predicted_cost", predicted)
+    monkeypatch.setattr(run_lib, "mesh_of", lambda gpu, count: run_lib.parallel.device_mesh())
+    config = get_config()
+    config.cost.device, config.cost.orders, config.cost.memory = "h100", (1, 3), ("none",)
+    for _ in range(2):
+        run_lib.cost(config, tmp_path)
+    assert asked == [1, 3]
+    assert "order 3: none of the batches fits 63.7 GB" in capsys.readouterr().out

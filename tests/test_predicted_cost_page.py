@@ -1,0 +1,47 @@
+"""The tables of predicted costs: which settings are on the front, and where the tables go."""
+
+import pytest
+
+from experiments.predicted_cost_page import BEGIN, END, front_rows, network_table, on_front, with_tables
+from report.formatting import MISSING
+
+
+def row(memory, temporary_gb, gflop, order=3, batch_size=128):
+    costs = {"temporary_gb": temporary_gb, "total_gb": temporary_gb + 1, "gflop": gflop}
+    return {"order": order, "batch_size": batch_size, "memory": memory, **costs}
+
+
+ROWS = [
+    row("none", 40.0, 100.0),
+    row("training.accumulation_steps=4", 10.0, 100.0),
+    row("training.accumulation_steps=8", 5.0, 100.0),
+    row("model.remat=conv", 41.0, 100.0),
+    row("model.remat=block", 25.0, 130.0),
+    row("training.residual_first=True", 30.0, 133.0),
+    row("model.dtype=bfloat16", 20.0, 100.0),
+    row("none", 4.0, 25.0, order=1),
+    {"order": 3, "batch_size": 128, "memory": "training.accumulation_steps=2", "error": "failed"},
+]
+
+
+def test_the_front_has_what_nothing_beats_in_both():
+    chosen = front_rows(ROWS)
+    assert [row["temporary_gb"] for row in chosen] == [5, 10, 25, 30, 40, 41]
+    front = [row["memory"] for row in on_front(chosen)]
+    assert front == ["training.accumulation_steps=8", "model.remat=block", "none"]
+
+
+def test_tables_replace_those_on_the_page():
+    once = with_tables(f"before\n{BEGIN}\nold\n{END}\nafter\n", {"network": ROWS})
+    assert "old" not in once
+    assert "| `model.remat=block` | 25.00 | 26.00 | 130 | 1.300 | yes |" in once
+    assert "| network | 128 | 3 | 100 | 40.00 | 41.00 | 20.00 |" in once
+    assert with_tables(once, {"network": ROWS}) == once
+    with pytest.raises(ValueError, match="lacks the line"):
+        with_tables("nothing here", {"network": ROWS})
+
+
+def test_rows_that_are_not_known_yet_are_left_out():
+    assert network_table({"network": ROWS[:1], "other": []})[2:] == [
+        f"| network | 128 | 3 | 100 | 40.00 | 41.00 | {MISSING} |"
+    ]
