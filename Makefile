@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
 .PHONY: setup setup-dev demo test check lint clean digits-orders fashion-orders estimators reproduce fid-nfe \
-	sample-devices cost cost-h100 faults devices fuzz smoke ncsn baselines
+	sample-devices cost cost-h100 faults devices fuzz smoke ncsn baselines precision
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -97,6 +97,12 @@ cost: setup
 	$(BIN)/python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py --config.model.nf=32 \
 		--config.model.num_res_blocks=1 --config.model.ch_mult="(1, 2)" --config.training.batch_size=8 \
 		--workdir=runs/cost --mode=cost
+
+# Compares bfloat16 with float32: losses, gradients and bits/dim, and writes docs/results/precision.md. It takes about ten
+# minutes on two idle cores, and resumes.
+precision: setup
+	$(DIGITS) --workdir=runs/order1 --mode=train
+	$(BIN)/python -m experiments.precision
 
 # Predicts the memory of a training step on an H100, without one, for docs/results/cost.md. It takes hours on two cores, and
 # resumes. It needs 8 GB of memory. The packages for GPUs need 6 GB of disk, and have an environment of their own.

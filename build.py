@@ -24,7 +24,7 @@ from samplers.sampler import Sampler
 from sampling import PredictorCorrector, pc_from_config, sampler_from_config
 from sde_lib import SDE
 from sources.densities import DENSITIES, Density
-from train_state import Trainer, TrainState, create_state, optimizer_from_config, parts_to_reset
+from train_state import PRECISIONS, Trainer, TrainState, create_state, optimizer_from_config, parts_to_reset
 
 INIT_KEY, TRAIN_KEY, EVAL_KEY, SAMPLE_KEY = range(4)
 """The seed is folded with one of these for each purpose, so that no two purposes share random numbers."""
@@ -92,20 +92,32 @@ class Run:
         used = {field.removeprefix("sampling.") for field in recorder.read if field.startswith("sampling.")}
         return {name: self.config.sampling[name] for name in sorted(used | {"batch_size"})}
 
+    @functools.cached_property
+    def _init(self) -> jax.stages.Wrapped:
+        """Makes the state at step 0 from the key of the initial parameters.
+
+        It is one program, traced once for the state and its shapes: op by op, XLA would compile hundreds of programs.
+        """
+
+        def init(key: jax.Array) -> TrainState:
+            params = self.model.init(key, self.data_shape)
+            with unrecorded(self.config):  # evaluation makes a state, too, but its values do not depend on these fields
+                trainer = _trainer(self.config, self.mesh, self.model, self.preprocess)
+            return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
+
+        return jax.jit(init)
+
     def fresh_state(self) -> TrainState:
         """The state at step 0, with initial parameters."""
-        params = self.model.init(self.key(INIT_KEY), self.data_shape)
-        with unrecorded(self.config):  # evaluation makes a state, too, but its values do not depend on these fields
-            trainer = _trainer(self.config, self.mesh, self.model, self.preprocess)
-        return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
+        return self._init(self.key(INIT_KEY))
 
     def abstract_state(self) -> TrainState:
         """The shapes of the training state, replicated over all devices."""
-        return abstract_state(jax.eval_shape(self.fresh_state), parallel.replicated(self.mesh))
+        return abstract_state(jax.eval_shape(self._init, self.key(INIT_KEY)), parallel.replicated(self.mesh))
 
     def state_shardings(self) -> TrainState:
         """The placement of the training state: on all devices, or as `training.shard_state` says."""
-        whole, state = parallel.replicated(self.mesh), jax.eval_shape(self.fresh_state)
+        whole, state = parallel.replicated(self.mesh), jax.eval_shape(self._init, self.key(INIT_KEY))
         shardings: TrainState = jax.tree.map(lambda _: whole, state)
         if not self.config.training.shard_state:
             return shardings
@@ -114,7 +126,7 @@ class Run:
 
     def training_state(self) -> TrainState:
         """The shapes of the training state, placed as `state_shardings` says."""
-        return abstract_state(jax.eval_shape(self.fresh_state), self.state_shardings())
+        return abstract_state(jax.eval_shape(self._init, self.key(INIT_KEY)), self.state_shardings())
 
     def train_steps(self) -> jax.stages.Wrapped:
         """The compiled call of training: from a state, `training.n_jitted_steps` batches and the run's key to the next
@@ -167,6 +179,11 @@ class Run:
         classes = {"data.num_classes": self.config.data.num_classes} if self.config.data.num_classes else {}
         return {**training, **model, **data, **classes}
 
+    def evaluated_network(self) -> dict[str, Any]:
+        """`network_description`, and the precision of feature maps, which results of evaluations depend on."""
+        dtype = self.config.model.dtype  # results of older versions, all with float32, do not name it
+        return self.network_description() | ({} if dtype == "float32" else {"model.dtype": dtype})
+
 
 def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True) -> Run:
     """Builds the objects that the configuration describes.
@@ -193,6 +210,9 @@ def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True
 
 
 def _trainer(config: Config, mesh: Mesh, model: ScoreModel, preprocess: Preprocess | PointPreprocess) -> Trainer:
+    precision = config.training.matmul_precision
+    if precision not in PRECISIONS:
+        raise ValueError(f"training.matmul_precision is {precision!r}; known: {', '.join(PRECISIONS)}")
     return Trainer(
         model=model,
         objective=objective_from_config(config),
@@ -203,6 +223,7 @@ def _trainer(config: Config, mesh: Mesh, model: ScoreModel, preprocess: Preproce
         unroll_parts=mesh.devices.flat[0].platform == "cpu",
         gradient_sharding=parallel.replicated(mesh) if config.training.shard_state else None,
         ema_warmup=config.model.ema_warmup,
+        matmul_precision=precision,
         num_classes=config.data.num_classes,
         label_dropout=config.training.label_dropout if config.data.num_classes else 0.0,
     )
@@ -210,9 +231,11 @@ def _trainer(config: Config, mesh: Mesh, model: ScoreModel, preprocess: Preproce
 
 def _check_noise_level(training: Config, sde: SDE) -> None:
     """Raises ValueError if the SDE does not have the noise level that training uses."""
+    if not training.noise_level:
+        return  # without compiling five small programs
     ends = jnp.asarray([training.smallest_time, sde.t_max])
     first, last = (float(rho) for rho in jnp.exp(sde.log_noise_level(ends)))
-    if training.noise_level and not first <= training.noise_level <= last:
+    if not first <= training.noise_level <= last:
         raise ValueError(
             f"training.noise_level is {training.noise_level}; it must be 0 (all levels) or lie between {first:.3g} and "
             f"{last:.3g}, the levels of the SDE"

@@ -33,6 +33,7 @@ success, 2 for bad input, 1 for a failure of the computation. Schedulers may req
 Errors are one line. Use --verbosity=1 to print the full traceback. docs/ describes everything else.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -53,6 +54,9 @@ MODES = (
     *("train", "train_deq", "train_classifier", "eval", "diagnose", *CONTROL),
     *("export", "report", "prepare", "stats", "cost", "selftest"),
 )
+_CACHE = Path(__file__).parent / ".cache" / "jax"
+"""The compilation cache of all runs. JAX names its files by program, version and kind of device or processor."""
+
 BAD_INPUT, FAILED = 2, 1
 """Exit codes other than 0, stop.STOPPED and stop.KILLED."""
 
@@ -140,11 +144,12 @@ def _run_and_report(mode: str, workdir: Path) -> int:
 def _run(mode: str, workdir: Path) -> None:
     import jax
 
-    from infra import console, parallel
+    from infra import console, parallel, startup
 
+    gc.set_threshold(50_000)  # tracing makes many objects, few of which can be freed
     console.quiet_libraries()
     if mode != "cost":  # which measures how long a program takes to compile
-        jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+        jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE)))
     if _COORDINATOR.value:
         seconds = parallel.JOIN_SECONDS if mode != "selftest" else parallel.JOIN_SECONDS / 5
         parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds)
@@ -157,7 +162,7 @@ def _run(mode: str, workdir: Path) -> None:
         record_reads(_CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
 
     if mode == "train":
-        run_lib.train(_CONFIG.value, workdir)
+        run_lib.train(_CONFIG.value, workdir, startup.process_start())
     elif mode == "eval":
         run_lib.evaluate(_CONFIG.value, workdir, _EVAL_FOLDER.value, _DEQ_FOLDER.value)
     elif mode == "train_deq":

@@ -19,7 +19,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, as_pytree, in_parts
 from solvers.dormand_prince import dopri5
-from solvers.scipy_rk45 import scipy_rk45
 from solvers.solve import Field, Info, State, combine, is_finite, report_of
 
 METHODS = ("dopri5", "scipy", "rk4", "adams")
@@ -80,6 +79,8 @@ def integrate(
         return _fixed_steps(field, y0, start, end, num_steps, method, progress)
     if method == "dopri5":
         return dopri5(field, y0, start, end, rtol, atol, max_steps, progress)
+    from solvers.scipy_rk45 import scipy_rk45  # SciPy's solvers take a quarter of a second to import
+
     return scipy_rk45(field, y0, float(t0), float(t1), rtol, atol, max_steps, progress)
 
 

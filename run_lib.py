@@ -57,11 +57,13 @@ from infra.published_checkpoints import write_published_checkpoint
 from infra.results import Results
 from infra.selftest import HEADER as CHECK_HEADER
 from infra.selftest import check, checkpoint_bytes, collective, devices, disk, state_bytes
+from infra.startup import Startup
 from infra.training_loop import (
     Call,
     Callback,
     Metrics,
     Training,
+    record_first_step,
     record_metrics,
     record_test_loss,
     save_checkpoints,
@@ -71,20 +73,24 @@ from infra.training_loop import (
 from infra.workdir import EvaluationFolder, Workdir
 from report.comparison import comparison_table
 from report.formatting import text_table
-from report.page import write_report
 from report.run_files import read_run
 from sources import prepare_from_config
 from train_state import TrainingBatches, TrainState, reset_parts
 
 
-def train(config: Config, path: Path) -> None:
+def train(config: Config, path: Path, started: float | None = None) -> None:
     """Trains to the run's last step, from the newest checkpoint if there is one. `last_step` says which that is.
+
+    Args:
+        started: when the process started, as `time.monotonic` counts; None: now. The time from then to the first
+            step is logged and recorded.
 
     Raises:
         KeyboardInterrupt: after a request to stop, once the state is saved. The same call resumes.
         ValueError, OSError: for bad input, before anything is written.
         FloatingPointError: after `training.max_nonfinite` steps in a row whose loss or gradient is not finite.
     """
+    startup = Startup(started)
     run, workdir = build(config), Workdir(path)
     train_source, test_source = (datasets.source_from_config(config, split) for split in datasets.SPLITS)
     parallel.require_same(f"{train_source.description}; {test_source.description}", "data")
@@ -108,6 +114,7 @@ def train(config: Config, path: Path) -> None:
         with MetricsWriter(workdir.train) as metrics:
             snapshots.draw(state)  # unless it was drawn before an interruption
             callbacks = [
+                record_first_step(startup, metrics),
                 record_metrics(metrics, order),
                 stop_after_failures(config.training.max_nonfinite, workdir),
                 record_test_loss(LossEvaluator(run, test_source).first_batches, metrics, order),
@@ -119,7 +126,7 @@ def train(config: Config, path: Path) -> None:
                 training_loop(score_training(run, train_source, end), state, config.training, callbacks)
     stop.check()
     if jax.process_index() == 0:
-        write_report(path)
+        _write_report(path)
         logging.info("Report: %s", workdir.report)
 
 
@@ -458,7 +465,7 @@ def evaluate_checkpoint(
         result = evaluator(params, folder)
         if first_host:
             results.add(evaluator.name, result)
-            write_report(folder.workdir.path)
+            _write_report(folder.workdir.path)
     logging.info("Results: %s", results.path)
 
 
@@ -690,6 +697,13 @@ def report(path: Path, others: Sequence[Path] = ()) -> None:
         if not Workdir(folder).config.is_file():
             reason = "it holds no config.json" if folder.is_dir() else "there is no such folder"
             raise FileNotFoundError(f"no run in {folder}: {reason}")
-    write_report(path, others=others)
+    _write_report(path, others)
     print(comparison_table([result for folder in (*others, path) for result in read_run(folder).results]))
     print(f"\nreport: {Workdir(path).report}")
+
+
+def _write_report(path: Path, others: Sequence[Path] = ()) -> None:
+    """Writes the page of the run. Its module imports matplotlib, which training does not need before the first step."""
+    from report.page import write_report
+
+    write_report(path, others=others)

@@ -1,5 +1,6 @@
 """The training state, and one step of training as a pure function of (state, images, key)."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -184,6 +185,10 @@ def schedules_at(opt_state: optax.OptState, step: Array) -> optax.OptState:
     return jax.tree.map(move, opt_state, is_leaf=is_schedule)
 
 
+PRECISIONS = ("default", "high", "highest")
+"""The choices of training.matmul_precision."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Trainer:
     """Everything that a training step needs besides the state and the batch; fixed for the run."""
@@ -200,6 +205,8 @@ class Trainer:
     gradient_sharding: Sharding | None = None
     """Placement of the gradient. It keeps the placement of a divided optimizer state away from the network's arrays."""
     ema_warmup: bool = False
+    matmul_precision: str = "default"
+    """The precision of matrix products and convolutions of 32-bit numbers, one of `PRECISIONS`."""
     num_classes: int = 0
     label_dropout: float = 0.0
     """The fraction of examples whose class the network is not told."""
@@ -323,8 +330,15 @@ class Trainer:
             table = None if quantiles is None else ResidualTable.of_batch(quantiles, losses["residual"])
             return metrics["total"], (metrics, table)
 
-        gradient, (metrics, table) = jax.grad(mean_loss, has_aux=True)(params)
+        with self.arithmetic():
+            gradient, (metrics, table) = jax.grad(mean_loss, has_aux=True)(params)
         return gradient, metrics, table
+
+    def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
+        """A context whose matrix products and convolutions have `matmul_precision`, if traced in it."""
+        if self.matmul_precision == "default":
+            return contextlib.nullcontext()  # that of JAX_DEFAULT_MATMUL_PRECISION, if it is set
+        return jax.default_matmul_precision(self.matmul_precision)
 
     def _split(self, a: Array) -> Array:
         """[batch, ...] to [parts, batch / parts, ...]. Each part has rows from every device.

@@ -41,6 +41,9 @@ def _training() -> ConfigDict:
     training.batch_size = 128
     # parts of the batch that are computed one after another; more parts need less memory and give the same gradient
     training.accumulation_steps = 1
+    # precision of matrix products and convolutions of 32-bit numbers in training: default, which GPUs and TPUs round to
+    # fewer bits; high; highest, all bits. Likelihoods have the highest in any case
+    training.matmul_precision = "default"
     # divide the moments of Adam and the averaged parameters among the devices, each of which updates its own part. The
     # result is the same; each device needs less memory
     training.shard_state = False

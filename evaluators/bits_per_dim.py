@@ -18,7 +18,7 @@ from coordinates import GaussianReference
 from datasets import REFERENCE_EXAMPLES, EvaluationBatch, data_reference, evaluation_batch, evaluation_batch_sizes
 from dequantization.noise import Dequantized, Dequantizer, Images, check_levels, importance_weights, log_mean_exp
 from evaluation import mean_estimate
-from evaluators.cache import BatchCache, Values
+from evaluators.cache import BatchCache, Values, examples_per_second
 from evaluators.estimators import (
     HostEstimate,
     OdeEstimator,
@@ -102,7 +102,7 @@ class BitsPerDimEvaluator:
         settings, run = self.run.config.eval, self.run
         batches = {"batch_size": settings.batch_size, "max_examples": settings.max_examples}
         bins = {"bins_per_unit": self.dequantizer.bins_per_unit, "unit_scale": self.dequantizer.unit_scale}
-        network = {"network": run.network_description()}
+        network = {"network": run.evaluated_network()}
         if self._reference_source is None:
             return self.description | batches | bins | network
         reference = {"reference_data": self._reference_source.description, "reference_images": REFERENCE_EXAMPLES}
@@ -230,6 +230,7 @@ def summary(repeats: list[list[Values]]) -> dict[str, Any]:
         "errors": errors,
         "nfe": float(np.mean([batch["nfe"] for batch in every])),
         "seconds": float(np.sum([batch["seconds"] for batch in every])),
+        "images_per_second": examples_per_second([len(batch["bpd"]) for batch in every], every),
     }
 
 

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,6 +105,11 @@ def _read(path: Path) -> Values | None:
         return None
 
 
+def examples_per_second(sizes: Iterable[int], batches: Iterable[Values]) -> float:
+    """Returns the speed in the fastest batch, given the `seconds` of each: the first batch also compiles."""
+    return max(size / float(batch["seconds"]) for size, batch in zip(sizes, batches, strict=True))
+
+
 DrawSamples = Callable[[np.ndarray, ReportProgress], tuple[np.ndarray, int]]
 """Draws the samples with these numbers, and returns them with the network evaluations for each."""
 
@@ -117,6 +122,8 @@ class CachedSamples(NamedTuple):
     """Network evaluations for each sample."""
     seconds: float
     """Total sampling time in seconds, summed over all runs."""
+    per_second: float
+    """Samples per second in the fastest round."""
 
 
 def draw_in_rounds(cache: BatchCache, kind: str, count: int, round_size: int, draw: DrawSamples) -> CachedSamples:
@@ -136,4 +143,5 @@ def draw_in_rounds(cache: BatchCache, kind: str, count: int, round_size: int, dr
 
     rounds = cache.all(sizes, draw_round, "sampling", kind)
     samples = np.concatenate([each[name] for each in rounds])[:count]
-    return CachedSamples(samples, int(rounds[0]["nfe"]), float(sum(each["seconds"] for each in rounds)))
+    per_second = examples_per_second([round_size] * len(rounds), rounds)  # a round draws all of its samples
+    return CachedSamples(samples, int(rounds[0]["nfe"]), float(sum(each["seconds"] for each in rounds)), per_second)

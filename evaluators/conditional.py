@@ -77,7 +77,7 @@ class ConditionalEvaluator:
             RuntimeError: if an image is not finite.
         """
         settings = self._settings()
-        cache = BatchCache(folder.path, self.name, settings | {"network": self.run.network_description()}, params)
+        cache = BatchCache(folder.path, self.name, settings | {"network": self.run.evaluated_network()}, params)
         sizes = _rounds(self.count, self.round_size)
         rounds = cache.all(sizes, lambda number, show: self._round(params, number, show), "sampling", "sample")
         values = {name: np.concatenate([each[name] for each in rounds])[: self.count] for name in PER_SAMPLE}
@@ -232,7 +232,7 @@ class ClassesEvaluator:
             "sampling": run.sampling_description(),
             "seed": run.config.seed,
         }
-        cache = BatchCache(folder.path, self.name, settings | {"network": run.network_description()}, params)
+        cache = BatchCache(folder.path, self.name, settings | {"network": run.evaluated_network()}, params)
         sizes = _rounds(self.count, self.round_size)
         rounds = cache.all(sizes, lambda number, show: self._round(params, number, show), "sampling", "sample")
         images = np.concatenate([each["images"] for each in rounds])[: self.count]

@@ -81,7 +81,7 @@ class DiagnosticsEvaluator:
         """
         settings = self.run.config.eval
         batches = {"batch_size": settings.batch_size, "diagnose_images": settings.diagnose_images}
-        known = self.description | batches | {"network": self.run.network_description()}
+        known = self.description | batches | {"network": self.run.evaluated_network()}
         cache = BatchCache(folder.path, "diagnostics", known, params)
         sizes = {f"batch{number}": size for number, size in enumerate(self.sizes)}
         stored = cache.all(sizes, lambda number, show: self._batch(params, number, show), "diagnostics", "image")

@@ -51,7 +51,7 @@ class Codec:
     def settings(self) -> dict[str, Any]:
         """Returns all settings that the values of a batch depend on, except the parameters and the input."""
         dequantize = {"dequantize": self.preprocess.dequantize, "rounding": self.preprocess.rounding}
-        network = {"network": self.run.network_description(), "batch_size": self.batch_size}
+        network = {"network": self.run.evaluated_network(), "batch_size": self.batch_size}
         return self.description | dequantize | network
 
     def encode(self, params: Params, x: Batch, show: ReportProgress | None = None) -> tuple[Batch, int]:

@@ -68,4 +68,5 @@ class LossEvaluator:
         x0 = self.preprocess(data_key, images)
         objective = self.run.trainer.objective.for_evaluation()
         noise = objective.draw_noise(noise_key, self.run.sde, x0.shape)
-        return objective.losses(self.run.score_fn(params), self.run.sde, x0, noise)
+        with self.run.trainer.arithmetic():
+            return objective.losses(self.run.score_fn(params), self.run.sde, x0, noise)

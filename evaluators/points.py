@@ -79,7 +79,7 @@ class PointLikelihoodEvaluator:
             RuntimeError: if a solve fails, naming the time and the point.
         """
         batching = {"batch_size": self.settings.batch_size, "max_examples": self.settings.max_examples}
-        described = {"seed": self.run.config.seed, "network": self.run.network_description()}
+        described = {"seed": self.run.config.seed, "network": self.run.evaluated_network()}
         if self.estimator.needs_reference:
             described |= {"reference_points": REFERENCE_POINTS, "num_points": self.run.config.data.num_points}
         cache = BatchCache(folder.path, "nll", self.description | batching | described, params)
@@ -212,7 +212,7 @@ class PointSamplesEvaluator:
         config = self.run.config
         sampling = self.run.sampling_description()
         described = {"sampling": sampling, "num_scales": config.model.num_scales, "seed": config.seed}
-        cache = BatchCache(folder.path, "points", described | {"network": self.run.network_description()}, params)
+        cache = BatchCache(folder.path, "points", described | {"network": self.run.evaluated_network()}, params)
         draw = functools.partial(self._draw, params)
         drawn = draw_in_rounds(cache, "point", self.num_samples, config.sampling.batch_size, draw)
         cost = {"sampler": config.sampling.method, "n": self.num_samples, "nfe": drawn.nfe, "seconds": drawn.seconds}

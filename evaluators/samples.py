@@ -61,10 +61,11 @@ class SamplesEvaluator:
             "seed": config.seed,
             "rounding": "down" if in_bins else config.eval.rounding,
         }
-        cache = BatchCache(folder.path, "samples", described | {"network": run.network_description()}, params)
+        cache = BatchCache(folder.path, "samples", described | {"network": run.evaluated_network()}, params)
         count, size = config.eval.num_samples, config.sampling.batch_size
         drawn = draw_in_rounds(cache, "sample", count, size, functools.partial(draw_images, run, params))
         cost = {"sampler": config.sampling.method, "nfe": drawn.nfe, "seconds": drawn.seconds}
+        cost |= {"images_per_second": drawn.per_second}
         result = self.comparison(drawn.samples) | cost | described | {"values": cache.folder.name}
         if jax.process_index() == 0:
             source, levels = datasets.source_from_config(config, "test"), config.data.levels

@@ -134,7 +134,7 @@ class MetricCurve:
 
 
 RunCurves = Mapping[str, Mapping[str, MetricCurve]]
-"""The curves of a run by split, "train" or "test", and then by the name of the metric."""
+"""The curves of a run by split, "train", "test" or "start", and then by the name of the metric."""
 
 
 def read_metrics(folder: Path) -> RunCurves:

@@ -2,7 +2,8 @@
 
 LABEL.json            metadata about the checkpoint and its parameters; the newest result of each part: `loss`, `bpd`,
                       ...; in `earlier`, results with other settings, the oldest first
-LABEL_seconds.json    the time of each part; in a file of its own, because times depend on interruptions
+LABEL_seconds.json    the time of each part, and its images per second; in a file of its own, because times depend on
+                      interruptions
 """
 
 import json
@@ -16,6 +17,9 @@ from infra.files import write_atomic
 
 IDENTITY = ("values", "n", "features_hash", "statistics_hash")
 """Fields that differ between settings: the name of the stored values, and what samples are compared with."""
+
+TIMES = {"seconds", "images_per_second"}
+"""Fields of a part that depend on the machine and on interruptions."""
 
 
 class Results:
@@ -38,8 +42,8 @@ class Results:
         """Adds a part. It replaces the result with the same settings; one with other settings moves to `earlier`."""
         part = dict(part)
         content, seconds = self._content(), _read(seconds_file(self.path))
-        if "seconds" in part:
-            seconds[_seconds_key(name, part)] = part.pop("seconds")
+        for field in TIMES & part.keys():
+            seconds[_seconds_key(name, part, field)] = part.pop(field)
         before = [*content.pop("earlier", []), *([{name: content[name]}] if name in content else [])]
         earlier = [each for each in before if not (name in each and _identity(each[name]) == _identity(part))]
         content |= {name: part} | ({"earlier": earlier} if earlier else {})
@@ -69,13 +73,15 @@ def evaluations(content: Mapping[str, Any], seconds: Mapping[str, float]) -> lis
 
 
 def _with_seconds(name: str, value: Any, seconds: Mapping[str, float]) -> Any:
-    if not isinstance(value, Mapping) or (key := _seconds_key(name, value)) not in seconds:
+    if not isinstance(value, Mapping):
         return value
-    return {**value, "seconds": seconds[key]}
+    keys = {field: _seconds_key(name, value, field) for field in TIMES}
+    return {**value, **{field: seconds[key] for field, key in keys.items() if key in seconds}}
 
 
-def _seconds_key(name: str, part: Mapping[str, Any]) -> str:
-    return part.get("values", name)
+def _seconds_key(name: str, part: Mapping[str, Any], field: str) -> str:
+    key = part.get("values", name)
+    return key if field == "seconds" else f"{key}_{field}"
 
 
 def _identity(part: Mapping[str, Any]) -> Iterable[Any]:

@@ -14,6 +14,7 @@ from infra.checkpoints import Checkpoints
 from infra.console import progress
 from infra.files import write_npz
 from infra.metrics import FAILED, MetricsWriter
+from infra.startup import Startup
 from infra.workdir import Workdir
 from models.score import Params
 from train_state import TrainState
@@ -93,6 +94,18 @@ def training_loop(training: Training, state: TrainState, config: Config, callbac
 def due(step: int, before: int, every: int) -> bool:
     """Whether a multiple of `every` lies in (before, step]."""
     return step // every > before // every
+
+
+def record_first_step(startup: Startup, writer: MetricsWriter) -> Callback:
+    """Writes how long the run took to its first call, in a record with the split "start". It waits for that call."""
+    waiting = [startup]
+
+    def record(call: Call) -> None:
+        if waiting:
+            jax.block_until_ready(call.metrics)
+            writer.write(call.step, "start", **waiting.pop().first_step())
+
+    return record
 
 
 def record_metrics(writer: MetricsWriter, order: int, shown: str = "loss") -> Callback:

@@ -156,6 +156,7 @@ _CHECKPOINT = [
 ]
 
 _COSTS = [field("NFE", "nfe", show=whole_number), field("time", "seconds", show=duration)]
+_SPEED = field("images/s", "images_per_second")  # in the fastest batch, which does not compile
 
 _BITS_PER_DIM = [
     Field("bits/dim", estimate),
@@ -167,6 +168,7 @@ _BITS_PER_DIM = [
     field("error of probes", "errors.probe_error", show=small_error),
     field("error of sampling", "errors.sampling_error", show=small_error),
     *_COSTS,
+    _SPEED,
 ]
 _ABOUT_BITS_PER_DIM = (
     "The value after ± is the standard error over images; the repeats of an image are averaged first. All errors are "
@@ -205,6 +207,7 @@ _SAMPLE_QUALITY = [
     field("samples", "n"),
     field("sampler", "sampler"),
     *_COSTS,
+    _SPEED,
     field("compared with", "statistics_data"),
 ]
 

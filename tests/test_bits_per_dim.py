@@ -272,6 +272,7 @@ def test_the_summary_knows_how_sure_it_is():
     result = summary(repeats)
     means = np.array([np.concatenate([b["bpd"] for b in batches]).mean() for batches in repeats])
     assert (result["n"], result["repeats"], result["seconds"], result["nfe"]) == (8, 3, 6.0, 9.0)
+    assert result["images_per_second"] == 5.0, "in the faster of two batches"
     assert result["mean"] == pytest.approx(means.mean())
     assert result["se_over_repeats"] == pytest.approx(means.std(ddof=1) / math.sqrt(3))
     assert result["errors"] == pytest.approx({"solver_error": -1e-3, "probe_error": 0.02 / math.sqrt(24)})

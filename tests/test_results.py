@@ -67,12 +67,15 @@ def test_samples_with_another_reference_are_other_results(tmp_path):
 
 
 def test_the_report_shows_all_evaluations_with_their_times(tmp_path):
-    add(tmp_path, bpd=UNIFORM, samples={"fid": 1.0, "n": 9, "values": "samples-a", "seconds": 7.0})
+    times = {"seconds": 7.0, "images_per_second": 3.0}
+    content = add(tmp_path, bpd=UNIFORM, samples={"fid": 1.0, "n": 9, "values": "samples-a"} | times)
+    assert not times.keys() & content["samples"].keys(), "times have a file of their own"
     add(tmp_path, bpd=LEARNED)
     earlier, last = read_run(tmp_path).results
     assert earlier["bpd"] == UNIFORM
     assert last["bpd"] == LEARNED
     assert (last["samples"]["seconds"], "samples" in earlier) == (7.0, False)
+    assert last["samples"]["images_per_second"] == 3.0
     assert (earlier["file"], last["file"]) == ("eval/step_4.json, earlier 1", "eval/step_4.json")
     write_report(tmp_path)
     page = (tmp_path / "report.html").read_text()

@@ -20,6 +20,7 @@ from configs.digits.smoke import get_config
 from evaluators.bits_per_dim import BitsPerDimEvaluator
 from infra import console, stop, training_loop
 from infra.files import read_npz
+from infra.startup import count_programs
 from infra.workdir import Workdir
 from report.run_files import read_run
 
@@ -60,7 +61,11 @@ def test_training_leaves_what_the_run_needs(trained):
     steps = [line["step"] for line in lines if line["split"] == "train"]
     assert steps == sorted(steps)
     assert steps[-1] == 12
-    assert {"total", "first", "grad_norm", "seconds", "steps_per_second"} <= lines[0].keys()
+    start, first = lines[:2]
+    assert start["split"] == "start", "how long it took to the first step"
+    assert 0 < start["trace_seconds"] + start["compile_seconds"] <= start["first_step_seconds"]
+    assert start["programs"] >= start["programs_from_cache"] > -1
+    assert {"total", "first", "grad_norm", "seconds", "steps_per_second"} <= first.keys()
     kept = sorted(int(p.name) for p in (trained / "checkpoints").iterdir() if p.name.isdigit())
     assert kept == [6, 12], "every snapshot_freq steps, and the newest"
     assert json.loads((trained / "config.json").read_text())["training"]["n_iters"] == 12
@@ -85,6 +90,26 @@ def test_resumed_training_is_bit_for_bit_that_of_one_run(trained, tmp_path, monk
     assert [(bar.initial, bar.n) for bar, _ in bars] == [(0, 5), (5, 12)]
     assert all(bar.start_t > started for bar, started in bars), "the rate is not that of the compilation"
     assert same_bits(state_of(config_with(), workdir), state_of(config_with(), trained))
+
+
+def test_nothing_is_compiled_after_the_first_of_each_kind_of_call(tmp_path, monkeypatch):
+    """Steps, records, test losses, images and checkpoints, in a new and in a resumed run."""
+    programs = {}
+
+    def counted_loop(training, state, config, callbacks):
+        def count(call):
+            programs[call.step] = count_programs().prepared
+
+        return training_loop.training_loop(training, state, config, [*callbacks, count])
+
+    monkeypatch.setattr(run_lib, "training_loop", counted_loop)
+    often = {"log_freq": 2, "eval_freq": 4, "snapshot_sampling": True}
+    for n_iters in (12, 24):
+        fields = {f"training__{name}": value for name, value in often.items()}
+        run_lib.train(config_with(training__n_iters=n_iters, **fields), tmp_path / "run")
+    assert programs[1] == programs[3] < programs[4] == programs[5] < programs[6] == programs[12]
+    assert programs[13] == programs[15]
+    assert programs[16] == programs[24]
 
 
 def test_continuing_with_a_higher_order(trained, tmp_path):

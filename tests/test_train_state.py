@@ -15,7 +15,7 @@ from datasets import source_from_config, training_batches
 from infra import parallel
 from losses import Objective
 from models.layers import ResnetBlockDDPMpp, conv
-from models.ncsnpp import apply_with_remat
+from models.ncsnpp import NCSNpp, apply_with_remat
 from models.score import ScoreModel
 from sde_lib import VPSDE
 from train_state import ResidualTable, create_state, optimizer_from_config, schedules_at
@@ -95,6 +95,29 @@ def test_accumulated_gradient_is_that_of_the_whole_batch(batches):
     parts, metrics_of_parts = jax.jit(split.gradient)(params, batches[0], key)
     assert relative_distance(parts, whole) < 1e-4
     np.testing.assert_allclose(metrics_of_parts["total"], metrics["total"], rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_precision_of_matrix_products_reaches_every_derivative(order):
+    run = run_of_order(order)
+    trainer = dataclasses.replace(run.trainer, model=ScoreModel(OneBlock("none"), VPSDE()), matmul_precision="highest")
+    params = jax.eval_shape(lambda: trainer.model.init(jax.random.key(0), (4, 4, 1)))
+    images = jax.ShapeDtypeStruct((4, 4, 4, 1), jnp.uint8)
+    jaxpr = jax.make_jaxpr(trainer.gradient)(params, images, jax.random.key(0))
+    text = str(jaxpr)
+    products = text.count("dot_general[") + text.count("conv_general_dilated[")
+    assert products > 5 * order
+    assert text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == products
+
+
+def test_bfloat16_leaves_gradients_and_losses_with_32_bits():
+    run = run_of_order(3)
+    network = NCSNpp(nf=4, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dtype="bfloat16")
+    trainer = dataclasses.replace(run.trainer, model=ScoreModel(network, VPSDE()))
+    params = jax.eval_shape(lambda: trainer.model.init(jax.random.key(0), (4, 4, 1)))
+    images = jax.ShapeDtypeStruct((4, 4, 4, 1), jnp.uint8)
+    gradient, metrics = jax.eval_shape(trainer.gradient, params, images, jax.random.key(0))
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, gradient, metrics))} == {jnp.dtype(jnp.float32)}
 
 
 MEMORY = {

@@ -43,7 +43,7 @@ def get_config() -> Config:
     config.training.eval_freq = 200
     config.training.eval_batches = 6
     config.training.snapshot_freq = 1000
-    config.training.snapshot_freq_for_preemption = 200
+    config.training.snapshot_freq_for_preemption = 1000  # a checkpoint takes as long as 20 steps
     config.training.snapshot_sampling = False
 
     config.sampling.method = "dpm_solver"

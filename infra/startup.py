@@ -1,0 +1,112 @@
+"""How long a run takes to its first training step, and what JAX compiles on the way."""
+
+import functools
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from absl import logging
+
+
+def process_start() -> float:
+    """Returns when this process started, as `time.monotonic` counts; now, on systems that do not tell."""
+    try:
+        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        after_boot = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        return time.monotonic()
+    return time.monotonic() - max(uptime - after_boot, 0.0)
+
+
+class Programs(NamedTuple):
+    """The programs that JAX has prepared since `count_programs` was first called in this process."""
+
+    prepared: int
+    """Programs compiled or loaded from the persistent compilation cache."""
+    loaded: int
+    """Those that were loaded."""
+    trace_seconds: float
+    """Time to trace Python code and to lower it, for these programs."""
+    prepare_seconds: float
+    """Time to compile or load them."""
+
+    def since(self, before: "Programs") -> "Programs":
+        """The difference of the counts and times."""
+        return Programs(
+            prepared=self.prepared - before.prepared,
+            loaded=self.loaded - before.loaded,
+            trace_seconds=self.trace_seconds - before.trace_seconds,
+            prepare_seconds=self.prepare_seconds - before.prepare_seconds,
+        )
+
+
+def count_programs() -> Programs:
+    """Returns the programs that were prepared since the first call, which starts to count."""
+    return _counter().programs
+
+
+class _Counter:
+    """Listens to the events that JAX reports."""
+
+    def __init__(self) -> None:
+        self.programs = Programs(0, 0, 0.0, 0.0)
+        jax.monitoring.register_event_duration_secs_listener(self._took)
+        jax.monitoring.register_event_listener(self._happened)
+
+    def _took(self, event: str, duration_secs: float, **_: str | int) -> None:
+        programs = self.programs
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.programs = programs._replace(
+                prepared=programs.prepared + 1, prepare_seconds=programs.prepare_seconds + duration_secs
+            )
+        elif event in ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
+            self.programs = programs._replace(trace_seconds=programs.trace_seconds + duration_secs)
+
+    def _happened(self, event: str, **_: str | int) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            self.programs = self.programs._replace(loaded=self.programs.loaded + 1)
+
+
+@functools.cache
+def _counter() -> _Counter:
+    return _Counter()
+
+
+class Startup:
+    """Measures from the start of a run to its first training step."""
+
+    def __init__(self, started: float | None = None):
+        """Starts to count programs.
+
+        Args:
+            started: when the process started, as `time.monotonic` counts; None: count from now.
+        """
+        self.started = time.monotonic() if started is None else started
+        self.processor_before = time.process_time() if started is None else 0.0
+        self.before = count_programs()
+
+    def first_step(self) -> dict[str, float]:
+        """Logs and returns the seconds since the start, and what they were spent on. Call it after the first step."""
+        seconds, programs = time.monotonic() - self.started, count_programs().since(self.before)
+        processor = time.process_time() - self.processor_before
+        logging.info(
+            "First training step after %.1f s, %.1f s of processor time: %.1f s to trace, %.1f s for %d programs, "
+            "%d of them from the compilation cache",
+            seconds,
+            processor,
+            programs.trace_seconds,
+            programs.prepare_seconds,
+            programs.prepared,
+            programs.loaded,
+        )
+        return {
+            "first_step_seconds": round(seconds, 3),
+            "processor_seconds": round(processor, 3),
+            "trace_seconds": round(programs.trace_seconds, 3),
+            "compile_seconds": round(programs.prepare_seconds, 3),
+            "programs": programs.prepared,
+            "programs_from_cache": programs.loaded,
+        }
