@@ -21,7 +21,7 @@ import run_lib
 from configs.default import Config
 from configs.ve import cifar10_ncsnpp_continuous, cifar10_ncsnpp_deep_continuous
 from configs.vp import cifar10_ddpmpp_continuous, cifar10_ddpmpp_deep_continuous
-from experiments.predicted_cost_page import front_figure, with_tables
+from experiments.predicted_cost_page import front_figure, front_rows, with_tables
 from infra import stop
 from infra.files import write_atomic
 from infra.workdir import Workdir
@@ -88,7 +88,8 @@ def main() -> None:
             config.cost.orders, config.cost.batch_sizes, config.cost.memory = group[1:]
             run_lib.cost(config, arguments.workdir / group.network)
     rows = {title: Workdir(arguments.workdir / name).read_costs() for name, (title, _) in NETWORKS.items()}
-    write_atomic(arguments.plot, figure_png(front_figure(rows["NCSN++ (VE)"])))
+    if len(front_rows(rows["NCSN++ (VE)"])) > 1:
+        write_atomic(arguments.plot, figure_png(front_figure(rows["NCSN++ (VE)"])))
     write_atomic(arguments.out, with_tables(arguments.out.read_text(), rows))
 
 
