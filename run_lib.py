@@ -34,7 +34,7 @@ from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
 from infra import parallel, stop
-from infra.ahead_of_time import predicted_cost
+from infra.ahead_of_time import ENDED, predicted_cost
 from infra.checkpoints import Checkpoints, params_digest
 from infra.cost import (
     HEADERS,
@@ -545,7 +545,8 @@ def cost(config: Config, path: Path) -> None:
             logging.info("Measuring order %d, batch size %d, memory setting %s", *case)
             measured = _without_device(run) if gpu else case_cost(run, state, fields.measure_steps)
             row = case._asdict() | {"program": program} | measured
-            known[json.dumps(program)] = row
+            if row.get("error") != ENDED:
+                known[json.dumps(program)] = row
             if jax.process_index() == 0:
                 workdir.write_costs(list(known.values()))
         rows.append(row | case._asdict())  # two settings may lead to the same program

@@ -85,7 +85,7 @@ def _difference(a: Seconds, b: Seconds) -> Seconds:
 
 def measure(config: Config, parts: int, steps: int, workdir: Path) -> Clock:
     """Trains for `parts` parts of `steps` steps, after a first one that is not measured."""
-    config.training.n_iters = steps * (parts + 1) + steps // 2
+    config.training.n_iters = steps * (parts + 1)
     clock = Clock()
 
     def paused_loop(training: Training, state: Any, training_config: Config, callbacks: Sequence[Callback]) -> Any:

@@ -174,7 +174,7 @@ The change with each draw of the noise: {by_repeat}.
 
 One model, trained with one seed. Command `make precision`, commit {commit}, {machine}.
 On CPUs, XLA converts to 32 bits for each operation and may keep the extra bits between some of them, so GPUs and TPUs
-may round more often. A model trained with bfloat16 can be evaluated with float32, which avoids the change of bits/dim.
+may round more often. A model trained with bfloat16 can be evaluated with float32.
 """
 
 

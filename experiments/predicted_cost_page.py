@@ -43,7 +43,8 @@ def with_tables(page: str, networks: Mapping[str, Sequence[Row]]) -> str:
     if BEGIN not in page or END not in page:
         raise ValueError(f"the page lacks the line {BEGIN!r} or {END!r}")
     rows = next(iter(networks.values()))
-    parts = [BEGIN, "", *front_table(rows), "", *network_table(networks), "", END]
+    picture = ["![Memory against arithmetic](../images/cost_pareto.png)", ""] if len(front_rows(rows)) > 1 else []
+    parts = [BEGIN, "", *picture, *front_table(rows), "", *network_table(networks), "", END]
     return page.partition(BEGIN)[0] + "\n".join(parts) + page.partition(END)[2]
 
 

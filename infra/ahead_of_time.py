@@ -29,6 +29,9 @@ COMPILER_OPTIONS: dict[str, bool | str] = {
 ASSIGNMENT, NEXT_FILE = "*-buffer-assignment.txt", "*-buffer-assignment-values.txt"
 """The file with the buffers, and the one that XLA writes after it."""
 
+ENDED = "failed: the compiler ended, perhaps because the machine was out of memory"
+"""The `error` if the other process ends without an answer. It says nothing about the program."""
+
 Lower = Callable[..., tuple[dict[str, Any], jax.stages.Lowered]]
 """A function of a module, called in the other process. Returns costs that are known already, and the program."""
 
@@ -64,11 +67,11 @@ def predicted_cost(lower: Lower, *arguments: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="buffers-") as folder, _child(folder, lower, arguments) as receive:
         costs = _next(receive)
         if costs is None or "error" in costs:
-            return costs or {"error": "failed: the compiler ended"}
+            return costs or {"error": ENDED}
         while (memory := _assigned(Path(folder))) is None:
             stop.check_this_host()
             if receive.poll(0.2):
-                memory = _next(receive) or {"error": "failed: the compiler ended"}
+                memory = _next(receive) or {"error": ENDED}
                 break
     return costs | memory | {"compile_seconds": time.perf_counter() - start - costs["trace_seconds"]}
 

@@ -4,6 +4,7 @@ Classes keep the published names, because parameters are stored under the class 
 checkpoints load. Feature maps are [batch, height, width, channels], time embeddings [batch, embedding].
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -11,12 +12,15 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from arrays import PerExample
 from models.resample import AnySize, FeatureMap, SameSize, Taps, conv_downsample, downsample, upsample, upsample_conv
 
 Embedding: TypeAlias = Float[Array, "batch embedding"]
+GroupMean: TypeAlias = Float[Array, "batch 1 1 channels"]
+"""One number for each channel, the same for the channels of a group."""
 Nonlinearity: TypeAlias = Callable[[Array], Array]
 Normalization: TypeAlias = Callable[[], Callable[[FeatureMap], FeatureMap]]
 """Builds a layer that normalises feature maps, e.g. a module class. Each layer has its own parameters."""
@@ -80,15 +84,29 @@ def kernel_init(scale: float = 1.0) -> nn.initializers.Initializer:
 
 
 def conv(
-    features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0
+    features: int, size: int = 3, stride: int = 1, init_scale: float = 1.0, gain: float = 1.0
 ) -> Callable[[FeatureMap], Float[Array, "batch _ _ {features}"]]:
-    """A convolution, in the precision of the feature maps that it is applied to."""
+    """A convolution whose result is multiplied by `gain`, in the precision of the feature maps."""
+    return Conv(features, size, stride, init_scale, gain)
 
-    def apply(x: FeatureMap) -> AnySize:
-        init = kernel_init(init_scale)
-        return nn.Conv(features, (size, size), (stride, stride), kernel_init=init, dtype=x.dtype)(x)
 
-    return apply
+class Conv(nn.Module):
+    """A convolution with zero padding. See `conv`."""
+
+    features: int
+    size: int
+    stride: int
+    init_scale: float
+    gain: float
+
+    @nn.compact
+    def __call__(self, x: FeatureMap) -> AnySize:
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel = self.gain * self.param("kernel", kernel_init(self.init_scale), shape)
+        bias = self.gain * self.param("bias", nn.initializers.zeros, (self.features,))
+        strides, numbers = (self.stride, self.stride), ("NHWC", "HWIO", "NHWC")
+        h = lax.conv_general_dilated(x, kernel.astype(x.dtype), strides, "SAME", dimension_numbers=numbers)
+        return h + _per_channel(bias, h).astype(x.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -97,8 +115,8 @@ class GroupNorm(nn.Module):
     `groups` sets another number of groups, which must divide the channels.
 
     Pixels are averaged first, and the rest works on one number for each channel: this makes third derivatives cheaper.
-    The result is one multiplication and one addition for each pixel, so a backward pass needs x only. Moments are
-    32-bit floats even for 16-bit feature maps.
+    The result is one multiplication and one addition for each pixel, and derivatives of the moments are averages of
+    products with x, so a backward pass needs x only. Moments are 32-bit floats even for 16-bit feature maps.
     """
 
     epsilon: float = 1e-6
@@ -111,12 +129,7 @@ class GroupNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (channels,))
         groups, precision = self.groups or num_groups(channels), x.dtype
         x = x.astype(jnp.promote_types(precision, jnp.float32))
-        # One pass over the pixels gives both moments. They are moments about the first pixel: about zero, the variance
-        # of values far from zero would cancel.
-        anchor = jax.lax.stop_gradient(_group_mean(x[:, :1, :1], groups))
-        offset = _group_mean(x - anchor, groups)
-        variance = jnp.maximum(_group_mean(jnp.square(x - anchor), groups) - jnp.square(offset), 0)
-        mean = anchor + offset
+        mean, variance = _group_moments(x, groups)
         factor = jax.lax.rsqrt(variance + self.epsilon) * _per_channel(scale, x)
         return (x * factor + (_per_channel(bias, x) - mean * factor)).astype(precision)
 
@@ -132,16 +145,48 @@ def _per_channel(values: Float[Array, " channels"], like: Array) -> Array:
     return values.reshape((1,) * (like.ndim - 1) + values.shape)
 
 
-def _group_mean(x: FeatureMap, groups: int) -> Float[Array, "batch 1 1 channels"]:
+def _group_mean(x: FeatureMap, groups: int) -> GroupMean:
     """The mean over pixels and the channels of a group, for each channel."""
     batch, _, _, channels = x.shape
     means = x.mean((1, 2)).reshape(batch, groups, -1).mean(2)
     return jnp.repeat(means, channels // groups, axis=1)[:, None, None, :]
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _group_moments(x: FeatureMap, groups: int) -> tuple[GroupMean, GroupMean]:
+    """The mean and the variance over pixels and the channels of a group, for each channel."""
+    # One pass over the pixels gives both. The second moment is about the first pixel, because about zero the variance
+    # of values far from zero would cancel.
+    anchor = _group_mean(x[:, :1, :1], groups)
+    mean = _group_mean(x, groups)
+    variance = _group_mean(jnp.square(x - anchor), groups) - jnp.square(mean - anchor)
+    return mean, jnp.maximum(variance, 0)
+
+
+@_group_moments.defjvp
+def _group_moments_jvp(
+    groups: int, primals: tuple[FeatureMap], tangents: tuple[FeatureMap]
+) -> tuple[tuple[GroupMean, GroupMean], tuple[GroupMean, GroupMean]]:
+    (x,), (tangent,) = primals, tangents
+    mean, variance = _group_moments(x, groups)
+    # The product comes first. Then XLA stores the gradient of x once, because the last terms added to it are products.
+    product = _group_mean(x * tangent, groups)
+    mean_tangent = _group_mean(tangent, groups)
+    covariance = product - mean * mean_tangent
+    return (mean, variance), (mean_tangent, 2 * covariance)
+
+
+def residual_gain(rescale: bool) -> float:
+    """The factor of both terms of a residual sum: 1 / sqrt(2) if `rescale`, which keeps the variance; otherwise 1.
+
+    Layers multiply their weights by it. If the sum was multiplied, XLA would store it twice, or compute it twice.
+    """
+    return math.sqrt(0.5) if rescale else 1.0
+
+
 def residual_sum(x: FeatureMap, h: FeatureMap, rescale: bool) -> FeatureMap:
     """x + h, divided by sqrt(2) if `rescale`, which keeps the variance."""
-    return (x + h) * math.sqrt(0.5) if rescale else x + h
+    return residual_gain(rescale) * x + residual_gain(rescale) * h
 
 
 def positional_embedding(times: PerExample, size: int, max_period: float = 10_000.0) -> Embedding:
@@ -167,15 +212,16 @@ class GaussianFourierProjection(nn.Module):
 
 
 class NIN(nn.Module):
-    """The same linear map at every pixel."""
+    """The same linear map at every pixel, with its result multiplied by `gain`."""
 
     features: int
     init_scale: float = 0.1
+    gain: float = 1.0
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        weight = self.param("W", kernel_init(self.init_scale), (x.shape[-1], self.features))
-        bias = self.param("b", nn.initializers.zeros, (self.features,))
+        weight = self.gain * self.param("W", kernel_init(self.init_scale), (x.shape[-1], self.features))
+        bias = self.gain * self.param("b", nn.initializers.zeros, (self.features,))
         return x @ weight.astype(x.dtype) + _per_channel(bias, x).astype(x.dtype)
 
 
@@ -223,6 +269,28 @@ class Upsample(nn.Module):
         return Conv2d(self.features, self.taps, upsample_conv)(x)
 
 
+class Dropout(nn.Module):
+    """Sets each value to 0 with probability `rate` in training, and divides the others by 1 - rate.
+
+    A backward pass saves the random numbers, so there are only 8 bits for each value. Few rates are multiples of
+    1 / 256: for each channel of each example, the rate is rounded to one at random, so that `rate` is its mean.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, train: bool) -> FeatureMap:
+        if not train or not self.rate:
+            return x
+        bits_key, rounding_key = jax.random.split(self.make_rng("dropout"))
+        size = math.prod(x.shape[1:])
+        words = jax.random.bits(bits_key, (len(x), -(-size // 4)), jnp.uint32)
+        numbers = lax.bitcast_convert_type(words, jnp.uint8).reshape(len(x), -1)[:, :size].reshape(x.shape)
+        rounding = jax.random.uniform(rounding_key, (len(x), 1, 1, x.shape[-1]))
+        kept = numbers < jnp.floor((1 - self.rate) * 256 + rounding).astype(jnp.uint16)
+        return jnp.where(kept, x / (1 - self.rate), 0)
+
+
 class Combine(nn.Module):
     """Maps an input pyramid to the channels of the feature maps and joins the two."""
 
@@ -245,16 +313,27 @@ class AttnBlockpp(nn.Module):
     def __call__(self, x: FeatureMap) -> FeatureMap:
         channels = x.shape[-1]
         h = self.normalize()(x).reshape(len(x), -1, channels)
-        query, key, value = NIN(channels)(h), NIN(channels)(h), NIN(channels)(h)
-        precision = jnp.promote_types(x.dtype, jnp.float32)
-        logits = jnp.einsum("bqc,bkc->bqk", query, key, preferred_element_type=precision) / math.sqrt(channels)
-        h = jnp.einsum("bqk,bkc->bqc", jax.nn.softmax(logits).astype(x.dtype), value)
-        h = NIN(channels, init_scale=self.init_scale)(h)
-        return residual_sum(x, h.reshape(x.shape), self.skip_rescale)
+        h = attention(NIN(channels)(h), NIN(channels)(h), NIN(channels)(h))
+        gain = residual_gain(self.skip_rescale)
+        return gain * x + NIN(channels, init_scale=self.init_scale, gain=gain)(h).reshape(x.shape)
+
+
+def attention(
+    query: Float[Array, "batch q channels"], key: Float[Array, "batch k channels"], value: Float[Array, "batch k _"]
+) -> Float[Array, "batch q _"]:
+    """Means of the values with the weights softmax(query.key / sqrt(channels)); sums have at least 32 bits."""
+    precision = jnp.promote_types(query.dtype, jnp.float32)
+    scaled = query / math.sqrt(query.shape[-1])
+    logits = jnp.einsum("bqc,bkc->bqk", scaled, key, preferred_element_type=precision)
+    weights = jnp.exp(logits - lax.stop_gradient(logits).max(-1, keepdims=True))
+    # The means are divided, not the weights, of which there are more.
+    total = weights.sum(-1, keepdims=True)
+    sums = jnp.einsum("bqk,bkc->bqc", weights.astype(value.dtype), value, preferred_element_type=precision)
+    return (sums / total).astype(value.dtype)
 
 
 class _ResnetBlock(nn.Module):
-    """The common fields of the residual blocks, and their residual branch."""
+    """The common fields of the residual blocks, and their residual branch, with the gain of a residual sum."""
 
     nonlinearity: Nonlinearity
     dropout: float
@@ -274,8 +353,8 @@ class _ResnetBlock(nn.Module):
             shift = nn.Dense(features, kernel_init=kernel_init())(self.nonlinearity(embedding))
             h += shift.astype(h.dtype)[:, None, None, :]
         h = self.nonlinearity(self.normalize()(h))
-        h = nn.Dropout(self.dropout, deterministic=not train)(h)
-        return conv(features, init_scale=self.init_scale)(h)
+        h = Dropout(self.dropout)(h, train)
+        return conv(features, init_scale=self.init_scale, gain=residual_gain(self.skip_rescale))(h)
 
 
 class ResnetBlockDDPMpp(_ResnetBlock):
@@ -283,10 +362,11 @@ class ResnetBlockDDPMpp(_ResnetBlock):
 
     @nn.compact
     def __call__(self, x: FeatureMap, embedding: Embedding | None, train: bool) -> SameSize:
+        gain = residual_gain(self.skip_rescale)
         h = self.branch(x, embedding, train, resample=lambda x: x)
         if x.shape[-1] != h.shape[-1]:
-            x = NIN(h.shape[-1])(x)
-        return residual_sum(x, h, self.skip_rescale)
+            return NIN(h.shape[-1], gain=gain)(x) + h
+        return gain * x + h
 
 
 class ResnetBlockBigGANpp(_ResnetBlock):
@@ -298,11 +378,12 @@ class ResnetBlockBigGANpp(_ResnetBlock):
 
     @nn.compact
     def __call__(self, x: FeatureMap, embedding: Embedding | None, train: bool) -> AnySize:
+        gain = residual_gain(self.skip_rescale)
         h = self.branch(x, embedding, train, self._resample)
         x = self._resample(x)
         if x.shape[-1] != h.shape[-1] or self.resample is not None:
-            x = conv(h.shape[-1], size=1)(x)
-        return residual_sum(x, h, self.skip_rescale)
+            return conv(h.shape[-1], size=1, gain=gain)(x) + h
+        return gain * x + h
 
     def _resample(self, x: FeatureMap) -> Float[Array, "batch _ _ channels"]:
         return x if self.resample is None else self.resample(x, self.taps)

@@ -9,13 +9,12 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arrays import PerExample
 from configs.default import Config
-from models.layers import Embedding, GroupNorm, positional_embedding, swish
+from models.layers import Dropout, Embedding, GroupNorm, attention, positional_embedding, swish
 from models.mlp import TIMES_PER_UNIT
 from models.ncsnpp import REMAT_POLICIES, REMAT_SYNONYMS, apply_with_remat
 from models.resample import FeatureMap, SameSize
@@ -124,7 +123,7 @@ class ResnetBlock(nn.Module):
         zeros = nn.initializers.zeros
         h = nn.Conv(self.features, (3, 3), name="conv1")(swish(Norm()(x)))
         h += nn.Dense(self.features, use_bias=False, kernel_init=zeros, name="cond_proj")(embedding)[:, None, None, :]
-        h = nn.Dropout(self.dropout, deterministic=not train)(swish(Norm()(h)))
+        h = Dropout(self.dropout)(swish(Norm()(h)), train)
         h = nn.Conv(self.features, (3, 3), kernel_init=zeros, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = nn.Dense(self.features, name="nin_shortcut")(x)
@@ -138,9 +137,7 @@ class AttnBlock(nn.Module):
     def __call__(self, x: FeatureMap) -> FeatureMap:
         batch, _, _, channels = x.shape
         h = Norm()(x).reshape(batch, -1, channels)
-        query, key, value = (nn.Dense(channels, name=name)(h) for name in ("q", "k", "v"))
-        weights = jax.nn.softmax(jnp.einsum("bqc,bkc->bqk", query, key) / math.sqrt(channels))
-        h = jnp.einsum("bqk,bkc->bqc", weights, value)
+        h = attention(*(nn.Dense(channels, name=name)(h) for name in ("q", "k", "v")))
         h = nn.Dense(channels, kernel_init=nn.initializers.zeros, name="proj_out")(h)
         return x + h.reshape(x.shape)
 

@@ -84,7 +84,7 @@ def test_exit_codes_and_paths(flags_of_main, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(console, "quiet_libraries", lambda: None)  # which would stay for other tests
     seen = []
 
-    def train(config, workdir):
+    def train(config, workdir, started):
         seen.append((config.data.path, workdir))
         raise errors.pop(0)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -10,10 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 
 from configs.ve.cifar10_ncsnpp_continuous import get_config
 from models import resample
-from models.layers import NIN, NONLINEARITIES, GroupNorm, kernel_init, num_groups, positional_embedding
+from models.layers import (
+    NIN,
+    NONLINEARITIES,
+    Dropout,
+    GroupNorm,
+    attention,
+    kernel_init,
+    num_groups,
+    positional_embedding,
+)
 from models.ncsnpp import CHOICES, NCSNpp
 from models.score import ScoreModel, build_network
 from sde_lib import VESDE, VPSDE, sde_from_config
@@ -154,6 +164,63 @@ def test_derivatives_of_swish() -> None:
     for _ in range(5):
         np.testing.assert_allclose(jax.vmap(ours)(x), jax.vmap(theirs)(x), atol=2e-6)
         ours, theirs = jax.grad(ours), jax.grad(theirs)
+
+
+def derivatives(function: Callable[..., Array], *inputs: Array) -> list[Array]:
+    """The value, the first and second forward derivatives along fixed directions, and the gradient of the second."""
+    directions = tuple(jax.random.normal(jax.random.key(seed), x.shape) for seed, x in enumerate(inputs))
+
+    def first(*inputs: Array) -> Array:
+        return jax.jvp(function, inputs, directions)[1]
+
+    def second(*inputs: Array) -> Array:
+        return jax.jvp(first, inputs, directions)[1]
+
+    third = jax.grad(lambda *inputs: jnp.vdot(second(*inputs), function(*inputs)), tuple(range(len(inputs))))
+    return [function(*inputs), first(*inputs), second(*inputs), *third(*inputs)]
+
+
+def assert_same_derivatives(ours: Callable[..., Array], plain: Callable[..., Array], *inputs: Array) -> None:
+    for got, expected in zip(*(jax.jit(derivatives, static_argnums=0)(f, *inputs) for f in (ours, plain)), strict=True):
+        assert jnp.linalg.norm(got - expected) < 1e-5 * jnp.linalg.norm(expected)
+
+
+def test_derivatives_of_group_norm() -> None:
+    def plain(x: Array) -> Array:
+        parts = x.reshape(2, 12, 2, 5)
+        mean, variance = parts.mean((1, 3), keepdims=True), parts.var((1, 3), keepdims=True)
+        return ((parts - mean) / jnp.sqrt(variance + 1e-6)).reshape(x.shape)
+
+    params = GroupNorm().init(KEY, images(2, 3, 4, 10))
+    assert_same_derivatives(lambda x: jnp.asarray(GroupNorm().apply(params, x)), plain, images(2, 3, 4, 10))
+
+
+def test_derivatives_of_attention() -> None:
+    def plain(query: Array, key: Array, value: Array) -> Array:
+        return jax.nn.softmax(query @ key.swapaxes(1, 2) / jnp.sqrt(7.0)) @ value
+
+    query, key, value = (images(2, length, 7) for length in (4, 5, 5))
+    assert_same_derivatives(attention, plain, query, key, value)
+
+
+def test_attention_does_not_overflow() -> None:
+    """Weights are exp of up to 1000 before they are normalised, and all on the first key."""
+    query, key = jnp.full((1, 2, 4), 10.0), jnp.stack([jnp.full((1, 4), 50.0), jnp.full((1, 4), 1.0)], axis=1)
+    np.testing.assert_allclose(attention(query, key, jnp.array([[[3.0], [5.0]]])), 3.0)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1e-3])
+def test_dropout_keeps_the_mean(rate: float) -> None:
+    """Values are dropped independently, at a rate that need not be a multiple of 1 / 256."""
+    shape = (8, 32, 32, 50)
+    dropped = jax.jit(lambda key: Dropout(rate).apply({}, jnp.ones(shape), True, rngs={"dropout": key}))(KEY)
+    kept = np.asarray(dropped) > 0
+    np.testing.assert_allclose(np.unique(dropped), [0, 1 / (1 - rate)], rtol=1e-6)
+    assert abs(np.mean(~kept) - rate) < 5 * np.sqrt(rate * (1 - rate) / kept.size)
+    # Neighbours share 32 random bits or a rounded rate, whose variance is at most 1 / 4 / 256^2.
+    for first, second in ((kept[..., ::2], kept[..., 1::2]), (kept[:, ::2], kept[:, 1::2])):
+        both, spread = np.mean(~first & ~second), rate / np.sqrt(first.size)
+        assert abs(both - rate**2) < 5 * spread + 1 / 4 / 256**2
 
 
 def operations(jaxpr: Any) -> Iterator[Any]:

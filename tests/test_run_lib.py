@@ -301,7 +301,7 @@ def test_fewer_steps_than_were_trained_are_refused(trained):
 def test_a_full_device_is_answered_with_advice(tmp_path):
     program = """
 import sys, main, run_lib
-def train(config, workdir):
+def train(config, workdir, started):
     raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 run_lib.train = train
 main.app.run(main.main, flags_parser=main._parse_flags)
