@@ -3,56 +3,48 @@
 infra/workdir.py describes the folder.
 """
 
-import contextlib
 import functools
 import hashlib
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
 
 import datasets
 from build import TRAIN_KEY, Run, build
 from configs.checks import check_config
 from configs.default import Config
-from configs.usage import alternatives, record_reads, recorder_of, unrecorded
+from configs.usage import unused_fields
 from datasets import Source
 from dequantization.noise import dequantizer_from_config
 from dequantization.training import DequantizerTraining, dequantizer_state, evaluation_dequantizer, score_params
 from evaluators import MODES, Evaluator, evaluators_from_config
 from evaluators.assets import assets
+from evaluators.chosen import chosen_states, training_metadata
 from evaluators.class_training import ClassifierTraining, classifier_folder
 from evaluators.diagnostics import DiagnosticsEvaluator
 from evaluators.estimators import estimator_from_config
 from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
+from evaluators.step_cost import case_cost, cost_without_device
 from infra import parallel, stop
-from infra.ahead_of_time import ENDED, predicted_cost
+from infra.ahead_of_time import ENDED
 from infra.checkpoints import Checkpoints, params_digest
 from infra.cost import (
     HEADERS,
     NOT_COMPILED,
-    OUT_OF_MEMORY,
-    Case,
     all_cases,
     cells,
     device_memory,
-    error_text,
     fitting_text,
-    peak_memory,
-    program_cost,
-    step_seconds,
-    traced_cost,
+    program_identity,
 )
 from infra.gpus import gpu_by_name, mesh_of
-from infra.metrics import MetricsWriter, trained_order
+from infra.metrics import MetricsWriter
 from infra.published_checkpoints import write_published_checkpoint
 from infra.results import Results
 from infra.selftest import HEADER as CHECK_HEADER
@@ -135,29 +127,8 @@ def warn_unused(config: Config, mode: str) -> None:
 
     Does nothing for a configuration whose reads are not recorded, see `configs.usage.record_reads`.
     """
-    if (recorder := recorder_of(config)) is None:
-        return
-    unused, recorder.given = recorder.unused(), ()
-    read_with = _reads_of_alternatives(config, mode) if unused else []
-    for field in unused:
-        reason = next((setting for setting, read in _same_section_first(read_with, field) if field in read), None)
-        logging.warning("--config.%s has no effect with %s", field, reason or f"the other settings of --mode={mode}")
-
-
-def _reads_of_alternatives(config: Config, mode: str) -> list[tuple[str, set[str]]]:
-    """For each setting that decides about others, in words, the fields that are read if it has another value."""
-    reads = []
-    for name, _, changed in alternatives(config):
-        recorder = record_reads(changed)
-        with contextlib.suppress(ValueError, OSError):
-            _build_settings(changed, mode)
-        with unrecorded(config):
-            reads.append((f"{name}={functools.reduce(getattr, name.split('.'), config)!r}", recorder.read))
-    return reads
-
-
-def _same_section_first(read_with: list[tuple[str, set[str]]], field: str) -> list[tuple[str, set[str]]]:
-    return sorted(read_with, key=lambda each: each[0].split(".")[0] != field.split(".")[0])
+    for field, setting in unused_fields(config, lambda changed: _build_settings(changed, mode)):
+        logging.warning("--config.%s has no effect with %s", field, setting or f"the other settings of --mode={mode}")
 
 
 def _build_settings(config: Config, mode: str) -> None:
@@ -409,51 +380,6 @@ def evaluate_other_checkpoint(run: Run, evaluators: Sequence[Evaluator], workdir
     evaluate_checkpoint(evaluators, state, EvaluationFolder(workdir, eval_folder, label, int(state.step)), metadata)
 
 
-def training_metadata(workdir: Workdir, step: int) -> dict[str, Any]:
-    """What a result says about the training of a checkpoint: the order, and the steps made from which start."""
-    order = trained_order(workdir.train, step)  # the configuration may name another
-    metadata: dict[str, Any] = {} if order is None else {"order": order}
-    start = workdir.read_start()
-    if start["init_from"]:
-        metadata |= {"started_from": start["init_from"], "start_step": start["step"], "own_steps": step - start["step"]}
-    return metadata
-
-
-def chosen_states(config: Config, checkpoints: Checkpoints, start: int = 0) -> Iterator[tuple[int, TrainState]]:
-    """The steps and states of the checkpoints from `eval.begin_ckpt` to `eval.end_ckpt`, or the newest.
-
-    If none of the chosen steps comes after `start`, where the run started from another's checkpoint, the newest step is
-    chosen with a warning: published configurations name the step of the released checkpoint, which is that start.
-
-    Raises:
-        FileNotFoundError: if a checkpoint is missing, before the first is read.
-        ValueError: as `Checkpoints.restore`.
-    """
-    steps = checkpoints.steps()
-    if config.eval.end_ckpt == 0:
-        yield checkpoints.restore_newest()
-        return
-    begin, end, every = config.eval.begin_ckpt, config.eval.end_ckpt, config.training.snapshot_freq
-    if end < begin:
-        raise ValueError(f"eval.end_ckpt is {end}, but eval.begin_ckpt is {begin}; use 0 for the newest checkpoint")
-    wanted = [number * every for number in range(begin, end + 1)]
-    if max(wanted) <= start < steps[-1]:
-        logging.warning(
-            "eval.end_ckpt asks for step %d, but this run started at step %d; evaluating the newest checkpoint, "
-            "step %d. To evaluate the start, set eval.checkpoint",
-            wanted[-1],
-            start,
-            steps[-1],
-        )
-        yield checkpoints.restore_newest()
-        return
-    missing = sorted(set(wanted) - set(steps))
-    if missing:
-        raise FileNotFoundError(f"no checkpoint for step {missing[0]}; available steps: {', '.join(map(str, steps))}")
-    for step in wanted:
-        yield step, checkpoints.restore(step)
-
-
 def evaluate_checkpoint(
     evaluators: Sequence[Evaluator], state: TrainState, folder: EvaluationFolder, metadata: dict[str, Any]
 ) -> None:
@@ -532,18 +458,18 @@ def cost(config: Config, path: Path) -> None:
     gpu = gpu_by_name(fields.device) if fields.device else None
     mesh = mesh_of(gpu, fields.num_devices) if gpu else None
     sizes = fields.batch_sizes or (config.training.batch_size,)
-    runs = {case: build(_changed(config, case), mesh) for case in all_cases(fields.orders, sizes, fields.memory)}
+    runs = {case: build(case.applied_to(config), mesh) for case in all_cases(fields.orders, sizes, fields.memory)}
     workdir, rows = Workdir(path), []
     known = {json.dumps(row["program"]): row for row in workdir.read_costs()}
     workdir.prepare()
     # The cases differ in their steps, not in their states. The copy on the host is put on the devices for each case.
     state = functools.cache(lambda: jax.device_get(next(iter(runs.values())).fresh_state()))
     for case, run in runs.items():
-        program = _program(run, 0 if gpu else fields.measure_steps)
+        program = program_identity(run.config, run.mesh, 0 if gpu else fields.measure_steps)
         row = known.get(json.dumps(program))
         if row is None:
             logging.info("Measuring order %d, batch size %d, memory setting %s", *case)
-            measured = _without_device(run) if gpu else case_cost(run, state, fields.measure_steps)
+            measured = cost_without_device(run) if gpu else case_cost(run, state, fields.measure_steps)
             row = case._asdict() | {"program": program} | measured
             if row.get("error") != ENDED:
                 known[json.dumps(program)] = row
@@ -555,80 +481,6 @@ def cost(config: Config, path: Path) -> None:
     limit = fields.memory_gb or (gpu.usable_gb if gpu else device_memory())
     for order in fields.orders:
         print(fitting_text(order, rows, limit))
-
-
-def _changed(config: Config, case: Case) -> Config:
-    """A copy of the configuration with the fields that the case sets."""
-    changed = config.copy_and_resolve_references()
-    try:
-        changed.update_from_flattened_dict(case.changes())
-    except TypeError as error:
-        raise ValueError(f"cost.memory has the setting {case.memory!r}: {error}") from error
-    return changed
-
-
-def _program(run: Run, measure_steps: int) -> dict[str, Any]:
-    """Everything that a row depends on, besides the code: configuration, devices, and version of JAX."""
-    fields = json.loads(run.config.to_json_best_effort())
-    relevant = json.dumps({part: fields[part] for part in ("model", "training", "data", "optim")}, sort_keys=True)
-    return {
-        "configuration": hashlib.sha256(relevant.encode()).hexdigest()[:16],
-        "device": run.mesh.devices.flat[0].device_kind,
-        "devices": run.mesh.size,
-        "jax": jax.__version__,
-        "measure_steps": measure_steps,
-    }
-
-
-def _without_device(run: Run) -> dict[str, Any]:
-    """Returns the cost of a training step on the GPUs that cost.device names."""
-    _ = run.trainer  # its fields count as used, though only the other process uses them
-    return predicted_cost(_lowered, run.config.to_dict())
-
-
-def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered]:
-    """Traces the training steps of the configuration with these fields, for the GPUs that cost.device names."""
-    config: Config = ConfigDict(fields)
-    run = build(config, mesh_of(gpu_by_name(config.cost.device), config.cost.num_devices))
-    steps, key = run.config.training.n_jitted_steps, run.key(TRAIN_KEY)
-    shape = (steps, run.config.training.batch_size, *run.data_shape)
-    dtype = np.uint8 if run.density is None else np.float32
-    arguments = (
-        run.training_state(),
-        jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.along_batch(run.mesh, axis=1)),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(run.mesh)),
-    )
-    cost, _, lowered = traced_cost(run.train_steps(), arguments, steps, run.mesh.size)
-    return cost, lowered
-
-
-def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, limit: float = math.inf) -> dict[str, Any]:
-    """Measures the cost of a training step of this run on random data; with `error` if it fails, or does not fit.
-
-    Args:
-        state: returns the state to start from.
-        measure_steps: compiled calls that are timed; with 0, the program is only compiled.
-        limit: seconds that the compilation may take; see `program_cost`.
-    """
-    steps, size = run.config.training.n_jitted_steps, run.config.training.batch_size
-    rows = (steps, size // jax.process_count(), *run.data_shape)
-    random = np.random.default_rng(0)
-    images = random.integers(run.config.data.levels, size=rows, dtype=np.uint8)
-    local = images if run.density is None else random.standard_normal(rows, np.float32)
-    batches, key, cost = parallel.global_array(run.mesh, local, axis=1), run.key(TRAIN_KEY), {}
-    try:
-        cost, train_steps = program_cost(run.train_steps(), (run.training_state(), batches, key), steps, limit)
-        if not math.isinf(limit) and parallel.any_host(train_steps is None):
-            return cost | {"error": NOT_COMPILED}
-        if measure_steps and cost["total_gb"] > device_memory():
-            return cost | {"error": OUT_OF_MEMORY}
-        if measure_steps:
-            first = jax.device_put(state(), run.state_shardings())
-            cost |= step_seconds(lambda state: train_steps(state, batches, key)[0], first, measure_steps, steps)
-            cost |= {"images_per_second": size / cost["step_seconds"], "peak_gb": peak_memory()}
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        return cost | {"error": error_text(error)}
-    return cost
 
 
 def selftest(config: Config, path: Path) -> None:

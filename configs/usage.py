@@ -1,7 +1,8 @@
 """Records which fields of a configuration are read, to find fields that were given but have no effect."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -128,3 +129,36 @@ def alternatives(config: Config) -> Iterator[tuple[str, Any, Config]]:
                 changed = ConfigDict(config.to_dict())
                 changed.update_from_flattened_dict({field: other})
                 yield field, other, changed
+
+
+def unused_fields(config: Config, build_settings: Callable[[Config], None]) -> list[tuple[str, str | None]]:
+    """Returns the given fields that have not been read, each with the setting that disables it, if one is known.
+
+    The fields are returned once: a second call returns none. Without a recorder, there are none.
+
+    Args:
+        build_settings: reads all fields that have an effect with a configuration. It may raise ValueError or OSError.
+    """
+    if (recorder := recorder_of(config)) is None:
+        return []
+    unused, recorder.given = recorder.unused(), ()
+    read_with = _reads_of_alternatives(config, build_settings) if unused else []
+    return [(field, _disabling_setting(field, read_with)) for field in unused]
+
+
+def _reads_of_alternatives(config: Config, build_settings: Callable[[Config], None]) -> list[tuple[str, set[str]]]:
+    """For each setting that decides about others, in words, the fields that are read if it has another value."""
+    reads = []
+    for name, _, changed in alternatives(config):
+        recorder = record_reads(changed)
+        with contextlib.suppress(ValueError, OSError):
+            build_settings(changed)
+        with unrecorded(config):
+            reads.append((f"{name}={functools.reduce(getattr, name.split('.'), config)!r}", recorder.read))
+    return reads
+
+
+def _disabling_setting(field: str, read_with: list[tuple[str, set[str]]]) -> str | None:
+    """The first setting without which the field would be read. Settings of the field's own section come first."""
+    in_order = sorted(read_with, key=lambda each: each[0].split(".")[0] != field.split(".")[0])
+    return next((setting for setting, read in in_order if field in read), None)

@@ -4,6 +4,8 @@ A case is an order, a batch size and a memory setting. `--mode=cost` writes and 
 """
 
 import ast
+import hashlib
+import json
 import math
 import os
 import statistics
@@ -12,7 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+from jax.sharding import Mesh
 
+from configs.default import Config
 from infra.waiting import within
 
 Row: TypeAlias = Mapping[str, Any]
@@ -60,6 +64,19 @@ class Case(NamedTuple):
             changes[field] = _literal(value)
         return changes
 
+    def applied_to(self, config: Config) -> Config:
+        """A copy of the configuration with the fields that the case sets.
+
+        Raises:
+            ValueError: as for `changes`, or if a value has another type than its field.
+        """
+        changed = config.copy_and_resolve_references()
+        try:
+            changed.update_from_flattened_dict(self.changes())
+        except TypeError as error:
+            raise ValueError(f"cost.memory has the setting {self.memory!r}: {error}") from error
+        return changed
+
 
 def _literal(text: str) -> Any:
     try:
@@ -78,6 +95,19 @@ def all_cases(orders: Sequence[int], batch_sizes: Sequence[int], memory: Sequenc
         if not values or len(set(values)) < len(values):
             raise ValueError(f"cost.{name} is {tuple(values)}; it must have at least one entry, and none twice")
     return [Case(order, size, setting) for order in orders for size in batch_sizes for setting in memory]
+
+
+def program_identity(config: Config, mesh: Mesh, measure_steps: int) -> dict[str, Any]:
+    """Everything that a row depends on, besides the code: configuration, devices, and version of JAX."""
+    fields = json.loads(config.to_json_best_effort())
+    relevant = json.dumps({part: fields[part] for part in ("model", "training", "data", "optim")}, sort_keys=True)
+    return {
+        "configuration": hashlib.sha256(relevant.encode()).hexdigest()[:16],
+        "device": mesh.devices.flat[0].device_kind,
+        "devices": mesh.size,
+        "jax": jax.__version__,
+        "measure_steps": measure_steps,
+    }
 
 
 def contraction_flop(jaxpr: Any, *, repeat_loops: bool = True) -> float:

@@ -1,0 +1,57 @@
+"""Which checkpoints of a run are evaluated, and what their results say about the training."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from absl import logging
+
+from configs.default import Config
+from infra.checkpoints import Checkpoints
+from infra.metrics import trained_order
+from infra.workdir import Workdir
+from train_state import TrainState
+
+
+def chosen_states(config: Config, checkpoints: Checkpoints, start: int = 0) -> Iterator[tuple[int, TrainState]]:
+    """The steps and states of the checkpoints from `eval.begin_ckpt` to `eval.end_ckpt`, or the newest.
+
+    If none of the chosen steps comes after `start`, where the run started from another's checkpoint, the newest step is
+    chosen with a warning: published configurations name the step of the released checkpoint, which is that start.
+
+    Raises:
+        FileNotFoundError: if a checkpoint is missing, before the first is read.
+        ValueError: as `Checkpoints.restore`.
+    """
+    steps = checkpoints.steps()
+    if config.eval.end_ckpt == 0:
+        yield checkpoints.restore_newest()
+        return
+    begin, end, every = config.eval.begin_ckpt, config.eval.end_ckpt, config.training.snapshot_freq
+    if end < begin:
+        raise ValueError(f"eval.end_ckpt is {end}, but eval.begin_ckpt is {begin}; use 0 for the newest checkpoint")
+    wanted = [number * every for number in range(begin, end + 1)]
+    if max(wanted) <= start < steps[-1]:
+        logging.warning(
+            "eval.end_ckpt asks for step %d, but this run started at step %d; evaluating the newest checkpoint, "
+            "step %d. To evaluate the start, set eval.checkpoint",
+            wanted[-1],
+            start,
+            steps[-1],
+        )
+        yield checkpoints.restore_newest()
+        return
+    missing = sorted(set(wanted) - set(steps))
+    if missing:
+        raise FileNotFoundError(f"no checkpoint for step {missing[0]}; available steps: {', '.join(map(str, steps))}")
+    for step in wanted:
+        yield step, checkpoints.restore(step)
+
+
+def training_metadata(workdir: Workdir, step: int) -> dict[str, Any]:
+    """What a result says about the training of a checkpoint: the order, and the steps made from which start."""
+    order = trained_order(workdir.train, step)  # the configuration may name another
+    metadata: dict[str, Any] = {} if order is None else {"order": order}
+    start = workdir.read_start()
+    if start["init_from"]:
+        metadata |= {"started_from": start["init_from"], "start_step": start["step"], "own_steps": step - start["step"]}
+    return metadata
