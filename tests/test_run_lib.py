@@ -132,7 +132,8 @@ def test_continuing_with_a_higher_order(trained, tmp_path):
     run_lib.train(config, tmp_path / "reset")
     state = state_of(config, tmp_path / "reset")
     assert state.step == 2
-    record = json.loads((tmp_path / "reset" / "train" / "metrics.jsonl").read_text().splitlines()[0])
+    records = [json.loads(line) for line in (tmp_path / "reset" / "train" / "metrics.jsonl").read_text().splitlines()]
+    record = next(record for record in records if record["split"] == "train")
     assert record["order"] == 3
     assert record["third"] > 0
 
