@@ -134,14 +134,8 @@ def front_figure(rows: Sequence[Row]) -> Figure:
             points = sorted((relative[row["memory"]], row["temporary_gb"]) for row in kind if in_parts(row) == parts)
             label = f"{'front ' if style == '--' else ''}with{'' if parts else 'out'} accumulation"
             panel.plot(*np.array(points).reshape(-1, 2).T, style, color=colour, linewidth=1, label=label)
-    for row in chosen:
-        panel.annotate(
-            _short(row["memory"]),
-            (relative[row["memory"]], row["temporary_gb"]),
-            (6, 3),
-            textcoords="offset points",
-            fontsize=8,
-        )
+    for place, names in _labels(chosen, relative).items():
+        panel.annotate(", ".join(names), place, (6, 3), textcoords="offset points", fontsize=8)
     panel.set_xlim(0.95, max([1.5, *relative.values()]) * 1.12)
     panel.set_ylim(0, None)
     panel.set_xlabel("arithmetic of a step, as a multiple of that without a memory setting")
@@ -162,3 +156,13 @@ def _short(memory: str) -> str:
     for name, short in names.items():
         memory = memory.replace(name, short)
     return memory.replace(" remat", ", remat")
+
+
+def _labels(rows: Sequence[Row], relative: Mapping[str, float]) -> dict[tuple[float, float], list[str]]:
+    """The names of the settings by their place in the picture. Settings that are less than 1 GB apart share one."""
+    labels: dict[tuple[float, float], list[str]] = {}
+    for row in rows:
+        at = relative[row["memory"]], row["temporary_gb"]
+        same = next((place for place in labels if abs(place[0] - at[0]) < 0.02 and abs(place[1] - at[1]) < 1), at)
+        labels.setdefault(same, []).append(_short(row["memory"]))
+    return labels

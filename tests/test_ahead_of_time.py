@@ -8,7 +8,8 @@ import pytest
 
 import run_lib
 from configs.toy.smoke import get_config
-from infra import ahead_of_time, gpus
+from evaluators import step_cost
+from infra import ahead_of_time, gpus, parallel
 from infra.ahead_of_time import buffer_gb, predicted_cost
 from infra.cost import memory_gb
 
@@ -90,8 +91,8 @@ def test_rows_of_a_gpu_say_so_and_are_kept(monkeypatch, tmp_path, capsys):
             return {"error": ahead_of_time.ENDED}
         return {"gflop": 2.0, "temporary_gb": 60.0, "total_gb": 65.0, "compile_seconds": 1.0}
 
-    monkeypatch.setattr(run_lib, "predicted_cost", predicted)
-    monkeypatch.setattr(run_lib, "mesh_of", lambda gpu, count: run_lib.parallel.device_mesh())
+    monkeypatch.setattr(step_cost, "predicted_cost", predicted)
+    monkeypatch.setattr(run_lib, "mesh_of", lambda gpu, count: parallel.device_mesh())
     config = get_config()
     config.cost.device, config.cost.orders, config.cost.memory = "h100", (1, 3), ("none",)
     for _ in range(2):

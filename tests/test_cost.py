@@ -9,6 +9,7 @@ import pytest
 import run_lib
 from build import TRAIN_KEY, build
 from configs.toy.smoke import get_config as points_config
+from evaluators import step_cost
 from infra.cost import Case, all_cases, contraction_flop, error_text, fitting_text, peak_bytes
 from infra.workdir import Workdir
 
@@ -82,7 +83,7 @@ def test_a_full_device_is_a_row(tmp_path, monkeypatch):
     def step_seconds(*arguments):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
-    monkeypatch.setattr(run_lib, "step_seconds", step_seconds)
+    monkeypatch.setattr(step_cost, "step_seconds", step_seconds)
     run_lib.cost(config_with(cost__memory=("none", "training.accumulation_steps=1"), cost__orders=(1,)), tmp_path)
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
     (row,) = rows  # both settings lead to the same program
