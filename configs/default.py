@@ -330,7 +330,7 @@ def _eval() -> ConfigDict:
 def _deq() -> ConfigDict:
     """The learned dequantization noise that `--mode=train_deq` trains."""
     deq = ConfigDict()
-    deq.name = "flowpp_cifar10"  # published architecture: flowpp_cifar10 or flowpp_imagenet32
+    deq.name = "flowpp_cifar10"  # published architecture: flowpp_cifar10, flowpp_imagenet32 or flowpp_imagenet64
     deq.filters = 0  # channels of the networks in the couplings; 0 means the published number
     deq.components = 0  # logistic distributions in a mixture; 0 means the published number
     deq.blocks = 0  # residual blocks in each network; 0 means the published number

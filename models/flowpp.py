@@ -180,20 +180,23 @@ class ShallowProcessor(nn.Module):
 
 
 class DeepProcessor(nn.Module):
-    """Features of the image for the couplings, of the ImageNet32 architecture."""
+    """Features of the image for the couplings, of the ImageNet architectures."""
 
     dropout: float
+    blocks: int
+    attention: bool
 
     @nn.compact
     def __call__(self, image: FeatureMap, train: bool) -> SameSize:
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         h = normed_conv(self, "proj", image, CONTEXT_CHANNELS)
-        positions = position_embedding(self, "pos_emb_dq", h, CONTEXT_CHANNELS)
-        for number in range(8):
+        positions = position_embedding(self, "pos_emb_dq", h, CONTEXT_CHANNELS) if self.attention else None
+        for number in range(self.blocks):
             change = gated_conv(self, f"c{number}_", h, None, normed_conv, normed_conv, dropout)
             h = layer_norm(self, f"dqln{number}", h + change)
-            change = gated_attention(self, f"dqattn{number}_", h, positions, PROCESSOR_HEADS, dropout)
-            h = layer_norm(self, f"ln{number}", h + change)
+            if positions is not None:
+                change = gated_attention(self, f"dqattn{number}_", h, positions, PROCESSOR_HEADS, dropout)
+                h = layer_norm(self, f"ln{number}", h + change)
         return h
 
 
@@ -255,6 +258,7 @@ class MixLogisticAttnCoupling(nn.Module):
     heads: int
     dropout: float
     weight_norm: bool
+    attention: bool
 
     @nn.compact
     def __call__(
@@ -266,13 +270,14 @@ class MixLogisticAttnCoupling(nn.Module):
     def _network(self, given: FeatureMap, context: SameSize, train: bool) -> SameSize:
         dropout = nn.Dropout(self.dropout, deterministic=not train)
         spatial = normed_conv if self.weight_norm else conv
-        positions = position_embedding(self, "pos_emb", given, self.filters)
+        positions = position_embedding(self, "pos_emb", given, self.filters) if self.attention else None
         h = spatial(self, "c1" if self.weight_norm else "proj_in", given, self.filters)
         for block in (f"block{number}" for number in range(self.blocks)):
             change = gated_conv(self, f"{block}_conv_", h, context, spatial, nin, dropout)
             h = layer_norm(self, f"{block}_ln1", h + change)
-            change = gated_attention(self, f"{block}_attn_", h, positions, self.heads, dropout)
-            h = layer_norm(self, f"{block}_ln2", h + change)
+            if positions is not None:
+                change = gated_attention(self, f"{block}_attn_", h, positions, self.heads, dropout)
+                h = layer_norm(self, f"{block}_ln2", h + change)
         outputs, last = given.shape[-1] * (2 + 3 * self.components), f"block{self.blocks - 1}"
         if self.weight_norm:
             return normed_conv(self, f"{last}_c2", concat_elu(h), outputs, init_scale=SMALL_OUTPUT)
@@ -292,7 +297,9 @@ class Flowpp(nn.Module):
     heads: int = 4
     dropout: float = 0.0
     couplings: int = 4
-    deep: bool = False  # the ImageNet32 architecture: weight normalisation, a deep processor, no pointwise maps
+    deep: bool = False  # the ImageNet architectures: weight normalisation, a deep processor, no pointwise maps
+    processor_blocks: int = 8  # of a deep processor
+    attention: bool = True  # in the couplings and in a deep processor
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -308,7 +315,10 @@ class Flowpp(nn.Module):
         """
         if gaussian.shape[2] % 2:
             raise ValueError(f"images have {gaussian.shape[2]} columns; the dequantizer needs an even number")
-        processor = (DeepProcessor if self.deep else ShallowProcessor)(self.dropout)
+        if self.deep:
+            processor = DeepProcessor(self.dropout, self.processor_blocks, self.attention)
+        else:
+            processor = ShallowProcessor(self.dropout)
         context = processor(jnp.concatenate(split_columns(unit - 0.5), axis=-1), train)
         halves, log_det = self._flow(split_columns(gaussian), context, train)
         logits = join_columns(halves)
@@ -324,7 +334,7 @@ class Flowpp(nn.Module):
                 halves, change = layer(halves)
                 log_det += change
             coupling = MixLogisticAttnCoupling(
-                self.filters, self.components, self.blocks, self.heads, self.dropout, self.deep
+                self.filters, self.components, self.blocks, self.heads, self.dropout, self.deep, self.attention
             )
             given, x = halves
             x, change = coupling(given, x, context, train)
@@ -346,8 +356,22 @@ def join_columns(halves: Halves) -> Float[Array, "batch height 2*width channels"
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "flowpp_cifar10": {"filters": 96, "components": 32, "blocks": 2, "heads": 4, "couplings": 4, "deep": False},
     "flowpp_imagenet32": {"filters": 128, "components": 32, "blocks": 8, "heads": 4, "couplings": 8, "deep": True},
+    "flowpp_imagenet64": {
+        "filters": 96,
+        "components": 4,
+        "blocks": 5,
+        "heads": 4,
+        "couplings": 4,
+        "deep": True,
+        "processor_blocks": 5,
+        "attention": False,
+    },
 }
-"""The fields of `Flowpp` in the published dequantizers, by config.deq.name."""
+"""The fields of `Flowpp` in the published dequantizers, by config.deq.name.
+
+The published module for ImageNet64 gives several parameters one name, so flax cannot build it, and it has no released
+checkpoint. Here, each parameter has a name of its own, as in the other two, and there are no embeddings of positions,
+which nothing would use."""
 
 
 def _check_fields(network: Flowpp) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from configs.default import get_config
 from models import flowpp
-from models.flowpp import Flowpp, flowpp_from_config, join_columns, mixture_of_logistics, split_columns
+from models.flowpp import ARCHITECTURES, Flowpp, flowpp_from_config, join_columns, mixture_of_logistics, split_columns
 
 SMALL: dict[str, Any] = {"filters": 4, "components": 2, "blocks": 1, "heads": 2, "couplings": 2}
 
@@ -30,11 +30,11 @@ def random_params(network: Flowpp, shape: tuple[int, ...]) -> Any:
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-@pytest.mark.parametrize("deep", [False, True], ids=["cifar10", "imagenet32"])
-def test_log_q_is_the_density_of_the_noise(deep: bool) -> None:
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_log_q_is_the_density_of_the_noise(name: str) -> None:
     """ln q(u) = ln N(e) - ln |det du/de|, the determinant by autodiff in float64."""
     with jax.enable_x64(True):
-        network, shape = Flowpp(**SMALL, deep=deep), (2, 2, 4, 1)
+        network, shape = Flowpp(**ARCHITECTURES[name] | SMALL), (2, 2, 4, 1)
         params = random_params(network, shape)
         gaussian, images = jax.random.normal(jax.random.key(1), (2, *shape), jnp.float64)
         unit = jax.nn.sigmoid(images)
@@ -147,7 +147,7 @@ def test_an_odd_number_of_columns_is_refused() -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("name", "flow", "deq.name is 'flow'; known: flowpp_cifar10, flowpp_imagenet32"),
+        ("name", "flow", "deq.name is 'flow'; known: flowpp_cifar10, flowpp_imagenet32, flowpp_imagenet64"),
         ("filters", -8, "deq.filters is -8; it must be at least 1"),
         ("attn_heads", 5, "deq.filters is 96; it must be a multiple of the 5 attention heads"),
         ("dropout", 1.0, r"deq.dropout is 1.0; it must lie in \[0, 1\)"),
