@@ -1,4 +1,4 @@
-# make setup   create the environment in .venv    make demo    train and evaluate on digits and points, about 11 minutes
+# make setup   create the environment in .venv    make demo    train and evaluate on digits and points, about 8 minutes
 # make test    run the whole test suite           make check   run ruff, pyright and the fast tests
 # make lint    run ruff and pyright
 PYTHON ?= python3
