@@ -107,17 +107,22 @@ class Run:
 
         return jax.jit(init)
 
+    @functools.cached_property
+    def _state_shapes(self) -> TrainState:
+        """The shapes and dtypes of the training state."""
+        return jax.eval_shape(self._init, self.key(INIT_KEY))
+
     def fresh_state(self) -> TrainState:
         """The state at step 0, with initial parameters."""
         return self._init(self.key(INIT_KEY))
 
     def abstract_state(self) -> TrainState:
         """The shapes of the training state, replicated over all devices."""
-        return abstract_state(jax.eval_shape(self._init, self.key(INIT_KEY)), parallel.replicated(self.mesh))
+        return abstract_state(self._state_shapes, parallel.replicated(self.mesh))
 
     def state_shardings(self) -> TrainState:
         """The placement of the training state: on all devices, or as `training.shard_state` says."""
-        whole, state = parallel.replicated(self.mesh), jax.eval_shape(self._init, self.key(INIT_KEY))
+        whole, state = parallel.replicated(self.mesh), self._state_shapes
         shardings: TrainState = jax.tree.map(lambda _: whole, state)
         if not self.config.training.shard_state:
             return shardings
@@ -126,7 +131,7 @@ class Run:
 
     def training_state(self) -> TrainState:
         """The shapes of the training state, placed as `state_shardings` says."""
-        return abstract_state(jax.eval_shape(self._init, self.key(INIT_KEY)), self.state_shardings())
+        return abstract_state(self._state_shapes, self.state_shardings())
 
     def train_steps(self) -> jax.stages.Wrapped:
         """The compiled call of training: from a state, `training.n_jitted_steps` batches and the run's key to the next

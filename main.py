@@ -34,7 +34,6 @@ Errors are one line. Use --verbosity=1 to print the full traceback. docs/ descri
 """
 
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,9 +53,6 @@ MODES = (
     *("train", "train_deq", "train_classifier", "eval", "diagnose", *CONTROL),
     *("export", "report", "prepare", "stats", "cost", "selftest"),
 )
-_CACHE = Path(__file__).parent / ".cache" / "jax"
-"""The compilation cache of all runs. JAX names its files by program, version and kind of device or processor."""
-
 BAD_INPUT, FAILED = 2, 1
 """Exit codes other than 0, stop.STOPPED and stop.KILLED."""
 
@@ -142,14 +138,12 @@ def _run_and_report(mode: str, workdir: Path) -> int:
 
 
 def _run(mode: str, workdir: Path) -> None:
-    import jax
-
     from infra import console, parallel, startup
 
     gc.set_threshold(50_000)  # tracing makes many objects, few of which can be freed
     console.quiet_libraries()
     if mode != "cost":  # which measures how long a program takes to compile
-        jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", str(_CACHE)))
+        startup.use_compilation_cache()
     if _COORDINATOR.value:
         seconds = parallel.JOIN_SECONDS if mode != "selftest" else parallel.JOIN_SECONDS / 5
         parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds)

@@ -48,7 +48,10 @@ def chosen_states(config: Config, checkpoints: Checkpoints, start: int = 0) -> I
 
 
 def training_metadata(workdir: Workdir, step: int) -> dict[str, Any]:
-    """What a result says about the training of a checkpoint: the order, and the steps made from which start."""
+    """What a result says about the training of a checkpoint.
+
+    It has the order and, if the run began at another checkpoint, its path, its step, and the steps made since then.
+    """
     order = trained_order(workdir.train, step)  # the configuration may name another
     metadata: dict[str, Any] = {} if order is None else {"order": order}
     start = workdir.read_start()

@@ -10,7 +10,6 @@ If the script is interrupted, run the same command again to resume.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from experiments.reproduce import config_of, seconds_per_step, train
 from experiments.synthetic import PROBLEMS, SEEDS, TEST_POINTS
 from experiments.synthetic_measurements import density_of
 from infra.files import read_npz, write_atomic, write_npz
+from infra.startup import use_compilation_cache
 from likelihood import GaussianReference, ode_log_likelihood
 
 PROBLEM = next(problem for problem in PROBLEMS if problem.name == "mixture_ve")
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/baselines"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=Path("docs/results/baselines.md"), help="page to write")
     arguments = parser.parse_args()
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+    use_compilation_cache()
     try:
         for name in ("", *OBJECTIVES):  # the objective that takes longest is last
             for seed in SEEDS:
@@ -154,11 +154,11 @@ at equal steps, paired by seed or by point.
 | --- | --- | --- | --- | --- |
 {rows}
 
-The second order of denoising score matching is the better use of as many steps, by two standard errors. With the same
-weight, the second order of Meng et al. diverges for some seeds: its target for the Jacobian contains the square of the
-model's own score, so that an error of the score feeds its own growth. With a tenth of the weight it trains like the
-first order. The likelihood through the solver reaches no smaller KL in as many steps, and one of its steps takes about
-a hundred times as long. Seeds that are missing in a row had not finished.
+At equal steps, the second order of denoising score matching has a smaller KL than the first, by about two standard
+errors of three seeds. With the same weight, the second order of Meng et al. diverges for some seeds. A likely reason is
+that its target for the Jacobian contains the square of the model's own score, so errors of the score can grow. With a
+tenth of the weight, its KL is about that of the first order. For the seed that has finished, training on the
+likelihood through the solver gives a larger KL than the first order, and each step takes about a hundred times as long.
 
 Command `make baselines`, {machine}, commits {commits}. The times were measured
 on a machine shared with much other work, so they are rough. An interrupted run resumes.

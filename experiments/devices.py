@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from configs.digits.smoke import get_config as digits
 from configs.toy.smoke import get_config as points
 from infra.files import read_npz, write_npz
+from infra.startup import use_compilation_cache
 from infra.waiting import waiting
 
 
@@ -117,7 +118,7 @@ def run_layout(layout: Layout, folder: Path, images: bool, coordinator: tuple[st
     import run_lib
     from infra import parallel
 
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+    use_compilation_cache()
     if coordinator is not None:
         parallel.join_processes(coordinator[0], layout.processes, int(coordinator[1]))
     for order in ORDERS:

@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -36,6 +35,7 @@ from evaluators.extractor import Features, Images, extract_features
 from evaluators.fid import Comparison, comparison_from_config
 from experiments.provenance import commit, machine
 from infra.files import read_npz, write_atomic
+from infra.startup import use_compilation_cache
 from report.figures import COLOURS, figure_png
 from report.formatting import MISSING
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/results/samples.md"), help="page to write")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/fid_nfe.png"), help="figure to write")
     arguments = parser.parse_args()
-    jax.config.update("jax_compilation_cache_dir", ".cache/jax")
+    use_compilation_cache()
     samplers = all_samplers()
     if not arguments.table_only:
         for label, settings in samplers.items():

@@ -10,7 +10,6 @@ Training is the same as --mode=train of main.py. If the script is interrupted, r
 """
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +42,7 @@ from experiments.ncsn_cases import (
 from experiments.ncsn_page import write_page
 from experiments.provenance import commit
 from infra.files import write_npz
+from infra.startup import use_compilation_cache
 from infra.workdir import Workdir
 from sources.densities import GaussianMixture
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page and figures")
     parser.add_argument("--page_only", action="store_true", help="write the page from the existing results")
     arguments = parser.parse_args()
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+    use_compilation_cache()
     if not arguments.page_only:
         try:
             points_with_exact_score(arguments.runs)

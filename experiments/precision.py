@@ -154,8 +154,8 @@ Both precisions have the same parameters, images, noise and probes.
 ## Losses and their gradients
 
 {draws} draws of {batch} test images, times, noise and probes; ± is the standard error over draws. The loss of an order
-is the sum of its terms. The gradient is that of this loss alone. "Distance" is |g16 - g32| / |g32|, and "norm" is
-|g16| / |g32|.
+is the sum of its terms. The gradient is the gradient of this loss alone. "Distance" is |g16 - g32| / |g32|, and "norm"
+is |g16| / |g32|.
 
 | order | loss, float32 | change | relative | distance | norm | cosine |
 |---|---|---|---|---|---|---|

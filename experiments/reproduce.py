@@ -13,7 +13,6 @@ is interrupted, run the same command again to resume.
 import argparse
 import importlib
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -42,6 +41,7 @@ from experiments.synthetic_measurements import (
     sde_of,
 )
 from infra.files import read_npz, write_atomic, write_npz
+from infra.startup import use_compilation_cache
 from likelihood import GaussianReference, ode_log_likelihood
 from ode import require_success
 from report.run_files import read_metrics
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page and figures")
     parser.add_argument("--page_only", action="store_true", help="write the page from the existing results")
     arguments = parser.parse_args()
-    jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", ".cache/jax"))
+    use_compilation_cache()
     problems = [problem.scaled(arguments.steps) for problem in PROBLEMS]
     if not arguments.page_only:
         try:

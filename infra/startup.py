@@ -1,4 +1,4 @@
-"""How long a run takes to its first training step, and what JAX compiles on the way."""
+"""The compilation cache, how long a run takes to its first training step, and what JAX compiles on the way."""
 
 import functools
 import os
@@ -8,6 +8,15 @@ from typing import NamedTuple
 
 import jax
 from absl import logging
+
+COMPILATION_CACHE = Path(__file__).parent.parent / ".cache" / "jax"
+"""The compilation cache of all runs. JAX names its files by program, version and kind of device or processor."""
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in `COMPILATION_CACHE`, or in the folder that JAX_COMPILATION_CACHE_DIR names."""
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(COMPILATION_CACHE))
+    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def process_start() -> float:
