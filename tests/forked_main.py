@@ -4,6 +4,7 @@ Most of the time of a refused command is that of its imports. Here all processes
 everything, but in which JAX has not looked at its devices yet.
 """
 
+import gc
 import json
 import os
 import re
@@ -41,21 +42,33 @@ def _without_log_lines(text: str) -> list[str]:
 
 def _fork(arguments: list[str]) -> tuple[int, str]:
     """Returns the exit code of a fork that becomes `python main.py`, and what it wrote to standard error."""
-    import main
-
     with tempfile.TemporaryFile("w+") as errors:
         child = os.fork()
         if child == 0:
             os.dup2(errors.fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            sys.argv = ["main.py", *arguments]  # where ml_collections looks for the fields
-            main.app.run(main.main, flags_parser=main._parse_flags)  # ends the process
+            _be_main(arguments)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         errors.seek(0)
         return code, errors.read()
 
 
+def _be_main(arguments: list[str]) -> None:
+    """Runs main.py and ends the process, without freeing its memory, which would have to be copied first."""
+    import main
+
+    sys.argv, code = ["main.py", *arguments], 1  # where ml_collections looks for the fields
+    try:
+        main.app.run(main.main, flags_parser=main._parse_flags)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    finally:
+        sys.stderr.flush()
+        os._exit(code)
+
+
 if __name__ == "__main__":
     import run_lib  # noqa: F401  # main.py imports it only when it runs a mode
 
+    gc.freeze()  # a garbage collection in a fork would copy this process's memory
     print(json.dumps([_fork(arguments) for arguments in json.load(sys.stdin)]))
