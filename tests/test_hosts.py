@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,8 +16,7 @@ import pytest
 import run_lib
 from configs.digits.smoke import get_config
 from infra import parallel
-from models.flowpp import ARCHITECTURES
-from tests.tiny_network import tiny_network
+from tests.tiny_network import tiny_flow, tiny_network
 
 ROOT = Path(__file__).parent.parent
 FIELDS: dict[str, Any] = {
@@ -30,7 +28,6 @@ FIELDS: dict[str, Any] = {
     "eval.num_repeats": 1,
     "sampling.num_steps": 2,
     "deq.n_iters": 4,
-    "deq.filters": 4,
 }
 ALL_MODES = """
 import main, run_lib
@@ -50,7 +47,7 @@ with small_networks():
 @contextlib.contextmanager
 def small_networks() -> Iterator[None]:
     """Puts networks that compile fast in the place of the score network and the dequantizer."""
-    with tiny_network(), mock.patch.dict(ARCHITECTURES["flowpp_cifar10"], couplings=1):
+    with tiny_network(), tiny_flow():
         yield
 
 
@@ -110,7 +107,9 @@ def test_two_hosts_do_what_one_does(tmp_path: Path) -> None:
 
 def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(tmp_path: Path) -> None:
     """The second process has data that do not fit its configuration."""
-    (first, first_says), (second, second_says) = start_two(["main.py"], tmp_path / "run", "train", "--config.data.levels=16")
+    (first, first_says), (second, second_says) = start_two(
+        ["main.py"], tmp_path / "run", "train", "--config.data.levels=16"
+    )
     assert (first != 0, second) == (True, 2), first_says + second_says
     assert "data.levels is 16" in second_says.splitlines()[-1]
 
