@@ -152,11 +152,12 @@ def test_the_network_is_told_classes(monkeypatch):
     """NCSN++ itself: the score depends on the class, and any class has a number of its own."""
     monkeypatch.setitem(NETWORKS, "ncsnpp", ncsnpp_from_config)
     run = build(config_with(data__num_classes=10))
-    leaves, tree = jax.tree.flatten(run.fresh_state().params)
     rng = np.random.default_rng(0)
-    params = tree.unflatten([np.asarray(leaf) + 0.05 * rng.standard_normal(leaf.shape) for leaf in leaves])
+    params = jax.tree.map(
+        lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), run.abstract_state().params
+    )
     assert params["class_embedding"]["embedding"].shape == (11, 32)
-    x, t = np.repeat(rng.standard_normal((1, 8, 8, 1)), 2, axis=0).astype(np.float32), jnp.full(2, 0.5)
+    x, t = jnp.asarray(np.repeat(rng.standard_normal((1, 8, 8, 1)), 2, axis=0)), jnp.full(2, 0.5)
     together, told = jax.jit(
         lambda params: [run.score_fn(params).with_classes(classes)(x, t) for classes in (None, jnp.array([10, 1]))]
     )(params)
