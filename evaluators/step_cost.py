@@ -61,10 +61,8 @@ def cost_without_device(run: Run) -> dict[str, Any]:
     return predicted_cost(_lowered, run.config.to_dict())
 
 
-def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered]:
-    """Traces the training steps of the configuration with these fields, for the GPUs that cost.device names."""
-    config: Config = ConfigDict(fields)
-    run = build(config, mesh_of(gpu_by_name(config.cost.device), config.cost.num_devices))
+def traced_step(run: Run) -> tuple[dict[str, Any], jax.stages.Lowered]:
+    """Traces the training steps of a run, without a compilation. Returns what `traced_cost` knows, and the program."""
     steps, key = run.config.training.n_jitted_steps, run.key(TRAIN_KEY)
     shape = (steps, run.config.training.batch_size, *run.data_shape)
     dtype = np.uint8 if run.density is None else np.float32
@@ -75,3 +73,9 @@ def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered
     )
     cost, _, lowered = traced_cost(run.train_steps(), arguments, steps, run.mesh.size)
     return cost, lowered
+
+
+def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered]:
+    """Traces the training steps of the configuration with these fields, for the GPUs that cost.device names."""
+    config: Config = ConfigDict(fields)
+    return traced_step(build(config, mesh_of(gpu_by_name(config.cost.device), config.cost.num_devices)))

@@ -1,7 +1,7 @@
 """Compares orders of score matching by bits/dim on FashionMNIST, and writes docs/results/orders.md.
 
 A first-order model is trained. Training continues from it with each objective of `BRANCHES` for the same number of
-steps, and with the two controls K and C for as long as the best branch took. All models are evaluated on the same
+steps, and with the two controls K and C for as much arithmetic as the best branch. All models are evaluated on the same
 images with the same noise, so that differences are paired by image. `verdict` has the rule, which was fixed before the
 experiment.
 
@@ -26,8 +26,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from build import build
+from configs.default import Config
 from configs.fashion.ncsnpp import get_config
 from evaluation import MeanEstimate, mean_estimate
+from evaluators.step_cost import traced_step
 from experiments.provenance import commit, machine
 from infra.files import write_atomic
 from infra.metrics import read_metrics
@@ -40,12 +42,12 @@ BRANCHES: dict[str, dict[str, object]] = {
     "K": {},
     "C": {"first_order_weighting": "residual"},
     "2": {"score_matching_order": 2},
-    "3": {"score_matching_order": 3},
     "W": {"score_matching_order": 2, **RESIDUAL},
     "V2": {"score_matching_order": 2, **UNBIASED, **RESIDUAL},
+    "3": {"score_matching_order": 3},
     "V3": {"score_matching_order": 3, **UNBIASED, **RESIDUAL},
 }
-"""Differences in `training` from the first branch, order 1.
+"""Differences in `training` from the first branch, order 1. The cheapest come first.
 
 C is the control for W, V2 and V3: the same weights of the first order, without the terms of orders 2 and 3."""
 
@@ -53,9 +55,9 @@ TITLES = {
     "K": "order 1",
     "C": "order 1, weighted by 1/r",
     "2": "order 2 as published",
-    "3": "order 3 as published",
     "W": "order 2, published terms, weights by r",
     "V2": "order 2, unbiased, weights by r",
+    "3": "order 3 as published",
     "V3": "order 3, unbiased, weights by r",
 }
 CONTROLS = ("K", "C")
@@ -127,7 +129,7 @@ def run_all(plan: Plan) -> str:
         train(plan, branch, SEEDS[1], plan.steps)
         evaluate(plan, branch, SEEDS[1])
     for control in CONTROLS:
-        train(plan, long(control), SEEDS[0], equal_time_steps(plan, control, best))
+        train(plan, long(control), SEEDS[0], equal_cost_steps(plan, control, best))
         evaluate(plan, long(control), SEEDS[0])
     return best
 
@@ -137,9 +139,22 @@ def long(control: str) -> str:
     return f"{control}_long"
 
 
-def equal_time_steps(plan: Plan, control: str, best: str) -> int:
-    ratio = seconds_per_step(plan.folder(best, SEEDS[0])) / seconds_per_step(plan.folder(control, SEEDS[0]))
-    return max(round(plan.steps * ratio), 1)
+def equal_cost_steps(plan: Plan, control: str, best: str) -> int:
+    """Returns the number of steps in which a control does as much arithmetic as the best branch.
+
+    The arithmetic is counted, because the seconds of a run depend on what else the machine does.
+    """
+    return max(round(plan.steps * gflop_per_step(best) / gflop_per_step(control)), 1)
+
+
+def gflop_per_step(branch: str) -> float:
+    return traced_step(build(branch_config(branch)))[0]["gflop"]
+
+
+def branch_config(branch: str) -> Config:
+    config = get_config()
+    config.training.update(BRANCHES.get(branch.removesuffix("_long"), {}))
+    return config
 
 
 def train(plan: Plan, branch: str, seed: int, steps: int) -> None:
@@ -288,7 +303,7 @@ def results_page(plan: Plan, best: str, images: Path, seconds: float) -> str:
 def row(plan: Plan, name: str, seed: int) -> str:
     values, folder = values_of(plan, name, seed), plan.folder(name, seed)
     against = values_of(plan, "K", seed)
-    title = TITLES.get(name, "the start" if name == "base" else f"{name.removesuffix('_long')}, as long as the best")
+    title = TITLES.get(name, "the start" if name == "base" else f"{name.removesuffix('_long')}, as much arithmetic as the best")
     result = newest_result(folder / "eval")
     fids = [newest_result(folder / f"eval_{kind}_samples")["samples"]["fid"] for kind in ("ode", "sde")]
     cells = [
@@ -296,6 +311,7 @@ def row(plan: Plan, name: str, seed: int) -> str:
         title,
         str(seed),
         str(result["checkpoint_step"]),
+        f"{gflop_per_step(name):.1f}",
         f"{seconds_per_step(folder):.3f}",
         *(with_error(each) for each in (values.ode_x, values.ode_tmin, values.bound)),
         with_error(against.ode_tmin - values.ode_tmin, "+"),
@@ -335,8 +351,7 @@ def draw_figures(plan: Plan, names: list[str], images: Path) -> None:
 
 def measured_residuals(name: str, workdir: Path) -> tuple[np.ndarray, np.ndarray]:
     """Returns noise levels, and r there as the run measured it."""
-    config = get_config()
-    config.training.update(BRANCHES[name.removesuffix("_long")])
+    config = branch_config(name)
     run = build(config)
     table = run.load_state(workdir).residuals
     if table is None:
@@ -356,8 +371,8 @@ bound. The gain is K's bits/dim of the ODE at x_tmin minus the branch's, so posi
 standard errors over images; gains and gaps are paired by image. FID compares features of a classifier, of {samples}
 samples.
 
-| | objective | seed | step | s/step | ODE at x | ODE at x_tmin | bound | gain on K | gap | ODE, training images | bound, training images | FID, ODE | FID, SDE |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| | objective | seed | step | GFLOP/step | s/step | ODE at x | ODE at x_tmin | bound | gain on K | gap | ODE, training images | bound, training images | FID, ODE | FID, SDE |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 
 ## The rule, and its verdict
@@ -368,7 +383,10 @@ than K's, and its bound on training images is not worse by two standard errors.
 
 - Equal steps: {verdict}
 - Equal steps, second seed, for {best}: {second}
-- Equal time, for {best}: {timed}
+- Equal arithmetic, for {best}: {timed}
+
+The seconds per step are medians of runs beside other work on the same machine. So equal time is compared by the
+floating-point operations of a step, which are counted in its program.
 
 ![test loss against steps and time, and r against the noise level](../images/orders.png)
 
