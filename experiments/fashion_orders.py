@@ -14,6 +14,7 @@ short trial of the program.
 
 import argparse
 import dataclasses
+import functools
 import json
 import shlex
 import subprocess
@@ -147,6 +148,7 @@ def equal_cost_steps(plan: Plan, control: str, best: str) -> int:
     return max(round(plan.steps * gflop_per_step(best) / gflop_per_step(control)), 1)
 
 
+@functools.cache
 def gflop_per_step(branch: str) -> float:
     return traced_step(build(branch_config(branch)))[0]["gflop"]
 
@@ -303,7 +305,8 @@ def results_page(plan: Plan, best: str, images: Path, seconds: float) -> str:
 def row(plan: Plan, name: str, seed: int) -> str:
     values, folder = values_of(plan, name, seed), plan.folder(name, seed)
     against = values_of(plan, "K", seed)
-    title = TITLES.get(name, "the start" if name == "base" else f"{name.removesuffix('_long')}, as much arithmetic as the best")
+    longer = {long(control): f"{control}, as much arithmetic as the best" for control in CONTROLS}
+    title = (TITLES | longer | {"base": "the start"})[name]
     result = newest_result(folder / "eval")
     fids = [newest_result(folder / f"eval_{kind}_samples")["samples"]["fid"] for kind in ("ode", "sde")]
     cells = [

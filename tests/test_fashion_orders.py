@@ -78,7 +78,10 @@ def write_run(plan: Plan, branch: str, seed: int, tmin: float) -> None:
 
 
 def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is trained once, controls and the best branch with two seeds, and the page has a row for each."""
+    """Everything is trained once, controls and the best branch with two seeds; the page has a row for each.
+
+    The long controls do as much arithmetic as the best branch.
+    """
     plan, calls = Plan(tmp_path, 3, 3, IMAGES, 8), []
     tmin = {"V2": 2.9, "K": 3.1}
 
@@ -88,6 +91,7 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(fashion_orders, "train", train)
     monkeypatch.setattr(fashion_orders, "call", lambda *arguments: pytest.fail(f"evaluated again: {arguments}"))
+    monkeypatch.setattr(fashion_orders, "gflop_per_step", lambda branch: 4.0 if branch == "V2" else 1.0)
     monkeypatch.setattr(fashion_orders, "measured_residuals", lambda *_: (np.ones(2), np.ones(2)))
     best = fashion_orders.run_all(plan)
     assert best == "V2"
@@ -95,8 +99,8 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
         ("base", 1, 3),
         *((branch, 1, 3) for branch in BRANCHES),
         *((branch, 2, 3) for branch in ("K", "C", "V2")),
-        ("K_long", 1, 3),
-        ("C_long", 1, 3),
+        ("K_long", 1, 12),
+        ("C_long", 1, 12),
     ]
     page = results_page(plan, best, tmp_path / "images", 60.0)
     assert sum(line.startswith(("| V2 |", "| K |", "| K_long |", "| base |")) for line in page.splitlines()) == 6
