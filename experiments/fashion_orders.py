@@ -118,20 +118,28 @@ def main() -> None:
 
 
 def run_all(plan: Plan) -> str:
-    """Trains and evaluates everything, and returns the best branch: of orders 2 and 3, by the ODE at x_tmin."""
-    train(plan, "base", SEEDS[0], plan.base_steps)
-    evaluate(plan, "base", SEEDS[0])
+    """Trains and evaluates everything, and returns the best branch: of orders 2 and 3, by the ODE at x_tmin.
+
+    Samples come last, because the rule does not need them.
+    """
+    models: list[tuple[str, int]] = []
+
+    def model(branch: str, seed: int, steps: int) -> None:
+        train(plan, branch, seed, steps)
+        evaluate(plan, branch, seed, likelihoods(plan))
+        models.append((branch, seed))
+
+    model("base", SEEDS[0], plan.base_steps)
     for branch in BRANCHES:
-        train(plan, branch, SEEDS[0], plan.steps)
-        evaluate(plan, branch, SEEDS[0])
+        model(branch, SEEDS[0], plan.steps)
     high = [branch for branch in BRANCHES if branch not in CONTROLS]
     best = min(high, key=lambda branch: float(np.mean(values_of(plan, branch, SEEDS[0]).ode_tmin)))
     for branch in (*CONTROLS, best):
-        train(plan, branch, SEEDS[1], plan.steps)
-        evaluate(plan, branch, SEEDS[1])
+        model(branch, SEEDS[1], plan.steps)
     for control in CONTROLS:
-        train(plan, long(control), SEEDS[0], equal_cost_steps(plan, control, best))
-        evaluate(plan, long(control), SEEDS[0])
+        model(long(control), SEEDS[0], equal_cost_steps(plan, control, best))
+    for branch, seed in models:
+        evaluate(plan, branch, seed, samples(plan))
     return best
 
 
@@ -180,32 +188,37 @@ def train(plan: Plan, branch: str, seed: int, steps: int) -> None:
         call(plan, "train", workdir, settings)
 
 
-def evaluate(plan: Plan, branch: str, seed: int) -> None:
-    """Computes the likelihoods of test and training images, and the FID of ODE and SDE samples. Resumes."""
-    for folder, settings in evaluations(plan).items():
-        workdir = plan.folder(branch, seed)
+def evaluate(plan: Plan, branch: str, seed: int, evaluations: Mapping[str, Mapping[str, object]]) -> None:
+    """Makes the evaluations that are not there yet, given by their folders and settings. Resumes."""
+    workdir = plan.folder(branch, seed)
+    for folder, settings in evaluations.items():
         if not list((workdir / folder).glob("step_*[0-9].json")):
-            call(plan, "eval", workdir, {"seed": SEEDS[0]} | settings, f"--eval_folder={folder}")
+            call(plan, "eval", workdir, {"seed": SEEDS[0]} | dict(settings), f"--eval_folder={folder}")
 
 
-def evaluations(plan: Plan) -> dict[str, dict[str, object]]:
-    """Returns the settings of each evaluation by its folder."""
-    likelihood: dict[str, object] = {"eval.enable_sampling": False, "eval.max_examples": plan.images}
-    samples: dict[str, object] = {
+def likelihoods(plan: Plan) -> dict[str, dict[str, object]]:
+    """Returns the evaluations of bits/dim, of test and of training images."""
+    common: dict[str, object] = {"eval.enable_sampling": False, "eval.max_examples": plan.images}
+    bound: dict[str, object] = {"eval.bound": True, "eval.likelihood_at": "x_tmin"}
+    train_split: dict[str, object] = {"eval.bpd_dataset": "train"}
+    return {
+        "eval": common | {"eval.likelihood_at": "both"},
+        "eval_bound": common | bound,
+        "eval_train": common | train_split | {"eval.likelihood_at": "x_tmin"},
+        "eval_train_bound": common | train_split | bound,
+    }
+
+
+def samples(plan: Plan) -> dict[str, dict[str, object]]:
+    """Returns the evaluations of FID, of samples of the ODE and of the SDE."""
+    common: dict[str, object] = {
         "eval.enable_bpd": False,
         "eval.enable_sampling": True,
         "eval.num_samples": plan.samples,
     }
-    ode: dict[str, object] = {"eval.likelihood_at": "both"}
-    bound: dict[str, object] = {"eval.bound": True, "eval.likelihood_at": "x_tmin"}
-    train_split: dict[str, object] = {"eval.bpd_dataset": "train"}
     return {
-        "eval": likelihood | ode,
-        "eval_bound": likelihood | bound,
-        "eval_train": likelihood | ode | train_split | {"eval.likelihood_at": "x_tmin"},
-        "eval_train_bound": likelihood | bound | train_split,
-        "eval_ode_samples": samples | {"sampling.eta": 0.0},
-        "eval_sde_samples": samples | {"sampling.eta": 1.0},
+        "eval_ode_samples": common | {"sampling.eta": 0.0},
+        "eval_sde_samples": common | {"sampling.eta": 1.0},
     }
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from configs.fashion.ncsnpp import get_config
 from experiments import fashion_orders
-from experiments.fashion_orders import BRANCHES, Plan, Values, evaluations, helps, results_page, verdict
+from experiments.fashion_orders import BRANCHES, Plan, Values, helps, likelihoods, results_page, samples, verdict
 from losses import objective_from_config
 
 IMAGES = 16
@@ -67,7 +67,7 @@ def write_run(plan: Plan, branch: str, seed: int, tmin: float) -> None:
         for split in ("train", "test")
     ]
     (folder / "train" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    for name in evaluations(plan):
+    for name in likelihoods(plan) | samples(plan):
         result: dict[str, object] = {"checkpoint_step": 3, "samples": {"fid": 1.5}}
         for part, mean in (("bpd", tmin - 0.1), ("bpd_tmin", 2.85 if "bound" in name else tmin)):
             stored = folder / name / part
