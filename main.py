@@ -150,7 +150,7 @@ def _run(mode: str, workdir: Path) -> None:
     parallel.check_devices()
     import run_lib
 
-    stop.check()
+    parallel.check_stop()
     if _CONFIG.value is not None:
         _expand_home(_CONFIG.value)
         record_reads(_CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))

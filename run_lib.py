@@ -31,7 +31,7 @@ from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
 from evaluators.step_cost import case_cost, cost_without_device
-from infra import parallel, stop
+from infra import parallel
 from infra.ahead_of_time import ENDED
 from infra.checkpoints import Checkpoints, params_digest
 from infra.cost import (
@@ -114,9 +114,9 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
                 draw_snapshots(snapshots, metrics),
                 warn_after_first_call(config, "train"),
             ]
-            if not stop.now():
+            if not parallel.stop_requested():
                 training_loop(score_training(run, train_source, end), state, config.training, callbacks)
-    stop.check()
+    parallel.check_stop()
     if jax.process_index() == 0:
         _write_report(path)
         logging.info("Report: %s", workdir.report)
@@ -250,7 +250,7 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
         _check_not_beyond(int(state.step), config.deq.n_iters, "deq.n_iters", folder)
         test = functools.partial(training.test_bound, score_fn)
         _train_beside(config, "train_deq", folder, training.training(score_fn), state, checkpoints, test)
-    stop.check()
+    parallel.check_stop()
 
 
 def train_classifier(config: Config, path: Path) -> None:
@@ -269,7 +269,7 @@ def train_classifier(config: Config, path: Path) -> None:
         state = checkpoints.resume() or training.first_state()
         _check_not_beyond(int(state.step), training.last_step, "control.classifier_n_iters", folder)
         _train_beside(config, "train_classifier", folder, training.training(), state, checkpoints, training.test)
-    stop.check()
+    parallel.check_stop()
 
 
 def _train_beside(
@@ -292,7 +292,7 @@ def _train_beside(
             save_checkpoints(checkpoints),
             warn_after_first_call(config, mode),
         ]
-        if not stop.now():
+        if not parallel.stop_requested():
             training_loop(training, state, config.training, callbacks)
 
 

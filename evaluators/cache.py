@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from arrays import ReportProgress
-from infra import parallel, stop
+from infra import parallel
 from infra.checkpoints import params_digest
 from infra.console import progress
 from infra.files import read_npz, write_atomic, write_npz
@@ -79,12 +79,12 @@ class BatchCache:
         with progress(sum(sizes.values()), description, unit, initial=stored) as bar:
 
             def show(step: int, steps: int) -> None:
-                stop.check()
+                parallel.check_stop()
                 bar.set_postfix(step=f"{step}/{steps}", refresh=False)
                 bar.update(0)  # redraws the bar if its interval has passed
 
             for number, (name, size) in enumerate(sizes.items()):
-                stop.check()
+                parallel.check_stop()
                 batches.append(self(name, functools.partial(compute, number, show)))
                 done += size
                 bar.update(max(0, done - bar.n))

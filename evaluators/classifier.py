@@ -23,7 +23,7 @@ import datasets
 from configs.default import Config
 from datasets import Source
 from evaluators.extractor import Features, Images, array_hash, flat_params, in_chunks, params_hash
-from infra import stop
+from infra import parallel
 from infra.files import read_npz, write_npz
 
 
@@ -162,7 +162,7 @@ def _train(network: Classifier, train: LabelledImages, levels: int, recipe: Clas
     params = network.init(init_key, images[:1])["params"]
     state = params, _classifier_optimizer(recipe, len(images)).init(params)
     for key in jax.random.split(order_key, recipe.num_epochs):
-        stop.check()
+        parallel.check_stop()
         state = jax.block_until_ready(_fit_epoch(network, recipe, state, key, images, labels))
     return jax.tree.map(np.asarray, state[0])
 

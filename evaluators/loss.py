@@ -9,7 +9,7 @@ from jaxtyping import Array
 from build import EVAL_KEY, Run
 from datasets import Source, evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
-from infra import parallel, stop
+from infra import parallel
 from infra.workdir import EvaluationFolder
 from models.score import Params
 
@@ -52,7 +52,7 @@ class LossEvaluator:
         key = self.run.key(EVAL_KEY)
         parts = []
         for number in range(num_batches):
-            if stop.now():
+            if parallel.stop_requested():
                 return None
             parts.append(self._values(params, number, jax.random.fold_in(key, number)))
         names = parts[0][0]

@@ -18,7 +18,7 @@ from datasets import evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values, draw_in_rounds
 from evaluators.estimators import Estimate, as_float64, estimator_from_config, evaluation_source, fetch_and_check
-from infra import parallel, stop
+from infra import parallel
 from infra.workdir import DATA, DensityGrid, EvaluationFolder, PointCloud
 from models.score import Params
 from samplers.sampler import image_keys
@@ -150,9 +150,8 @@ class PointLikelihoodEvaluator:
         densities = []
         for first in range(0, len(x), size):
             indices = np.minimum(np.arange(first, first + size), len(x) - 1)
-            terms = as_float64(
-                parallel.fetch(self._estimate_points(params, x[indices], indices, lambda *_: stop.check()).terms)
-            )
+            estimate = self._estimate_points(params, x[indices], indices, lambda *_: parallel.check_stop())
+            terms = as_float64(parallel.fetch(estimate.terms))
             densities.append(np.exp(-np.sum(list(terms.values()), axis=0)))
         return np.concatenate(densities)[: len(x)]
 

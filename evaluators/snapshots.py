@@ -8,7 +8,7 @@ from absl import logging
 
 from build import Run
 from evaluators.samples import draw_images
-from infra import parallel, stop
+from infra import parallel
 from infra.checkpoints import params_digest
 from infra.console import progress
 from infra.workdir import PER_GRID, ImageGrid, Snapshot, Workdir
@@ -77,7 +77,7 @@ class Snapshots:
         with progress(100, "snapshot", "%") as bar:
 
             def show(step: int, steps: int) -> None:
-                stop.check()
+                parallel.check_stop()
                 bar.update(100 * step // steps - bar.n)
 
             return draw_images(self.run, params, numbers, show, self.sampler)[0][: self.shown]

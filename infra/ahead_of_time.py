@@ -69,7 +69,7 @@ def predicted_cost(lower: Lower, *arguments: Any) -> dict[str, Any]:
         if costs is None or "error" in costs:
             return costs or {"error": ENDED}
         while (memory := _assigned(Path(folder))) is None:
-            stop.check_this_host()
+            stop.check()
             if receive.poll(0.2):
                 memory = _next(receive) or {"error": ENDED}
                 break
@@ -85,7 +85,7 @@ def _assigned(folder: Path) -> dict[str, float] | None:
 def _next(receive: Connection) -> dict[str, Any] | None:
     """Returns the next costs from the other process; None if it has ended."""
     while not receive.poll(0.2):
-        stop.check_this_host()
+        stop.check()
     try:
         return receive.recv()
     except EOFError:

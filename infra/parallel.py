@@ -15,6 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from infra import stop
 from infra.rendezvous import meet
 from infra.waiting import leave, waiting, within
 
@@ -183,6 +184,26 @@ def any_host(value: bool) -> bool:
         return value
     with waiting(f"{OTHERS} to agree"):
         return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def stop_requested(may_wait: bool = True) -> bool:
+    """Whether the process of any host was asked to stop. All hosts get the same answer and must call this together.
+
+    Args:
+        may_wait: several hosts must wait for each other to agree; if they should not, the answer is no.
+    """
+    if jax.process_count() > 1:
+        if not may_wait:
+            return False
+        if any_host(stop.requested()):
+            stop.request()
+    return stop.requested()
+
+
+def check_stop() -> None:
+    """Raises KeyboardInterrupt if any host was asked to stop. All hosts must call this together."""
+    if stop_requested():
+        raise KeyboardInterrupt
 
 
 def agree(value: bool) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from configs.default import Config
-from infra import parallel, stop
+from infra import parallel
 from infra.checkpoints import Checkpoints
 from infra.console import progress
 from infra.files import write_npz
@@ -76,7 +76,7 @@ def training_loop(training: Training, state: TrainState, config: Config, callbac
                 bar.unpause()  # so that the rate is that of steps, without their compilation
             recording = due(step, before, config.log_freq)
             # Several hosts wait for each other here, so they ask each other at records only.
-            last = step >= training.last_step or stop.now(may_wait=recording)
+            last = step >= training.last_step or parallel.stop_requested(may_wait=recording)
             saving = last or any(
                 due(step, before, every) for every in (config.snapshot_freq, config.snapshot_freq_for_preemption)
             )
@@ -86,7 +86,7 @@ def training_loop(training: Training, state: TrainState, config: Config, callbac
                 if (shown := callback(call)) is not None:
                     bar.set_postfix(shown, refresh=False)
             bar.update(step - before)
-            if last or (saving and stop.now()):
+            if last or (saving and parallel.stop_requested()):
                 break
     return state
 

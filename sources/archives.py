@@ -175,7 +175,7 @@ def _contents_of_tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                     yield PurePosixPath(member.name), file.read()
                 tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else it keeps a million of them
                 bar.update()
-                stop.check_this_host()
+                stop.check()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise ValueError(f"Cannot read {path} as a .tar file: {error}") from error
 
@@ -204,7 +204,7 @@ def _read_zips(paths: Sequence[Path], size: int) -> Split:
     for path in paths:
         with _open_zip(path) as archive:
             for name in archive.namelist():
-                stop.check_this_host()
+                stop.check()
                 if name.endswith(".npz"):
                     digits = re.search(r"batch_(\d+)\.npz$", name)
                     number = int(digits[1]) if digits else 0

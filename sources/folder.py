@@ -228,7 +228,7 @@ def _decode_files(
                 else:
                     images[row], done[row] = image, True
                 bar.update()
-                stop.check_this_host()
+                stop.check()
     finally:
         pool.shutdown(cancel_futures=True)
         np.save(rows / "hashes.npy", hashes * done[:, None])

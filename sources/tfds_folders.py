@@ -133,7 +133,7 @@ def _in_memory(source: RecordSource, title: str, split: str, labelled: bool) -> 
                 records = source.records.__getitems__(source.positions[rows].tolist())
                 labels[rows] = [decode_label(record) for record in records]
             bar.update(len(rows))
-            stop.check_this_host()
+            stop.check()
     return MemorySource(images, describe(title, split, images), labels)
 
 
