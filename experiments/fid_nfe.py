@@ -258,9 +258,9 @@ The best FID is {best}.
 
 ![FID against evaluations](../images/fid_nfe.png)
 
-The ODE keeps the errors that the score makes at large noise. A more accurate solve does not help, as the adaptive
-solver and the fast solver without clipping show. The SDE forgets these errors, and clipping to the data's range keeps
-them small. Neither the SDE nor clipping is enough alone.
+Samples from the ODE keep the errors that the score makes at large noise. A more accurate solve does not help, as the
+adaptive solver and the fast solver without clipping show. The noise of the SDE removes these errors again, and clipping
+to the range of the data keeps them small. Neither the SDE nor clipping is enough alone.
 
 Command `make fid-nfe`, commit {commit}, {machine}. An interrupted run resumes. The times were measured on a machine
 shared with other work, so they are not comparable.
