@@ -43,7 +43,7 @@ def exact_divergence(field: Field, x: Batch) -> tuple[Batch, PerExample]:
 def divergence_estimates(
     field: Field, x: Batch, probes: Float[Array, "k batch *dims"] | None
 ) -> tuple[Batch, Float[Array, "batch k"]]:
-    """Computes the field and k estimates of its divergence, one for each probe; None: the exact divergence, k = 1."""
+    """Computes the field and k estimates of its divergence, one per probe. Without probes, it is exact, and k = 1."""
     if probes is None:
         value, divergence = exact_divergence(field, x)
         return value, divergence[:, None]
@@ -106,7 +106,7 @@ def probe_derivatives(
     With them, each further probe has its own, because a reverse pass over all probes at once costs more.
 
     Args:
-        direction: from the value of the field to w. It must hold the value constant.
+        direction: computes w from the value of the field. It must treat the value as constant.
     """
     shared = probes[:1] if trace_gradients else probes
 

@@ -52,7 +52,7 @@ class Term(NamedTuple):
     """A term of the objective."""
 
     order: int
-    """The order of score matching that the term belongs to, and whose weight it has. 0: no gradient, and weight 1."""
+    """The order of score matching, whose weight multiplies the term. 0: the term has no gradient, and weight 1."""
     title: str
     """The title in plots and tables."""
 
@@ -171,11 +171,11 @@ class Objective(TrainingObjective):
 
     @property
     def draws_own_times(self) -> bool:
-        """Whether the examples with orders 2 and 3 have times from a density of their own."""
+        """Whether the examples with orders 2 and 3 draw their times from another density than the other examples."""
         return self.order > 1 and self.every > 1 and self.high_order_weighting == "residual"
 
     def for_evaluation(self) -> "Objective":
-        """The same terms on all examples, with constant weights."""
+        """Returns the objective with the same terms on all examples, and constant weights."""
         high = "constant" if self.high_order_weighting == "residual" else self.high_order_weighting
         return dataclasses.replace(
             self, first_order_weighting="constant", high_order_weighting=high, high_order_fraction=1.0

@@ -11,10 +11,10 @@ resumes when it is run again. The other modes:
                 python main.py --config=configs/vp/cifar10_ddpmpp_continuous.py --mode=prepare \
                     --config.data.archive=PATH
     stats       measures the real images that samples are compared with, and prints the FIDs of real images
-    cost        measures memory and time of a training step before a run starts, as --config.cost.* ask
+    cost        measures memory and time of a training step before a run starts; see --config.cost.*
     selftest    checks the devices, the connection between processes, the disk, the memory and time of a training step,
                 and whether the files that the configuration needs are there; prints a table
-    diagnose    shows where a model of images is bad: bits/dim by start time, errors by noise level
+    diagnose    finds the noise levels at which a model of images is inaccurate: bits/dim by start time, errors by level
     encode      computes the latent codes of images, and the error of their reconstruction
     decode      turns latent codes into images
     interpolate draws strips of pictures between pairs of images
@@ -140,9 +140,9 @@ def _run_and_report(mode: str, workdir: Path) -> int:
 def _run(mode: str, workdir: Path) -> None:
     from infra import console, parallel, startup
 
-    gc.set_threshold(50_000)  # tracing makes many objects, few of which can be freed
+    gc.set_threshold(50_000)  # Tracing makes many objects that stay in use, so collecting garbage often is a waste.
     console.quiet_libraries()
-    if mode != "cost":  # which measures how long a program takes to compile
+    if mode != "cost":  # That mode measures how long a program takes to compile.
         startup.use_compilation_cache()
     if _COORDINATOR.value:
         seconds = parallel.JOIN_SECONDS if mode != "selftest" else parallel.JOIN_SECONDS / 5

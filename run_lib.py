@@ -71,7 +71,7 @@ from train_state import TrainingBatches, TrainState, reset_parts
 
 
 def train(config: Config, path: Path, started: float | None = None) -> None:
-    """Trains to the run's last step, from the newest checkpoint if there is one. `last_step` says which that is.
+    """Trains to the step that `last_step` returns, from the newest checkpoint if there is one.
 
     Args:
         started: when the process started, as `time.monotonic` counts; None: now. The time from then to the first
@@ -91,7 +91,7 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
     new = not workdir.has_checkpoints()
     init_state = initial_state(run) if config.training.init_from and new else None
     snapshots, order = Snapshots(run, workdir), config.training.score_matching_order
-    _ = last_step(config.training, workdir)  # a damaged file is reported before anything is written
+    _ = last_step(config.training, workdir)  # Raises for a damaged file, before anything is written.
     workdir.prepare()
     with workdir.lock(), run.open_checkpoints(workdir) as checkpoints:
         if new and init_state is not None:
@@ -101,10 +101,10 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
         field = "n_iters_from_start" if config.training.n_iters_from_start else "n_iters"
         _check_not_beyond(int(state.step), end, f"training.{field}", workdir)
         if checkpoints.newest() is None and init_state is not None:
-            checkpoints.save(state)  # the checkpoint that the run starts from may be gone when the run is resumed
+            checkpoints.save(state)  # The run may resume when the checkpoint that it started from no longer exists.
         workdir.write_description(config, num_parameters(state))
         with MetricsWriter(workdir.train) as metrics:
-            snapshots.draw(state)  # unless it was drawn before an interruption
+            snapshots.draw(state)  # An interruption may have prevented the snapshot of this checkpoint.
             callbacks = [
                 record_first_step(startup, metrics),
                 record_metrics(metrics, order),
@@ -132,7 +132,7 @@ def warn_unused(config: Config, mode: str) -> None:
 
 
 def _build_settings(config: Config, mode: str) -> None:
-    """Builds all that a mode needs except data, networks of evaluators, and checkpoints."""
+    """Builds all objects of a mode, except data, networks of evaluators, and checkpoints."""
     run = build(config, for_training=mode not in ("eval", "diagnose", "export"))
     if mode == "train":
         _ = run.trainer, config.training.init_from and config.training.init_reset
@@ -152,7 +152,7 @@ def _build_settings(config: Config, mode: str) -> None:
 
 
 def warn_after_first_call(config: Config, mode: str) -> Callback:
-    """Warns as `warn_unused` does, when everything that training reads has been read."""
+    """Returns a callback that calls `warn_unused` after a training call, when all needed fields have been read."""
     return lambda call: warn_unused(config, mode)
 
 
@@ -166,7 +166,7 @@ def _check_not_beyond(step: int, end: int, field: str, workdir: Workdir) -> None
 
 
 def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | None) -> TrainState:
-    """The newest checkpoint's state; for a new run, `init_state` or a fresh one."""
+    """Returns the state of the newest checkpoint; for a new run, `init_state` or a fresh state."""
     state = checkpoints.resume()
     if state is None:
         return jax.device_put(init_state or run.fresh_state(), run.state_shardings())
@@ -176,7 +176,7 @@ def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | 
 
 
 def initial_state(run: Run) -> TrainState:
-    """The state at `training.init_from`, with the parts that `training.init_reset` names as in a new run.
+    """Returns the state at `training.init_from`. The parts that `training.init_reset` names are those of a new run.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -316,7 +316,7 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
 
 
 def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: str = "deq") -> None:
-    """Shows where a model of images is bad, by noise level and start time; see `DiagnosticsEvaluator`.
+    """Measures the errors of a model of images by noise level and start time; see `DiagnosticsEvaluator`.
 
     Checkpoints are chosen, results written and interruptions resumed as in `evaluate`.
 
@@ -383,7 +383,7 @@ def evaluate_other_checkpoint(run: Run, evaluators: Sequence[Evaluator], workdir
 def evaluate_checkpoint(
     evaluators: Sequence[Evaluator], state: TrainState, folder: EvaluationFolder, metadata: dict[str, Any]
 ) -> None:
-    """Runs the evaluators on the averaged parameters. Each result is written as soon as it is there."""
+    """Runs the evaluators on the averaged parameters. Each result is written as soon as it is computed."""
     params, first_host = state.ema_params, jax.process_index() == 0
     metadata = {"checkpoint_step": folder.step, "ema": True, "parameters": params_digest(params)} | metadata
     results = Results(folder.results, metadata)
@@ -462,7 +462,7 @@ def cost(config: Config, path: Path) -> None:
     workdir, rows = Workdir(path), []
     known = {json.dumps(row["program"]): row for row in workdir.read_costs()}
     workdir.prepare()
-    # The cases differ in their steps, not in their states. The copy on the host is put on the devices for each case.
+    # All cases start from the same state, so it is computed once. A copy on the host survives donation by the steps.
     state = functools.cache(lambda: jax.device_get(next(iter(runs.values())).fresh_state()))
     for case, run in runs.items():
         program = program_identity(run.config, run.mesh, 0 if gpu else fields.measure_steps)
@@ -475,7 +475,7 @@ def cost(config: Config, path: Path) -> None:
                 known[json.dumps(program)] = row
             if jax.process_index() == 0:
                 workdir.write_costs(list(known.values()))
-        rows.append(row | case._asdict())  # two settings may lead to the same program
+        rows.append(row | case._asdict())  # A known row of the same program may have the name of another setting.
         logging.info("%s", ", ".join(f"{name} {cell}" for name, cell in zip(HEADERS, cells(rows[-1]), strict=True)))
     print(text_table(HEADERS, [cells(row) for row in rows]))
     limit = fields.memory_gb or (gpu.usable_gb if gpu else device_memory())
@@ -507,7 +507,7 @@ def selftest(config: Config, path: Path) -> None:
     failed = []
     for number, (name, measure) in enumerate(wanted):
         if name == "step" and "collective" in failed:
-            continue  # it would wait for the processes that are missing
+            continue  # The step would wait for the processes that are missing.
         row = check(name, measure)
         failed += [] if row.passed else [name]
         if jax.process_index() == 0:

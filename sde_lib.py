@@ -111,7 +111,7 @@ class SDE(abc.ABC):
         return self.time_of_log_noise_level(log_rho_min + 0.5 * quantile)
 
     def discretize(self, x: Batch, t: PerExample, num_steps: int) -> tuple[Batch, PerExample]:
-        """One of `num_steps` steps of the forward chain, x_{i+1} = x_i + f_i + G_i z, by Euler-Maruyama.
+        """Returns one of `num_steps` steps of the forward chain, x_{i+1} = x_i + f_i + G_i z, by Euler-Maruyama.
 
         Returns:
             f_i, shaped as x, and G_i for each example.
