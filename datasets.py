@@ -285,8 +285,8 @@ _BLOCK = 256  # The number of images in memory at a time; images may be large.
 def data_reference(source: Source, levels: int, bins_per_unit: int, centered: bool) -> GaussianReference:
     """Returns the mean and standard deviation of each entry of the network's data, from the first images of a source.
 
-    If `bins_per_unit` is `levels` - 1, the data are bare levels in the middle of their bins. Otherwise they have uniform
-    noise.
+    If `bins_per_unit` is `levels` - 1, the data are bare levels in the middle of their bins. Otherwise they have
+    uniform noise.
     """
     count = min(len(source), REFERENCE_EXAMPLES)
     total, squares = np.zeros((2, *source.image_shape), np.int64)

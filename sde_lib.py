@@ -106,7 +106,7 @@ class SDE(abc.ABC):
         return 2 * (self.log_noise_level(t) - self.log_noise_level(jnp.asarray(t_min, t.dtype)))
 
     def time_of_quantile(self, quantile: Times, t_min: float) -> Times:
-        """The t with Z(t) = `quantile`; a uniform quantile in (0, Z(t_max)) gives t ~ g^2 / sigma^2."""
+        """The t with Z(t) = `quantile`. Quantiles uniform in (0, Z(t_max)) give t with density ~ g^2 / sigma^2."""
         log_rho_min = self.log_noise_level(jnp.asarray(t_min, quantile.dtype))
         return self.time_of_log_noise_level(log_rho_min + 0.5 * quantile)
 

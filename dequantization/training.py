@@ -129,9 +129,9 @@ def score_params(run: Run, workdir: Workdir) -> Params:
 
 
 def evaluation_dequantizer(run: Run, folder: Workdir) -> Dequantizer:
-    """The dequantizer that `eval` asks for: with `eval.dequantizer` the newest learned one in `folder`, or another.
+    """Returns the dequantizer that `eval` names: the newest learned one in `folder`, or noise without parameters.
 
-    `eval.dequantizer_checkpoint` names another, which may be a published file.
+    With `eval.dequantizer`, `eval.dequantizer_checkpoint` may name another learned one, such as a published file.
 
     Raises:
         FileNotFoundError: if there is none.

@@ -33,10 +33,10 @@ CONTEXT_CHANNELS = 32
 """Channels of the image features that the couplings see."""
 
 PROCESSOR_HEADS = 4
-"""Heads of the attention in the deep processor, whatever the couplings have."""
+"""Heads of the attention in the deep processor. The couplings may have another number."""
 
 SMALL_OUTPUT = 0.1
-"""Initial standard deviation of the outputs of residual branches and couplings, which so begin near the identity."""
+"""Initial standard deviation of the outputs of residual branches and couplings; they begin near the identity."""
 
 
 def concat_elu(x: Array) -> Array:
@@ -250,7 +250,7 @@ def mixture_of_logistics(x: Batch, raw: Float[Array, "batch *dims parameters"]) 
 
 
 class MixLogisticAttnCoupling(nn.Module):
-    """Changes one half given the other and the context: the parameters of `mixture_of_logistics` by a network."""
+    """Transforms one half by `mixture_of_logistics`, whose parameters a network computes from the other half."""
 
     filters: int
     components: int
@@ -370,8 +370,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """The fields of `Flowpp` in the published dequantizers, by config.deq.name.
 
 The published module for ImageNet64 gives several parameters one name, so flax cannot build it, and it has no released
-checkpoint. Here, each parameter has a name of its own, as in the other two, and there are no embeddings of positions,
-which nothing would use."""
+checkpoint. Here, each parameter has its own name, as in the other two architectures. Embeddings of positions, which
+would not be used, are left out."""
 
 
 def _check_fields(network: Flowpp) -> None:

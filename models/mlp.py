@@ -45,12 +45,12 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Batch, labels: PerExample, train: bool = False) -> Batch:
-        del train  # there is no dropout, so training and evaluation are the same
+        del train  # Without dropout, training and evaluation are the same.
         if x.ndim != 2:
             raise ValueError(f"model.name is an MLP, which is for points, but the data are shaped {x.shape[1:]}")
         times, seen = labels / TIMES_PER_UNIT if self.published else labels, x
         if self.scale_by_sigma:
-            # a resolution like that of 999 t over the noise levels of VE
+            # With this factor, the embedding resolves the noise levels of VE as finely as 999 t does.
             times, seen = 100 * jnp.log(labels), x * append_dims(jax.lax.rsqrt(1 + labels**2), x)
         time = self._layers("time", positional_embedding(times, self.embedding_size), self.time_widths)
         data = self._layers("data", seen, self.data_widths)

@@ -85,11 +85,11 @@ class NCSNpp(nn.Module):
     conditional: bool = True
     init_scale: float = 0.0
     scale_by_sigma: bool = False
-    ladder: Ladder | None = None  # the noise levels that labels number; None: labels are not numbers of levels
+    ladder: Ladder | None = None  # with a ladder, labels are numbers of its levels
     centered: bool = True  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
     dtype: str = "float32"  # of feature maps; parameters, moments, embeddings and the output keep the images' precision
     remat: str = "none"  # what the backward pass recomputes of each block; see `REMAT_POLICIES`
-    num_classes: int = 0  # the network is told classes 0, ..., num_classes - 1; num_classes means any class
+    num_classes: int = 0  # classes are 0, ..., num_classes - 1; num_classes stands for any class
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -126,7 +126,7 @@ class NCSNpp(nn.Module):
         return embedding + nn.Embed(self.num_classes + 1, 4 * self.nf, name="class_embedding")(classes)
 
     def _down_path(self, images: FeatureMap, block: Block) -> list[AnySize]:
-        """The feature maps of the way down, from the highest resolution to the lowest."""
+        """Returns the feature maps of the downward path, from the highest resolution to the lowest."""
         pyramid = images
         skips = [conv(self.nf)(images)]
         for level, multiplier in enumerate(self.ch_mult):
@@ -144,7 +144,7 @@ class NCSNpp(nn.Module):
     def _up_path(
         self, h: FeatureMap, skips: list[AnySize], block: Block, channels: int
     ) -> Float[Array, "batch _ _ {channels}"]:
-        """From the lowest resolution to an image with this number of channels, joined by every map of the way down."""
+        """Computes an image with `channels` channels from the lowest resolution and the maps of the downward path."""
         skips = list(skips)
         pyramid = None
         for level, multiplier in reversed(list(enumerate(self.ch_mult))):
@@ -159,7 +159,7 @@ class NCSNpp(nn.Module):
         return self._head(h, channels, self.init_scale)
 
     def _join_input_pyramid(self, pyramid: AnySize, h: FeatureMap) -> tuple[AnySize, SameSize]:
-        """The pyramid at the next lower resolution, and the feature maps joined with it."""
+        """Returns the pyramid at the next lower resolution, and the feature maps joined with it."""
         if self.progressive_input == "none":
             return pyramid, h
         if self.progressive_input == "input_skip":
@@ -172,7 +172,7 @@ class NCSNpp(nn.Module):
     def _join_output_pyramid(
         self, pyramid: AnySize | None, h: FeatureMap, channels: int
     ) -> tuple[SameSize | None, FeatureMap]:
-        """The pyramid joined with the feature maps, and the maps that the next block gets."""
+        """Returns the pyramid joined with the feature maps, and the feature maps for the next block."""
         if self.progressive == "none":
             return None, h
         if self.progressive == "output_skip":
@@ -223,7 +223,7 @@ class NCSNpp(nn.Module):
         return self._attention(h) if h.shape[1] in self.attn_resolutions else h
 
     def _head(self, h: FeatureMap, features: int, init_scale: float) -> Projected:
-        """From feature maps to an image, or to the start of the output pyramid."""
+        """Computes an image, or the start of the output pyramid, from feature maps."""
         return conv(features, init_scale=init_scale)(self._act(GroupNorm()(h)))
 
     def _act(self, x: Array) -> Array:

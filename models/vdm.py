@@ -41,13 +41,13 @@ class VDM(nn.Module):
     output is the noisy image plus the output of the last convolution. Layers that end a branch start at zero, so the
     network starts as the identity.
 
-    Labels are 999 t, as for the other networks. The published network is told (gamma - gamma_min) / (gamma_max -
-    gamma_min), gamma = 2 ln(sigma / alpha), which is t for schedules with gamma linear in t.
+    Labels are 999 t, as for the other networks. The label of the published network is (gamma - gamma_min) / (gamma_max
+    - gamma_min), gamma = 2 ln(sigma / alpha), which is t if gamma is linear in t.
     """
 
     nf: int = 128
     num_res_blocks: int = 32
-    attn_resolutions: tuple[int, ...] = ()  # heights of images for which attention also follows every other block
+    attn_resolutions: tuple[int, ...] = ()  # heights of images at which attention follows every block
     fourier_features: bool = True  # the network also sees `fourier_features` of the image
     dropout: float = 0.0
     remat: str = "none"  # a name in `REMAT_POLICIES`, or none
@@ -83,7 +83,7 @@ class ScoreUNet(nn.Module):
 
     nf: int
     num_res_blocks: int
-    attention: bool  # after every block; else only in the middle
+    attention: bool  # self-attention follows every block (True), or only the middle blocks (False)
     dropout: float
     remat: str
 

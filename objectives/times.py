@@ -72,7 +72,7 @@ class TimeDistribution:
         return sde.importance_weight(t, self.t_min) / self.total(sde)
 
     def total(self, sde: SDE) -> Scalar:
-        """Returns the integral of the unnormalised density, which is 1 at every t for uniform times."""
+        """Returns the integral of the unnormalised density over all times. For uniform times, that density is 1."""
         if not self.importance_weighting:
             return jnp.asarray(sde.t_max - self.t_min)
         if self.importance_density == "velocity":

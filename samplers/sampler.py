@@ -1,7 +1,8 @@
-"""The interface of samplers: images by their numbers, from noise at t_max to smallest_time, given a score function.
+"""The interface of samplers, which draw images by their numbers, from noise at t_max to smallest_time.
 
-All randomness of image k comes from (key, k) and the number of the step. So an image does not depend on the number of
-devices, on interruptions, or on the other images drawn with it. Round r of a run draws images r B, ..., (r + 1) B - 1.
+All random numbers of image k are derived from the key, k, and the number of the step. So an image does not depend on
+the number of devices, on interruptions, or on the other images drawn with it. Round r of a run draws images r B, ...,
+(r + 1) B - 1.
 There are two exceptions: the Langevin corrector averages norms over the whole batch, as published, and the adaptive ODE
 solver chooses its steps for the whole batch.
 
@@ -33,7 +34,7 @@ StepNoise = Callable[[tuple[int, ...], Array], Batch]
 
 
 class Samples(NamedTuple):
-    """Samples, and their cost."""
+    """Samples, and the number of network evaluations."""
 
     x: Batch
     nfe: int
@@ -89,7 +90,7 @@ class Sampler(abc.ABC):
 
     @property
     def follows_ode(self) -> bool:
-        """Whether samples follow the probability-flow ODE, without noise after the first."""
+        """Whether samples follow the probability-flow ODE, so that noise enters only at t_max."""
         return False
 
     @abc.abstractmethod

@@ -1,4 +1,4 @@
-"""What the methods have in common: states that are pytrees, and the report of a solve."""
+"""Code that all methods share: arithmetic on states that are pytrees, and the report of a solve."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias, TypeVar
