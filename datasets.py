@@ -33,7 +33,7 @@ def labels_of(source: Source) -> Int[np.ndarray, " n"]:
     """Returns the class of each image. Raises ValueError if the data have no classes."""
     labels = getattr(source, "labels", None)
     if labels is None:
-        raise ValueError(f"{source.description} has no class labels")
+        raise ValueError(f"{source.description} has no class labels; set data.dataset to data with labels, as digits")
     return np.asarray(labels, np.int32)
 
 

@@ -141,7 +141,8 @@ class Objective(TrainingObjective):
             )
         if self.noise_level and self.needs_residual:
             raise ValueError(
-                f"training.noise_level is {self.noise_level}, but weights that follow the residual need all times"
+                f"training.noise_level is {self.noise_level}, but weights that follow the residual need all times: "
+                "set it to 0"
             )
         _ = self.times  # It checks its fields when it is built.
 
@@ -259,7 +260,10 @@ def _score_and_terms(
         return sigma * score_fn(xt, noise.t), {}
     every = objective.every
     if len(x0) % every:
-        raise ValueError(f"a batch of {len(x0)} cannot be divided into groups of {every} examples")
+        raise ValueError(
+            f"a batch of {len(x0)} cannot be divided into groups of {every} examples, of which one has orders 2 and 3; "
+            f"use a multiple of {every}"
+        )
 
     def of_each_group(a: Array, first: bool) -> Array:
         groups = a.reshape(-1, every, *a.shape[1:])

@@ -149,7 +149,7 @@ class BitsPerDimEvaluator:
     ) -> HostEstimate:
         """Estimates -ln p(x). Raises RuntimeError if the solve failed or a value is not finite."""
         score_fn, t_min = self.run.score_fn(params), self.dequantizer.t_min
-        if self.at == "x_tmin" and isinstance(self.estimator, OdeEstimator):  # a bound draws x_tmin itself
+        if self.at == "x_tmin" and isinstance(self.estimator, OdeEstimator):  # The bound draws x_tmin itself.
             x = noised(self.run.sde, x, keys, t_min)
         estimate = self.estimator(score_fn, self.run.sde, x, keys, t_min, self._reference, show)
         context = f"Cannot compute bits/dim for {self.source.description} with {self.estimator.description}"
@@ -237,7 +237,7 @@ def summary(repeats: list[list[Values]]) -> dict[str, Any]:
 def _error_of_mean(errors: dict[str, np.ndarray]) -> dict[str, float | None]:
     """Estimates the error of the mean in bits/dim: the bias due to the solver, the standard error due to the others.
 
-    None if there is no estimate, for example with a single probe.
+    Returns None if there is no estimate, for example with a single probe.
     """
     means = {
         name: float(error.mean()) if name == "solver_error" else float(np.sqrt(np.sum(error**2)) / error.size)

@@ -23,7 +23,7 @@ Values = dict[str, np.ndarray]
 """Named numbers for each example of a batch."""
 
 ComputeBatch = Callable[[int, ReportProgress], Values]
-"""Computes the batch with this number, and may report its progress."""
+"""compute(number, show): computes the batch with this number, and may report its progress to `show`."""
 
 
 class BatchCache:
@@ -81,7 +81,7 @@ class BatchCache:
             def show(step: int, steps: int) -> None:
                 parallel.check_stop()
                 bar.set_postfix(step=f"{step}/{steps}", refresh=False)
-                bar.update(0)  # redraws the bar if its interval has passed
+                bar.update(0)  # This redraws the bar if its interval has passed.
 
             for number, (name, size) in enumerate(sizes.items()):
                 parallel.check_stop()
@@ -143,5 +143,5 @@ def draw_in_rounds(cache: BatchCache, kind: str, count: int, round_size: int, dr
 
     rounds = cache.all(sizes, draw_round, "sampling", kind)
     samples = np.concatenate([each[name] for each in rounds])[:count]
-    per_second = examples_per_second([round_size] * len(rounds), rounds)  # a round draws all of its samples
+    per_second = examples_per_second([round_size] * len(rounds), rounds)  # All rounds are whole.
     return CachedSamples(samples, int(rounds[0]["nfe"]), float(sum(each["seconds"] for each in rounds)), per_second)

@@ -1,4 +1,4 @@
-"""A feature extractor for images that Inception is not meant for: a small classifier of the data set itself.
+"""A feature extractor for images to which Inception does not apply: a small classifier trained on the data set.
 
 For example, Inception makes no sense for 8x8 digits. Every result of the classifier is labelled with its name.
 """
@@ -58,7 +58,7 @@ class ClassifierRecipe:
 
     num_epochs: int = 15
     batch_size: int = 64
-    learning_rate: float = 3e-3  # of Adam, falling to 0 along a cosine
+    learning_rate: float = 3e-3  # The learning rate of Adam at the start; it falls to 0 along a cosine.
     label_smoothing: float = 0.02
     seed: int = 0
     version: int = 1
@@ -138,7 +138,7 @@ def _check_split(split: str, data: LabelledImages, levels: int) -> None:
 
 
 def _load_params(path: Path, identity: str) -> dict | None:
-    """Loads the cached parameters; None if the file is missing, damaged, or has other parameters."""
+    """Loads the cached parameters. Returns None if the file is missing, damaged, or has other parameters."""
     if not path.exists():
         return None
     try:

@@ -176,7 +176,7 @@ def _shown(observation: Observation, fill: Batch) -> Batch:
 def _square_errors(observation: Observation, x0: Batch, x: Batch) -> tuple[Array, Array]:
     """Returns the mean squared differences of the known and of the unknown components, for each example."""
     mask, got = observation.mask, observation.components(x)
-    share = mean_square(mask)  # the share of ones, because all values are 0 or 1
+    share = mean_square(mask)  # The mask has values 0 and 1, so this is the share of ones.
     known = mean_square((got - observation.known) * mask) / share
     unknown = mean_square((got - observation.components(x0)) * (1 - mask)) / (1 - share)
     return known, unknown
@@ -185,7 +185,7 @@ def _square_errors(observation: Observation, x0: Batch, x: Batch) -> tuple[Array
 class ClassesEvaluator:
     """Draws `control.num_draws` images of each class, with the guidance weight `control.guidance`.
 
-    A network that is told classes (`data.num_classes`) guides itself. The classifier of --mode=train_classifier guides
+    A network with classes as input (`data.num_classes`) guides itself. The classifier of --mode=train_classifier guides
     other networks.
 
     The result reports the share of images that the classifier of clean images (`eval.features=classifier`) assigns to

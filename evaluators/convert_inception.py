@@ -73,7 +73,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         return {
             name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True, map_location="cpu").items()
         }
-    except Exception as error:  # unpickling raises a dozen kinds
+    except Exception as error:  # Unpickling raises many kinds of errors.
         raise ValueError(f"Cannot read {path} as a PyTorch file of arrays: {error}") from error
 
 

@@ -58,7 +58,9 @@ def fetch_and_check(estimate: Estimate, indices: np.ndarray, kind: str, context:
     terms, errors, info = parallel.fetch((estimate.terms, estimate.errors, estimate.info))
     if info is not None and not info.success:
         example = f"{kind} {indices[info.worst_example]}"
-        raise RuntimeError(f"{context}: the ODE solve failed at t = {info.t:.6g}, at {example}")
+        raise RuntimeError(
+            f"{context}: the ODE solve failed at t = {info.t:.6g}, at {example}; try another eval.ode_solver"
+        )
     finite = np.isfinite(np.sum(list(terms.values()), axis=0))
     if not np.all(finite):
         raise RuntimeError(f"{context}: the likelihood is not finite at {kind} {indices[np.argmin(finite)]}")

@@ -1,4 +1,4 @@
-"""The interface of feature extractors, fixed networks that measure sample quality, and what its implementations share.
+"""The interface of feature extractors, fixed networks whose features measure sample quality, and their shared code.
 
 FID and KID compare pooled features, and the Inception Score reads class logits. features.py lists the extractors.
 Images are measured in chunks of a fixed size, sharded over all devices of all hosts.

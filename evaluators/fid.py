@@ -33,7 +33,7 @@ from infra.files import write_atomic
 PUBLISHED_SAMPLES = 50_000
 """The number of samples of published FIDs.
 
-FID falls with n, so results of fewer samples are only comparable with each other."""
+FID falls with the number of samples, so FIDs of fewer samples are not comparable with published ones."""
 
 _BATCH = 1024  # images read at a time
 
@@ -83,7 +83,7 @@ def comparison_from_config(config: Config) -> Comparison:
     find_extractor = extractor_from_config(config)
     if published is not None:
         comparison = Comparison(find_extractor, lambda extractor: _checked(published, extractor, config), splits)
-        if config.eval.features == "inception":  # a classifier may have to be trained first
+        if config.eval.features == "inception":  # A classifier may need training first.
             comparison.prepare()
         return comparison
     source = datasets.source_from_config(config, split)

@@ -34,7 +34,7 @@ class LossEvaluator:
         Raises:
             KeyboardInterrupt: after a request to stop.
         """
-        del folder  # Nothing is cached, because the evaluation takes only as long as one record of training.
+        del folder  # Nothing is cached: the loss of all images takes little time.
         means = self._means(params, self.num_batches)
         if means is None:
             raise KeyboardInterrupt

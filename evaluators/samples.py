@@ -39,7 +39,7 @@ class SamplesEvaluator:
 
     def __init__(self, run: Run, comparison: Comparison):
         parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
-        run.sampler()  # raises ValueError for a field that is not allowed
+        run.sampler()  # This raises ValueError for a field that is not allowed.
         self.run, self.comparison = run, comparison
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Moments:
             self.products += centered.T @ centered
 
     def mean_and_covariance(self) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
-        """Mean and covariance, which divides by n - 1; n must be at least 2."""
+        """Returns the mean and the covariance, which divides by n - 1. There must be at least two vectors."""
         mean = self.sum / self.n
         return self.shift + mean, (self.products - self.n * np.outer(mean, mean)) / (self.n - 1)
 

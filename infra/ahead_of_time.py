@@ -1,7 +1,8 @@
-"""Compiles programs for a GPU that is not there, to find out how much memory they need.
+"""Compiles programs for a GPU on a machine without one, to find out how much memory they need.
 
-A compilation for a GPU takes minutes, but XLA assigns the buffers before it generates code. It writes the assignment to
-a folder if it is asked to. So each compilation runs in a process of its own, which ends when the assignment is there.
+A compilation for a GPU takes minutes, but XLA assigns the buffers before it generates code, and can write the
+assignment to a folder. So each compilation runs in a separate process, which is ended as soon as the assignment is
+written.
 """
 
 import contextlib
@@ -21,8 +22,8 @@ from infra import stop
 from infra.cost import GIGA, error_text, memory_gb
 
 COMPILER_OPTIONS: dict[str, bool | str] = {
-    # Without a GPU to time them on, XLA takes its Triton kernels for all matrix products. For those of the FIR filters
-    # in models/resample.py it finds no tiles, and fails. On a GPU it times other kernels, too, and takes one of those.
+    # On a GPU, XLA times several kernels for each matrix product. Without a GPU, it takes its Triton kernels, and fails
+    # for the products of the FIR filters in models/resample.py, because it finds no tiles for them.
     "xla_gpu_enable_triton_gemm": False,
 }
 
@@ -30,7 +31,7 @@ ASSIGNMENT, NEXT_FILE = "*-buffer-assignment.txt", "*-buffer-assignment-values.t
 """The file with the buffers, and the one that XLA writes after it."""
 
 ENDED = "failed: the compiler ended, perhaps because the machine was out of memory"
-"""The `error` if the other process ends without an answer. It says nothing about the program."""
+"""The `error` if the other process ends without an answer. It does not mean that the program is too large."""
 
 Lower = Callable[..., tuple[dict[str, Any], jax.stages.Lowered]]
 """A function of a module, called in the other process. Returns costs that are known already, and the program."""
@@ -94,11 +95,11 @@ def _next(receive: Connection) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _child(folder: str, lower: Lower, arguments: tuple[Any, ...]) -> Iterator[Connection]:
-    """A process that runs `_compile`, until the end of the context, and the pipe from it."""
+    """A context with a process that runs `_compile`, and the pipe from it. The process is ended with the context."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_compile, args=(send, folder, lower, arguments), daemon=True)
-    # The process leaves alone the GPUs that the machine may have, and XLA's warnings about slow compilations.
+    # The process must not use GPUs of this machine, and must not print XLA's warnings about slow compilations.
     settings = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -107,7 +108,7 @@ def _child(folder: str, lower: Lower, arguments: tuple[Any, ...]) -> Iterator[Co
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-    send.close()  # so that the pipe ends when the process does
+    send.close()  # The pipe must end with the process, not with this copy of its end.
     try:
         yield receive
     finally:

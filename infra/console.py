@@ -1,4 +1,4 @@
-"""What a person sees of a running program: progress bars and log lines."""
+"""The output of a running program: progress bars and log lines."""
 
 import logging
 import sys
@@ -22,7 +22,7 @@ def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
         unit=unit,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 15.0,
-        miniters=0,  # only the interval counts, so that update(0) shows a new postfix
+        miniters=0,  # With only a time interval, update(0) can show a new postfix.
         disable=jax.process_index() != 0,
         file=sys.stderr,
     )

@@ -156,7 +156,7 @@ def peak_bytes(jaxpr: Any) -> int:
         variable: number
         for number, equation in enumerate(jaxpr.eqns)
         for variable in equation.invars
-        if not hasattr(variable, "val")  # a constant
+        if not hasattr(variable, "val")  # Constants have a `val`, and are not counted.
     }
     given = {*jaxpr.invars, *jaxpr.constvars}
     kept = given | {variable for variable in jaxpr.outvars if not hasattr(variable, "val")}
@@ -329,7 +329,7 @@ def cells(row: Row) -> list[str]:
 
 
 def largest_fitting(rows: Iterable[Row], memory_gb: float) -> Row | None:
-    """Returns the largest batch whose program fits the memory, with its fastest fitting setting; None if none fits.
+    """Returns the row of the largest batch that fits the memory, with its fastest setting; None if no batch fits.
 
     Without measured seconds, the setting with the least arithmetic counts as the fastest.
     """

@@ -104,7 +104,7 @@ def join_processes(
             f"--coordinator={coordinator} needs --num_processes and a --process_id below it, got {num_processes} and "
             f"{process_id}; under SLURM, Open MPI, Kubernetes or on a TPU pod, --coordinator=auto needs neither"
         )
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, which is a request to stop
+    jax.config.update("jax_enable_preemption_service", False)  # This service would hide SIGTERM from infra/stop.py.
     try:
         if given and num_processes is not None and process_id is not None:
             with waiting(f"{num_processes} processes at {coordinator}", seconds + 60, notice=3.0):
@@ -120,7 +120,7 @@ def join_processes(
                 initialization_timeout=later,
                 cluster_detection_method="deactivate" if given and _alone_on_node() else None,
             )
-            # The devices connect now, before any process compiles, because they wait for each other for 30 s only.
+            # Devices wait for each other for only 30 s, so they must connect before any process compiles.
             multihost_utils.sync_global_devices("joined")
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"--coordinator={coordinator}: cannot connect to the other processes: {error}") from error
@@ -163,10 +163,10 @@ def _check_slurm_devices() -> None:
 
 
 def check_devices() -> None:
-    """Looks for the devices that the environment asks for.
+    """Checks that JAX finds devices of the platform in JAX_PLATFORMS.
 
     Raises:
-        ValueError: if there are none, with what to do.
+        ValueError: if there are none. The message says what to do.
     """
     try:
         jax.devices()
@@ -190,7 +190,8 @@ def stop_requested(may_wait: bool = True) -> bool:
     """Whether the process of any host was asked to stop. All hosts get the same answer and must call this together.
 
     Args:
-        may_wait: several hosts must wait for each other to agree; if they should not, the answer is no.
+        may_wait: whether hosts may wait for each other, which they must do to agree. If not, the answer with several
+            hosts is no.
     """
     if jax.process_count() > 1:
         if not may_wait:

@@ -78,7 +78,7 @@ def collective(folder: Path, seconds: float = COLLECTIVE_SECONDS) -> str:
         who = f"; no sign of process {', '.join(map(str, missing))}" if missing else "; all processes came to it"
         raise TimeoutError(f"{error}{who}") from error
     missing = missing_processes(marks, jax.process_count(), 0.0)
-    parallel.any_host(False)  # nobody removes a mark before all have looked
+    parallel.any_host(False)  # This waits until all processes have looked, before any mark is removed.
     mark.unlink()
     if missing:
         raise OSError(f"{folder} is not shared: process {jax.process_index()} does not see process {missing[0]} there")

@@ -24,13 +24,13 @@ Metrics = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What the loop needs to know of the model that it trains."""
+    """A model to train, as the loop needs it."""
 
     name: str
-    """Shown in the progress bar."""
+    """The label of the progress bar."""
     last_step: int
     calls: Callable[[int], Iterator[tuple[int, Any]]]
-    """From a first step on, for each compiled call: the step that it leads to, and its batches."""
+    """calls(first): yields, for each compiled call from step `first` on, the step at its end, and its batches."""
     update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
     """The state and the mean metrics after a call. It may donate the state."""
 
@@ -73,7 +73,7 @@ def training_loop(training: Training, state: TrainState, config: Config, callbac
             before, step = step, after
             state, metrics = training.update(state, batches)
             if before == first:
-                bar.unpause()  # so that the rate is that of steps, without their compilation
+                bar.unpause()  # The rate of the bar must not include the compilation.
             recording = due(step, before, config.log_freq)
             # Several hosts wait for each other here, so they ask each other at records only.
             last = step >= training.last_step or parallel.stop_requested(may_wait=recording)

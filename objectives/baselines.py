@@ -161,7 +161,9 @@ def meng_from_config(config: Config) -> MengObjective:
     training = config.training
     require_first_order(training)
     if not training.reduce_mean:
-        raise ValueError("training.reduce_mean is False, but training.objective=meng averages over dimensions")
+        raise ValueError(
+            "training.reduce_mean is False, but training.objective=meng averages over dimensions: set it to True"
+        )
     return MengObjective(times_from_config(training), training.second_order_weight, training.likelihood_weighting)
 
 

@@ -37,7 +37,7 @@ _PLACES = {"bpd": "", "bpd_tmin": "at x_tmin"}
 
 
 def _gaps(runs: Sequence[RunFiles]) -> list[Block]:
-    """The bits/dim of the ODE minus the bound for the same images, dequantization and checkpoint, at the same point."""
+    """The bits/dim of the ODE minus the bound for the same images, dequantization, checkpoint and place."""
     rows = []
     for run, (part, place) in itertools.product(runs, _PLACES.items()):
         results = [result for result in run.results if part in result]
@@ -53,7 +53,7 @@ def _gaps(runs: Sequence[RunFiles]) -> list[Block]:
 
 
 def _bounds_the_same(part: Result, name: str) -> bool:
-    """Whether this is a bound for the point of this part: one for x needs the start-time correction."""
+    """Returns whether this is a bound at the place of this part. A bound at x needs the start-time correction."""
     return "bound" in part and (part["num_starts"] > 0) == (name == "bpd")
 
 

@@ -80,7 +80,7 @@ def points(runs: Runs) -> list[Block]:
 
 
 def snapshots(runs: Runs) -> list[Block]:
-    """Samples drawn during training: of many snapshots only some, which include the first and the last."""
+    """Samples drawn during training. If there are many snapshots, some are left out, but not the first and the last."""
     pictures = {}
     for run in runs:
         chosen = np.unique(np.linspace(0, len(run.snapshots) - 1, MAX_SNAPSHOTS).round().astype(int))
@@ -110,7 +110,7 @@ def densities(runs: Runs) -> list[Block]:
 
 
 def diagnostics(runs: Runs) -> list[Block]:
-    """Where the models are bad, by start time and noise level, of the newest checkpoint of each run."""
+    """The errors of the newest checkpoint of each run, by start time and noise level."""
     models = {}
     for run in runs:
         result, file = run.newest_result("diagnostics")
