@@ -23,6 +23,7 @@ from dequantization.noise import dequantizer_from_config
 from dequantization.training import DequantizerTraining, dequantizer_state, evaluation_dequantizer, score_params
 from evaluators import MODES, Evaluator, evaluators_from_config
 from evaluators.assets import assets
+from evaluators.batch_size import choose_batch_sizes
 from evaluators.chosen import chosen_states, training_metadata
 from evaluators.class_training import ClassifierTraining, classifier_folder
 from evaluators.diagnostics import DiagnosticsEvaluator
@@ -311,6 +312,7 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
     """
     run = build(config, for_training=False)
     _check_eval_folder(eval_folder)
+    choose_batch_sizes(run)
     evaluators = evaluators_from_config(run, lambda: evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, evaluators, Workdir(path), eval_folder)
 
@@ -325,6 +327,7 @@ def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: 
     """
     run = build(config, for_training=False)
     _check_eval_folder(eval_folder)
+    choose_batch_sizes(run)
     evaluator = DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, [evaluator], Workdir(path), eval_folder)
 
@@ -339,6 +342,7 @@ def control(config: Config, path: Path, mode: str, eval_folder: str = "eval") ->
     """
     run = build(config)
     _check_eval_folder(eval_folder)
+    choose_batch_sizes(run)
     evaluate_with(run, [MODES[mode](run, Workdir(path))], Workdir(path), eval_folder)
 
 

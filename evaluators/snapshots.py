@@ -32,10 +32,8 @@ class Snapshots:
     def __init__(self, run: Run, workdir: Workdir):
         self.run, self.folder = run, workdir.snapshots
         if run.config.training.snapshot_sampling:
-            self.shown = min(PER_GRID, run.config.sampling.batch_size)
+            self.shown = min(PER_GRID, run.config.sampling.batch_size or PER_GRID)
             self.sampler = snapshot_sampler(run)
-            if self.shown < 1:
-                raise ValueError(f"sampling.batch_size is {self.shown}; it must be at least 1")
             if len(run.data_shape) != 3:
                 raise ValueError(
                     f"training.snapshot_sampling draws images, but {run.config.data.dataset} has points; use False"
