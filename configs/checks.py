@@ -1,6 +1,6 @@
-"""General rules for all fields of a configuration: their types, and the ranges of their numbers.
+"""Checks of single fields of a configuration: their types, and the ranges of their numbers.
 
-Objects that are built from a configuration check how its fields go together. What is here needs no other module.
+The objects that are built from a configuration check whether its fields are compatible.
 """
 
 import difflib
@@ -125,7 +125,7 @@ RANGES = {
     "cost.num_devices": "[1, inf)",
     "cost.selftest_seconds": "(0, inf)",
 }
-"""The interval of every field that is a number or a tuple of numbers, in the notation of mathematics."""
+"""The interval of every field that is a number or a tuple of numbers, in mathematical notation."""
 
 KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text"}
 """Types in words."""
@@ -184,7 +184,7 @@ def _check_value(field: str, whole: Any, value: Any, kind: type) -> None:
 
 
 def _in_words(interval: str, entries: str) -> str:
-    """The end of an error message: which values the range allows."""
+    """Returns the end of an error message, which says what values the range allows."""
     low, high = interval[1:-1].split(", ")
     if high != "inf":
         return f"{entries.removesuffix(' be')} lie in {interval}"

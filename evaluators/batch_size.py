@@ -1,4 +1,4 @@
-"""Batch sizes of 0 in `eval` and `sampling`: the largest batch that fits the memory of the devices, by an estimate."""
+"""Replaces batch sizes of 0 in `eval` and `sampling` by the largest batch that fits the devices, by an estimate."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ MOST = 1024
 
 
 class Memory(NamedTuple):
-    """The memory of a program on one device in GB, by the number of images: `one` + `each` for each image after it."""
+    """The memory in GB of a program on one device: `one` for one image, and `each` for each further image."""
 
     one: float
     each: float
@@ -36,7 +36,7 @@ class Memory(NamedTuple):
 
 
 def choose_batch_sizes(run: Run) -> None:
-    """Replaces batch sizes of 0 in `eval` and `sampling` of the run's configuration by the largest that fit.
+    """Sets batch sizes of 0 in `eval` and `sampling` of the run's configuration to the largest ones that fit.
 
     The memory is estimated from the traced program, so nothing is compiled.
 
@@ -54,7 +54,7 @@ def choose_batch_sizes(run: Run) -> None:
 
 
 def largest_batch(memory: Memory, devices: int, images: int, field: str) -> int:
-    """Returns the number of images in the largest batch over all devices. It is not larger than to cover all images.
+    """Returns the number of images in the largest batch over all devices. It is at most what all images need.
 
     Raises:
         ValueError: if one image per device does not fit.
@@ -94,7 +94,7 @@ def _memory(run: Run, function: Callable[[Params, Batch], object]) -> Memory:
         x = jax.ShapeDtypeStruct((size, *run.data_shape), jnp.float32)
         return peak_bytes(jax.make_jaxpr(function)(params, x).jaxpr) / GIGA
 
-    # In small batches, other values than in large ones may need the most memory.
+    # Other values may need the most memory in small batches than in large ones, so the sizes compared are large.
     half, whole = gb(MOST), gb(2 * MOST)
     each = (whole - half) / MOST
     return Memory(half - (MOST - 1) * each, each)

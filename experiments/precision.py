@@ -1,7 +1,7 @@
 """Measures how the losses, their gradients and bits/dim change with bfloat16, and writes docs/results/precision.md.
 
-The model is the demo's first-order digits model, trained in float32. Both precisions see the same parameters, images,
-noise and probes. It resumes.
+The model is the demo's first-order digits model, trained in float32. Both precisions use the same parameters, images,
+noise and probes. If the script is interrupted, run the same command again to resume.
 
     python -m experiments.precision
 """

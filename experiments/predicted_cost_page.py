@@ -18,13 +18,13 @@ BEGIN, END = "<!-- predicted costs: begin -->", "<!-- predicted costs: end -->"
 
 
 class Bound(NamedTuple):
-    """What order 3 may cost: temporary memory in GB, and arithmetic as a multiple of that without a memory setting."""
+    """A limit for order 3: temporary memory in GB, and arithmetic as a multiple of that without a memory setting."""
 
     temporary_gb: float
     gflop_ratio: float
     title: str
     in_parts: bool
-    """Whether it is for settings that compute the batch in parts."""
+    """Whether the limit applies to settings that compute the batch in parts, or to the others."""
 
 
 BOUNDS = (Bound(11, 1.05, "with accumulation", True), Bound(20, 1.35, "without accumulation", False))
