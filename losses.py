@@ -216,8 +216,8 @@ class Objective(TrainingObjective):
         """Computes the objective of each example as `total`, and its unweighted terms by their names in `TERMS`.
 
         Estimated by one probe, order k costs one network evaluation with k derivatives; by two probes, about twice
-        that. With a high_order_fraction below 1, examples without the terms of orders 2 and 3 have 0 there, and the
-        others have the terms divided by the fraction, so that means over a batch have the same expectation.
+        that. With a high_order_fraction below 1, the terms of orders 2 and 3 are 0 for some examples, and divided by
+        the fraction for the others. So means over a batch have the same expectation.
 
         Raises:
             ValueError: if the weights follow the residual, but none is given.

@@ -1,9 +1,9 @@
 """The forward SDEs, in closed form.
 
 Every SDE here is linear, dx = f(t) x dt + g(t) dw for t in [0, 1], so x_t given x_0 is N(alpha_t x_0, sigma_t^2 I).
-One function describes it up to the scale of x: the noise level rho = sigma / alpha. The rest follows, e.g. the
-importance weight of the likelihood-weighted objective is a derivative of its logarithm,
-g^2 / sigma^2 = d/dt ln rho^2, so sampling t in proportion to it means sampling ln rho uniformly.
+One function describes it up to the scale of x: the noise level rho = sigma / alpha. The rest follows from rho. For
+example, the importance weight of the likelihood-weighted objective is g^2 / sigma^2 = d/dt ln rho^2, so sampling t in
+proportion to this weight means sampling ln rho uniformly.
 
 Sources: [S21a] Song et al., ICLR 2021 (VE, VP, sub-VP); [S21b] Song et al., NeurIPS 2021 (importance sampling);
 [K21] Kingma et al., NeurIPS 2021, and [Z23] Zheng et al., ICML 2023 (gamma linear in time, velocities).

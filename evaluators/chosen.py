@@ -15,8 +15,8 @@ from train_state import TrainState
 def chosen_states(config: Config, checkpoints: Checkpoints, start: int = 0) -> Iterator[tuple[int, TrainState]]:
     """The steps and states of the checkpoints from `eval.begin_ckpt` to `eval.end_ckpt`, or the newest.
 
-    If none of the chosen steps comes after `start`, where the run started from another's checkpoint, the newest step is
-    chosen with a warning: published configurations name the step of the released checkpoint, which is that start.
+    A run that started from the checkpoint of another run has `start` > 0. If none of the chosen steps comes after it,
+    the newest step is chosen with a warning, because published configurations name the step of the released checkpoint.
 
     Raises:
         FileNotFoundError: if a checkpoint is missing, before the first is read.

@@ -23,13 +23,13 @@ TIMES_PER_UNIT = 999
 class MLP(nn.Module):
     """Maps noisy points to the noise in them; fields as in configs/default.py.
 
-    Labels are 999 t, and points enter the network unscaled. With `scale_by_sigma`, labels are noise levels sigma:
-    points are divided by sqrt(1 + sigma^2), so that inputs and derivatives have the same scale at all noise levels, and
-    the output, minus the noise, is divided by sigma.
+    Labels are 999 t, and points enter the network unscaled. With `scale_by_sigma`, labels are noise levels sigma, and
+    the output is minus the noise divided by sigma. Points are divided by sqrt(1 + sigma^2), so that inputs and
+    derivatives have the same scale at all noise levels.
 
-    With `published`, the network is that of the paper's experiments: it embeds the time t itself, no nonlinearity acts
-    on the joined features of time and point, and weights and biases start uniform in +-1/sqrt(fan in), the default of
-    PyTorch's linear layers.
+    With `published`, the network is that of the paper's experiments, with three differences. It embeds the time t
+    itself. No nonlinearity acts on the joined features of time and point. Weights and biases start uniform in
+    +-1/sqrt(fan in), the default of PyTorch's linear layers.
 
     Raises:
         ValueError: if inputs are not points, [batch, d].

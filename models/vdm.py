@@ -36,10 +36,10 @@ FOURIER_EXPONENTS = (6, 7)
 class VDM(nn.Module):
     """Maps noisy images in [-1, 1] and their times to images of the same shape ([K21] App. B).
 
-    The network has a downward path of `num_res_blocks` residual blocks, two blocks with attention in the middle, and
-    an upward path of `num_res_blocks + 1` blocks, each of which also sees one feature map of the downward path. The
-    output is the noisy image plus the output of the last convolution. Layers that end a branch start at zero, so the
-    network starts as the identity.
+    The downward path has `num_res_blocks` residual blocks, the middle has two blocks with attention between them, and
+    the upward path has `num_res_blocks + 1` blocks. Each block of the upward path also sees one feature map of the
+    downward path. The output is the noisy image plus the output of the last convolution. Layers that end a branch start
+    at zero, so the network starts as the identity.
 
     Labels are 999 t, as for the other networks. The label of the published network is (gamma - gamma_min) / (gamma_max
     - gamma_min), gamma = 2 ln(sigma / alpha), which is t if gamma is linear in t.
