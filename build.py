@@ -77,7 +77,7 @@ class Run:
         return sampler_from_config(self.config, self.sde, self.preprocess.data_range)
 
     def predictor_corrector(self) -> PredictorCorrector:
-        """The predictor-corrector sampler with the fields of `sampling`, whatever sampling.method says.
+        """The predictor-corrector sampler with the fields of `sampling`, for every sampling.method.
 
         Raises:
             ValueError: for a field of `sampling` whose value is not allowed.
@@ -194,7 +194,7 @@ def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True
     """Builds the objects that the configuration describes.
 
     Args:
-        mesh: the devices to compile for; None: all devices at hand.
+        mesh: the devices to compile for; None: all devices of all hosts.
         for_training: also check that the fields for training are compatible, and that the batch can be divided among
             the devices. An evaluation does not depend on this, and may run on other devices.
 

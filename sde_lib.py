@@ -451,13 +451,13 @@ class StraightPathSDE(LinearGammaSDE):
         return 2 * (jax.nn.softplus(-0.5 * gamma) - jax.nn.sigmoid(-0.5 * gamma))
 
     def gamma_of_alpha_squared_above(self, integral: Times) -> Times:
-        """The root, by Newton's method: the integral is convex in gamma, so from the left no step goes too far."""
+        """The root, by Newton's method. As the integral is convex in gamma, no step passes the root from the left."""
 
         def step(_: Array, gamma: Times) -> Times:
             alpha_squared = jax.nn.sigmoid(-0.5 * gamma) ** 2
             return gamma + (self.alpha_squared_above(gamma) - integral) / alpha_squared
 
-        return jax.lax.fori_loop(0, 30, step, -integral - 2)  # the integral exceeds -gamma - 2
+        return jax.lax.fori_loop(0, 30, step, -integral - 2)  # The start is left of the root, as integral > -gamma - 2.
 
 
 SDES: dict[str, type[SDE]] = {

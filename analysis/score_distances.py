@@ -11,8 +11,8 @@ Theorem 3.1 of [L22], for q and p at t_min and at T:
 
     KL(q_min || p_min) = KL(q_T || p_T) + integral of g^2 / 2 E[(s - grad ln q_t) . (grad ln p_t - grad ln q_t)] dt.
 
-With e = s - grad ln q, the Jacobian and the gradient of its trace have errors of their own, which the second and third
-order of score matching reduce. All three are integrals over ln(sigma / alpha) of squares in units of the noise:
+With e = s - grad ln q, the second and third order of score matching reduce the errors of the Jacobian of s and of the
+gradient of its trace. All three are integrals over ln(sigma / alpha) of squares in units of the noise:
 
     score_matching  sigma^2 |e|^2         second  sigma^4 |grad e|_F^2         third  sigma^6 |grad tr grad e|^2
 

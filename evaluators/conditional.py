@@ -1,7 +1,7 @@
 """Conditional samples: images with a known part, and images of given classes ([S21a] Sec. 5 and App. I).
 
-The predictor-corrector sampler of `sampling` draws images with a known part, whatever sampling.method is. The sampler
-that sampling.method names draws images of classes. Pictures are in pictures/ of the workdir.
+For every sampling.method, the predictor-corrector sampler with the fields of `sampling` draws images with a known part.
+The sampler that sampling.method names draws images of classes. Pictures are in pictures/ of the workdir.
 """
 
 import time

@@ -206,7 +206,7 @@ def evaluation_source(config: Config) -> Source:
 
     Raises:
         ValueError: for a field whose value is not allowed.
-        OSError: if the data are not there.
+        OSError: if the data are missing.
     """
     settings = config.eval
     if settings.max_examples < 0:
@@ -232,8 +232,8 @@ def places_from_config(config: Config) -> tuple[str, ...]:
         raise ValueError(f"eval.likelihood_at is {settings.likelihood_at!r}; known: {', '.join(choices)}")
     if settings.likelihood_at != "x" and settings.dequantization != "uniform":
         raise ValueError(
-            f"eval.likelihood_at is {settings.likelihood_at!r}, but eval.dequantization={settings.dequantization} has "
-            "the noise of its own start time already; use eval.likelihood_at=x"
+            f"eval.likelihood_at is {settings.likelihood_at!r}, but eval.dequantization={settings.dequantization} "
+            "already adds the noise of the SDE to the data; use eval.likelihood_at=x"
         )
     return AT if settings.likelihood_at == "both" else (settings.likelihood_at,)
 

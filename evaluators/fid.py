@@ -254,7 +254,7 @@ def _stored_or_written(path: Path, extractor: FeatureExtractor, measured: Statis
 
 
 def _report_path(config: Config, path: Path) -> Path:
-    """The file of the test: beside our own statistics, and for published ones in the same folder under both names."""
+    """Returns the file of the test: next to our own statistics; for published ones, in the folder of our statistics."""
     if not config.eval.statistics:
         return path.with_suffix(".json")
     return path.with_name(f"{Path(config.eval.statistics).stem}_{path.stem}.json")

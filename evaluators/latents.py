@@ -1,6 +1,6 @@
 """Latent codes: images to x at t_max by the probability-flow ODE, and back ([S21a] Sec. 4.3).
 
-They use the fields of the sampler `ode` (sampling.ode_solver, rtol, atol, smallest_time), whatever sampling.method is.
+They use the fields of the sampler `ode` (sampling.ode_solver, rtol, atol, smallest_time), for every sampling.method.
 Codes and pictures are in latents/ and pictures/ of the workdir.
 """
 

@@ -88,7 +88,7 @@ def main() -> int:
 
 
 def start_layout(layout: Layout, folder: Path, data: str) -> None:
-    """Runs a layout in processes of its own, unless its results exist.
+    """Runs a layout in new processes, unless its results exist.
 
     Raises:
         RuntimeError: if a process fails.

@@ -55,7 +55,7 @@ def initial_residuals(like: TrainState) -> ResidualTable | None:
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
-    """The arrays that every checkpoint has, by name; the residuals are stored beside them, if there are any."""
+    """Returns the arrays that every checkpoint has, by name. Residuals, if there are any, are stored separately."""
     return {name: getattr(state, name) for name in ("step", "params", "ema_params", "opt_state")}
 
 
@@ -154,7 +154,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items, description=ocp.args.JsonSave(described)))
 
     def restore(self, step: int) -> TrainState:
-        """Restores the state at `step`. If the checkpoint has no residuals, as in older versions, they start anew.
+        """Restores the state at `step`. Older checkpoints have no residuals, which then have their initial values.
 
         Raises:
             DamagedCheckpointError: if the checkpoint is damaged.

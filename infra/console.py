@@ -49,8 +49,9 @@ class _LogFile(logging.FileHandler):
 def quiet_libraries() -> None:
     """Hides messages of libraries below warnings from standard error, and tracebacks of other threads.
 
-    If a disk is full, several threads of orbax, tensorstore and TensorBoard fail beside the main thread, whose error is
-    the one that main.py prints. The others are logged for --verbosity=1. Orbax logs errors that it raises, too.
+    If a disk is full, the main thread fails, and so do several threads of orbax, tensorstore and TensorBoard. main.py
+    prints the error of the main thread. The other errors are logged with --verbosity=1. Orbax also logs errors that it
+    raises.
     """
     handler = absl_logging.get_absl_handler()
     handler.addFilter(_of_interest)

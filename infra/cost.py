@@ -1,4 +1,4 @@
-"""The cost of a training step: arithmetic, memory, compile time and, on the devices at hand, seconds.
+"""The cost of a training step: arithmetic, memory, compile time and, if the devices exist, seconds.
 
 A case is an order, a batch size and a memory setting. `--mode=cost` writes and prints one row for each case.
 """

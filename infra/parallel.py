@@ -248,7 +248,7 @@ def divisible(batch_size: int, field: str, parts: int = 1, devices: int | None =
 
     Args:
         field: the name of the batch size in the configuration.
-        devices: the number of devices; None: of those at hand.
+        devices: the number of devices; None: all devices of all hosts.
 
     Raises:
         ValueError: if it does not. The message names the nearest sizes that do.

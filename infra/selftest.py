@@ -75,7 +75,7 @@ def collective(folder: Path, seconds: float = COLLECTIVE_SECONDS) -> str:
         total = within(seconds, f"the sum over {jax.device_count()} devices", _sum_over_devices)
     except TimeoutError as error:
         missing = missing_processes(marks, jax.process_count(), mark.stat().st_mtime - seconds)
-        who = f"; no sign of process {', '.join(map(str, missing))}" if missing else "; all processes came to it"
+        who = f"; no sign of process {', '.join(map(str, missing))}" if missing else "; all processes have started it"
         raise TimeoutError(f"{error}{who}") from error
     missing = missing_processes(marks, jax.process_count(), 0.0)
     parallel.any_host(False)  # This waits until all processes have looked, before any mark is removed.

@@ -173,8 +173,8 @@ _BITS_PER_DIM = [
 _ABOUT_BITS_PER_DIM = (
     "The value after ± is the standard error over images; the repeats of an image are averaged first. All errors are "
     "estimates in bits/dim. The error of the solver is a bias of the mean. The other errors are standard errors of the "
-    "mean: of the random probes, of the times and noise that a bound samples, and over repeats. A solver error far "
-    "below these does not make the result more accurate."
+    "mean: of the random probes, of the times and noise that a bound samples, and over repeats. If the error of the "
+    "solver is far below the others, a finer solve does not make the result more accurate."
 )
 
 _NATS = [
@@ -245,6 +245,6 @@ _CLASSES = [
     field("images with their class", "accuracy", "se", show=with_error),
     field("guidance", "guidance"),
     field("images", "n"),
-    field("accuracy of the judge on real images", "judge_accuracy"),
+    field("accuracy of the classifier on real images", "judge_accuracy"),
     *_COSTS,
 ]
