@@ -47,6 +47,7 @@ class Run:
 
     @property
     def sde(self) -> SDE:
+        """The forward SDE of the model."""
         return self.model.sde
 
     @property
@@ -62,6 +63,7 @@ class Run:
         return self.config.data.image_size, self.config.data.image_size, self.config.data.num_channels
 
     def key(self, purpose: int) -> jax.Array:
+        """Derives the random key for one purpose from the seed of the run."""
         return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
 
     def score_fn(self, params: Params) -> NetworkScore:

@@ -148,6 +148,7 @@ class Objective(TrainingObjective):
 
     @property
     def times(self) -> TimeDistribution:
+        """The distribution of the times t. Raises ValueError for a field that is not allowed."""
         return TimeDistribution(
             self.t_min,
             self.importance_weighting,
@@ -158,6 +159,7 @@ class Objective(TrainingObjective):
 
     @property
     def needs_two_probes(self) -> bool:
+        """Whether the estimator of orders 2 and 3 takes two probes per example."""
         return self.order > 1 and self.estimator in ("unbiased", "unbiased_trace") and not self.exact
 
     @property

@@ -85,6 +85,7 @@ EFFECT = {
 
 
 def main(argv: Sequence[str]) -> int:
+    """Runs the mode of the command line, and returns the exit code."""
     if len(argv) > 1:
         return _complain(f"unexpected argument {argv[1]!r}; flags begin with --")
     required = (_MODE,) if _MODE.value in ("prepare", "stats") else (_MODE, _WORKDIR)

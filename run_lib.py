@@ -221,6 +221,8 @@ def score_training(run: Run, source: Source, end: int | None = None) -> Training
 
 
 def draw_snapshots(snapshots: Snapshots, metrics: MetricsWriter) -> Callback:
+    """Draws a snapshot after each saved call, if one is due. Its time does not count as training time."""
+
     def draw(call: Call) -> None:
         if call.saving:
             with metrics.aside():
@@ -425,6 +427,7 @@ def export(config: Config, path: Path, deq_folder: str = "deq") -> Path:
 
 
 def num_parameters(state: TrainState) -> int:
+    """Returns the number of parameters of the network."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 

@@ -68,6 +68,7 @@ class SDE(abc.ABC):
         return append_dims(alpha, x0) * x0, sigma
 
     def drift(self, x: Batch, t: PerExample) -> Batch:
+        """The drift f(t) x of the SDE, shaped as x."""
         return append_dims(self.drift_coeff(t), x) * x
 
     def probability_flow(self, score_fn: ScoreFn, x: Batch, t: PerExample) -> Batch:
@@ -79,6 +80,7 @@ class SDE(abc.ABC):
         return num_dims(x) * self.drift_coeff(t)
 
     def prior_sample(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+        """Draws x at t_max from the prior N(0, prior_sigma^2 I)."""
         return self.prior_sigma * jax.random.normal(key, shape)
 
     def prior_logp(self, x: Batch) -> PerExample:
@@ -257,6 +259,7 @@ class _LinearBetaSDE(SDE):
         return 1.0
 
     def beta(self, t: Times) -> Times:
+        """The noise rate at t, linear in time."""
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def beta_integral(self, t: Times) -> Times:

@@ -46,6 +46,7 @@ class ResidualTable(NamedTuple):
 
     @classmethod
     def start(cls) -> "ResidualTable":
+        """Returns the table before the first step: one batch with r = 1."""
         # Without the dtype the arrays are weakly typed, and the second training step compiles again.
         total, number = (jnp.full(RESIDUAL_BINS, 1 / RESIDUAL_BINS, jnp.float32) for _ in range(2))
         return cls(total, number)
@@ -58,6 +59,7 @@ class ResidualTable(NamedTuple):
         return cls(jnp.mean(member * residual[:, None], axis=0), jnp.mean(member, axis=0))
 
     def updated(self, batch: "ResidualTable") -> "ResidualTable":
+        """Returns the table after one more batch."""
         return jax.tree.map(lambda old, new: RESIDUAL_MEMORY * old + new, self, batch)
 
     def values(self) -> Float[Array, " bins"]:

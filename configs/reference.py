@@ -148,6 +148,7 @@ def _sentence(text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes the page to the file of the flag --out."""
     description = (__doc__ or "").split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m configs.reference", description=description)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "configuration.md", help="the page to write")

@@ -48,10 +48,12 @@ class Comparison:
 
     @functools.cached_property
     def extractor(self) -> FeatureExtractor:
+        """The network that measures images. It is built, or trained, on first use."""
         return self.find_extractor()
 
     @functools.cached_property
     def statistics(self) -> Statistics:
+        """The statistics of the real images. They are loaded, or measured, on first use."""
         return self.find_statistics(self.extractor)
 
     def prepare(self) -> None:

@@ -91,6 +91,7 @@ class PointLikelihoodEvaluator:
 
     @functools.cached_property
     def reference(self) -> GaussianReference:
+        """Mean and standard deviation of the first training points; the default if the estimator does not use them."""
         if not self.estimator.needs_reference:
             return GaussianReference()
         source = datasets.source_from_config(self.run.config, "train")

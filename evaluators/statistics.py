@@ -50,6 +50,7 @@ class Moments:
         self.n = 0
 
     def add(self, pool: Float[np.ndarray, "n d"]) -> None:
+        """Adds the next part of the vectors."""
         if self.n == 0:
             self.shift = pool.mean(axis=0, dtype=np.float64)
             self.sum, self.products = np.zeros_like(self.shift), np.zeros((len(self.shift),) * 2)
@@ -73,12 +74,14 @@ class _RandomSubset:
         self.priorities = np.empty(0)
 
     def add(self, pool: Float[np.ndarray, "n d"]) -> None:
+        """Adds the next part of the vectors, each with a random priority."""
         self.parts.append(pool)
         self.priorities = np.concatenate([self.priorities, self.generator.random(len(pool))])
         if len(self.priorities) > 2 * self.size:
             self._reduce()
 
     def vectors(self) -> Float[np.ndarray, "stored d"]:
+        """Returns the vectors with the lowest priorities, in the order of their arrival."""
         self._reduce()
         return self.parts[0]
 

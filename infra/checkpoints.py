@@ -135,9 +135,11 @@ class Checkpoints:
             raise OSError(f"cannot write a checkpoint to {self._manager.directory}: {reason}") from error
 
     def steps(self) -> Sequence[int]:
+        """Returns the steps that have a checkpoint, in increasing order."""
         return sorted(self._manager.all_steps())
 
     def newest(self) -> int | None:
+        """Returns the step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:

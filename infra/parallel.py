@@ -37,6 +37,7 @@ def device_mesh() -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 

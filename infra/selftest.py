@@ -141,4 +141,5 @@ def checkpoint_bytes(state: TrainState, n_iters: int, keep_every: int) -> int:
 
 
 def state_bytes(state: TrainState) -> int:
+    """Returns the size of a state in bytes, given the state or its shapes."""
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

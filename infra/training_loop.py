@@ -140,6 +140,8 @@ def record_test_loss(
 
 
 def save_checkpoints(checkpoints: Checkpoints) -> Callback:
+    """Saves the state after each call at whose end a checkpoint is due."""
+
     def save(call: Call) -> None:
         if call.saving:
             checkpoints.save(call.state)

@@ -300,6 +300,7 @@ class ImageGrid:
     """Images in a row of the picture; 0: as square as possible."""
 
     def write(self, path: Path) -> None:
+        """Writes the images as an .npz file."""
         columns = {"columns": self.columns} if self.columns else {}
         write_npz(path, samples=self.images, levels=self.levels, step=self.step, **columns)
 
@@ -319,6 +320,7 @@ class PointCloud:
     step: int
 
     def write(self, path: Path) -> None:
+        """Writes the points as an .npz file."""
         write_npz(path, points=self.points, step=self.step)
 
     @classmethod
@@ -338,6 +340,7 @@ class DensityGrid:
     step: int
 
     def write(self, path: Path) -> None:
+        """Writes the densities as an .npz file."""
         data = {} if self.data is None else {"data": self.data}
         write_npz(path, limit=self.limit, step=self.step, density=self.density, **data)
 

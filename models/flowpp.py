@@ -47,6 +47,7 @@ def concat_elu(x: Array) -> Array:
 def conv3x3(
     x: FeatureMap, kernel: Float[Array, "3 3 channels features"], kernel_axes: str = "HWIO"
 ) -> Float[Array, "batch height width features"]:
+    """A 3x3 convolution with zero padding."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", kernel_axes, "NHWC"))
 
 
@@ -54,6 +55,8 @@ swapped_conv3x3 = functools.partial(conv3x3, kernel_axes="WHIO")
 
 
 def normal_init(std: float) -> nn.initializers.Initializer:
+    """Initializer for normal values with mean 0 and this standard deviation."""
+
     def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         # Flat arrays of few sizes: XLA takes far longer to compile random numbers of other shapes.
         size = math.prod(shape)
@@ -89,6 +92,7 @@ def nin(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: f
 
 
 def conv(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> Projected:
+    """A plain 3x3 convolution, with parameters NAME_W and NAME_b."""
     return linear(scope, name, x, features, apply=swapped_conv3x3, size=(3, 3), init_scale=init_scale)
 
 
@@ -162,6 +166,7 @@ def gated_attention(
 
 
 def position_embedding(scope: nn.Module, name: str, x: FeatureMap, channels: int) -> Array:
+    """A learned embedding of the pixel positions, [height, width, channels]."""
     return scope.param(name, normal_init(0.01), (*x.shape[1:3], channels), x.dtype)
 
 
@@ -343,6 +348,7 @@ class Flowpp(nn.Module):
 
 
 def split_columns(images: Float[Array, "batch height columns channels"]) -> Halves:
+    """Splits images into their even and their odd columns."""
     return images[:, :, 0::2], images[:, :, 1::2]
 
 

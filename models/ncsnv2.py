@@ -22,6 +22,7 @@ class Plan(NamedTuple):
 
     @property
     def halvings(self) -> int:
+        """How often the resolution is halved."""
         return self.dilations.count(1) - 1
 
 

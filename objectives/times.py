@@ -43,6 +43,7 @@ class TimeDistribution:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
 
     def draw(self, key: Array, sde: SDE, batch: int) -> PerExample:
+        """Draws one time for each of `batch` examples."""
         return self.at_quantiles(sde, self.draw_quantiles(key, batch))
 
     def draw_quantiles(self, key: Array, batch: int) -> PerExample:

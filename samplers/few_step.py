@@ -271,6 +271,7 @@ class FastSampler(Sampler):
         check_positive("sampling.schedule_exponent", self.schedule_exponent)
 
     def levels(self, num_levels: int) -> LogNoiseLevels:
+        """Returns ln rho of the levels of the grid, from t_max to `smallest_time`."""
         schedule = self.best_schedule if self.schedule == "auto" else self.schedule
         return noise_levels(self.sde, self.smallest_time, num_levels, schedule, self.schedule_exponent)
 
@@ -336,9 +337,11 @@ def _fast_fields(config: Config, sde: SDE, data_range: DataRange) -> dict[str, A
 
 
 def dpm_solver_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    """Builds DPM-Solver++ with the fields of `sampling`."""
     fields = _fast_fields(config, sde, data_range)
     return DPMSolverSampler(order=config.sampling.order, eta=config.sampling.eta, **fields)
 
 
 def heun_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    """Builds Heun's method with the fields of `sampling`."""
     return HeunSampler(**_fast_fields(config, sde, data_range))

@@ -120,6 +120,7 @@ def step_noise(keys: ImageKeys, image_shape: tuple[int, ...], step: Array, draw:
 
 
 def first_noise(keys: ImageKeys, image_shape: tuple[int, ...], step: Array) -> Batch:
+    """Draws the first noise of a step for each image; see `step_noise`."""
     return step_noise(keys, image_shape, step, 0)
 
 
@@ -131,6 +132,7 @@ def denoise(score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample) -> Batch:
 
 @functools.partial(jax.jit, static_argnames="sde")
 def denoise_at(score_fn: ScoreFn, sde: SDE, x: Batch, t: float | Float[Array, ""]) -> Batch:
+    """`denoise` at the same time t for all images."""
     return denoise(score_fn, sde, x, jnp.full(x.shape[0], t))
 
 
@@ -142,15 +144,18 @@ def common_fields(config: Config, sde: SDE) -> dict[str, Any]:
 
 
 def check_choice(field: str, value: object, allowed: Iterable) -> None:
+    """Raises ValueError if the value is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 def check_at_least(field: str, value: int, least: int) -> None:
+    """Raises ValueError if the value is smaller than `least`."""
     if value < least:
         raise ValueError(f"{field} must be at least {least}, got {value}")
 
 
 def check_positive(field: str, value: float) -> None:
+    """Raises ValueError if the value is not positive, or is NaN."""
     if not value > 0:
         raise ValueError(f"{field} must be positive, got {value}")

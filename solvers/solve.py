@@ -45,6 +45,7 @@ def combine(y: PyTree, dt: Float[Array, ""], weights: Iterable[float | Array], s
 
 
 def is_finite(y: PyTree) -> Bool[Array, ""]:
+    """Returns whether all values of a state are finite."""
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), y))
 
 
