@@ -59,7 +59,7 @@ class Bound(NamedTuple):
 
     @property
     def total(self) -> PerExample:
-        """The bound."""
+        """The bound on -ln p(x), in nats."""
         return self.prior + self.integral + self.start
 
     @property

@@ -254,7 +254,7 @@ def has_points(config: Config) -> bool:
 
 
 def training_preprocess(config: Config) -> Preprocess | PointPreprocess:
-    """The preprocessing of training data."""
+    """Returns the preprocessing of training data, which may mirror and dequantize them."""
     return PointPreprocess() if has_points(config) else preprocess_from_config(config, train=True)
 
 
@@ -277,7 +277,7 @@ def preprocess_from_config(config: Config, *, train: bool) -> Preprocess:
 
 
 REFERENCE_EXAMPLES = 10_000
-"""Training examples, at most, from which the mean and standard deviation of the data are computed."""
+"""The largest number of training examples from which the mean and standard deviation of the data are computed."""
 
 _BLOCK = 256  # The number of images in memory at a time; images may be large.
 

@@ -183,7 +183,7 @@ class ReferenceField:
 
 
 class Method(NamedTuple):
-    """How a likelihood is solved."""
+    """The coordinates and the ODE method with which a likelihood is computed."""
 
     coordinates: str
     """"time", as published, or "reference", our coordinates."""

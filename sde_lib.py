@@ -47,7 +47,7 @@ class SDE(abc.ABC):
 
     @abc.abstractmethod
     def diffusion(self, t: Times) -> Times:
-        """g(t)."""
+        """The diffusion coefficient g(t)."""
 
     @abc.abstractmethod
     def log_noise_level(self, t: Times) -> Times:

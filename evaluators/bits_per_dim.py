@@ -35,7 +35,7 @@ from samplers.sampler import image_keys
 
 
 class BitsPerDimEvaluator:
-    """Bits/dim of the images of `eval.bpd_dataset`, `eval.num_repeats` times, with the other settings of `eval`.
+    """Computes bits/dim of the images of `eval.bpd_dataset`, `eval.num_repeats` times, as `eval` describes.
 
     Args:
         at: x as published, or x_tmin, where the likelihood of the ODE compares with the bound without start-time
@@ -201,7 +201,7 @@ ERRORS = ("solver_error", "probe_error", "sampling_error")
 
 
 MOST_SOLVER_ERROR = 0.005
-"""Bits/dim by which a fixed-step solver may be off, by its own estimate, without a warning."""
+"""A solver's error in bits/dim, by its own estimate, above which there is a warning; so is half the standard error."""
 
 
 def summary(repeats: list[list[Values]]) -> dict[str, Any]:

@@ -204,7 +204,7 @@ class DiagnosticsEvaluator:
 
 
 LAST_START = 0.3
-"""The last start time of the likelihood, as a part of T."""
+"""The last start time of the likelihood, as a fraction of T."""
 
 
 def start_times(sde: SDE, t_min: float, num: int) -> Float[np.ndarray, " num"]:

@@ -15,7 +15,7 @@ from models.score import Params
 
 
 class LossEvaluator:
-    """The mean training objective and its terms on test data, with constant weights and without dropout."""
+    """Computes the mean training objective and its terms on test data, with constant weights and without dropout."""
 
     name = "loss"
 

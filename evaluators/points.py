@@ -24,20 +24,20 @@ from models.score import Params
 from samplers.sampler import image_keys
 
 REFERENCE_POINTS = 10_000
-"""Training points, at most, from which the mean and standard deviation of the data are computed."""
+"""The largest number of training points from which the mean and standard deviation of the data are computed."""
 
 GRID_MARGIN = 1.2
-"""The grid of the density extends to this multiple of the largest coordinate of the test points."""
+"""The grid of the density extends to this factor times the largest coordinate of the test points."""
 
 CELLS_PER_LINE = 8
-"""In one dimension, the grid has this many cells for each of `eval.density_grid`."""
+"""In one dimension, the number of cells of the grid is this factor times `eval.density_grid`."""
 
 DEQUANTIZATION_DEFAULTS = {"dequantizer": False, "dequantization": "uniform", "num_importance_samples": 1}
 """Fields of `eval` for the dequantization of images, with the values that they must have for points."""
 
 
 class PointLikelihoodEvaluator:
-    """Log-likelihoods of the points of `eval.bpd_dataset`, each counted once, with the other settings of `eval`.
+    """Computes log-likelihoods of the points of `eval.bpd_dataset`, each counted once, as `eval` describes.
 
     Raises:
         ValueError: for a field whose value is not allowed, or a divergence by probes, because that of points is exact.

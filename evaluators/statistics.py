@@ -14,7 +14,7 @@ from infra import parallel
 from infra.files import read_npz, write_npz
 
 MAX_STORED_FEATURES = 10_000
-"""Feature vectors, at most, that are stored with their statistics for KID."""
+"""The largest number of feature vectors that are stored with their statistics, for KID."""
 
 _BLOCK = 4096  # vectors converted to float64 at a time
 

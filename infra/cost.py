@@ -111,7 +111,7 @@ def program_identity(config: Config, mesh: Mesh, measure_steps: int) -> dict[str
 
 
 def contraction_flop(jaxpr: Any, *, repeat_loops: bool = True) -> float:
-    """Counts the floating-point operations of convolutions and matrix products in a traced program, two per product.
+    """Counts the floating-point operations, multiplications and additions, of convolutions and matrix products.
 
     The count includes operations on the zeros of padding and dilation, which a device also computes. XLA's own count
     includes the body of a loop only once, and omits library calls, such as the convolutions on GPUs. On CPUs the two

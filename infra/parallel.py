@@ -22,10 +22,10 @@ from infra.waiting import leave, waiting, within
 Tree = TypeVar("Tree")
 
 JOIN_SECONDS = 300.0
-"""How long processes wait for each other at the start."""
+"""Seconds that processes wait for each other at the start."""
 
 LEAVE_SECONDS = 10.0
-"""How long a process that has failed waits for the others to fail, too."""
+"""Seconds that a failed process waits for the others to fail, too."""
 
 OTHERS = "all processes of the run"
 
@@ -53,12 +53,12 @@ def along_largest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def global_array(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
-    """A global array, given each host's own rows along `axis`."""
+    """Makes a global array from each host's own rows along `axis`."""
     return jax.make_array_from_process_local_data(along_batch(mesh, axis), local)
 
 
 def whole(tree: Tree) -> Tree:
-    """The arrays on all devices, if they are divided among them."""
+    """Returns the arrays with a full copy on each device, also if they are divided among the devices."""
 
     def replicate(array: jax.Array) -> jax.Array:
         if not isinstance(array.sharding, NamedSharding):
@@ -69,7 +69,7 @@ def whole(tree: Tree) -> Tree:
 
 
 def fetch(tree: Tree) -> Tree:
-    """The global arrays as NumPy arrays, on every host."""
+    """Returns the global arrays as NumPy arrays, on every host."""
     if jax.process_count() > 1:
         with waiting(f"{OTHERS} to send their part of an array"):
             return multihost_utils.process_allgather(tree, tiled=True)

@@ -17,14 +17,14 @@ from infra.waiting import within
 from train_state import TrainState
 
 COLLECTIVE_SECONDS = 60.0
-"""How long the collective over all devices may take, including its compilation."""
+"""Time limit in seconds of the collective over all devices, including its compilation."""
 
 PROBE_BYTES = 2**26
 """The size of the file that measures the speed of the disk."""
 
 
 class Check(NamedTuple):
-    """A row of the table."""
+    """The result of one check: a row of the self-test's table."""
 
     name: str
     passed: bool

@@ -52,10 +52,10 @@ DATA = "data"
 """The name, without its ending, of the files in samples/ and samples/points/ that hold data instead of samples."""
 
 PER_GRID = 64
-"""Images in a picture, at most."""
+"""The largest number of images in a picture."""
 
 PER_FILE = 10_000
-"""Images in a file, at most."""
+"""The largest number of images in a file."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,13 +19,13 @@ from report.run_files import RunFiles
 Runs = Sequence[RunFiles]
 
 MAX_IMAGES = 64
-"""Images in a grid, at most."""
+"""The largest number of images in a grid."""
 
 MAX_ROWS = 16
 """The largest number of rows shown of a picture with a fixed number of columns."""
 
 MAX_SNAPSHOTS = 6
-"""Snapshots of a run, at most."""
+"""The largest number of snapshots that are shown of a run."""
 
 
 def loss_curves(runs: Runs) -> list[Block]:
