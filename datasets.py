@@ -211,7 +211,7 @@ class Preprocess:
         return (-1.0, 1.0) if self.centered else (0.0, 1.0)
 
     def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
-        """Converts samples to integer levels: by bin if data have noise or are middles of bins, else by `rounding`."""
+        """Converts samples to integer levels. By bin, if data have noise or are middles of bins, else by `rounding`."""
         unit = self.unscale(x)
         if self.dequantize or self.bin_centers:
             level = jnp.floor(unit * self.levels)

@@ -94,7 +94,7 @@ class ProbeDerivatives(NamedTuple):
     jacobian_direction: Batch
     """J w."""
     trace_gradients: list[Batch]
-    """grad_x (v.Jv) for each probe; empty if they were not asked for."""
+    """grad_x (v.Jv) for each probe; empty without `trace_gradients`."""
 
 
 def probe_derivatives(

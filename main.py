@@ -30,7 +30,7 @@ Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are requests to stop, in every mode: the sta
 code is 75. The same command then resumes. A second Ctrl-C stops at once, with code 130. Other exit codes: 0 after
 success, 2 for bad input, 1 for a failure of the computation. Schedulers may requeue on 75; see docs/cluster.md.
 
-Errors are one line. Use --verbosity=1 to print the full traceback. docs/ describes everything else.
+Errors are one line. Use --verbosity=1 to print the full traceback. The folder docs/ describes the rest.
 """
 
 import gc
@@ -44,7 +44,7 @@ from ml_collections import ConfigDict, config_flags
 from configs.checks import flat
 from configs.default import Config, get_config
 from configs.usage import record_reads
-from infra import stop  # JAX is imported late, so that --help, mistyped flags and signals are answered at once
+from infra import stop  # Modules with JAX are imported later, so that --help and signals need not wait.
 
 CONTROL = ("encode", "decode", "interpolate", "inpaint", "colorize", "restore", "classes")
 """The modes for latent codes and conditional samples."""

@@ -140,7 +140,7 @@ def adams_step(field: Field, node: Node, dt: Float[Array, ""], number: Int[Array
 def adams_path(field: Field, y0: State, times: Float[Array, " n"]) -> State:
     """Solves dy/dt = field(t, y) from y0 by the steps of "adams" between equally spaced times, and keeps every state.
 
-    For use under jit. The field is evaluated once at each time, and nowhere else.
+    For use under jit. The field is evaluated exactly once at each time.
 
     Returns:
         The state at each of `times`, on a new first axis. If the solve fails, they are not finite.

@@ -304,7 +304,7 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
 
     The checkpoints are those of the run at `path`, or the one at `eval.checkpoint`. With `eval.dequantizer`, bits/dim
     are computed with the dequantizer in the run's `deq_folder`. An interrupted evaluation resumes with the batch that
-    it was computing. Earlier results of evaluators that are not asked for are kept.
+    it was computing. Earlier results of evaluators that are not enabled now are kept.
 
     Raises:
         KeyboardInterrupt: after a request to stop.
@@ -362,7 +362,7 @@ def evaluate_with(run: Run, evaluators: Sequence[Evaluator], workdir: Workdir, e
 
 
 def _check_eval_folder(name: str) -> None:
-    """Raises ValueError unless this is a subfolder of the workdir where a run has nothing else."""
+    """Raises ValueError unless this is a subfolder of the workdir that is free for results."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), *((f,) for f in Workdir.OTHER_FOLDERS)):
         raise ValueError(f"--eval_folder={name} must name a subfolder of the workdir for results only, as eval_uniform")

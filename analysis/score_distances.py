@@ -274,8 +274,8 @@ def distance_curves(
         probes: for all of these examples, in their order.
 
     Returns:
-        Curves at the nodes by the names of `Distances`, in nats per unit of time; that of `returned` in units of the
-        noise.
+        Curves at the nodes by the names of `Distances`, in nats per unit of time. The curve `returned` is in units of
+        the noise.
 
     Raises:
         ValueError: fewer than 2 points, which do not give a standard error.

@@ -142,7 +142,8 @@ class TruncatedNormalDequantizer:
     x = alpha (y_k + rho e), rho = sigma / alpha, with e normal and truncated to [-tau, tau]; tau rho is half a bin.
 
     With `centered`, the network's data are in [-1, 1]. With `bare_levels`, the network has been trained on levels
-    without noise, k / (levels - 1), else on those of `UniformDequantizer`, whose bins are kept.
+    without noise, k / (levels - 1). Otherwise it has been trained on the data of `UniformDequantizer`, and the bins are
+    the same as there.
     """
 
     levels: int
@@ -209,7 +210,7 @@ class NormalDequantizer:
     `level_logp` computes ln P(k | x). `log_q` is ln q(u | k) - ln P(k | x), where u is in units of bins and may leave
     the bin of its level.
 
-    With `bare_levels`, the network has been trained on k / (levels - 1), else on the middles of the levels' bins.
+    With `bare_levels`, the network has been trained on k / (levels - 1), otherwise on the middles of the levels' bins.
     """
 
     sde: SDE

@@ -63,7 +63,7 @@ class BatchCache:
     def all(self, sizes: Mapping[str, int], compute: ComputeBatch, description: str, unit: str) -> list[Values]:
         """Returns the values of all batches in order, reading or computing each.
 
-        A progress bar starts at the number of stored examples, so that its rate is that of the computed ones.
+        A progress bar starts at the number of stored examples, so that its rate counts only computed examples.
 
         Args:
             sizes: the number of examples in each batch, by the name of the batch.

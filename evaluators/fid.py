@@ -208,8 +208,8 @@ def self_test(
 def prepare_statistics(config: Config) -> dict[str, Any]:
     """Measures and tests the statistics that evaluation compares samples with, and writes them and the test.
 
-    They are those of `eval.statistics_split`, which are written if they are missing, or those in the file
-    `eval.statistics`. The images of both splits are measured for the test.
+    If `eval.statistics` names a file, its statistics are tested. Otherwise, the statistics of `eval.statistics_split`
+    are tested, and first written if they are missing. The images of both splits are measured for the test.
 
     Returns:
         The file, its contents, and for each split the FID of its real images. The FID of the split that the statistics

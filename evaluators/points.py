@@ -40,7 +40,7 @@ class PointLikelihoodEvaluator:
     """Computes log-likelihoods of the points of `eval.bpd_dataset`, each counted once, as `eval` describes.
 
     Raises:
-        ValueError: for a field whose value is not allowed, or a divergence by probes, because that of points is exact.
+        ValueError: for a field whose value is not allowed, or for probes, because the divergence at points is exact.
     """
 
     name = "nll"

@@ -21,7 +21,7 @@ _BLOCK = 4096  # vectors converted to float64 at a time
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of the features of n images, and some of the features.
+    """Mean and covariance of the features of n images, and the features of some images.
 
     `pool` is for KID and may be missing. `features` and `features_hash` are the name and hash of the extractor.
     Published files contain neither, and have the hash "". `data` describes the images.

@@ -25,7 +25,7 @@ T_MIN = 1e-5
 
 DATA = GaussianMixture(
     weights=np.array([0.5, 0.3, 0.2]),
-    means=np.array([[-0.6], [0.2], [1.2]]),  # the mean of the mixture is 0, as that of the Gaussian at t = 1
+    means=np.array([[-0.6], [0.2], [1.2]]),  # The mean of the mixture is 0, like the mean of the Gaussian at t = 1.
     covariances=np.array([0.2, 0.1, 0.3]).reshape(3, 1, 1) ** 2,
 )
 

@@ -62,8 +62,8 @@ def in_parts(row: Row) -> bool:
 def on_front(rows: Sequence[Row]) -> list[Row]:
     """Returns the rows that no other row beats in both memory and arithmetic, those with the least memory first.
 
-    Smaller parts always need less memory for the same arithmetic, so a row is compared only with those that have the
-    batch in parts, too, or with those that do not.
+    Computing the batch in parts always needs less memory for the same arithmetic. So rows with parts are compared only
+    with rows with parts, and rows without parts only with rows without.
     """
 
     def beats(other: Row, row: Row) -> bool:
@@ -75,7 +75,7 @@ def on_front(rows: Sequence[Row]) -> list[Row]:
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the arithmetic of each setting as a multiple of that of no setting; empty if this is not known."""
+    """Returns the arithmetic of each setting, relative to no setting. It is empty if the latter is not known."""
     plain = next((row["gflop"] for row in rows if row["memory"] == NONE), None)
     return {row["memory"]: row["gflop"] / plain for row in rows} if plain else {}
 

@@ -297,9 +297,9 @@ The paper's network (`model.name=mlp_published`) sees time and points unscaled, 
 features, and starts from the uniform initialisation of PyTorch. Under VE, our network scales points and output by the
 noise level.
 
-Time starts at 1e-5, as in the paper. All models are evaluated on the same {test} test points. NLL and KL (of the data
-from the model) come from the exact likelihood of the ODE, in nats. All distances between scores are integrals over time
-in nats, from {times} times with {points} points each, with solves at tolerance {tolerance:g}:
+Time starts at 1e-5, as in the paper. All models are evaluated on the same {test} test points. NLL, and KL(q || p) of
+the data's density q and the model's p, come from the exact likelihood of the ODE, in nats. All distances between scores
+are integrals over time in nats, from {times} times with {points} points each, with solves at tolerance {tolerance:g}:
 
 - l_SM, l_Fisher and l_Diff are those of [L22] Fig. 3 and 7. First-order training minimises l_SM. l_Fisher is the
   distance between the score of the ODE's own density and the score of the data.

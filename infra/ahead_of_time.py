@@ -28,7 +28,7 @@ COMPILER_OPTIONS: dict[str, bool | str] = {
 }
 
 ASSIGNMENT, NEXT_FILE = "*-buffer-assignment.txt", "*-buffer-assignment-values.txt"
-"""The file with the buffers, and the one that XLA writes after it."""
+"""The names of the file with the buffers, and of the next one that XLA writes, when the first is complete."""
 
 ENDED = "failed: the compiler ended, perhaps because the machine was out of memory"
 """The `error` if the other process ends without an answer. It does not mean that the program is too large."""
@@ -118,7 +118,7 @@ def _child(folder: str, lower: Lower, arguments: tuple[Any, ...]) -> Iterator[Co
 
 
 def _compile(send: Connection, folder: str, lower: Lower, arguments: tuple[Any, ...]) -> None:
-    """Sends the costs from `lower`, and those of the compiled program if nothing ends the process before."""
+    """Sends the costs from `lower`, and then the costs of the compiled program, unless the process is ended before."""
     try:
         costs, lowered = lower(*arguments)
         send.send(costs)

@@ -114,7 +114,7 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _read(connection: socket.socket, deadline: float) -> Any:
-    """Reads one message. Returns None if the other end closes the connection, sends something else, or is too late."""
+    """Reads one message. Returns None if the other end closes the connection, sends other data, or is too late."""
     connection.settimeout(_POLL)
     received = b""
     while time.monotonic() < deadline and len(received) < 4096:

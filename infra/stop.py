@@ -51,7 +51,7 @@ def on_signals() -> Iterator[None]:
     """Turns the signals in `SIGNALS` into requests to stop, until the end of the context. Contexts may be nested.
 
     A second Ctrl-C ends the process at once. A signal that the parent process ignores, as nohup ignores SIGHUP, stays
-    ignored. Outside the main thread, which alone may handle signals, the context has no effect.
+    ignored. Only the main thread can handle signals, so in other threads the context has no effect.
     """
     inside = signal.getsignal(signal.SIGTERM) is _ignore
     if inside or threading.current_thread() is not threading.main_thread():

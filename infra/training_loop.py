@@ -62,7 +62,7 @@ Callback = Callable[[Call], Mapping[str, str] | None]
 def training_loop(training: Training, state: TrainState, config: Config, callbacks: Sequence[Callback]) -> TrainState:
     """Updates the state until `training.last_step`, or until asked to stop. The last call is always recorded and saved.
 
-    A request to stop is answered after the call that is running.
+    After a request to stop, the loop ends with the compiled call that is running.
 
     Args:
         config: config.training, for the numbers of steps between records, tests and checkpoints.

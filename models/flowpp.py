@@ -2,8 +2,8 @@
 
 Standard normal noise is split into its even and its odd columns. Couplings transform one half given the other half and
 the image, by mixtures of logistics. A sigmoid maps the result to (0, 1). Parameters have the published names, flat in
-each module, and the published shapes: the two spatial axes of a plain convolution's kernel are swapped, those of a
-weight-normalised kernel are not.
+each module, and the published shapes. In these, the two spatial axes of the kernel are swapped for plain convolutions,
+but not for weight-normalised ones.
 
 Initial parameters depend on data: on the batch that they are initialised with, the output of each layer has mean 0 and
 a fixed standard deviation (Salimans & Kingma, 2016).

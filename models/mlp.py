@@ -14,7 +14,7 @@ from configs.default import Config
 from models.layers import NONLINEARITIES, positional_embedding
 
 POINT_NETWORKS = ("mlp", "mlp_published")
-"""The values of config.model.name for points: our network, and that of the paper."""
+"""The values of config.model.name for points: our network, and the network of the paper."""
 
 TIMES_PER_UNIT = 999
 """Labels are times multiplied by this number."""

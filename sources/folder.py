@@ -1,7 +1,7 @@
 """Folders of images, decoded to arrays of one size.
 
 The decoded images are cached on disk. If some files cannot be decoded, or decoding is interrupted, the images decoded
-so far are kept, too, and the next run decodes only the others.
+so far are kept, and the next run decodes only the others.
 """
 
 import dataclasses
@@ -133,7 +133,7 @@ def _decode_into(
     num_train: int,
     decoder: Decoder,
 ) -> None:
-    """Stores the decoded images as a whole in `cache`, or else what could be decoded in `partial`.
+    """Stores the decoded images in `cache` if all were decoded, otherwise the decoded ones in `partial`.
 
     Raises:
         OSError: if there is too little space. Without this check, writing to a file mapped into memory would end the
@@ -186,7 +186,7 @@ def _problems_text(problems: Sequence[str], num_files: int) -> str:
         return f"{problems[0]}; none of the {num_files} images can be used"
     more = len(problems) - NAMED_UNREADABLE
     rest = f"; and {more} more" if more > 0 else ""
-    advice = f"remove or replace {'them' if len(problems) > 1 else 'it'}; the other images are kept decoded"
+    advice = f"remove or replace {'them' if len(problems) > 1 else 'it'}; the other images stay in the cache"
     return f"{'; '.join(problems[:NAMED_UNREADABLE])}{rest}; {advice}"
 
 

@@ -19,7 +19,7 @@ TEST_NAMES = (("test",), ("val", "valid", "validation"))
 
 TRAIN_LIKE = re.compile(r"train(ing|set)?([^a-z].*)?", re.IGNORECASE)
 TEST_LIKE = re.compile(r"(test(ing|set)?|val(id(ation)?)?|dev|eval(uation)?|holdout)([^a-z].*)?", re.IGNORECASE)
-"""Names that look like splits, e.g. train2017 and val2017. Side by side they are refused unless they are known."""
+"""Names that look like splits, e.g. train2017 and val2017. Together they are an error, unless both are known."""
 
 NAMED_FILES = 5
 """The number of skipped files that a summary names."""

@@ -6,7 +6,7 @@ Every image is reduced to 8 bits per channel, in grey or in colour, by one rule:
 - Transparency is dropped: the colours that the file stores below it are kept.
 - 16-bit channels keep their high byte. Pillow does the same with 16-bit colour.
 - Only the first frame of an animation, or the first page of a document, is used.
-- Images with 32-bit pixels, integers or floats, are refused, because their range is not known.
+- Images with 32-bit pixels, integers or floats, raise an error, because their range is not known.
 
 Pillow resizes. Its filters widen when an image shrinks, like tf.image.resize(antialias=True) in the published code. It
 rounds to integer levels, where the published code keeps fractions, because bits/dim are defined for integer levels.
