@@ -195,13 +195,13 @@ def initial_state(run: Run) -> TrainState:
 
 
 def last_step(training: Config, workdir: Workdir) -> int:
-    """The step at which training ends: `n_iters`, or `n_iters_from_start` steps after the start of the run."""
+    """Returns the step at which training ends: `n_iters`, or `n_iters_from_start` steps after the start of the run."""
     start = workdir.read_start()["step"]
     return start + training.n_iters_from_start if training.n_iters_from_start else training.n_iters
 
 
 def score_training(run: Run, source: Source, end: int | None = None) -> Training:
-    """The training of the score model on this source, to step `end` (default: training.n_iters)."""
+    """Returns the training of the score model on this source, to step `end` (default: training.n_iters)."""
     training = run.config.training
     last = training.n_iters if end is None else end
     train_steps, key = run.train_steps(), run.key(TRAIN_KEY)
@@ -234,7 +234,8 @@ def draw_snapshots(snapshots: Snapshots, metrics: MetricsWriter) -> Callback:
 def train_deq(config: Config, path: Path, deq_folder: str) -> None:
     """Trains a dequantizer for a score model to step `deq.n_iters`, from its newest checkpoint if there is one.
 
-    Batch size, optimizer, records and checkpoints are configured as for the score model, see `score_params`.
+    `score_params` chooses the parameters of the score model. Batch size, optimizer, records and checkpoints are
+    configured as for the score model.
 
     Raises:
         KeyboardInterrupt: after a request to stop, once the state is saved. The same call resumes.
@@ -284,7 +285,7 @@ def _train_beside(
     checkpoints: Checkpoints,
     test: Callable[[Any], Mapping[str, float] | None],
 ) -> None:
-    """Trains a model other than the score model, in its own folder."""
+    """Trains a dequantizer or a classifier in its folder, from this state to the last step of `training`."""
     order = config.training.score_matching_order
     folder.write_description(config, num_parameters(state))
     with MetricsWriter(folder.train) as metrics:
@@ -300,7 +301,7 @@ def _train_beside(
 
 
 def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "deq") -> None:
-    """Evaluates checkpoints as `eval` asks, and writes the results and the report.
+    """Evaluates checkpoints as the fields of `eval` describe, and writes the results and the report.
 
     The checkpoints are those of the run at `path`, or the one at `eval.checkpoint`. With `eval.dequantizer`, bits/dim
     are computed with the dequantizer in the run's `deq_folder`. An interrupted evaluation resumes with the batch that
@@ -365,7 +366,9 @@ def _check_eval_folder(name: str) -> None:
     """Raises ValueError unless this is a subfolder of the workdir that is free for results."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), *((f,) for f in Workdir.OTHER_FOLDERS)):
-        raise ValueError(f"--eval_folder={name} must name a subfolder of the workdir for results only, as eval_uniform")
+        raise ValueError(
+            f"--eval_folder={name} must name a subfolder of the workdir for results only, like eval_uniform"
+        )
 
 
 def evaluate_other_checkpoint(run: Run, evaluators: Sequence[Evaluator], workdir: Workdir, eval_folder: str) -> None:
@@ -452,7 +455,7 @@ def stats(config: Config) -> None:
 
 
 def cost(config: Config, path: Path) -> None:
-    """Measures the cost of a training step as `cost` asks, prints it as a table, and writes it to the workdir.
+    """Measures the cost of a training step for each case in `cost`, prints a table, and writes it to the workdir.
 
     Each row is written as soon as it is known. Rows of the same program on the same devices are not measured again.
     The last lines name, for each order, the largest batch that fits `cost.memory_gb`. With `cost.device`, the programs

@@ -98,7 +98,7 @@ class BitsPerDimEvaluator:
         return summary(repeats) | self.description | {"values": cache.folder.name}
 
     def settings(self) -> dict[str, Any]:
-        """Everything except the parameters that the values of a batch depend on."""
+        """Returns everything that the values of a batch depend on, except the parameters."""
         settings, run = self.run.config.eval, self.run
         batches = {"batch_size": settings.batch_size, "max_examples": settings.max_examples}
         bins = {"bins_per_unit": self.dequantizer.bins_per_unit, "unit_scale": self.dequantizer.unit_scale}
@@ -174,9 +174,9 @@ def importance_weighted(draws: list[tuple[Values, Values]], *, num_dims: int, le
     """Computes bits/dim of each image from draws of its noise, with the terms and estimates of the errors.
 
     The average inside the logarithm assumes that ln p is exact. With probes, ln p is an estimate, and averaging over
-    the noise of the probes as well would make the result too large. Therefore all draws of an image share their probes,
-    which removes the part of that noise that is common to all draws. With probes and several draws the result is still
-    too good; see docs/results/dequantization.md.
+    the noise of the probes as well would make the likelihood too large. Therefore all draws of an image share their
+    probes, which removes the noise that is common to all draws. With probes and several draws, bits/dim are still too
+    low; see docs/results/dequantization.md.
 
     Args:
         draws: for each draw, the terms of -ln (p / q) and the estimates of the errors, in nats.
@@ -201,7 +201,7 @@ ERRORS = ("solver_error", "probe_error", "sampling_error")
 
 
 MOST_SOLVER_ERROR = 0.005
-"""A solver's error in bits/dim, by its own estimate, above which there is a warning; so is half the standard error."""
+"""An estimated error of the solver above this (in bits/dim), or above half the standard error, causes a warning."""
 
 
 def summary(repeats: list[list[Values]]) -> dict[str, Any]:

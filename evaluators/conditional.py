@@ -70,8 +70,8 @@ class ConditionalEvaluator:
 
         Returns:
             `known_error` and `unknown_error`: root mean square differences between drawn images and the original, in
-            units of the data's range, over the known and over the other components. `spread`: the standard deviation
-            of a pixel over the images drawn for one original, in units of the levels.
+            units of the data's range, over the known and over the other components. `spread`: the standard deviation of
+            a pixel over the images drawn for one original, in the same units.
 
         Raises:
             RuntimeError: if an image is not finite.

@@ -93,8 +93,8 @@ class EncodeEvaluator:
 
         Returns:
             The mean over images of the root mean square difference between data and their reconstruction, in units of
-            the range of the data; the largest difference; the share of pixels whose level changes; and the variance of
-            the latents relative to the prior's variance, which is 1 for latents that follow the prior.
+            the range of the data; the largest difference; the share of pixels whose level changes; and the mean square
+            of the latents relative to the prior's variance, which is 1 if they follow the prior.
 
         Raises:
             RuntimeError: if a solve fails or a value is not finite.

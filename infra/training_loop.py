@@ -32,7 +32,7 @@ class Training:
     calls: Callable[[int], Iterator[tuple[int, Any]]]
     """calls(first): yields, for each compiled call from step `first` on, the step at its end, and its batches."""
     update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    """The state and the mean metrics after a call. It may donate the state."""
+    """update(state, batches): returns the state and the mean metrics after a call. It may donate the state."""
 
 
 class Call(NamedTuple):
@@ -75,7 +75,7 @@ def training_loop(training: Training, state: TrainState, config: Config, callbac
             if before == first:
                 bar.unpause()  # The rate of the bar must not include the compilation.
             recording = due(step, before, config.log_freq)
-            # Several hosts wait for each other here, so they ask each other at records only.
+            # To agree on a stop, several hosts wait for each other. So they do this only at records.
             last = step >= training.last_step or parallel.stop_requested(may_wait=recording)
             saving = last or any(
                 due(step, before, every) for every in (config.snapshot_freq, config.snapshot_freq_for_preemption)
