@@ -221,8 +221,8 @@ def ode_log_likelihood(
     """Computes ln p(x) of each example under the probability-flow ODE by the named method.
 
     Can be called under jit (except for the methods of SciPy) and on sharded batches. An eager call compiles its solve
-    once, and other parameters compile nothing if the score function is a pytree. Matrix products have full precision
-    throughout, not the reduced one that accelerators default to.
+    once. Calls with other parameters compile nothing if the score function is a pytree. Matrix products always have
+    full precision, although accelerators reduce it by default.
 
     Args:
         probes: fixed for the whole solve. The estimate is the mean over probes. It is unbiased if the entries are

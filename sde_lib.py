@@ -32,7 +32,7 @@ class SDE(abc.ABC):
     t_max: ClassVar[float] = 1.0
 
     variance_exploding: ClassVar[bool] = False
-    """Whether alpha = 1 at all times, so that the noise drowns the data."""
+    """Whether alpha = 1 at all times, so that the data keep their scale and the noise grows."""
 
     scale_by_sigma: ClassVar[bool] = False
     """Whether image networks for this SDE are conditioned on sigma and divide their output by it ([S21a] App. C)."""
