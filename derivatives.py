@@ -102,7 +102,7 @@ def probe_derivatives(
 ) -> ProbeDerivatives:
     """Computes `ProbeDerivatives`: k + 1 forward derivatives and, with `trace_gradients`, k reverse passes over them.
 
-    The first probe and the direction share one linearization of the field; without `trace_gradients`, all probes do.
+    The first probe and the direction share one linearisation of the field; without `trace_gradients`, all probes do.
     With them, each further probe has its own, because a reverse pass over all probes at once costs more.
 
     Args:

@@ -14,7 +14,7 @@ Config: TypeAlias = Any
 
 def get_config() -> Config:
     config = ConfigDict()
-    config.seed = 42  # seed of all randomness: initialization, data order, noise, probes and samples
+    config.seed = 42  # seed of all randomness: initialisation, data order, noise, probes and samples
     config.training = _training()
     config.data = _data()
     config.model = _model()
@@ -173,7 +173,7 @@ def _model() -> ConfigDict:
     model.trainable_embedding = False  # train the Fourier frequencies; True is not supported
     model.conditional = True  # feed the time embedding to the residual blocks
     model.nonlinearity = "swish"  # nonlinearity: swish, elu, relu or lrelu
-    # normalization: GroupNorm, the only choice of ncsnpp; InstanceNorm++, InstanceNorm or VarianceNorm for ddpm and
+    # normalisation: GroupNorm, the only choice of ncsnpp; InstanceNorm++, InstanceNorm or VarianceNorm for ddpm and
     # ncsnv2_*; ncsn needs InstanceNorm++
     model.normalization = "GroupNorm"
     model.interpolation = "bilinear"  # how ncsn and ncsnv2_* enlarge feature maps: bilinear or nearest_neighbor
@@ -196,7 +196,7 @@ def _model() -> ConfigDict:
     # noise and data with about the same size at all times
     model.parameterization = "noise"
     model.conv_size = 3  # size of the convolution kernels; 3 is the only choice
-    model.data_init = False  # data-dependent initialization; True is not supported for score networks
+    model.data_init = False  # data-dependent initialisation; True is not supported for score networks
     model.fourier_features = True  # give vdm sin and cos of 2 pi 2^k x as further inputs, k = 6 and 7
     model.mlp_embedding = 64  # sines and cosines of the time that enter the mlp
     model.mlp_time_widths = (128, 128, 128)  # widths of the mlp's layers that see only the time

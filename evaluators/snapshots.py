@@ -18,7 +18,7 @@ from train_state import TrainState
 
 
 class Snapshots:
-    """Draws the same images from each permanent checkpoint, with the averaged and with the raw weights.
+    """Draws the same images from each permanent checkpoint, with the averaged and with the raw parameters.
 
     The noise of image k is the same in every snapshot, so that snapshots are comparable. Each is drawn once. In
     samples/snapshots, step_<step>.npz holds `ema` and `raw`, integers from 0 to `levels` - 1, and PNG files show them.

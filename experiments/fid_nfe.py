@@ -244,7 +244,7 @@ def _style(panel: Axes, n: int) -> None:
 PAGE = """# Sample quality against network evaluations
 
 This page has FID and KID of samples from the first-order digits model of the demo (VE, configs/digits/ncsnpp.py, 4000
-steps, averaged weights), compared with the {real} training images. The features are those of the classifier trained
+steps, averaged parameters), compared with the {real} training images. The features are those of the classifier trained
 on the digits, so the values are only comparable with each other. FID falls with the number of samples, so each column
 compares equal numbers of samples. ± is the jackknife error over {groups} parts of the samples for FID, and the error
 of `evaluation.kernel_distance` for KID. The number after a sampler's name is its budget of network evaluations. SDE

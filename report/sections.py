@@ -35,8 +35,8 @@ def loss_curves(runs: Runs) -> list[Block]:
         return []
     note = (
         "Each panel shows one term of the objective, without its weight. The total is the loss that training "
-        "minimizes. Losses are squared errors relative to the noise and have no unit. Test losses use the averaged "
-        "weights."
+        "minimises. Losses are squared errors relative to the noise and have no unit. Test losses use the averaged "
+        "parameters."
     )
     return [_plot("loss", loss_figure(curves), "Loss curves"), Note(note)]
 
@@ -87,8 +87,8 @@ def snapshots(runs: Runs) -> list[Block]:
         shown = [run.snapshots[i] for i in chosen] if run.snapshots else []
         steps = ", ".join(f"{snapshot.step:,}" for snapshot in shown)
         if shown:
-            pictures[f"{run.title}, averaged weights, steps {steps}"] = snapshot_grid([s.ema for s in shown])
-            pictures[f"{run.title}, last weights, steps {steps}"] = snapshot_grid([s.raw for s in shown])
+            pictures[f"{run.title}, averaged parameters, steps {steps}"] = snapshot_grid([s.ema for s in shown])
+            pictures[f"{run.title}, raw parameters, steps {steps}"] = snapshot_grid([s.raw for s in shown])
     note = "Each row shows one checkpoint, in the order of the steps. All images of a column start from the same noise."
     return [*_gallery("snapshots", pictures, "Samples during training"), Note(note)] if pictures else []
 
