@@ -32,7 +32,7 @@ from models.resample import AnySize, Doubled, FeatureMap, Halved, Projected, Sam
 from sde_lib import SDES
 
 Block: TypeAlias = Callable[..., AnySize]
-"""A residual block, called with feature maps and, by name, `features` or `resample` to change their shape."""
+"""A residual block, called with feature maps to join and, by name, `features` or `resample` to change their shape."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "nonlinearity": tuple(NONLINEARITIES),
@@ -149,7 +149,7 @@ class NCSNpp(nn.Module):
         pyramid = None
         for level, multiplier in reversed(list(enumerate(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), features=self.nf * multiplier)
+                h = block(h, skips.pop(), features=self.nf * multiplier)
             h = self._attention_if_due(h)
             pyramid, h = self._join_output_pyramid(pyramid, h, channels)
             if level > 0:
@@ -196,13 +196,13 @@ class NCSNpp(nn.Module):
 
     def _block(
         self,
-        h: FeatureMap,
+        *maps: SameSize,
         embedding: Embedding | None,
         train: bool,
         features: int | None = None,
         resample: Callable[[FeatureMap, Taps | None], AnySize] | None = None,
     ) -> AnySize:
-        """A residual block. `resample` applies to blocks that resample inside."""
+        """A residual block of feature maps, whose channels are joined. `resample` is used by blocks that resample."""
         options: dict[str, Any] = {
             "nonlinearity": NONLINEARITIES[self.nonlinearity],
             "dropout": self.dropout,
@@ -214,10 +214,10 @@ class NCSNpp(nn.Module):
             block = ResnetBlockDDPMpp(**options)
         else:
             block = ResnetBlockBigGANpp(**options, resample=resample, taps=self.fir_kernel)
-        return self._apply(block, h, embedding, train)
+        return apply_with_remat(self.remat, block, maps, embedding, train)
 
     def _attention(self, h: FeatureMap) -> FeatureMap:
-        return self._apply(AttnBlockpp(self.init_scale, self.skip_rescale), h)
+        return apply_with_remat(self.remat, AttnBlockpp(self.init_scale, self.skip_rescale), (h,))
 
     def _attention_if_due(self, h: FeatureMap) -> FeatureMap:
         return self._attention(h) if h.shape[1] in self.attn_resolutions else h
@@ -229,9 +229,6 @@ class NCSNpp(nn.Module):
     def _act(self, x: Array) -> Array:
         return NONLINEARITIES[self.nonlinearity](x)
 
-    def _apply(self, layer: Callable[..., AnySize], h: FeatureMap, *args: Any) -> AnySize:
-        return apply_with_remat(self.remat, layer, h, *args)
-
     def _check_size(self, x: FeatureMap) -> None:
         height, width, multiple = x.shape[1], x.shape[2], 2 ** (len(self.ch_mult) - 1)
         if height % multiple or width % multiple:
@@ -241,15 +238,19 @@ class NCSNpp(nn.Module):
             )
 
 
-def apply_with_remat(remat: str, layer: Callable[..., AnySize], h: FeatureMap, *args: Any) -> AnySize:
-    """Applies a module, in whose backward pass the values that `REMAT_POLICIES` does not save are recomputed."""
+def apply_with_remat(remat: str, layer: Callable[..., AnySize], maps: tuple[SameSize, ...], *args: Any) -> AnySize:
+    """Applies a module to feature maps, whose channels are joined.
 
-    def call(layer: Callable[..., AnySize], h: FeatureMap) -> AnySize:
-        return layer(h, *args)
+    In the backward pass, the values that `REMAT_POLICIES` does not save are recomputed. The joined channels are among
+    them, so that they are not stored beside the feature maps that they come from.
+    """
+
+    def call(layer: Callable[..., AnySize], *maps: SameSize) -> AnySize:
+        return layer(maps[0] if len(maps) == 1 else jnp.concatenate(maps, axis=-1), *args)
 
     if remat == "none":
-        return call(layer, h)
-    return nn.remat(call, policy=REMAT_POLICIES[remat])(layer, h)
+        return call(layer, *maps)
+    return nn.remat(call, policy=REMAT_POLICIES[remat])(layer, *maps)
 
 
 def _check_fields(network: NCSNpp) -> None:

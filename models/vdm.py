@@ -98,15 +98,15 @@ class ScoreUNet(nn.Module):
         h = block("mid.block_1", skips[-1])
         h = block("mid.block_2", self._attention("mid.attn_1", h))
         for i in range(self.num_res_blocks + 1):
-            h = block(f"up.block_{i}", jnp.concatenate([h, skips.pop()], axis=-1))
+            h = block(f"up.block_{i}", h, skips.pop())
             h = self._attention_if_due(f"up.attn_{i}", h)
         return nn.Conv(channels, (3, 3), kernel_init=nn.initializers.zeros, name="conv_out")(swish(Norm()(h)))
 
-    def _block(self, name: str, h: FeatureMap, embedding: Embedding, train: bool) -> SameSize:
-        return apply_with_remat(self.remat, ResnetBlock(self.nf, self.dropout, name=name), h, embedding, train)
+    def _block(self, name: str, *maps: SameSize, embedding: Embedding, train: bool) -> SameSize:
+        return apply_with_remat(self.remat, ResnetBlock(self.nf, self.dropout, name=name), maps, embedding, train)
 
     def _attention(self, name: str, h: FeatureMap) -> FeatureMap:
-        return apply_with_remat(self.remat, AttnBlock(name=name), h)
+        return apply_with_remat(self.remat, AttnBlock(name=name), (h,))
 
     def _attention_if_due(self, name: str, h: FeatureMap) -> FeatureMap:
         return self._attention(name, h) if self.attention else h
