@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from configs.fashion.ncsnpp import get_config
-from experiments import fashion_orders
-from experiments.fashion_orders import BRANCHES, Plan, Values, helps, likelihoods, results_page, samples, verdict
+from experiments import fashion_orders, fashion_orders_page
+from experiments.fashion_orders_page import Values, best_branch, helps, results_page, verdict
+from experiments.fashion_orders_plan import BRANCHES, Plan, likelihoods, samples
 from losses import objective_from_config
 
 IMAGES = 16
@@ -91,10 +92,12 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(fashion_orders, "train", train)
     monkeypatch.setattr(fashion_orders, "call", lambda *arguments: pytest.fail(f"evaluated again: {arguments}"))
-    monkeypatch.setattr(fashion_orders, "gflop_per_step", lambda branch: 4.0 if branch == "V2" else 1.0)
-    monkeypatch.setattr(fashion_orders, "measured_residuals", lambda *_: (np.ones(2), np.ones(2)))
-    best = fashion_orders.run_all(plan)
-    assert best == "V2"
+    for module in (fashion_orders, fashion_orders_page):
+        monkeypatch.setattr(module, "gflop_per_step", lambda branch: 4.0 if branch == "V2" else 1.0)
+    monkeypatch.setattr(fashion_orders_page, "measured_residuals", lambda *_: (np.ones(2), np.ones(2)))
+    pages: list[str] = []
+    fashion_orders.run_all(plan, lambda: pages.append(results_page(plan, tmp_path / "images", "--steps=3")))
+    assert best_branch(plan) == "V2"
     assert calls == [
         ("base", 1, 3),
         *((branch, 1, 3) for branch in BRANCHES),
@@ -102,7 +105,9 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
         ("K_long", 1, 12),
         ("C_long", 1, 12),
     ]
-    page = results_page(plan, best, tmp_path / "images", 60.0)
-    assert sum(line.startswith(("| V2 |", "| K |", "| K_long |", "| base |")) for line in page.splitlines()) == 6
-    assert "these help: V2" in page
+    assert "Not finished: C, 2, W, V2, 3, V3, K_long, C_long" in pages[0]
+    assert "Not finished" not in pages[-1]
+    assert [sum(line.startswith("| V2 |") for line in page.splitlines()) for page in pages[3:6]] == [0, 1, 1]
+    assert sum(line.startswith(("| V2 |", "| K |", "| K_long |", "| base |")) for line in pages[-1].splitlines()) == 6
+    assert pages[-1].count("these help: V2") == 3  # equal steps with both seeds, and equal arithmetic
     assert (tmp_path / "images" / "orders.png").is_file()
