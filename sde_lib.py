@@ -213,7 +213,7 @@ class VESDE(SDE):
 
 @dataclasses.dataclass(frozen=True)
 class LinearVESDE(SDE):
-    """Variance exploding with sigma linear in time: alpha = 1, sigma = sigma_max t."""
+    """Variance exploding with sigma linear in time: alpha = 1, sigma = sigma_max t. [K22] Sec. 3 proposes this."""
 
     variance_exploding = True
 
