@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, as_pytree, in_parts
 from solvers.dormand_prince import dopri5
-from solvers.solve import Field, Info, State, combine, is_finite, report_of
+from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, with_worst_example
 
 METHODS = ("dopri5", "scipy", "rk4", "adams")
 
@@ -188,7 +188,7 @@ class _FixedSolve(NamedTuple):
     """The state of a solve with fixed steps between two parts."""
 
     number: Int[Array, ""]
-    """Steps taken."""
+    """Steps taken; -1 before the derivative at the start is known."""
     node: Node
     sampled: PyTree
     """The integral of dy/dt by the rule of the error estimate, so far."""
@@ -210,12 +210,18 @@ def _fixed_steps(
         return _steps_until(grid, solve, last, method=method)
 
     solve = in_parts(advance, _before_first_step(grid, y0, method=method), num_steps, progress)
-    return _end(grid, solve, method=method)
+    y, info = _end(grid, solve, method=method)
+    return y, with_worst_example(field, info, y, t1 - t0)
 
 
 @partial(jax.jit, static_argnames="method")
 def _before_first_step(grid: _Grid, y0: PyTree, *, method: str) -> _FixedSolve:
-    stride, slope = FIXED_STEP[method].stride, grid.field(grid.t0, y0)
+    _, evaluations, stride = FIXED_STEP[method]
+    if evaluations == 1:
+        # `_steps_until` evaluates the field at y0 in a step of no length, so that the field is compiled only once.
+        zero = jax.tree.map(jnp.zeros_like, y0)
+        return _FixedSolve(jnp.int32(-1), Node(grid.t0, y0, (zero,) * 3), y0)
+    slope = grid.field(grid.t0, y0)
     sampled = combine(y0, stride * grid.dt, [_gregory_weight(0, grid.num_steps // stride)], [slope])
     return _FixedSolve(jnp.int32(0), Node(grid.t0, y0, (slope,) * 3), sampled)
 
@@ -231,7 +237,9 @@ def _steps_until(grid: _Grid, solve: _FixedSolve, last: Int[Array, ""] | int, *,
 
     def advance(solve: _FixedSolve) -> _FixedSolve:
         number, node, sampled = solve
-        y, slope = step(grid.field, node, dt, number)
+        starting = number < 0
+        y, slope = step(grid.field, node, jnp.where(starting, 0, dt), jnp.maximum(number, 0))
+        y = jax.tree.map(lambda start, end: jnp.where(starting, start, end), node.y, y)
         number = number + 1
         weight = jnp.where(number % stride == 0, _gregory_weight(number // stride, num_nodes), 0)
         sampled = combine(sampled, stride * dt, [weight], [slope])
@@ -242,11 +250,11 @@ def _steps_until(grid: _Grid, solve: _FixedSolve, last: Int[Array, ""] | int, *,
 
 @partial(jax.jit, static_argnames="method")
 def _end(grid: _Grid, solve: _FixedSolve, *, method: str) -> tuple[PyTree, Info]:
-    steps, node, sampled = solve
+    number, node, sampled = solve
+    steps, error = jnp.maximum(number, 0), jax.tree.map(jnp.subtract, node.y, sampled)
     solved = (steps == grid.num_steps) & is_finite(node.y)
     nfe = FIXED_STEP[method].evaluations * steps + 1
-    info = report_of(grid.field, node.t, node.y, grid.t1 - grid.t0, solved, nfe, steps)
-    return node.y, info._replace(error_estimate=jax.tree.map(jnp.subtract, node.y, sampled))
+    return node.y, Info(nfe, steps, solved, node.t, jnp.asarray(NO_EXAMPLE), error)
 
 
 def _gregory_weight(node: Int[Array, ""] | int, last: Int[Array, ""] | int) -> Float[Array, ""]:

@@ -158,13 +158,20 @@ def _train(network: Classifier, train: LabelledImages, levels: int, recipe: Clas
     """Minimises the cross-entropy by Adam. Each epoch takes full batches from a new permutation."""
     images = _normalize(jnp.asarray(train.images), levels)
     labels = jnp.asarray(train.labels, jnp.int32)
-    init_key, order_key = jax.random.split(jax.random.key(recipe.seed))
-    params = network.init(init_key, images[:1])["params"]
-    state = params, _classifier_optimizer(recipe, len(images)).init(params)
-    for key in jax.random.split(order_key, recipe.num_epochs):
+    state, keys = _first_state(network, recipe, jax.random.key(recipe.seed), images)
+    for key in keys:
         parallel.check_stop()
         state = jax.block_until_ready(_fit_epoch(network, recipe, state, key, images, labels))
     return jax.tree.map(np.asarray, state[0])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _first_state(network: Classifier, recipe: ClassifierRecipe, key: Array, images: Array) -> tuple[tuple, Array]:
+    """Returns the parameters and the state of the optimizer before the first epoch, and a key for each epoch."""
+    init_key, order_key = jax.random.split(key)
+    params = network.init(init_key, images[:1])["params"]
+    state = params, _classifier_optimizer(recipe, len(images)).init(params)
+    return state, jax.random.split(order_key, recipe.num_epochs)
 
 
 def _classifier_optimizer(recipe: ClassifierRecipe, num_images: int) -> optax.GradientTransformation:
@@ -195,6 +202,7 @@ def _fit_epoch(
     return jax.lax.scan(step, state, batches)[0]
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _normalize(images: Array, levels: int) -> Float[Array, "n height width channels"]:
     """Scales levels to [-1, 1]."""
     return images.astype(jnp.float32) * (2 / (levels - 1)) - 1

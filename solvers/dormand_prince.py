@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, in_parts
-from solvers.solve import Field, Info, State, combine, is_finite, report_of
+from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, with_worst_example
 
 
 class _AdaptiveSolve(NamedTuple):
@@ -92,7 +92,8 @@ def dopri5(
         return (int(100 * (solve.t - first) / length) if solve.healthy else 100), 100
 
     solve = in_parts(advance, solve, max_steps, progress, percentage)
-    return _end(interval, solve)
+    y, info = _end(interval, solve)
+    return y, with_worst_example(field, info, y, t1 - t0)
 
 
 @jax.jit
@@ -162,8 +163,7 @@ def _steps_until(interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Arr
 
 @jax.jit
 def _end(interval: _Interval, solve: _AdaptiveSolve) -> tuple[PyTree, Info]:
-    field, t0, t1 = interval[:3]
     solved = solve.healthy & (solve.t >= interval.end) & is_finite(solve.y)
     # Six new stages in each step, one at the start, and one to choose the first step.
     nfe, t = 6 * solve.steps + 2, interval.direction * solve.t
-    return solve.y, report_of(field, t, solve.y, t1 - t0, solved, nfe, solve.steps)
+    return solve.y, Info(nfe, solve.steps, solved, t, jnp.asarray(NO_EXAMPLE))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 from scipy.integrate import RK45
 
 from arrays import ReportProgress
-from solvers.solve import Field, Info, State, is_finite, report_of
+from solvers.solve import NO_EXAMPLE, Field, Info, State, is_finite, with_worst_example
 
 
 def scipy_rk45(
@@ -32,8 +32,9 @@ def scipy_rk45(
         return np.asarray(ravel_pytree(dy)[0], np.float64)
 
     if not bool(is_finite(y0)):  # SciPy would raise an exception.
-        zero = jnp.int32(0)
-        return y0, report_of(field, jnp.asarray(t0, flat0.dtype), y0, t1 - t0, jnp.asarray(False), zero, zero)
+        zero, failed = jnp.int32(0), jnp.asarray(False)
+        info = Info(zero, zero, failed, jnp.asarray(t0, flat0.dtype), jnp.asarray(NO_EXAMPLE))
+        return y0, with_worst_example(field, info, y0, t1 - t0)
     solver = RK45(derivative, t0, np.asarray(flat0, np.float64), t1, rtol=rtol, atol=atol)
     # If the first derivative is not finite, SciPy would reduce a first step of NaN forever.
     healthy = bool(np.isfinite(solver.f).all())
@@ -44,7 +45,8 @@ def scipy_rk45(
     y = state(solver.y)
     solved = jnp.asarray(solver.status == "finished" and bool(is_finite(y)))
     nfe, steps = jnp.int32(solver.nfev), jnp.int32(_attempted_steps(solver))
-    return y, report_of(field, jnp.asarray(solver.t, flat0.dtype), y, t1 - t0, solved, nfe, steps)
+    info = Info(nfe, steps, solved, jnp.asarray(solver.t, flat0.dtype), jnp.asarray(NO_EXAMPLE))
+    return y, with_worst_example(field, info, y, t1 - t0)
 
 
 def _attempted_steps(solver: RK45) -> int:

@@ -5,6 +5,8 @@ from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 State = TypeVar("State", bound=PyTree)
@@ -49,24 +51,31 @@ def is_finite(y: PyTree) -> Bool[Array, ""]:
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), y))
 
 
+def with_worst_example(field: Field, info: Info, y: PyTree, span: Float[Array, ""] | float) -> Info:
+    """Returns the report of a solve that ended with the state y, with the worst example after a failure.
+
+    Outside jit, the field is compiled for this only after a failure.
+    """
+    if isinstance(info.success, Tracer):
+        worst = jax.lax.cond(
+            info.success, lambda: info.worst_example, lambda: _find_worst_example(field, info.t, y, span)
+        )
+    elif info.success:
+        return info
+    else:
+        worst = _find_worst_example(field, info.t, y, span)
+    return info._replace(worst_example=worst)
+
+
+NO_EXAMPLE = np.int32(-1)
+"""The worst example after a success."""
+
+
 @jax.jit
-def report_of(
-    field: Field,
-    t: Float[Array, ""],
-    y: PyTree,
-    span: Float[Array, ""],
-    success: Bool[Array, ""],
-    nfe: Int[Array, ""],
-    steps: Int[Array, ""],
-) -> Info:
-    """Fills in the report of a solve, and finds the worst example after a failure."""
-
-    def worst_example() -> Int[Array, ""]:
-        # Just after t, because a solver stops before the time at which a field breaks.
-        derivative = field(t + 1e-6 * span, y)
-        return jnp.argmax(sum(jax.tree.leaves(jax.tree.map(_size, derivative, y)))).astype(jnp.int32)
-
-    return Info(nfe, steps, success, t, jax.lax.cond(success, lambda: jnp.int32(-1), worst_example))
+def _find_worst_example(field: Field, t: Float[Array, ""], y: PyTree, span: Float[Array, ""] | float) -> Int[Array, ""]:
+    # Just after t, because a solver stops before the time at which a field breaks.
+    derivative = field(t + 1e-6 * span, y)
+    return jnp.argmax(sum(jax.tree.leaves(jax.tree.map(_size, derivative, y)))).astype(jnp.int32)
 
 
 def _size(derivative: Array, y: Array) -> Float[Array, " batch"]:

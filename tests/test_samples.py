@@ -25,6 +25,7 @@ from infra.workdir import EvaluationFolder, Workdir
 from report.figures import snapshot_grid
 from report.run_files import read_run
 from samplers.few_step import DPMSolverSampler
+from tests.tiny_network import tiny_network
 
 
 def config_with(**fields):
@@ -33,6 +34,12 @@ def config_with(**fields):
     config.training.update(n_iters=12, snapshot_freq=6, snapshot_freq_for_preemption=4, snapshot_sampling=True)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_place_of_ncsnpp():
+    with tiny_network():
+        yield
 
 
 @pytest.fixture(scope="module")
