@@ -40,8 +40,8 @@ def integrate(
     """Solves dy/dt = field(t, y) from y(t0) = y0 to t1, forward or backward.
 
     Adaptive methods control the root mean square, over the WHOLE state of all examples, of the error relative to
-    atol + rtol |y|, as SciPy does. So their steps depend on the batch, and their results do within the tolerance. With
-    fixed steps, the result of one example does not depend on the others.
+    atol + rtol |y|, as SciPy does. So their steps depend on the batch, and their results change with the batch within
+    the tolerance. With fixed steps, the result of one example does not depend on the others.
 
     Args:
         method: "dopri5", Dormand-Prince 5(4) on the device, with the step-size rules of SciPy's RK45;
@@ -140,7 +140,7 @@ def adams_step(field: Field, node: Node, dt: Float[Array, ""], number: Int[Array
 def adams_path(field: Field, y0: State, times: Float[Array, " n"]) -> State:
     """Solves dy/dt = field(t, y) from y0 by the steps of "adams" between equally spaced times, and keeps every state.
 
-    For use under jit. The field is evaluated once at each time, and nowhere else.
+    For use under jit. The field is evaluated exactly once at each time.
 
     Returns:
         The state at each of `times`, on a new first axis. If the solve fails, they are not finite.
@@ -172,7 +172,7 @@ FIXED_STEP = {"rk4": _FixedStep(rk4_step, 4, 1), "adams": _FixedStep(adams_step,
 
 
 class _Grid(NamedTuple):
-    """What the parts of a solve with fixed steps have in common."""
+    """The constants of a solve with fixed steps, shared by its parts."""
 
     field: Field
     t0: Float[Array, ""]
@@ -185,7 +185,7 @@ class _Grid(NamedTuple):
 
 
 class _FixedSolve(NamedTuple):
-    """A solve with fixed steps between two parts."""
+    """The state of a solve with fixed steps between two parts."""
 
     number: Int[Array, ""]
     """Steps taken; -1 before the derivative at the start is known."""
@@ -228,7 +228,7 @@ def _before_first_step(grid: _Grid, y0: PyTree, *, method: str) -> _FixedSolve:
 
 @partial(jax.jit, static_argnames="method")
 def _steps_until(grid: _Grid, solve: _FixedSolve, last: Int[Array, ""] | int, *, method: str) -> _FixedSolve:
-    """Takes steps until `last` were taken, or until the state is not finite."""
+    """Takes steps until `last` steps have been taken in total, or until the state is not finite."""
     step, _, stride = FIXED_STEP[method]
     dt, num_nodes = grid.dt, grid.num_steps // stride
 

@@ -13,7 +13,7 @@ from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, wi
 
 
 class _AdaptiveSolve(NamedTuple):
-    """A solve with adaptive steps between two parts. Times are multiplied by the direction of time, and so increase."""
+    """The state of an adaptive solve between two parts. Times are multiplied by the direction, so they increase."""
 
     steps: Int[Array, ""]
     """Attempted steps."""
@@ -27,7 +27,7 @@ class _AdaptiveSolve(NamedTuple):
 
 
 class _Interval(NamedTuple):
-    """What the parts of an adaptive solve have in common."""
+    """The constants of an adaptive solve, shared by its parts."""
 
     field: Field
     t0: Float[Array, ""]
@@ -80,7 +80,7 @@ def dopri5(
     max_steps: int,
     progress: ReportProgress | None,
 ) -> tuple[State, Info]:
-    """Runs diffrax's steps in a loop of our own, which can be left and entered again between steps."""
+    """Takes diffrax's steps in our own loop, so that a solve can be watched and stopped between steps."""
     interval = _Interval(field, t0, t1, rtol, atol)
     solve = _before_first_step(interval, y0)
     first, length = solve.t, interval.end - solve.t
@@ -102,7 +102,7 @@ def _before_first_step(interval: _Interval, y0: PyTree) -> _AdaptiveSolve:
     slope = term.vf(start, y0, None)
     size = _first_step_size(interval, y0, slope)
     t_next, controller_state = controller.init(term, start, interval.end, y0, size, None, _DOPRI5.func, _ERROR_ORDER)
-    # The state of the solver says that this is not a step without a derivative, because there is one: `slope`.
+    # The solver must reuse the derivative `slope`, and not compute it again at the start of a part.
     solver_state = jnp.asarray(False), slope
     t_next = jnp.minimum(t_next, interval.end)
     return _AdaptiveSolve(jnp.int32(0), start, t_next, y0, jnp.isfinite(t_next), solver_state, controller_state)
@@ -118,7 +118,7 @@ def _first_step_size(interval: _Interval, y0: State, slope: State) -> Float[Arra
     slope1 = term.vf(start + h0, combine(y0, h0, [1], [slope]), None)
     d2 = norm(scaled(jax.tree.map(jnp.subtract, slope1, slope))) / h0
     largest = jnp.maximum(d1, d2)
-    # A field that is not finite at the trial point may be finite before it, so the solver begins with a small step.
+    # If the field is not finite at the trial point, it may be finite before it, so the solver begins with a small step.
     unknown = (largest <= 1e-15) | ~jnp.isfinite(largest)
     h1 = jnp.where(unknown, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / largest) ** (1 / 5))
     return jnp.minimum(100 * h0, h1).astype(start.dtype)
@@ -126,7 +126,7 @@ def _first_step_size(interval: _Interval, y0: State, slope: State) -> Float[Arra
 
 @jax.jit
 def _steps_until(interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Array, ""] | int) -> _AdaptiveSolve:
-    """Attempts steps until the end of the interval, or until `most_steps` were attempted since its beginning."""
+    """Attempts steps until the end of the interval, or until `most_steps` have been attempted in total."""
     term, controller, end = interval.term(), interval.controller(), interval.end
     nearly_end = end - 100 * jnp.finfo(end.dtype).eps * jnp.abs(end)
 

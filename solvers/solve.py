@@ -1,4 +1,4 @@
-"""What the methods have in common: states that are pytrees, and the report of a solve."""
+"""Code that all methods share: arithmetic on states that are pytrees, and the report of a solve."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias, TypeVar
@@ -6,6 +6,7 @@ from typing import NamedTuple, TypeAlias, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 State = TypeVar("State", bound=PyTree)
@@ -46,6 +47,7 @@ def combine(y: PyTree, dt: Float[Array, ""], weights: Iterable[float | Array], s
 
 
 def is_finite(y: PyTree) -> Bool[Array, ""]:
+    """Returns whether all values of a state are finite."""
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), y))
 
 
@@ -54,7 +56,7 @@ def with_worst_example(field: Field, info: Info, y: PyTree, span: Float[Array, "
 
     Outside jit, the field is compiled for this only after a failure.
     """
-    if isinstance(info.success, jax.core.Tracer):
+    if isinstance(info.success, Tracer):
         worst = jax.lax.cond(
             info.success, lambda: info.worst_example, lambda: _find_worst_example(field, info.t, y, span)
         )

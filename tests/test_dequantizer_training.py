@@ -60,8 +60,9 @@ def test_training_finds_the_noise_that_the_model_wants():
     density = gaussian(mean, np.diag(std**2)).score_fn(sde)
     score_fn = jax.tree_util.Partial(lambda x, t: density(x.reshape(-1, 2), t).reshape(x.shape))
     reference = GaussianReference(jnp.asarray(mean.reshape(1, 2, 1)), jnp.asarray(std.reshape(1, 2, 1)))
-    sizes = {"filters": 4, "components": 2, "blocks": 1, "heads": 1, "processor_blocks": 1}
-    network = Flowpp(**sizes, couplings=2, deep=True, attention=False)  # compiles fast
+    network = Flowpp(  # compiles fast
+        filters=4, components=2, blocks=1, heads=1, processor_blocks=1, couplings=2, deep=True, attention=False
+    )
     trainer = DequantizerTrainer(network, sde, optax.adam(5e-3), Bins(2, False), t_min, True, 0.98, False)
     every = jnp.asarray([[0, 0], [0, 1], [1, 0], [1, 1]], jnp.uint8).reshape(4, 1, 2, 1)
     images, many = (jnp.tile(every, (num, 1, 1, 1)) for num in (8, 64))

@@ -320,6 +320,6 @@ def test_a_bad_sampler_is_found_before_training(tmp_path):
         run_lib.train(config_with(sampling__order=4, training__snapshot_sampler="configured"), tmp_path / "run")
     with pytest.raises(ValueError, match=r"snapshot_sampler is 'pc'; it must be few_step or configured"):
         run_lib.train(config_with(training__snapshot_sampler="pc"), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"sampling\.batch_size is 0; it must be at least 1"):
-        run_lib.train(config_with(sampling__batch_size=0), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"sampling\.batch_size is -1; it must not be negative"):
+        run_lib.train(config_with(sampling__batch_size=-1), tmp_path / "run")
     assert not (tmp_path / "run").exists()

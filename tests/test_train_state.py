@@ -37,7 +37,7 @@ class OneBlock(nn.Module):
     @nn.compact
     def __call__(self, x, labels, train):
         block = ResnetBlockDDPMpp(nn.swish, dropout=0.0, init_scale=1.0, skip_rescale=True)
-        h = apply_with_remat(self.remat, block, conv(4)(x), labels[:, None] / 999, train)
+        h = apply_with_remat(self.remat, block, (conv(3)(x), x), labels[:, None] / 999, train)
         return conv(x.shape[-1], init_scale=self.init_scale)(h)
 
 
