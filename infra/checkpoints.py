@@ -27,14 +27,6 @@ from infra.workdir import Workdir
 from models.score import Params
 from train_state import ResidualTable, TrainState
 
-# Orbax divides every replicated array among the devices that write it, for which XLA compiles a program for each shape
-# of an array. It is worth that for large arrays only.
-ocp.type_handlers.register_type_handler(
-    jax.Array,
-    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
-    override=True,
-)
-
 
 def abstract_state(state: TrainState, sharding: Sharding | TrainState) -> TrainState:
     """The shapes, dtypes and placement of a state, given the state or its shapes.
