@@ -139,9 +139,10 @@ def check_config(config: Config) -> None:
     """
     defaults = flat(get_config())
     _check_names(flat(config), defaults)
+    values = config.to_dict()
     for field, default in defaults.items():
         section, _, name = field.rpartition(".")
-        value = (config[section] if section else config).to_dict()[name]
+        value = (values[section] if section else values)[name]
         if isinstance(default, tuple):
             if not isinstance(value, tuple | list):
                 raise ValueError(f"{field} is {value!r}; it must be a tuple such as {default}")
