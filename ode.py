@@ -240,13 +240,21 @@ def _steps_until(grid: _Grid, solve: _FixedSolve, last: Int[Array, ""] | int, *,
     return jax.lax.while_loop(healthy, advance, solve)
 
 
-@partial(jax.jit, static_argnames="method")
 def _end(grid: _Grid, solve: _FixedSolve, *, method: str) -> tuple[PyTree, Info]:
+    span, solved, nfe, error = _outcome(solve, grid.t0, grid.t1, grid.num_steps, method=method)
+    info = report_of(grid.field, solve.node.t, solve.node.y, span, solved, nfe, solve.number)
+    return solve.node.y, info._replace(error_estimate=error)
+
+
+@partial(jax.jit, static_argnames="method")
+def _outcome(
+    solve: _FixedSolve, t0: Float[Array, ""], t1: Float[Array, ""], num_steps: Int[Array, ""] | int, *, method: str
+) -> tuple[Array, Array, Array, PyTree]:
+    """Returns the length of the interval, whether the solve succeeded, its evaluations, and its estimated error."""
     steps, node, sampled = solve
-    solved = (steps == grid.num_steps) & is_finite(node.y)
+    solved = (steps == num_steps) & is_finite(node.y)
     nfe = FIXED_STEP[method].evaluations * steps + 1
-    info = report_of(grid.field, node.t, node.y, grid.t1 - grid.t0, solved, nfe, steps)
-    return node.y, info._replace(error_estimate=jax.tree.map(jnp.subtract, node.y, sampled))
+    return t1 - t0, solved, nfe, jax.tree.map(jnp.subtract, node.y, sampled)
 
 
 def _gregory_weight(node: Int[Array, ""] | int, last: Int[Array, ""] | int) -> Float[Array, ""]:

@@ -37,7 +37,7 @@ class _Interval(NamedTuple):
 
     @property
     def direction(self) -> Float[Array, ""]:
-        return jnp.where(self.t0 < self.t1, 1, -1).astype(self.t0.dtype)
+        return _direction(self.t0, self.t1)
 
     @property
     def end(self) -> Float[Array, ""]:
@@ -64,6 +64,11 @@ class _Interval(NamedTuple):
             dtmin=0.1 * jnp.finfo(self.t0.dtype).eps * jnp.abs(self.t1 - self.t0),
             force_dtmin=False,
         )
+
+
+def _direction(t0: Float[Array, ""], t1: Float[Array, ""]) -> Float[Array, ""]:
+    """Returns 1 or -1."""
+    return jnp.where(t0 < t1, 1, -1).astype(t0.dtype)
 
 
 _DOPRI5, _ERROR_ORDER = diffrax.Dopri5(), 5
@@ -160,10 +165,15 @@ def _steps_until(interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Arr
     return jax.lax.while_loop(unfinished, attempt, solve)
 
 
-@jax.jit
 def _end(interval: _Interval, solve: _AdaptiveSolve) -> tuple[PyTree, Info]:
-    field, t0, t1 = interval[:3]
-    solved = solve.healthy & (solve.t >= interval.end) & is_finite(solve.y)
+    t, span, solved, nfe = _outcome(solve, interval.t0, interval.t1)
+    return solve.y, report_of(interval.field, t, solve.y, span, solved, nfe, solve.steps)
+
+
+@jax.jit
+def _outcome(solve: _AdaptiveSolve, t0: Float[Array, ""], t1: Float[Array, ""]) -> tuple[Array, Array, Array, Array]:
+    """Returns the time of the end, the length of the interval, whether the solve succeeded, and its evaluations."""
+    direction = _direction(t0, t1)
+    solved = solve.healthy & (solve.t >= direction * t1) & is_finite(solve.y)
     # Six new stages in each step, one at the start, and one to choose the first step.
-    nfe, t = 6 * solve.steps + 2, interval.direction * solve.t
-    return solve.y, report_of(field, t, solve.y, t1 - t0, solved, nfe, solve.steps)
+    return direction * solve.t, t1 - t0, solved, 6 * solve.steps + 2

@@ -48,8 +48,26 @@ def is_finite(y: PyTree) -> Bool[Array, ""]:
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), y))
 
 
-@jax.jit
 def report_of(
+    field: Field,
+    t: Float[Array, ""],
+    y: PyTree,
+    span: float | Float[Array, ""],
+    success: Bool[Array, ""],
+    nfe: Int[Array, ""],
+    steps: Int[Array, ""],
+) -> Info:
+    """Fills in the report of a solve, and finds the worst example after a failure.
+
+    That needs the field. Outside jit, a successful solve does not compile it for this.
+    """
+    if not isinstance(success, jax.core.Tracer) and bool(success):
+        return Info(nfe, steps, success, t, jnp.int32(-1))
+    return _report_with_example(field, t, y, span, success, nfe, steps)
+
+
+@jax.jit
+def _report_with_example(
     field: Field,
     t: Float[Array, ""],
     y: PyTree,
@@ -58,8 +76,6 @@ def report_of(
     nfe: Int[Array, ""],
     steps: Int[Array, ""],
 ) -> Info:
-    """Fills in the report of a solve, and finds the worst example after a failure."""
-
     def worst_example() -> Int[Array, ""]:
         # Just after t, because a solver stops before the time at which a field breaks.
         derivative = field(t + 1e-6 * span, y)
