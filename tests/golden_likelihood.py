@@ -63,7 +63,8 @@ def _published_offset(score_fn: NetworkScore, x: jax.Array, noise: jax.Array, t_
 
 
 def _sampler_updates(score_fn: NetworkScore, data: Any) -> Iterator[Result]:
-    draws = {key: data[key] for key in ("sampler_x", "sampler_t", "predictor_noise", "corrector_noise", "snr")}
+    inputs = ("sampler_x", "sampler_t", "predictor_noise", "corrector_noise", "snr")
+    draws = {key: data[key] for key in inputs if key in data}
     for name, value in _updates(score_fn, draws, tuple(data.files)).items():
         yield Result(name, relative_error(value, data[name], scale=_size(data[name])), 1e-3)
 
