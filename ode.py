@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, as_pytree, in_parts
 from solvers.dormand_prince import dopri5
-from solvers.solve import Field, Info, State, combine, is_finite, report_of
+from solvers.solve import Field, Info, State, combine, is_finite, with_worst_example
 
 METHODS = ("dopri5", "scipy", "rk4", "adams")
 
@@ -241,20 +241,20 @@ def _steps_until(grid: _Grid, solve: _FixedSolve, last: Int[Array, ""] | int, *,
 
 
 def _end(grid: _Grid, solve: _FixedSolve, *, method: str) -> tuple[PyTree, Info]:
-    span, solved, nfe, error = _outcome(solve, grid.t0, grid.t1, grid.num_steps, method=method)
-    info = report_of(grid.field, solve.node.t, solve.node.y, span, solved, nfe, solve.number)
-    return solve.node.y, info._replace(error_estimate=error)
+    info, span = _outcome(solve, grid.t0, grid.t1, grid.num_steps, method=method)
+    return solve.node.y, with_worst_example(info, grid.field, solve.node.y, span)
 
 
 @partial(jax.jit, static_argnames="method")
 def _outcome(
     solve: _FixedSolve, t0: Float[Array, ""], t1: Float[Array, ""], num_steps: Int[Array, ""] | int, *, method: str
-) -> tuple[Array, Array, Array, PyTree]:
-    """Returns the length of the interval, whether the solve succeeded, its evaluations, and its estimated error."""
+) -> tuple[Info, Float[Array, ""]]:
+    """Returns the report of the solve without its worst example, and the length of the interval."""
     steps, node, sampled = solve
     solved = (steps == num_steps) & is_finite(node.y)
     nfe = FIXED_STEP[method].evaluations * steps + 1
-    return t1 - t0, solved, nfe, jax.tree.map(jnp.subtract, node.y, sampled)
+    error = jax.tree.map(jnp.subtract, node.y, sampled)
+    return Info(nfe, steps, solved, node.t, jnp.int32(-1), error), t1 - t0
 
 
 def _gregory_weight(node: Int[Array, ""] | int, last: Int[Array, ""] | int) -> Float[Array, ""]:

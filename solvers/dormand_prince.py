@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, in_parts
-from solvers.solve import Field, Info, State, combine, is_finite, report_of
+from solvers.solve import Field, Info, State, combine, is_finite, with_worst_example
 
 
 class _AdaptiveSolve(NamedTuple):
@@ -172,14 +172,14 @@ def _steps_until(interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Arr
 
 
 def _end(interval: _Interval, solve: _AdaptiveSolve) -> tuple[PyTree, Info]:
-    t, span, solved, nfe = _outcome(solve, interval.t0, interval.t1)
-    return solve.y, report_of(interval.field, t, solve.y, span, solved, nfe, solve.steps)
+    info, span = _outcome(solve, interval.t0, interval.t1)
+    return solve.y, with_worst_example(info, interval.field, solve.y, span)
 
 
 @jax.jit
-def _outcome(solve: _AdaptiveSolve, t0: Float[Array, ""], t1: Float[Array, ""]) -> tuple[Array, Array, Array, Array]:
-    """Returns the time of the end, the length of the interval, whether the solve succeeded, and its evaluations."""
+def _outcome(solve: _AdaptiveSolve, t0: Float[Array, ""], t1: Float[Array, ""]) -> tuple[Info, Float[Array, ""]]:
+    """Returns the report of the solve without its worst example, and the length of the interval."""
     direction = _direction(t0, t1)
     solved = solve.healthy & (solve.t >= direction * t1) & is_finite(solve.y)
     # Six new stages in each step, one at the start, and one to choose the first step.
-    return direction * solve.t, t1 - t0, solved, 6 * solve.steps + 2
+    return Info(6 * solve.steps + 2, solve.steps, solved, direction * solve.t, jnp.int32(-1)), t1 - t0

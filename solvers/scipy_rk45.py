@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from scipy.integrate import RK45
 
 from arrays import ReportProgress
-from solvers.solve import Field, Info, State, is_finite, report_of
+from solvers.solve import Field, Info, State, is_finite, with_worst_example
 
 
 def scipy_rk45(
@@ -33,8 +33,8 @@ def scipy_rk45(
         return _flat(_evaluate(field, np.asarray(t, dtype), state(flat)))
 
     if not bool(is_finite(y0)):  # SciPy would raise an exception.
-        zero = jnp.int32(0)
-        return y0, report_of(field, jnp.asarray(t0, dtype), y0, t1 - t0, jnp.asarray(False), zero, zero)
+        info = Info(jnp.int32(0), jnp.int32(0), jnp.asarray(False), jnp.asarray(t0, dtype), jnp.int32(-1))
+        return y0, with_worst_example(info, field, y0, t1 - t0)
     solver = RK45(derivative, t0, _flat(y0), t1, rtol=rtol, atol=atol)
     # If the first derivative is not finite, SciPy would reduce a first step of NaN forever.
     healthy = bool(np.isfinite(solver.f).all())
@@ -45,7 +45,8 @@ def scipy_rk45(
     y = jax.tree.map(jnp.asarray, state(solver.y))
     solved = jnp.asarray(solver.status == "finished" and bool(is_finite(y)))
     nfe, steps = jnp.int32(solver.nfev), jnp.int32(_attempted_steps(solver))
-    return y, report_of(field, jnp.asarray(solver.t, dtype), y, t1 - t0, solved, nfe, steps)
+    info = Info(nfe, steps, solved, jnp.asarray(solver.t, dtype), jnp.int32(-1))
+    return y, with_worst_example(info, field, y, t1 - t0)
 
 
 def _attempted_steps(solver: RK45) -> int:

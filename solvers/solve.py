@@ -48,40 +48,26 @@ def is_finite(y: PyTree) -> Bool[Array, ""]:
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), y))
 
 
-def report_of(
-    field: Field,
-    t: Float[Array, ""],
-    y: PyTree,
-    span: float | Float[Array, ""],
-    success: Bool[Array, ""],
-    nfe: Int[Array, ""],
-    steps: Int[Array, ""],
-) -> Info:
-    """Fills in the report of a solve, and finds the worst example after a failure.
+def with_worst_example(info: Info, field: Field, y: PyTree, span: float | Float[Array, ""]) -> Info:
+    """Fills in `worst_example` after a failure, at the state y. Without a failure, it has to be -1 already.
 
-    That needs the field. Outside jit, a successful solve does not compile it for this.
+    This evaluates the field. Outside jit, a solve that succeeded does not compile it.
     """
-    if not isinstance(success, jax.core.Tracer) and bool(success):
-        return Info(nfe, steps, success, t, jnp.int32(-1))
-    return _report_with_example(field, t, y, span, success, nfe, steps)
+    if not isinstance(info.success, jax.core.Tracer) and bool(info.success):
+        return info
+    return info._replace(worst_example=_worst_example(field, info.t, y, span, info.success))
 
 
 @jax.jit
-def _report_with_example(
-    field: Field,
-    t: Float[Array, ""],
-    y: PyTree,
-    span: Float[Array, ""],
-    success: Bool[Array, ""],
-    nfe: Int[Array, ""],
-    steps: Int[Array, ""],
-) -> Info:
-    def worst_example() -> Int[Array, ""]:
+def _worst_example(
+    field: Field, t: Float[Array, ""], y: PyTree, span: Float[Array, ""], success: Bool[Array, ""]
+) -> Int[Array, ""]:
+    def after_failure() -> Int[Array, ""]:
         # Just after t, because a solver stops before the time at which a field breaks.
         derivative = field(t + 1e-6 * span, y)
         return jnp.argmax(sum(jax.tree.leaves(jax.tree.map(_size, derivative, y)))).astype(jnp.int32)
 
-    return Info(nfe, steps, success, t, jax.lax.cond(success, lambda: jnp.int32(-1), worst_example))
+    return jax.lax.cond(success, lambda: jnp.int32(-1), after_failure)
 
 
 def _size(derivative: Array, y: Array) -> Float[Array, " batch"]:

@@ -32,7 +32,9 @@ def test_golden_likelihoods(tmp_path: Path) -> None:
     # the sub-VP SDE move by 3e-3, and the bits/dim by 7e-5.
     done = run_command(tmp_path, *LIKELIHOODS)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("latent, published protocol") == len(LIKELIHOODS) > 0
+    assert done.stdout.count("latent, published protocol") == len(LIKELIHOODS) == 3
+    updates = [line for line in done.stdout.splitlines() if line.split()[0].endswith(("_x", "_x_mean"))]
+    assert len(updates) == 12 + 12 + 6  # of the samplers; sub-VP has neither correctors nor ancestral sampling
 
 
 @pytest.mark.parametrize("path", [path for path in CHECKED if path not in LIKELIHOODS], ids=lambda path: path.name)
