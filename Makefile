@@ -118,7 +118,7 @@ precision: setup
 	$(BIN)/python -m experiments.precision
 
 # Predicts the memory of a training step on an H100, without one, for docs/results/cost.md. It takes hours on two cores, and
-# resumes. It needs 8 GB of memory. The packages for GPUs need 6 GB of disk, and have an environment of their own.
+# resumes. It needs 8 GB of memory. The packages for GPUs need 6 GB of disk, and have a separate environment.
 cost-h100: .venv-gpu/.installed
 	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m experiments.predicted_cost
 

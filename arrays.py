@@ -22,7 +22,7 @@ Factor: TypeAlias = Float[Array, "batch *#dims"]
 """One number for each example, shaped [batch, 1, ..., 1] to multiply a batch."""
 
 ScoreFn: TypeAlias = Callable[[Batch, PerExample], Batch]
-"""score(x, t): an estimate of grad_x ln q_t(x). All that losses, likelihoods and samplers see of a network."""
+"""score(x, t): an estimate of grad_x ln q_t(x). Losses, likelihoods and samplers see a network only in this form."""
 
 
 class LabelledBatch(NamedTuple):
@@ -33,7 +33,7 @@ class LabelledBatch(NamedTuple):
 
 
 ReportProgress: TypeAlias = Callable[[int, int], None]
-"""report(steps_done, total_steps), called between the compiled calls of a long computation. It raises to stop it."""
+"""report(steps_done, total_steps), called between the compiled calls of a long computation. An exception stops it."""
 
 State = TypeVar("State")
 Function = TypeVar("Function", bound=Callable)
@@ -62,9 +62,9 @@ def in_parts(
 
     Args:
         advance: advance(state, first, last) runs steps first, ..., last - 1. It is compiled for any bounds.
-        progress: None: all steps are one part.
-        done: computes what to report from the state, if that is not the number of steps. A report that everything is
-            done ends the computation.
+        progress: called after each part. None: all steps are one part.
+        done: computes the (steps_done, total_steps) to report from the state; the computation ends when they are equal.
+            None: the steps taken, out of `steps`.
     """
     if progress is None:
         return advance(state, 0, steps)

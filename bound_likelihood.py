@@ -12,9 +12,9 @@ itself.
 
 Both forms are integrals over ln rho, rho = sigma / alpha, since g^2 dt = 2 sigma^2 d ln rho; importance sampling draws
 ln rho uniformly. Everything known in closed form is computed instead of sampled: div f, the expectation of the prior
-and, as a control variate, the contribution of a Gaussian N(m, c^2 I) of the data, the reference. Its score has
-u = z + sigma score with E|u|^2 = d w^2 + |x - m|^2 rho^2 / (c^2 + rho^2)^2, w = c^2 / (c^2 + rho^2). The integral of
-E|u|^2 - d over ln rho is
+and, as a control variate, the contribution of a Gaussian N(m, c^2 I) of the data, the reference. With its score, u = z
++ sigma score has E|u|^2 = d w^2 + |x - m|^2 rho^2 / (c^2 + rho^2)^2, w = c^2 / (c^2 + rho^2). The integral of E|u|^2 -
+d over ln rho is
 
     sum_i [ w_i - ln(c_i^2 + rho^2) - (x_i - m_i)^2 / (c_i^2 + rho^2) ] / 2   from one end to the other.
 
@@ -59,7 +59,7 @@ class Bound(NamedTuple):
 
     @property
     def total(self) -> PerExample:
-        """The bound."""
+        """The bound on -ln p(x), in nats."""
         return self.prior + self.integral + self.start
 
     @property
@@ -88,10 +88,10 @@ def likelihood_bound(
         keys: one for each example, so that its random numbers do not depend on its batch.
         form: "dsm" or "sm".
         importance_sampling: draws t in proportion to g^2 / sigma^2; otherwise uniformly.
-        num_times: values of t for each example (published: 1000), one in each of as many equal strata. The standard
+        num_times: values of t for each example (published: 1000), one in each of `num_times` equal strata. The standard
             error is computed as for independent times, so it is an upper limit.
-        num_starts: draws of x_{t_min} for the start-time correction. 0: no correction, which is right for data that
-            are x_{t_min}.
+        num_starts: draws of x_{t_min} for the start-time correction. 0: no correction, for a bound on the likelihood of
+            x_{t_min}.
         reference: the Gaussian of the control variate. None: no control variate, as published.
         progress: called between parts of the draws. It cannot be used under jit.
 
@@ -193,7 +193,7 @@ def start_correction(
 
 
 def _perturb(sde: SDE, x: Batch, t: PerExample, z: Batch) -> tuple[Batch, Factor]:
-    """x_t, and sigma shaped to multiply a batch."""
+    """Returns x_t, and sigma shaped to multiply a batch."""
     mean, sigma = sde.marginal(x, t)
     sigma = append_dims(sigma, x)
     return mean + sigma * z, sigma
@@ -238,7 +238,7 @@ def _drift_integral(sde: SDE, x: Batch, t_min: float) -> Float[Array, ""]:
 
 
 Draw = Callable[[Int[Array, ""]], PerExample]
-"""The draw with a number, one value for each example. A pytree."""
+"""draw(number): the draw with this number, one value for each example. A pytree."""
 
 
 def _mean_and_error(draw: Draw, num: int, progress: ReportProgress | None) -> tuple[PerExample, PerExample]:

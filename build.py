@@ -1,4 +1,4 @@
-"""From a configuration to the objects of a run. Configurations are checked by building these objects."""
+"""Builds the objects of a run from its configuration. Building them also checks the configuration."""
 
 import dataclasses
 import functools
@@ -32,13 +32,13 @@ INIT_KEY, TRAIN_KEY, EVAL_KEY, SAMPLE_KEY = range(4)
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What training and evaluation share."""
+    """The objects that training and evaluation share."""
 
     config: Config
     mesh: Mesh
     model: ScoreModel
     preprocess: Preprocess | PointPreprocess
-    """From training data, as sources hold them, to the data that the score network sees."""
+    """Converts training data from the form that sources hold to the data that the score network sees."""
 
     @functools.cached_property
     def trainer(self) -> Trainer:
@@ -47,6 +47,7 @@ class Run:
 
     @property
     def sde(self) -> SDE:
+        """The forward SDE of the model."""
         return self.model.sde
 
     @property
@@ -62,6 +63,7 @@ class Run:
         return self.config.data.image_size, self.config.data.image_size, self.config.data.num_channels
 
     def key(self, purpose: int) -> jax.Array:
+        """Derives the random key for one purpose from the seed of the run."""
         return jax.random.fold_in(jax.random.key(self.config.seed), purpose)
 
     def score_fn(self, params: Params) -> NetworkScore:
@@ -77,7 +79,7 @@ class Run:
         return sampler_from_config(self.config, self.sde, self.preprocess.data_range)
 
     def predictor_corrector(self) -> PredictorCorrector:
-        """The predictor-corrector sampler with the fields of `sampling`, whatever sampling.method says.
+        """The predictor-corrector sampler with the fields of `sampling`, for every sampling.method.
 
         Raises:
             ValueError: for a field of `sampling` whose value is not allowed.
@@ -85,7 +87,7 @@ class Run:
         return pc_from_config(self.config, self.sde)
 
     def sampling_description(self) -> dict[str, Any]:
-        """The fields of `sampling` that samples depend on, with their values: those that the sampler reads."""
+        """The fields of `sampling` that the sampler reads, with their values. Samples depend on no others."""
         copy = ConfigDict(self.config.to_dict())
         recorder = record_reads(copy)
         sampler_from_config(copy, self.sde, self.preprocess.data_range)
@@ -101,7 +103,7 @@ class Run:
 
         def init(key: jax.Array) -> TrainState:
             params = self.model.init(key, self.data_shape)
-            with unrecorded(self.config):  # evaluation makes a state, too, but its values do not depend on these fields
+            with unrecorded(self.config):  # an evaluation reads these fields for the state only, not for its results
                 trainer = _trainer(self.config, self.mesh, self.model, self.preprocess)
             return create_state(params, trainer.optimizer, with_residuals=trainer.objective.needs_residual)
 
@@ -146,7 +148,7 @@ class Run:
         )
 
     def load_state(self, path: Path) -> TrainState:
-        """The state in a published checkpoint file, in one step's folder among a run's checkpoints, or a run's newest.
+        """Loads the state from a published checkpoint file, one step's folder, or the newest checkpoint of a run.
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
@@ -168,11 +170,11 @@ class Run:
         return Checkpoints.existing(workdir.checkpoints, self.network_description(), self.abstract_state())
 
     def network_description(self) -> dict[str, Any]:
-        """The fields that a checkpoint must agree with: of the network, the SDE, and the kind of data."""
+        """The fields of network, SDE and kind of data on which a checkpoint and the configuration must agree."""
         free = {"ema_rate", "ema_warmup", "dropout", "remat", "dtype"}
         training: dict[str, Any] = {"training.sde": self.config.training.sde}
         if self.model.levels is None:
-            free |= {"num_scales", "interpolation"}  # checkpoints of older versions do not have them
+            free |= {"num_scales", "interpolation"}  # Checkpoints of older versions do not have these fields.
         else:
             training["training.continuous"] = False
         model = {f"model.{k}": v for k, v in self.config.model.to_dict().items() if k not in free}
@@ -186,7 +188,7 @@ class Run:
 
     def evaluated_network(self) -> dict[str, Any]:
         """`network_description`, and the precision of feature maps, which results of evaluations depend on."""
-        dtype = self.config.model.dtype  # results of older versions, all with float32, do not name it
+        dtype = self.config.model.dtype  # Results of older versions lack the dtype; all were in float32.
         return self.network_description() | ({} if dtype == "float32" else {"model.dtype": dtype})
 
 
@@ -194,7 +196,7 @@ def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True
     """Builds the objects that the configuration describes.
 
     Args:
-        mesh: the devices to compile for; None: all devices at hand.
+        mesh: the devices to compile for; None: all devices of all hosts.
         for_training: also check that the fields for training are compatible, and that the batch can be divided among
             the devices. An evaluation does not depend on this, and may run on other devices.
 
@@ -202,7 +204,7 @@ def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True
         ValueError: for a field whose value is not allowed, naming the field, the value and what is allowed.
     """
     mesh = mesh or parallel.device_mesh()
-    with unrecorded(config):  # a field that is only checked has no effect
+    with unrecorded(config):  # reading a field to check it does not give it an effect
         check_config(config)
         _check_kind_of_data(config)
         _check_classes(config)
@@ -237,7 +239,7 @@ def _trainer(config: Config, mesh: Mesh, model: ScoreModel, preprocess: Preproce
 def _check_noise_level(training: Config, sde: SDE) -> None:
     """Raises ValueError if the SDE does not have the noise level that training uses."""
     if not training.noise_level:
-        return  # without compiling five small programs
+        return  # The check would compile five small programs.
     ends = jnp.asarray([training.smallest_time, sde.t_max])
     first, last = (float(rho) for rho in jnp.exp(sde.log_noise_level(ends)))
     if not first <= training.noise_level <= last:
@@ -280,7 +282,7 @@ def _check_init(training: Config) -> None:
 
 
 def _check_classes(config: Config) -> None:
-    """Raises ValueError if the network shall be told classes, but is not made for it."""
+    """Raises ValueError if `data.num_classes` is set, but the network does not take classes."""
     if not config.data.num_classes:
         return
     if config.model.name != "ncsnpp" or not config.model.conditional:

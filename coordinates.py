@@ -1,4 +1,4 @@
-"""Our coordinates for the probability-flow ODE, in which little is left to integrate; published solves use (x, t).
+"""Coordinates for the probability-flow ODE in which little is left to integrate (ours). Published solves use (x, t).
 
 The coordinates move with the flow of a Gaussian, so that only the difference from that flow is integrated. Let
 x_t = alpha x_0 + sigma z, with noise level rho = sigma / alpha. Four steps start from dx/dt = f x - g^2 score / 2.

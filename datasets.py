@@ -1,4 +1,4 @@
-"""From a source to seeded batches.
+"""Draws seeded batches from a source.
 
 Batches of images are unsigned bytes, the levels 0 .. levels-1, until they are on the devices. There `Preprocess`
 mirrors, dequantizes and scales them. So all randomness of a batch follows from the seed and the step, on any number of
@@ -21,7 +21,7 @@ from configs.default import Config
 from coordinates import GaussianReference
 from infra.parallel import local_rows, pad_rows
 from infra.waiting import waiting
-from sources import MemorySource as MemorySource  # sources are found here, too
+from sources import MemorySource as MemorySource  # re-exported: callers need only this module
 from sources import Source as Source
 from sources import source_from_config as source_from_config
 from sources.densities import DENSITIES
@@ -33,7 +33,7 @@ def labels_of(source: Source) -> Int[np.ndarray, " n"]:
     """Returns the class of each image. Raises ValueError if the data have no classes."""
     labels = getattr(source, "labels", None)
     if labels is None:
-        raise ValueError(f"{source.description} has no class labels")
+        raise ValueError(f"{source.description} has no class labels; set data.dataset to data with labels, as digits")
     return np.asarray(labels, np.int32)
 
 
@@ -48,7 +48,7 @@ def check_classes(source: Source, num_classes: int) -> None:
 class BatchOrder:
     """The images of training batch k: shuffled epochs, one after another, cut into batches.
 
-    The order is a pure function of (seed, k), so resuming needs nothing but the step, and each host computes its rows.
+    The order is a pure function of (seed, k). So resuming needs only the step, and each host can compute its own rows.
     """
 
     num_images: int
@@ -67,7 +67,7 @@ class BatchOrder:
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    """Cached, because permuting a million images takes longer than reading a batch."""
+    """The order of the images in an epoch. Cached, because a permutation takes longer than reading a batch."""
     return np.random.default_rng((seed, epoch)).permutation(size)
 
 
@@ -157,12 +157,12 @@ def evaluation_batch_sizes(source: Source, batch_size: int, max_examples: int = 
 
 
 ROUNDINGS: dict[str, Callable[[Array], Array]] = {"truncate": jnp.floor, "nearest": jnp.round}
-"""From pixel values to levels, by eval.rounding. The published code truncates."""
+"""Functions that convert pixel values to levels, by eval.rounding. The published code truncates."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """From integer levels to the data that the score network sees, and back."""
+    """Converts integer levels to the data that the score network sees, and back."""
 
     levels: int
     centered: bool
@@ -178,7 +178,7 @@ class Preprocess:
             raise ValueError(f"eval.rounding is {self.rounding!r}; known: {', '.join(ROUNDINGS)}")
 
     def __call__(self, key: Array, images: Array) -> Batch:
-        """Mirrors at random and dequantizes, if configured, then scales."""
+        """Mirrors images at random and dequantizes them, if configured, then scales them for the network."""
         flip_key, noise_key = jax.random.split(key)
         if self.random_flip:
             images = random_mirror(flip_key, images)
@@ -189,11 +189,11 @@ class Preprocess:
         return self.scale(images.astype(jnp.float32) / (self.levels - 1))
 
     def without_flip(self) -> "Preprocess":
-        """The same without mirroring, for test images."""
+        """Returns the same preprocessing without mirroring, for test images."""
         return dataclasses.replace(self, random_flip=False)
 
     def scale(self, unit: Batch) -> Batch:
-        """From [0, 1] to the range of the score network."""
+        """Scales values from [0, 1] to the range of the score network."""
         return 2 * unit - 1 if self.centered else unit
 
     def unscale(self, x: Batch) -> Batch:
@@ -211,7 +211,7 @@ class Preprocess:
         return (-1.0, 1.0) if self.centered else (0.0, 1.0)
 
     def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
-        """Converts samples to integer levels: by bin if data have noise or are middles of bins, else by `rounding`."""
+        """Converts samples to integer levels. By bin, if data have noise or are middles of bins, else by `rounding`."""
         unit = self.unscale(x)
         if self.dequantize or self.bin_centers:
             level = jnp.floor(unit * self.levels)
@@ -254,7 +254,7 @@ def has_points(config: Config) -> bool:
 
 
 def training_preprocess(config: Config) -> Preprocess | PointPreprocess:
-    """The preprocessing of training data."""
+    """Returns the preprocessing of training data, which may mirror and dequantize them."""
     return PointPreprocess() if has_points(config) else preprocess_from_config(config, train=True)
 
 
@@ -277,16 +277,16 @@ def preprocess_from_config(config: Config, *, train: bool) -> Preprocess:
 
 
 REFERENCE_EXAMPLES = 10_000
-"""Training examples, at most, from which the mean and standard deviation of the data are computed."""
+"""The largest number of training examples from which the mean and standard deviation of the data are computed."""
 
-_BLOCK = 256  # of these in memory at a time: images may be large
+_BLOCK = 256  # The number of images in memory at a time; images may be large.
 
 
 def data_reference(source: Source, levels: int, bins_per_unit: int, centered: bool) -> GaussianReference:
-    """Mean and standard deviation of each entry of the network's data, from the first images of a source.
+    """Returns the mean and standard deviation of each entry of the network's data, from the first images of a source.
 
-    With one bin less than levels, the data are bare levels, in the middle of their bins. Otherwise they have uniform
-    noise.
+    If `bins_per_unit` is `levels` - 1, the data are bare levels in the middle of their bins. Otherwise they have
+    uniform noise.
     """
     count = min(len(source), REFERENCE_EXAMPLES)
     total, squares = np.zeros((2, *source.image_shape), np.int64)

@@ -43,7 +43,7 @@ def exact_divergence(field: Field, x: Batch) -> tuple[Batch, PerExample]:
 def divergence_estimates(
     field: Field, x: Batch, probes: Float[Array, "k batch *dims"] | None
 ) -> tuple[Batch, Float[Array, "batch k"]]:
-    """Computes the field and k estimates of its divergence, one for each probe; None: the exact divergence, k = 1."""
+    """Computes the field and k estimates of its divergence, one per probe. Without probes, it is exact, and k = 1."""
     if probes is None:
         value, divergence = exact_divergence(field, x)
         return value, divergence[:, None]
@@ -94,7 +94,7 @@ class ProbeDerivatives(NamedTuple):
     jacobian_direction: Batch
     """J w."""
     trace_gradients: list[Batch]
-    """grad_x (v.Jv) for each probe; empty if they were not asked for."""
+    """grad_x (v.Jv) for each probe; empty without `trace_gradients`."""
 
 
 def probe_derivatives(
@@ -102,11 +102,11 @@ def probe_derivatives(
 ) -> ProbeDerivatives:
     """Computes `ProbeDerivatives`: k + 1 forward derivatives and, with `trace_gradients`, k reverse passes over them.
 
-    The first probe and the direction share one linearization of the field; without `trace_gradients`, all probes do.
+    The first probe and the direction share one linearisation of the field; without `trace_gradients`, all probes do.
     With them, each further probe has its own, because a reverse pass over all probes at once costs more.
 
     Args:
-        direction: from the value of the field to w. It must hold the value constant.
+        direction: computes w from the value of the field. It must treat the value as constant.
     """
     shared = probes[:1] if trace_gradients else probes
 

@@ -81,7 +81,7 @@ def _factor(sigma: Float[np.ndarray, "d d"]) -> Float[np.ndarray, "d rank"]:
 
 
 class InceptionScore(NamedTuple):
-    """Mean and standard deviation over splits."""
+    """The Inception Score: mean and standard deviation over splits."""
 
     mean: float
     std: float

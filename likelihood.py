@@ -2,7 +2,7 @@
 
 The ODE dx/dt = h(x, t) = f x - g^2 score / 2 carries the density of the data to the prior, and
 ln p(x) = ln prior(x_T) + integral over [t_min, T] of div h along the path from x ([S21a] Eqn. 39, [L22] Eqn. 7).
-The data are taken to be x at t_min; no correction is made for that.
+The data are used as x at t_min, without a correction for this.
 
 `published_log_likelihood` solves this as published, in time. `reference_log_likelihood` computes the same integral in
 our own coordinates (coordinates.py). They need far fewer evaluations: the contribution of a Gaussian is known in closed
@@ -119,7 +119,7 @@ def _zeros(x: Batch, probes: Probes | None) -> Float[Array, "batch k"]:
 def _prior_and_error(
     prior_logp: Callable[[Batch], PerExample], y: Batch, error_estimate: State | None
 ) -> tuple[PerExample, PerExample]:
-    """The log-density of the prior at the end of a solve, and the estimated error of the likelihood."""
+    """Returns the log-density of the prior at the end of a solve, and the estimated error of the likelihood."""
     if error_estimate is None:
         return prior_logp(y), jnp.full(y.shape[:1], jnp.nan, y.dtype)
     state_error, divergence_error = error_estimate
@@ -183,7 +183,7 @@ class ReferenceField:
 
 
 class Method(NamedTuple):
-    """How a likelihood is solved."""
+    """The coordinates and the ODE method with which a likelihood is computed."""
 
     coordinates: str
     """"time", as published, or "reference", our coordinates."""
@@ -221,19 +221,19 @@ def ode_log_likelihood(
     """Computes ln p(x) of each example under the probability-flow ODE by the named method.
 
     Can be called under jit (except for the methods of SciPy) and on sharded batches. An eager call compiles its solve
-    once, and other parameters compile nothing if the score function is a pytree. Matrix products have full precision
-    throughout, not the reduced one that accelerators default to.
+    once. Calls with other parameters compile nothing if the score function is a pytree. Matrix products always have
+    full precision, although accelerators reduce it by default.
 
     Args:
-        probes: fixed for the whole solve. The estimate is their mean, unbiased for independent entries of mean 0 and
-            variance 1. One evaluation of the field is one of the score with its k derivatives. None: the exact
-            divergence, from d derivatives.
+        probes: fixed for the whole solve. The estimate is the mean over probes. It is unbiased if the entries are
+            independent with mean 0 and variance 1. One evaluation of the field evaluates the score and k derivatives.
+            None: the exact divergence, from d derivatives.
         t_min: the time at which the data are x.
         method: one of `METHODS`. "scipy" is the published protocol and "dopri5" the same on the device. Adaptive
             methods control an error over the whole batch, so results depend on the batch within the tolerance. In
             float32 they reach rounding noise at tolerances below 1e-6. With the fixed steps of "rk4_log" and
             "adams_log", the result of an example does not depend on the others, and has an estimate of its error.
-            "adams_log" has the most accuracy for its evaluations if the network is rough in time.
+            For the same number of evaluations, "adams_log" is the most accurate if the network is rough in time.
         reference: for the methods whose names end in "_log"; see coordinates.py.
         rtol, atol: tolerances of the adaptive methods; see `ode.integrate`.
         num_steps: for the fixed-step methods; see `ode.integrate`.

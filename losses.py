@@ -11,8 +11,7 @@ Every term is a pure function that returns one number for each example and takes
 
 Orders 2 and 3 have three forms: exact, for few dimensions; the published estimates with one probe; and unbiased
 estimates of the exact form with two probes, which are ours (`objectives/unbiased.py`). The published estimates have
-(u.v)^2 where the exact form has |u|^2. This adds the noise of the probe, which has sqrt(d) times the standard
-deviation.
+(u.v)^2 where the exact form has |u|^2. The probe multiplies the standard deviation by about sqrt(d).
 
 Sources: [L22] Lu et al., ICML 2022; [S21b] Song et al., NeurIPS 2021.
 """
@@ -52,7 +51,7 @@ class Term(NamedTuple):
     """A term of the objective."""
 
     order: int
-    """The order of score matching that the term belongs to, and whose weight it has. 0: no gradient, and weight 1."""
+    """The order of score matching, whose weight multiplies the term. 0: the term has no gradient, and weight 1."""
     title: str
     """The title in plots and tables."""
 
@@ -141,12 +140,14 @@ class Objective(TrainingObjective):
             )
         if self.noise_level and self.needs_residual:
             raise ValueError(
-                f"training.noise_level is {self.noise_level}, but weights that follow the residual need all times"
+                f"training.noise_level is {self.noise_level}, but weights that follow the residual need all times: "
+                "set it to 0"
             )
         _ = self.times  # It checks its fields when it is built.
 
     @property
     def times(self) -> TimeDistribution:
+        """The distribution of the times t. Raises ValueError for a field that is not allowed."""
         return TimeDistribution(
             self.t_min,
             self.importance_weighting,
@@ -157,11 +158,12 @@ class Objective(TrainingObjective):
 
     @property
     def needs_two_probes(self) -> bool:
+        """Whether the estimator of orders 2 and 3 takes two probes per example."""
         return self.order > 1 and self.estimator in ("unbiased", "unbiased_trace") and not self.exact
 
     @property
     def every(self) -> int:
-        """The k of which each k-th example has the terms of orders 2 and 3."""
+        """The number k such that every k-th example has the terms of orders 2 and 3."""
         return round(1 / self.high_order_fraction) if self.order > 1 else 1
 
     @property
@@ -171,11 +173,11 @@ class Objective(TrainingObjective):
 
     @property
     def draws_own_times(self) -> bool:
-        """Whether the examples with orders 2 and 3 have times from a density of their own."""
+        """Whether the examples with orders 2 and 3 draw their times from another density than the other examples."""
         return self.order > 1 and self.every > 1 and self.high_order_weighting == "residual"
 
     def for_evaluation(self) -> "Objective":
-        """The same terms on all examples, with constant weights."""
+        """Returns the objective with the same terms on all examples, without weights that follow the residual."""
         high = "constant" if self.high_order_weighting == "residual" else self.high_order_weighting
         return dataclasses.replace(
             self, first_order_weighting="constant", high_order_weighting=high, high_order_fraction=1.0
@@ -214,12 +216,12 @@ class Objective(TrainingObjective):
     ) -> dict[str, PerExample]:
         """Computes the objective of each example as `total`, and its unweighted terms by their names in `TERMS`.
 
-        Estimated by one probe, order k costs one network evaluation with k derivatives; by two probes, about twice
-        that. With a high_order_fraction below 1, examples without the terms of orders 2 and 3 have 0 there, and the
-        others have the terms divided by the fraction, so that means over a batch have the same expectation.
+        With one probe, order k costs one network evaluation with k derivatives. With two probes, it costs about twice
+        that. With a high_order_fraction below 1, the terms of orders 2 and 3 are 0 for some examples, and divided by
+        the fraction for the others. So means over a batch have the same expectation.
 
         Raises:
-            ValueError: if the weights follow the residual, but none is given.
+            ValueError: if the weights follow the residual, but `residual` is None.
         """
         if self.needs_residual and residual is None:
             raise ValueError("the objective's weights follow the residual: give it, or use objective.for_evaluation()")
@@ -251,7 +253,7 @@ class Objective(TrainingObjective):
 def _score_and_terms(
     score_fn: ScoreFn, sde: SDE, objective: Objective, x0: Batch, noise: Noise
 ) -> tuple[Batch, dict[str, PerExample]]:
-    """sigma times the score at x_t, and the terms of orders 2 and 3, for the examples that have them."""
+    """Returns sigma times the score at x_t, and the terms of orders 2 and 3 (0 for examples without them)."""
     mean, sigma = sde.marginal(x0, noise.t)
     sigma = append_dims(sigma, x0)
     xt = mean + sigma * noise.z
@@ -259,7 +261,10 @@ def _score_and_terms(
         return sigma * score_fn(xt, noise.t), {}
     every = objective.every
     if len(x0) % every:
-        raise ValueError(f"a batch of {len(x0)} cannot be divided into groups of {every} examples")
+        raise ValueError(
+            f"a batch of {len(x0)} cannot be divided into groups of {every} examples, of which one has orders 2 and 3; "
+            f"use a multiple of {every}"
+        )
 
     def of_each_group(a: Array, first: bool) -> Array:
         groups = a.reshape(-1, every, *a.shape[1:])

@@ -11,10 +11,10 @@ resumes when it is run again. The other modes:
                 python main.py --config=configs/vp/cifar10_ddpmpp_continuous.py --mode=prepare \
                     --config.data.archive=PATH
     stats       measures the real images that samples are compared with, and prints the FIDs of real images
-    cost        measures memory and time of a training step before a run starts, as --config.cost.* ask
+    cost        measures memory and time of a training step before a run starts; see --config.cost.*
     selftest    checks the devices, the connection between processes, the disk, the memory and time of a training step,
                 and whether the files that the configuration needs are there; prints a table
-    diagnose    shows where a model of images is bad: bits/dim by start time, errors by noise level
+    diagnose    finds the noise levels at which a model of images is inaccurate: bits/dim by start time, errors by level
     encode      computes the latent codes of images, and the error of their reconstruction
     decode      turns latent codes into images
     interpolate draws strips of pictures between pairs of images
@@ -30,7 +30,7 @@ Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are requests to stop, in every mode: the sta
 code is 75. The same command then resumes. A second Ctrl-C stops at once, with code 130. Other exit codes: 0 after
 success, 2 for bad input, 1 for a failure of the computation. Schedulers may requeue on 75; see docs/cluster.md.
 
-Errors are one line. Use --verbosity=1 to print the full traceback. docs/ describes everything else.
+Errors are one line. Use --verbosity=1 to print the full traceback. The folder docs/ describes the rest.
 """
 
 import gc
@@ -44,7 +44,7 @@ from ml_collections import ConfigDict, config_flags
 from configs.checks import flat
 from configs.default import Config, get_config
 from configs.usage import record_reads
-from infra import stop  # JAX is imported late, so that --help, mistyped flags and signals are answered at once
+from infra import stop  # Modules with JAX are imported later, so that --help and signals need not wait.
 
 CONTROL = ("encode", "decode", "interpolate", "inpaint", "colorize", "restore", "classes")
 """The modes for latent codes and conditional samples."""
@@ -85,6 +85,7 @@ EFFECT = {
 
 
 def main(argv: Sequence[str]) -> int:
+    """Runs the mode of the command line, and returns the exit code."""
     if len(argv) > 1:
         return _complain(f"unexpected argument {argv[1]!r}; flags begin with --")
     required = (_MODE,) if _MODE.value in ("prepare", "stats") else (_MODE, _WORKDIR)
@@ -140,9 +141,9 @@ def _run_and_report(mode: str, workdir: Path) -> int:
 def _run(mode: str, workdir: Path) -> None:
     from infra import console, parallel, startup
 
-    gc.set_threshold(50_000)  # tracing makes many objects, few of which can be freed
+    gc.set_threshold(50_000)  # Tracing makes many objects that stay in use, so collecting garbage often is a waste.
     console.quiet_libraries()
-    if mode != "cost":  # which measures how long a program takes to compile
+    if mode != "cost":  # That mode measures how long a program takes to compile.
         startup.use_compilation_cache()
     if _COORDINATOR.value:
         seconds = parallel.JOIN_SECONDS if mode != "selftest" else parallel.JOIN_SECONDS / 5
@@ -150,7 +151,7 @@ def _run(mode: str, workdir: Path) -> None:
     parallel.check_devices()
     import run_lib
 
-    stop.check()
+    parallel.check_stop()
     if _CONFIG.value is not None:
         _expand_home(_CONFIG.value)
         record_reads(_CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, as_pytree, in_parts
 from solvers.dormand_prince import dopri5
-from solvers.solve import Field, Info, State, combine, is_finite, with_worst_example
+from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, with_worst_example
 
 METHODS = ("dopri5", "scipy", "rk4", "adams")
 
@@ -40,8 +40,8 @@ def integrate(
     """Solves dy/dt = field(t, y) from y(t0) = y0 to t1, forward or backward.
 
     Adaptive methods control the root mean square, over the WHOLE state of all examples, of the error relative to
-    atol + rtol |y|, as SciPy does. So their steps depend on the batch, and their results do within the tolerance. With
-    fixed steps, the result of one example does not depend on the others.
+    atol + rtol |y|, as SciPy does. So their steps depend on the batch, and their results change with the batch within
+    the tolerance. With fixed steps, the result of one example does not depend on the others.
 
     Args:
         method: "dopri5", Dormand-Prince 5(4) on the device, with the step-size rules of SciPy's RK45;
@@ -140,7 +140,7 @@ def adams_step(field: Field, node: Node, dt: Float[Array, ""], number: Int[Array
 def adams_path(field: Field, y0: State, times: Float[Array, " n"]) -> State:
     """Solves dy/dt = field(t, y) from y0 by the steps of "adams" between equally spaced times, and keeps every state.
 
-    For use under jit. The field is evaluated once at each time, and nowhere else.
+    For use under jit. The field is evaluated exactly once at each time.
 
     Returns:
         The state at each of `times`, on a new first axis. If the solve fails, they are not finite.
@@ -172,7 +172,7 @@ FIXED_STEP = {"rk4": _FixedStep(rk4_step, 4, 1), "adams": _FixedStep(adams_step,
 
 
 class _Grid(NamedTuple):
-    """What the parts of a solve with fixed steps have in common."""
+    """The constants of a solve with fixed steps, shared by its parts."""
 
     field: Field
     t0: Float[Array, ""]
@@ -185,10 +185,10 @@ class _Grid(NamedTuple):
 
 
 class _FixedSolve(NamedTuple):
-    """A solve with fixed steps between two parts."""
+    """The state of a solve with fixed steps between two parts."""
 
     number: Int[Array, ""]
-    """Steps taken."""
+    """Steps taken; -1 before the derivative at the start is known."""
     node: Node
     sampled: PyTree
     """The integral of dy/dt by the rule of the error estimate, so far."""
@@ -210,19 +210,25 @@ def _fixed_steps(
         return _steps_until(grid, solve, last, method=method)
 
     solve = in_parts(advance, _before_first_step(grid, y0, method=method), num_steps, progress)
-    return _end(grid, solve, method=method)
+    y, info = _end(grid, solve, method=method)
+    return y, with_worst_example(field, info, y, t1 - t0)
 
 
 @partial(jax.jit, static_argnames="method")
 def _before_first_step(grid: _Grid, y0: PyTree, *, method: str) -> _FixedSolve:
-    stride, slope = FIXED_STEP[method].stride, grid.field(grid.t0, y0)
+    _, evaluations, stride = FIXED_STEP[method]
+    if evaluations == 1:
+        # `_steps_until` evaluates the field at y0 in a step of no length, so that the field is compiled only once.
+        zero = jax.tree.map(jnp.zeros_like, y0)
+        return _FixedSolve(jnp.int32(-1), Node(grid.t0, y0, (zero,) * 3), y0)
+    slope = grid.field(grid.t0, y0)
     sampled = combine(y0, stride * grid.dt, [_gregory_weight(0, grid.num_steps // stride)], [slope])
     return _FixedSolve(jnp.int32(0), Node(grid.t0, y0, (slope,) * 3), sampled)
 
 
 @partial(jax.jit, static_argnames="method")
 def _steps_until(grid: _Grid, solve: _FixedSolve, last: Int[Array, ""] | int, *, method: str) -> _FixedSolve:
-    """Takes steps until `last` were taken, or until the state is not finite."""
+    """Takes steps until `last` steps have been taken in total, or until the state is not finite."""
     step, _, stride = FIXED_STEP[method]
     dt, num_nodes = grid.dt, grid.num_steps // stride
 
@@ -231,7 +237,9 @@ def _steps_until(grid: _Grid, solve: _FixedSolve, last: Int[Array, ""] | int, *,
 
     def advance(solve: _FixedSolve) -> _FixedSolve:
         number, node, sampled = solve
-        y, slope = step(grid.field, node, dt, number)
+        starting = number < 0
+        y, slope = step(grid.field, node, jnp.where(starting, 0, dt), jnp.maximum(number, 0))
+        y = jax.tree.map(lambda start, end: jnp.where(starting, start, end), node.y, y)
         number = number + 1
         weight = jnp.where(number % stride == 0, _gregory_weight(number // stride, num_nodes), 0)
         sampled = combine(sampled, stride * dt, [weight], [slope])
@@ -240,21 +248,13 @@ def _steps_until(grid: _Grid, solve: _FixedSolve, last: Int[Array, ""] | int, *,
     return jax.lax.while_loop(healthy, advance, solve)
 
 
-def _end(grid: _Grid, solve: _FixedSolve, *, method: str) -> tuple[PyTree, Info]:
-    info, span = _outcome(solve, grid.t0, grid.t1, grid.num_steps, method=method)
-    return solve.node.y, with_worst_example(info, grid.field, solve.node.y, span)
-
-
 @partial(jax.jit, static_argnames="method")
-def _outcome(
-    solve: _FixedSolve, t0: Float[Array, ""], t1: Float[Array, ""], num_steps: Int[Array, ""] | int, *, method: str
-) -> tuple[Info, Float[Array, ""]]:
-    """Returns the report of the solve without its worst example, and the length of the interval."""
-    steps, node, sampled = solve
-    solved = (steps == num_steps) & is_finite(node.y)
+def _end(grid: _Grid, solve: _FixedSolve, *, method: str) -> tuple[PyTree, Info]:
+    number, node, sampled = solve
+    steps, error = jnp.maximum(number, 0), jax.tree.map(jnp.subtract, node.y, sampled)
+    solved = (steps == grid.num_steps) & is_finite(node.y)
     nfe = FIXED_STEP[method].evaluations * steps + 1
-    error = jax.tree.map(jnp.subtract, node.y, sampled)
-    return Info(nfe, steps, solved, node.t, jnp.int32(-1), error), t1 - t0
+    return node.y, Info(nfe, steps, solved, node.t, jnp.asarray(NO_EXAMPLE), error)
 
 
 def _gregory_weight(node: Int[Array, ""] | int, last: Int[Array, ""] | int) -> Float[Array, ""]:

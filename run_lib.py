@@ -23,6 +23,7 @@ from dequantization.noise import dequantizer_from_config
 from dequantization.training import DequantizerTraining, dequantizer_state, evaluation_dequantizer, score_params
 from evaluators import MODES, Evaluator, evaluators_from_config
 from evaluators.assets import assets
+from evaluators.batch_size import choose_batch_sizes
 from evaluators.chosen import chosen_states, training_metadata
 from evaluators.class_training import ClassifierTraining, classifier_folder
 from evaluators.diagnostics import DiagnosticsEvaluator
@@ -31,7 +32,7 @@ from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
 from evaluators.step_cost import case_cost, cost_without_device
-from infra import parallel, stop
+from infra import parallel
 from infra.ahead_of_time import ENDED
 from infra.checkpoints import Checkpoints, params_digest
 from infra.cost import (
@@ -71,7 +72,7 @@ from train_state import TrainingBatches, TrainState, reset_parts
 
 
 def train(config: Config, path: Path, started: float | None = None) -> None:
-    """Trains to the run's last step, from the newest checkpoint if there is one. `last_step` says which that is.
+    """Trains to the step that `last_step` returns, from the newest checkpoint if there is one.
 
     Args:
         started: when the process started, as `time.monotonic` counts; None: now. The time from then to the first
@@ -91,7 +92,7 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
     new = not workdir.has_checkpoints()
     init_state = initial_state(run) if config.training.init_from and new else None
     snapshots, order = Snapshots(run, workdir), config.training.score_matching_order
-    _ = last_step(config.training, workdir)  # a damaged file is reported before anything is written
+    _ = last_step(config.training, workdir)  # Raises for a damaged file, before anything is written.
     workdir.prepare()
     with workdir.lock(), run.open_checkpoints(workdir) as checkpoints:
         if new and init_state is not None:
@@ -101,10 +102,10 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
         field = "n_iters_from_start" if config.training.n_iters_from_start else "n_iters"
         _check_not_beyond(int(state.step), end, f"training.{field}", workdir)
         if checkpoints.newest() is None and init_state is not None:
-            checkpoints.save(state)  # the checkpoint that the run starts from may be gone when the run is resumed
+            checkpoints.save(state)  # The run may resume when the checkpoint that it started from no longer exists.
         workdir.write_description(config, num_parameters(state))
         with MetricsWriter(workdir.train) as metrics:
-            snapshots.draw(state)  # unless it was drawn before an interruption
+            snapshots.draw(state)  # An interruption may have prevented the snapshot of this checkpoint.
             callbacks = [
                 record_first_step(startup, metrics),
                 record_metrics(metrics, order),
@@ -114,9 +115,9 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
                 draw_snapshots(snapshots, metrics),
                 warn_after_first_call(config, "train"),
             ]
-            if not stop.now():
+            if not parallel.stop_requested():
                 training_loop(score_training(run, train_source, end), state, config.training, callbacks)
-    stop.check()
+    parallel.check_stop()
     if jax.process_index() == 0:
         _write_report(path)
         logging.info("Report: %s", workdir.report)
@@ -132,7 +133,7 @@ def warn_unused(config: Config, mode: str) -> None:
 
 
 def _build_settings(config: Config, mode: str) -> None:
-    """Builds all that a mode needs except data, networks of evaluators, and checkpoints."""
+    """Builds all objects of a mode, except data, networks of evaluators, and checkpoints."""
     run = build(config, for_training=mode not in ("eval", "diagnose", "export"))
     if mode == "train":
         _ = run.trainer, config.training.init_from and config.training.init_reset
@@ -152,7 +153,7 @@ def _build_settings(config: Config, mode: str) -> None:
 
 
 def warn_after_first_call(config: Config, mode: str) -> Callback:
-    """Warns as `warn_unused` does, when everything that training reads has been read."""
+    """Returns a callback that calls `warn_unused` after a training call, when all needed fields have been read."""
     return lambda call: warn_unused(config, mode)
 
 
@@ -166,7 +167,7 @@ def _check_not_beyond(step: int, end: int, field: str, workdir: Workdir) -> None
 
 
 def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | None) -> TrainState:
-    """The newest checkpoint's state; for a new run, `init_state` or a fresh one."""
+    """Returns the state of the newest checkpoint; for a new run, `init_state` or a fresh state."""
     state = checkpoints.resume()
     if state is None:
         return jax.device_put(init_state or run.fresh_state(), run.state_shardings())
@@ -176,7 +177,7 @@ def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | 
 
 
 def initial_state(run: Run) -> TrainState:
-    """The state at `training.init_from`, with the parts that `training.init_reset` names as in a new run.
+    """Returns the state at `training.init_from`. The parts that `training.init_reset` names are those of a new run.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.
@@ -194,13 +195,13 @@ def initial_state(run: Run) -> TrainState:
 
 
 def last_step(training: Config, workdir: Workdir) -> int:
-    """The step at which training ends: `n_iters`, or `n_iters_from_start` steps after the start of the run."""
+    """Returns the step at which training ends: `n_iters`, or `n_iters_from_start` steps after the start of the run."""
     start = workdir.read_start()["step"]
     return start + training.n_iters_from_start if training.n_iters_from_start else training.n_iters
 
 
 def score_training(run: Run, source: Source, end: int | None = None) -> Training:
-    """The training of the score model on this source, to step `end` (default: training.n_iters)."""
+    """Returns the training of the score model on this source, to step `end` (default: training.n_iters)."""
     training = run.config.training
     last = training.n_iters if end is None else end
     train_steps, key = run.train_steps(), run.key(TRAIN_KEY)
@@ -220,6 +221,8 @@ def score_training(run: Run, source: Source, end: int | None = None) -> Training
 
 
 def draw_snapshots(snapshots: Snapshots, metrics: MetricsWriter) -> Callback:
+    """Draws a snapshot after each saved call, if one is due. Its time does not count as training time."""
+
     def draw(call: Call) -> None:
         if call.saving:
             with metrics.aside():
@@ -231,7 +234,8 @@ def draw_snapshots(snapshots: Snapshots, metrics: MetricsWriter) -> Callback:
 def train_deq(config: Config, path: Path, deq_folder: str) -> None:
     """Trains a dequantizer for a score model to step `deq.n_iters`, from its newest checkpoint if there is one.
 
-    Batch size, optimizer, records and checkpoints are configured as for the score model, see `score_params`.
+    `score_params` chooses the parameters of the score model. Batch size, optimizer, records and checkpoints are
+    configured as for the score model.
 
     Raises:
         KeyboardInterrupt: after a request to stop, once the state is saved. The same call resumes.
@@ -250,7 +254,7 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
         _check_not_beyond(int(state.step), config.deq.n_iters, "deq.n_iters", folder)
         test = functools.partial(training.test_bound, score_fn)
         _train_beside(config, "train_deq", folder, training.training(score_fn), state, checkpoints, test)
-    stop.check()
+    parallel.check_stop()
 
 
 def train_classifier(config: Config, path: Path) -> None:
@@ -269,7 +273,7 @@ def train_classifier(config: Config, path: Path) -> None:
         state = checkpoints.resume() or training.first_state()
         _check_not_beyond(int(state.step), training.last_step, "control.classifier_n_iters", folder)
         _train_beside(config, "train_classifier", folder, training.training(), state, checkpoints, training.test)
-    stop.check()
+    parallel.check_stop()
 
 
 def _train_beside(
@@ -281,7 +285,7 @@ def _train_beside(
     checkpoints: Checkpoints,
     test: Callable[[Any], Mapping[str, float] | None],
 ) -> None:
-    """Trains a model other than the score model, in its own folder."""
+    """Trains a dequantizer or a classifier in its folder, from this state to the last step of `training`."""
     order = config.training.score_matching_order
     folder.write_description(config, num_parameters(state))
     with MetricsWriter(folder.train) as metrics:
@@ -292,16 +296,16 @@ def _train_beside(
             save_checkpoints(checkpoints),
             warn_after_first_call(config, mode),
         ]
-        if not stop.now():
+        if not parallel.stop_requested():
             training_loop(training, state, config.training, callbacks)
 
 
 def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "deq") -> None:
-    """Evaluates checkpoints as `eval` asks, and writes the results and the report.
+    """Evaluates checkpoints as the fields of `eval` describe, and writes the results and the report.
 
     The checkpoints are those of the run at `path`, or the one at `eval.checkpoint`. With `eval.dequantizer`, bits/dim
     are computed with the dequantizer in the run's `deq_folder`. An interrupted evaluation resumes with the batch that
-    it was computing. Earlier results of evaluators that are not asked for are kept.
+    it was computing. Earlier results of evaluators that are not enabled now are kept.
 
     Raises:
         KeyboardInterrupt: after a request to stop.
@@ -311,12 +315,13 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
     """
     run = build(config, for_training=False)
     _check_eval_folder(eval_folder)
+    choose_batch_sizes(run)
     evaluators = evaluators_from_config(run, lambda: evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, evaluators, Workdir(path), eval_folder)
 
 
 def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: str = "deq") -> None:
-    """Shows where a model of images is bad, by noise level and start time; see `DiagnosticsEvaluator`.
+    """Measures the errors of a model of images by noise level and start time; see `DiagnosticsEvaluator`.
 
     Checkpoints are chosen, results written and interruptions resumed as in `evaluate`.
 
@@ -325,6 +330,7 @@ def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: 
     """
     run = build(config, for_training=False)
     _check_eval_folder(eval_folder)
+    choose_batch_sizes(run)
     evaluator = DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, [evaluator], Workdir(path), eval_folder)
 
@@ -339,6 +345,7 @@ def control(config: Config, path: Path, mode: str, eval_folder: str = "eval") ->
     """
     run = build(config)
     _check_eval_folder(eval_folder)
+    choose_batch_sizes(run)
     evaluate_with(run, [MODES[mode](run, Workdir(path))], Workdir(path), eval_folder)
 
 
@@ -356,10 +363,12 @@ def evaluate_with(run: Run, evaluators: Sequence[Evaluator], workdir: Workdir, e
 
 
 def _check_eval_folder(name: str) -> None:
-    """Raises ValueError unless this is a subfolder of the workdir where a run has nothing else."""
+    """Raises ValueError unless this is a subfolder of the workdir that is free for results."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), *((f,) for f in Workdir.OTHER_FOLDERS)):
-        raise ValueError(f"--eval_folder={name} must name a subfolder of the workdir for results only, as eval_uniform")
+        raise ValueError(
+            f"--eval_folder={name} must name a subfolder of the workdir for results only, like eval_uniform"
+        )
 
 
 def evaluate_other_checkpoint(run: Run, evaluators: Sequence[Evaluator], workdir: Workdir, eval_folder: str) -> None:
@@ -383,7 +392,7 @@ def evaluate_other_checkpoint(run: Run, evaluators: Sequence[Evaluator], workdir
 def evaluate_checkpoint(
     evaluators: Sequence[Evaluator], state: TrainState, folder: EvaluationFolder, metadata: dict[str, Any]
 ) -> None:
-    """Runs the evaluators on the averaged parameters. Each result is written as soon as it is there."""
+    """Runs the evaluators on the averaged parameters. Each result is written as soon as it is computed."""
     params, first_host = state.ema_params, jax.process_index() == 0
     metadata = {"checkpoint_step": folder.step, "ema": True, "parameters": params_digest(params)} | metadata
     results = Results(folder.results, metadata)
@@ -421,6 +430,7 @@ def export(config: Config, path: Path, deq_folder: str = "deq") -> Path:
 
 
 def num_parameters(state: TrainState) -> int:
+    """Returns the number of parameters of the network."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
@@ -445,7 +455,7 @@ def stats(config: Config) -> None:
 
 
 def cost(config: Config, path: Path) -> None:
-    """Measures the cost of a training step as `cost` asks, prints it as a table, and writes it to the workdir.
+    """Measures the cost of a training step for each case in `cost`, prints a table, and writes it to the workdir.
 
     Each row is written as soon as it is known. Rows of the same program on the same devices are not measured again.
     The last lines name, for each order, the largest batch that fits `cost.memory_gb`. With `cost.device`, the programs
@@ -462,7 +472,7 @@ def cost(config: Config, path: Path) -> None:
     workdir, rows = Workdir(path), []
     known = {json.dumps(row["program"]): row for row in workdir.read_costs()}
     workdir.prepare()
-    # The cases differ in their steps, not in their states. The copy on the host is put on the devices for each case.
+    # All cases start from the same state, so it is computed once. A copy on the host survives donation by the steps.
     state = functools.cache(lambda: jax.device_get(next(iter(runs.values())).fresh_state()))
     for case, run in runs.items():
         program = program_identity(run.config, run.mesh, 0 if gpu else fields.measure_steps)
@@ -475,7 +485,7 @@ def cost(config: Config, path: Path) -> None:
                 known[json.dumps(program)] = row
             if jax.process_index() == 0:
                 workdir.write_costs(list(known.values()))
-        rows.append(row | case._asdict())  # two settings may lead to the same program
+        rows.append(row | case._asdict())  # A known row of the same program may have the name of another setting.
         logging.info("%s", ", ".join(f"{name} {cell}" for name, cell in zip(HEADERS, cells(rows[-1]), strict=True)))
     print(text_table(HEADERS, [cells(row) for row in rows]))
     limit = fields.memory_gb or (gpu.usable_gb if gpu else device_memory())
@@ -507,7 +517,7 @@ def selftest(config: Config, path: Path) -> None:
     failed = []
     for number, (name, measure) in enumerate(wanted):
         if name == "step" and "collective" in failed:
-            continue  # it would wait for the processes that are missing
+            continue  # The step would wait for the processes that are missing.
         row = check(name, measure)
         failed += [] if row.passed else [name]
         if jax.process_index() == 0:

@@ -165,7 +165,7 @@ def _pc_steps(
 
 
 def pc_from_config(config: Config, sde: SDE, data_range: DataRange = None) -> PredictorCorrector:
-    """Builds the predictor-corrector sampler with the fields of `sampling`, whatever sampling.method says."""
+    """Builds the predictor-corrector sampler with the fields of `sampling`, for every sampling.method."""
     del data_range
     sampling = config.sampling
     return PredictorCorrector(

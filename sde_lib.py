@@ -1,9 +1,9 @@
 """The forward SDEs, in closed form.
 
 Every SDE here is linear, dx = f(t) x dt + g(t) dw for t in [0, 1], so x_t given x_0 is N(alpha_t x_0, sigma_t^2 I).
-One function describes it up to the scale of x: the noise level rho = sigma / alpha. The rest follows, e.g. the
-importance weight of the likelihood-weighted objective is a derivative of its logarithm,
-g^2 / sigma^2 = d/dt ln rho^2, so sampling t in proportion to it means sampling ln rho uniformly.
+One function describes it up to the scale of x: the noise level rho = sigma / alpha. The rest follows from rho. For
+example, the importance weight of the likelihood-weighted objective is g^2 / sigma^2 = d/dt ln rho^2, so sampling t in
+proportion to this weight means sampling ln rho uniformly.
 
 Sources: [S21a] Song et al., ICLR 2021 (VE, VP, sub-VP); [S21b] Song et al., NeurIPS 2021 (importance sampling);
 [K21] Kingma et al., NeurIPS 2021, and [Z23] Zheng et al., ICML 2023 (gamma linear in time, velocities).
@@ -32,7 +32,7 @@ class SDE(abc.ABC):
     t_max: ClassVar[float] = 1.0
 
     variance_exploding: ClassVar[bool] = False
-    """Whether alpha = 1 at all times, so that the noise drowns the data."""
+    """Whether alpha = 1 at all times, so that the data keep their scale and the noise grows."""
 
     scale_by_sigma: ClassVar[bool] = False
     """Whether image networks for this SDE are conditioned on sigma and divide their output by it ([S21a] App. C)."""
@@ -47,7 +47,7 @@ class SDE(abc.ABC):
 
     @abc.abstractmethod
     def diffusion(self, t: Times) -> Times:
-        """g(t)."""
+        """The diffusion coefficient g(t)."""
 
     @abc.abstractmethod
     def log_noise_level(self, t: Times) -> Times:
@@ -68,6 +68,7 @@ class SDE(abc.ABC):
         return append_dims(alpha, x0) * x0, sigma
 
     def drift(self, x: Batch, t: PerExample) -> Batch:
+        """The drift f(t) x of the SDE, shaped as x."""
         return append_dims(self.drift_coeff(t), x) * x
 
     def probability_flow(self, score_fn: ScoreFn, x: Batch, t: PerExample) -> Batch:
@@ -79,6 +80,7 @@ class SDE(abc.ABC):
         return num_dims(x) * self.drift_coeff(t)
 
     def prior_sample(self, key: Array, shape: tuple[int, ...]) -> Float[Array, "*shape"]:
+        """Draws x at t_max from the prior N(0, prior_sigma^2 I)."""
         return self.prior_sigma * jax.random.normal(key, shape)
 
     def prior_logp(self, x: Batch) -> PerExample:
@@ -106,12 +108,12 @@ class SDE(abc.ABC):
         return 2 * (self.log_noise_level(t) - self.log_noise_level(jnp.asarray(t_min, t.dtype)))
 
     def time_of_quantile(self, quantile: Times, t_min: float) -> Times:
-        """The t with Z(t) = `quantile`; a uniform quantile in (0, Z(t_max)) gives t ~ g^2 / sigma^2."""
+        """The t with Z(t) = `quantile`. Quantiles uniform in (0, Z(t_max)) give t with density ~ g^2 / sigma^2."""
         log_rho_min = self.log_noise_level(jnp.asarray(t_min, quantile.dtype))
         return self.time_of_log_noise_level(log_rho_min + 0.5 * quantile)
 
     def discretize(self, x: Batch, t: PerExample, num_steps: int) -> tuple[Batch, PerExample]:
-        """One of `num_steps` steps of the forward chain, x_{i+1} = x_i + f_i + G_i z, by Euler-Maruyama.
+        """Returns one of `num_steps` steps of the forward chain, x_{i+1} = x_i + f_i + G_i z, by Euler-Maruyama.
 
         Returns:
             f_i, shaped as x, and G_i for each example.
@@ -211,7 +213,7 @@ class VESDE(SDE):
 
 @dataclasses.dataclass(frozen=True)
 class LinearVESDE(SDE):
-    """Variance exploding with sigma linear in time: alpha = 1, sigma = sigma_max t."""
+    """Variance exploding with sigma linear in time: alpha = 1, sigma = sigma_max t. [K22] Sec. 3 proposes this."""
 
     variance_exploding = True
 
@@ -257,6 +259,7 @@ class _LinearBetaSDE(SDE):
         return 1.0
 
     def beta(self, t: Times) -> Times:
+        """The noise rate at t, linear in time."""
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def beta_integral(self, t: Times) -> Times:
@@ -451,13 +454,13 @@ class StraightPathSDE(LinearGammaSDE):
         return 2 * (jax.nn.softplus(-0.5 * gamma) - jax.nn.sigmoid(-0.5 * gamma))
 
     def gamma_of_alpha_squared_above(self, integral: Times) -> Times:
-        """The root, by Newton's method: the integral is convex in gamma, so from the left no step goes too far."""
+        """The root, by Newton's method. As the integral is convex in gamma, no step passes the root from the left."""
 
         def step(_: Array, gamma: Times) -> Times:
             alpha_squared = jax.nn.sigmoid(-0.5 * gamma) ** 2
             return gamma + (self.alpha_squared_above(gamma) - integral) / alpha_squared
 
-        return jax.lax.fori_loop(0, 30, step, -integral - 2)  # the integral exceeds -gamma - 2
+        return jax.lax.fori_loop(0, 30, step, -integral - 2)  # The start is left of the root, as integral > -gamma - 2.
 
 
 SDES: dict[str, type[SDE]] = {

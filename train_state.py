@@ -29,7 +29,7 @@ NUM_LARGEST = 3
 """The number of examples with the largest losses whose times a step reports."""
 
 RESIDUAL_BINS, RESIDUAL_MEMORY = 64, 0.999
-"""The parts of a `ResidualTable`, and the factor by which it forgets old batches in each step."""
+"""The number of parts of a `ResidualTable`, and the factor that multiplies its sums in each step."""
 
 
 class ResidualTable(NamedTuple):
@@ -42,22 +42,24 @@ class ResidualTable(NamedTuple):
     total: Float[Array, " bins"]
     """The sum of |u|^2 / d over the examples in each part, divided by the number of examples in a batch."""
     number: Float[Array, " bins"]
-    """The number of these examples, divided in the same way."""
+    """The number of these examples, divided by the number of examples in a batch."""
 
     @classmethod
     def start(cls) -> "ResidualTable":
+        """Returns the table before the first step: one batch with r = 1."""
         # Without the dtype the arrays are weakly typed, and the second training step compiles again.
         total, number = (jnp.full(RESIDUAL_BINS, 1 / RESIDUAL_BINS, jnp.float32) for _ in range(2))
         return cls(total, number)
 
     @classmethod
     def of_batch(cls, quantiles: PerExample, residual: PerExample) -> "ResidualTable":
-        """The sums over one batch."""
+        """Returns the sums over one batch."""
         part = jnp.minimum((quantiles * RESIDUAL_BINS).astype(jnp.int32), RESIDUAL_BINS - 1)
         member = jax.nn.one_hot(part, RESIDUAL_BINS)
         return cls(jnp.mean(member * residual[:, None], axis=0), jnp.mean(member, axis=0))
 
     def updated(self, batch: "ResidualTable") -> "ResidualTable":
+        """Returns the table after one more batch."""
         return jax.tree.map(lambda old, new: RESIDUAL_MEMORY * old + new, self, batch)
 
     def values(self) -> Float[Array, " bins"]:
@@ -76,7 +78,7 @@ class ResidualTable(NamedTuple):
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """Everything that training changes. The order of the data, noise and learning rate follow from step and seed."""
+    """Everything that training changes. Step and seed determine the order of the data, noise and learning rate."""
 
     step: Int[Array, ""]
     params: Params
@@ -95,7 +97,7 @@ class TrainState(flax.struct.PyTreeNode):
         return TrainState(self.step + 1, params, ema_params, opt_state, self.residuals)
 
     def unless(self, failed: Bool[Array, ""], before: "TrainState") -> "TrainState":
-        """This state, or if the step to it failed, the one before with the number of this step."""
+        """Returns this state or, if the step to it failed, the state `before` with this state's step number."""
         skipped = before.replace(step=self.step)
         return jax.tree.map(lambda new, old: jnp.where(failed, old, new), self, skipped)
 
@@ -209,7 +211,7 @@ class Trainer:
     """The precision of matrix products and convolutions of 32-bit numbers, one of `PRECISIONS`."""
     num_classes: int = 0
     label_dropout: float = 0.0
-    """The fraction of examples whose class the network is not told."""
+    """The fraction of examples whose class is hidden from the network."""
 
     def train_steps(self, state: TrainState, images: TrainingBatches, key: Array) -> tuple[TrainState, Metrics]:
         """One step for each batch along the first axis of `images`.
@@ -234,8 +236,8 @@ class Trainer:
 
         Returns:
             The next state; the batch means of the loss and its terms; `grad_norm`, the global norm of the gradient;
-            `failed`, 1 if the loss or the gradient is not finite, which changes nothing but the step, otherwise 0; and
-            `largest_times`, the times of the examples with the largest losses.
+            `failed`, 1 if the loss or the gradient is not finite, so that only the step number changes, otherwise 0;
+            and `largest_times`, the times of the examples with the largest losses.
         """
         gradient, losses, table = self.gradient_and_residuals(
             state.params, images, jax.random.fold_in(key, state.step), state.residuals
@@ -270,7 +272,7 @@ class Trainer:
         data_key, noise_key, dropout_key = jax.random.split(key, 3)
         if isinstance(images, LabelledBatch):
             x0 = self.preprocess(data_key, images.images)
-            classes = self._told_classes(jax.random.fold_in(data_key, 1), images.labels)
+            classes = self._hide_classes(jax.random.fold_in(data_key, 1), images.labels)
         else:
             x0, classes = self.preprocess(data_key, images), None
         density = residuals.density() if residuals is not None and self.objective.draws_own_times else None
@@ -295,10 +297,10 @@ class Trainer:
         metrics, table = jax.tree.map(lambda a: jnp.mean(a, axis=0), (metrics, table))
         return jax.tree.map(lambda g: g / self.accumulation_steps, total), metrics | worst, table
 
-    def _told_classes(self, key: Array, labels: Int[Array, " batch"]) -> Int[Array, " batch"]:
-        """Returns the classes that the network is told. Some, at random, become the number that means any class."""
-        untold = jax.random.bernoulli(key, self.label_dropout, labels.shape)
-        return jnp.where(untold, self.num_classes, labels)
+    def _hide_classes(self, key: Array, labels: Int[Array, " batch"]) -> Int[Array, " batch"]:
+        """Replaces the classes of random examples by `num_classes`, the number that stands for any class."""
+        hidden = jax.random.bernoulli(key, self.label_dropout, labels.shape)
+        return jnp.where(hidden, self.num_classes, labels)
 
     def loss_gradient(
         self,
@@ -312,7 +314,7 @@ class Trainer:
         """Differentiates the mean total loss over x0.
 
         Args:
-            classes: the classes that the network is told, if any.
+            classes: inputs of a network with `data.num_classes`; None for other networks.
 
         Returns:
             The gradient; the mean of each term, and the `largest` losses with their times; the residuals of this batch.
@@ -337,7 +339,7 @@ class Trainer:
     def arithmetic(self) -> contextlib.AbstractContextManager[Any]:
         """A context whose matrix products and convolutions have `matmul_precision`, if traced in it."""
         if self.matmul_precision == "default":
-            return contextlib.nullcontext()  # that of JAX_DEFAULT_MATMUL_PRECISION, if it is set
+            return contextlib.nullcontext()  # JAX_DEFAULT_MATMUL_PRECISION applies, if it is set.
         return jax.default_matmul_precision(self.matmul_precision)
 
     def _split(self, a: Array) -> Array:
@@ -376,7 +378,7 @@ RESETTABLE = ("step", "opt", "ema")
 
 
 def reset_parts(state: TrainState, fresh: TrainState, parts: str) -> TrainState:
-    """The state with some of its parts replaced by those of `fresh`, to start a new run from an old one.
+    """Returns the state with these parts replaced by those of `fresh`, to start a new run from an old one.
 
     The warm-up of the learning rate follows the step: it starts again when the step is reset, and only then. A reset
     EMA starts from the parameters.

@@ -1,13 +1,14 @@
 """The entropy of data, estimated from a score model alone ([S21b] Theorem 4).
 
-Along a forward SDE the entropy of x_t grows by dH/dt = E[div f] + g^2 / 2 E|grad ln q_t|^2. So the data's is
+Along a forward SDE the entropy of x_t grows by dH/dt = E[div f] + g^2 / 2 E|grad ln q_t|^2. So the entropy of the data
+is
 
     H(q_min) = H(q_T) - integral over [t_min, T] of (E[div f] + g^2 / 2 E|s|^2) dt,           the form "score",
 
 and, since E|grad ln q|^2 = -E[div grad ln q], the same with -E[div s] for E|s|^2, the form "divergence". With the exact
 score, both are exact except for H(q_T). With the score of a model they differ, and neither is a bound.
 
-- H(q_min) is the entropy of x_t at t_min: of the data with that little noise, scaled by alpha.
+- H(q_min) is the entropy of x_t at t_min, that is, of the data times alpha plus a little noise.
 - H(q_T) is taken to be the entropy of the prior, d / 2 ln(2 pi e prior_sigma^2), as in the theorem. For VE it is too
   low by about half the variance of the data divided by the variance of the prior.
 

@@ -7,8 +7,8 @@ y' = F(y) and ln p = ln prior(y_T) + integral of a rate r(y), the gradient c = g
     c' = -grad_y (r + F . c),  c held constant inside the brackets,
 
 and is solved back from the prior along the kept states, with the same steps. Each probe has its own r and c, and all
-probes share the path. So k estimates cost one evaluation of the network and k reverse passes at each step. A solve back
-that does not return to x, as `ode_score` has where the flow contracts, cannot occur.
+probes share the path. So k estimates cost one evaluation of the network and k reverse passes at each step. So the solve
+back always follows the path. In `ode_score`, it can miss x where the flow contracts.
 
 Sources: [L22] Lu et al., ICML 2022.
 """
@@ -88,7 +88,7 @@ class _Solve:
         return ReferencePath(self.reference, self.sde, self.t)
 
     def flow(self, tau: Scalar, y: Batch) -> Batch:
-        return self.flow_and_rate(tau, y, self.probes[0])[0]  # XLA leaves the rate out, because it is not used
+        return self.flow_and_rate(tau, y, self.probes[0])[0]  # XLA does not compute the unused rate
 
     def flow_and_rate(self, tau: Scalar, y: Batch, probe: Batch) -> tuple[Batch, Float[Array, "batch 1"]]:
         field = ReferenceField(self.score_fn, probe[None], self.path)

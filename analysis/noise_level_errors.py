@@ -24,7 +24,7 @@ def draw_noise_and_probes(keys: Array, like: Batch) -> tuple[Batch, Batch, Batch
 def errors_at(
     score_fn: ScoreFn, x: Batch, t: PerExample, sigma: PerExample, z: Batch, probe: Batch
 ) -> dict[str, Array]:
-    """The score and, over d, the errors of its value and its trace at the noised data x = mean + sigma z.
+    """Returns the score at the noised data x = mean + sigma z, and the errors of its value and its trace, over d.
 
     Returns:
         `score`; `first`, the first-order loss |u|^2 / d with u = sigma s + z; and `trace_bias`, which is

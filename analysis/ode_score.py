@@ -39,7 +39,7 @@ class OdeScore(NamedTuple):
     latent: Batch
     """x_T."""
     returned: Batch
-    """The end of the solve back: x, except for the error of the two solves; x itself if there was none.
+    """The end of the solve back: x plus the error of both solves. Without a solve back, x itself.
 
     If it is far from x, the score belongs to another point. See `return_error`."""
     info: Info
@@ -47,7 +47,7 @@ class OdeScore(NamedTuple):
 
 
 LEAST_NOISE = 1e-3
-"""The smallest unit of `return_error`: sub-VP has less noise than the numbers of x can resolve."""
+"""The smallest unit of `return_error`, because sub-VP can have less noise than float32 resolves in x."""
 
 
 def return_error(sde: SDE, x: Batch, t: PerExample, returned: Batch) -> PerExample:

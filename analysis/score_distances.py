@@ -11,8 +11,8 @@ Theorem 3.1 of [L22], for q and p at t_min and at T:
 
     KL(q_min || p_min) = KL(q_T || p_T) + integral of g^2 / 2 E[(s - grad ln q_t) . (grad ln p_t - grad ln q_t)] dt.
 
-With e = s - grad ln q, the Jacobian and the gradient of its trace have errors of their own, which the second and third
-order of score matching reduce. All three are integrals over ln(sigma / alpha) of squares in units of the noise:
+With e = s - grad ln q, the second and third order of score matching reduce the errors of the Jacobian of s and of the
+gradient of its trace. All three are integrals over ln(sigma / alpha) of squares in units of the noise:
 
     score_matching  sigma^2 |e|^2         second  sigma^4 |grad e|_F^2         third  sigma^6 |grad tr grad e|^2
 
@@ -20,8 +20,8 @@ Along a path of the data's ODE, r = grad ln p_t - grad ln q_t obeys
 
     dr/dt + (grad h)^T r = g^2 / 2 (grad tr grad e + (grad e)^T grad ln q_t + (grad^2 ln p_t) e),
 
-so these three terms, the `sources`, are what makes the score of the ODE wrong. Theorem 3.2 of [L22] bounds l_Fisher by
-limits for |e|, |grad e|, |grad tr grad e| and |grad^2 ln p_t|, which are the factors of the sources.
+so these three terms, the `sources`, drive the score of the ODE away from the score of the data. Theorem 3.2 of [L22]
+bounds l_Fisher by limits for |e|, |grad e|, |grad tr grad e| and |grad^2 ln p_t|, which are the factors of the sources.
 
 Sources: [L22] Lu et al., ICML 2022.
 """
@@ -69,7 +69,7 @@ class Distances(NamedTuple):
     cross: PerExample | None = None
     """(s - grad ln q) . (grad ln p - grad ln q), the integrand of Theorem 3.1."""
     returned: PerExample | None = None
-    """How far from x the path of the solve ends, in units of the noise (ode_score.return_error)."""
+    """The distance from x at which the path of the solve ends, in units of the noise (ode_score.return_error)."""
 
 
 @partial(jax.jit, static_argnames="sde")
@@ -240,7 +240,7 @@ def time_nodes(sde: SDE, t_min: float, num: int) -> TimeNodes:
     nodes, weights = np.polynomial.legendre.leggauss(num)
     total = float(sde.importance_weight(jnp.asarray(sde.t_max), t_min))
     t = sde.time_of_quantile(jnp.asarray(0.5 * total * (nodes + 1)), t_min)
-    rate = jnp.square(sde.diffusion(t) / sde.alpha_sigma(t)[1])  # d quantile / dt
+    rate = jnp.square(sde.diffusion(t) / sde.alpha_sigma(t)[1])  # This is d quantile / dt.
     return TimeNodes(np.asarray(t, np.float64), 0.5 * total * weights / np.asarray(rate, np.float64))
 
 
@@ -284,8 +284,8 @@ def distance_curves(
         probes: for all of these examples, in their order.
 
     Returns:
-        Curves at the nodes by the names of `Distances`, in nats per unit of time; that of `returned` in units of the
-        noise.
+        Curves at the nodes by the names of `Distances`, in nats per unit of time. The curve `returned` is in units of
+        the noise.
 
     Raises:
         ValueError: fewer than 2 points, which do not give a standard error.

@@ -7,7 +7,7 @@ The reverse SDE dx = (f x - g^2 s) dt + g dw carries the prior at T back to a de
 so first-order score matching (l_SM) bounds the KL of the SDE, and the last term is the gap of that bound ([L22]
 App. C).
 
-In y = x / S, S^2 = alpha^2 variance + sigma^2, and v = -ln(sigma / alpha), all terms are of the size of one:
+In the variables y = x / S, S^2 = alpha^2 variance + sigma^2, and v = -ln(sigma / alpha), all terms are of order one:
 
     dp/dv = sigma^2 / S^2 d/dy ( -(2 S s + y) p + dp/dy ).
 
@@ -93,7 +93,7 @@ def scale_gradient(p: Grid, dy: float) -> Grid:
 
 
 SMALLEST = 1e-200
-"""Densities below this are taken to be this."""
+"""Smaller densities are replaced by this number before their logarithm is taken."""
 
 
 def _relative_entropy(log_q: Grid, p: Grid, dy: float) -> float:

@@ -1,6 +1,6 @@
-"""General rules for all fields of a configuration: their types, and the ranges of their numbers.
+"""Checks of single fields of a configuration: their types, and the ranges of their numbers.
 
-Objects that are built from a configuration check how its fields go together. What is here needs no other module.
+The objects that are built from a configuration check whether its fields are compatible.
 """
 
 import difflib
@@ -80,11 +80,11 @@ RANGES = {
     "sampling.num_levels": "[1, inf)",
     "sampling.steps_per_level": "[1, inf)",
     "sampling.step_size": "(0, inf)",
-    "sampling.batch_size": "[1, inf)",
+    "sampling.batch_size": "[0, inf)",
     "eval.begin_ckpt": "[1, inf)",
     "eval.end_ckpt": "[0, inf)",
     "eval.ckpt_id": "[0, inf)",
-    "eval.batch_size": "[1, inf)",
+    "eval.batch_size": "[0, inf)",
     "eval.num_repeats": "[1, inf)",
     "eval.max_examples": "[0, inf)",
     "eval.density_grid": "[0, inf)",
@@ -125,7 +125,7 @@ RANGES = {
     "cost.num_devices": "[1, inf)",
     "cost.selftest_seconds": "(0, inf)",
 }
-"""The interval of every field that is a number or a tuple of numbers, in the notation of mathematics."""
+"""The interval of every field that is a number or a tuple of numbers, in mathematical notation."""
 
 KINDS = {bool: "True or False", int: "an integer", float: "a number", str: "text"}
 """Types in words."""
@@ -185,7 +185,7 @@ def _check_value(field: str, whole: Any, value: Any, kind: type) -> None:
 
 
 def _in_words(interval: str, entries: str) -> str:
-    """The end of an error message: which values the range allows."""
+    """Returns the end of an error message, which says what values the range allows."""
     low, high = interval[1:-1].split(", ")
     if high != "inf":
         return f"{entries.removesuffix(' be')} lie in {interval}"

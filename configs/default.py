@@ -14,7 +14,7 @@ Config: TypeAlias = Any
 
 def get_config() -> Config:
     config = ConfigDict()
-    config.seed = 42  # seed of all randomness: initialization, data order, noise, probes and samples
+    config.seed = 42  # seed of all randomness: initialisation, data order, noise, probes and samples
     config.training = _training()
     config.data = _data()
     config.model = _model()
@@ -41,19 +41,20 @@ def _training() -> ConfigDict:
     training.batch_size = 128
     # parts of the batch that are computed one after another; more parts need less memory and give the same gradient
     training.accumulation_steps = 1
-    # precision of matrix products and convolutions of 32-bit numbers in training: default, which GPUs and TPUs round to
-    # fewer bits; high; highest, all bits. Likelihoods have the highest in any case
+    # precision of matrix products and convolutions of 32-bit numbers in training: default (GPUs and TPUs round to fewer
+    # bits), high, or highest (all bits). Likelihoods always have the highest precision
     training.matmul_precision = "default"
     # divide the moments of Adam and the averaged parameters among the devices, each of which updates its own part. The
     # result is the same; each device needs less memory
     training.shard_state = False
     training.n_iters = 4_000_001  # step at which training ends
-    # steps that a run which starts from training.init_from makes, instead of training to n_iters; 0 means to n_iters
+    # number of further steps of a run that starts from training.init_from; 0 means to train to n_iters
     training.n_iters_from_start = 0
     training.n_jitted_steps = 1  # training steps per compiled call; more steps help if a step is very short
     # loss to minimise. Score matching: denoising, implicit (with the trace of the Jacobian), sliced (along random
-    # projections) or sliced_vr (the same with less variance). Baselines of the paper: meng (another second order) or
-    # ode_likelihood (through the solver). implicit and the baselines are for points of few dimensions
+    # projections) or sliced_vr (the same with less variance). Baselines of the paper: meng (the second order of Meng et
+    # al.) or ode_likelihood (the likelihood of the ODE, differentiated through its solver). implicit and the baselines
+    # are for points of few dimensions
     training.objective = "denoising"
     training.num_projections = 1  # random projections of each example, for sliced and sliced_vr
     training.likelihood_steps = 20  # steps of the solver for ode_likelihood
@@ -66,23 +67,23 @@ def _training() -> ConfigDict:
     # compute the gradient of order 3 from its residual and forward derivatives only. Together with model.remat=block,
     # this needs the least memory; it adds a third to the arithmetic, and model.remat adds its own
     training.residual_first = False
-    # estimator of orders 2 and 3 with probes: published (one probe, an upper bound), or unbiased (two probes: about a
-    # third of the gradient's noise in 64 dimensions, for up to twice the cost). For order 2 with the trace alone:
-    # squared_trace (one probe, as in i-DODE) or unbiased_trace (two probes)
+    # estimator of orders 2 and 3 with probes: published (one probe, an upper bound), or unbiased (two probes: less
+    # noise, for up to twice the cost; see docs/method.md). For order 2 with the trace alone: squared_trace (one probe,
+    # as in i-DODE) or unbiased_trace (two probes)
     training.high_order_estimator = "published"
-    # weights by noise level: constant (as published), or residual: proportional to one over the variance of each term's
-    # error, from the part of the noise that the score does not explain, which is measured during training
+    # weights of the first order by noise level: constant (as published), or residual (one over the variance of the
+    # term's error, which follows from the noise that the score leaves unexplained, as measured during training)
     training.first_order_weighting = "constant"
-    # the same choices for orders 2 and 3, relative to the first order; or first_order, which uses the weights of the
-    # first order
+    # weights of orders 2 and 3 by noise level, relative to the first order: constant, residual, or first_order (the
+    # weights of the first order)
     training.high_order_weighting = "constant"
-    # part of the batch that has the terms of orders 2 and 3, as one over an integer; the expectation is the same. With
-    # high_order_weighting=residual, this part has times of its own, where the weights are large
+    # fraction of the batch that has the terms of orders 2 and 3: 1, 1/2, 1/3 and so on. The expectation of the loss
+    # does not change. With high_order_weighting=residual, these examples draw more times where the weights are large
     training.high_order_fraction = 1.0
     # spread the times of a batch evenly instead of drawing them independently
     training.stratified_times = False
-    # with data.num_classes, part of the examples whose class the network does not see, so that it also learns the score
-    # without a class
+    # fraction of the examples whose class is hidden from a network with data.num_classes, so that it also learns the
+    # score without a class
     training.label_dropout = 0.1
     training.likelihood_weighting = False  # weight the first order by g^2 (True) or by sigma^2 (False)
     # draw times with density proportional to g^2 / sigma^2; needs likelihood_weighting
@@ -98,16 +99,18 @@ def _training() -> ConfigDict:
     training.log_freq = 100  # steps between records of the training loss
     training.eval_freq = 100  # steps between records of the test loss
     training.eval_batches = 1  # test batches per test loss; every record uses the same batches and noise
-    # steps in a row whose loss or gradient is not finite after which training stops; such steps change no parameters
+    # training stops after this many steps in a row whose loss or gradient is not finite; such steps change no
+    # parameters
     training.max_nonfinite = 10
     training.snapshot_freq = 50_000  # steps between checkpoints that are kept permanently
     training.snapshot_freq_for_preemption = 10_000  # steps between checkpoints that are only kept to resume from
     training.snapshot_sampling = True  # draw a grid of samples at every permanent checkpoint
-    # sampler of these grids: few_step (dpm_solver with 20 network evaluations) or configured (as `sampling` says)
+    # sampler of these grids: few_step (dpm_solver with 20 network evaluations) or configured (by the fields of
+    # sampling)
     training.snapshot_sampler = "few_step"
     # checkpoint to start a new run from: a workdir, one step's folder in its checkpoints, or a published file
     training.init_from = ""
-    # parts of init_from to start anew, joined by commas: step (and with it the warm-up), opt, ema
+    # parts of the state at init_from to reset, joined by commas: step (and with it the warm-up), opt, ema
     training.init_reset = ""
     return training
 
@@ -119,11 +122,11 @@ def _data() -> ConfigDict:
     # LSUN, CelebAHQ, FFHQ. No download: digits. Images at data.path: npz, folder. Points of a density: mixture,
     # checkerboard, swissroll, moons, far_modes
     data.dataset = "CIFAR10"
-    # version of ImageNet: old (the papers' images) or new (image-net.org's of 2021); their results do not compare. Part
-    # of EMNIST: balanced, letters, digits, mnist, byclass, bymerge
+    # version of ImageNet: old (the images of the papers) or new (the images that image-net.org has had since 2021),
+    # whose results are not comparable. Part of EMNIST: balanced, letters, digits, mnist, byclass, bymerge
     data.variant = ""
     data.category = ""  # scene of LSUN, such as church_outdoor
-    # file of npz, folder of folder, or the original images of CelebA, LSUN, CelebAHQ or FFHQ
+    # file for data.dataset=npz, folder of images for folder, or original images for CelebA, LSUN, CelebAHQ or FFHQ
     data.path = ""
     # folder with data sets as --mode=prepare or tensorflow-datasets writes them, and the cache of decoded images
     data.dir = "assets/data"
@@ -137,7 +140,7 @@ def _data() -> ConfigDict:
     data.levels = 256  # grey levels of a channel; bits/dim are computed for this number of levels
     data.centered = False  # scale images to [-1, 1] (True) or to [0, 1] (False) for the network
     data.random_flip = True  # mirror training images left to right at random
-    # number of classes, if the network sees the labels (ncsnpp only); 0 means that it does not
+    # number of classes, if the class is an input of the network (ncsnpp only); 0 means that it is not
     data.num_classes = 0
     data.uniform_dequantization = False  # add uniform noise of one grey level to training images
     # train on (level + 1/2) / levels, the middle of the bin of each level, instead of level / (levels - 1)
@@ -157,7 +160,7 @@ def _model() -> ConfigDict:
     model.beta_min = 0.1  # noise rate of the VP and sub-VP SDEs at t = 0
     model.beta_max = 20.0  # noise rate of the VP and sub-VP SDEs at t = 1
     model.gamma_min = -13.3  # 2 ln(sigma / alpha) at t = 0, for SDEs in which it is linear in time
-    model.gamma_max = 5.0  # the same at t = 1
+    model.gamma_max = 5.0  # 2 ln(sigma / alpha) at t = 1, for SDEs in which it is linear in time
     # steps of predictor-corrector samplers if sampling.num_steps is 0; with training.continuous=False also the number
     # of noise levels
     model.num_scales = 1000
@@ -169,16 +172,16 @@ def _model() -> ConfigDict:
     model.fourier_scale = 16  # standard deviation of the Fourier frequencies
     model.trainable_embedding = False  # train the Fourier frequencies; True is not supported
     model.conditional = True  # feed the time embedding to the residual blocks
-    model.nonlinearity = "swish"  # swish, elu, relu or lrelu
-    # normalization: GroupNorm, the only choice of ncsnpp; InstanceNorm++, InstanceNorm or VarianceNorm for ddpm and
+    model.nonlinearity = "swish"  # nonlinearity: swish, elu, relu or lrelu
+    # normalisation: GroupNorm, the only choice of ncsnpp; InstanceNorm++, InstanceNorm or VarianceNorm for ddpm and
     # ncsnv2_*; ncsn needs InstanceNorm++
     model.normalization = "GroupNorm"
     model.interpolation = "bilinear"  # how ncsn and ncsnv2_* enlarge feature maps: bilinear or nearest_neighbor
     model.nf = 128  # channels at full resolution
     model.ch_mult = (1, 2, 2, 2)  # channels at each resolution, in units of nf
-    model.num_res_blocks = 4  # residual blocks at each resolution; for vdm, blocks on the way down (one more up)
+    model.num_res_blocks = 4  # residual blocks at each resolution; for vdm, blocks of the downward path
     model.attn_resolutions = (16,)  # image sizes at which self-attention follows each residual block
-    model.attention_type = "ddpm"  # the only choice
+    model.attention_type = "ddpm"  # type of self-attention; ddpm is the only choice
     model.resamp_with_conv = True  # convolve after resampling; only with ddpm blocks
     model.resblock_type = "biggan"  # residual block: biggan or ddpm
     model.fir = True  # resample with a smoothing filter (True), or by repeating and averaging pixels (False)
@@ -188,19 +191,19 @@ def _model() -> ConfigDict:
     model.progressive_input = "residual"  # input pyramid: none, input_skip or residual
     model.progressive_combine = "sum"  # how the input pyramid joins the network: sum or cat
     model.init_scale = 0.0  # variance scale of the last layer of each block; 0 means nearly zero
-    model.scale_by_sigma = True  # divide the network's output by sigma; ncsnpp needs True exactly for vesde
+    model.scale_by_sigma = True  # divide the network's output by sigma; ncsnpp needs True for vesde, else False
     # output of networks without scale_by_sigma: noise, or velocity (only for SDEs with gamma_min), a combination of
     # noise and data with about the same size at all times
     model.parameterization = "noise"
-    model.conv_size = 3  # the only choice
-    model.data_init = False  # data-dependent initialization; True is not supported for score networks
-    model.fourier_features = True  # vdm also sees sin and cos of 2 pi 2^k x, k = 6 and 7, of the image x
+    model.conv_size = 3  # size of the convolution kernels; 3 is the only choice
+    model.data_init = False  # data-dependent initialisation; True is not supported for score networks
+    model.fourier_features = True  # give vdm sin and cos of 2 pi 2^k x as further inputs, k = 6 and 7
     model.mlp_embedding = 64  # sines and cosines of the time that enter the mlp
     model.mlp_time_widths = (128, 128, 128)  # widths of the mlp's layers that see only the time
     model.mlp_data_widths = (128, 128, 128)  # widths of the mlp's layers that see only the point
     model.mlp_widths = (512, 512)  # widths of the mlp's layers that see both
     # precision of the feature maps of ncsnpp: float32 or bfloat16. Parameters, their gradients, the moments of feature
-    # maps and losses have 32 bits in any case. A model trained with bfloat16 can be evaluated with float32
+    # maps and losses always have 32 bits. A model trained with bfloat16 can be evaluated with float32
     model.dtype = "float32"
     # what the backward pass recomputes, for less memory and more time: none; block, everything inside each block; conv,
     # everything but convolutions and matrix products. True of older configurations means block, False means none
@@ -211,7 +214,7 @@ def _model() -> ConfigDict:
 def _optim() -> ConfigDict:
     """The optimizer, for score networks and dequantizers."""
     optim = ConfigDict()
-    optim.optimizer = "Adam"  # the only choice
+    optim.optimizer = "Adam"  # optimizer; Adam is the only choice
     optim.lr = 2e-4  # learning rate after the warm-up
     optim.beta1 = 0.9  # decay of the first moment
     optim.beta2 = 0.999  # decay of the second moment
@@ -219,7 +222,8 @@ def _optim() -> ConfigDict:
     optim.weight_decay = 0.0  # decoupled weight decay, as a multiple of the learning rate
     optim.decay_biases = True  # apply the weight decay to parameters named bias, too
     optim.warmup = 5000  # steps over which the learning rate rises linearly from 0
-    # learning rate over the run, a factor beside the warm-up: constant, or linear or cosine, to 0 at the last step
+    # factor of the learning rate over the run, besides the warm-up: constant; or linear or cosine, which fall to 0 at
+    # the last step
     optim.schedule = "constant"
     optim.grad_clip = 1.0  # largest global norm of the gradient; 0 or a negative value means no limit
     return optim
@@ -259,7 +263,7 @@ def _sampling() -> ConfigDict:
     # step size of langevin, and of annealed_langevin at the last noise level; at a larger level it grows with the
     # square of the level
     sampling.step_size = 2e-5
-    sampling.batch_size = 256  # images drawn together, over all devices
+    sampling.batch_size = 256  # images drawn together, over all devices; 0: as many as fit by an estimate
     return sampling
 
 
@@ -267,12 +271,13 @@ def _eval() -> ConfigDict:
     """What `--mode=eval` computes, and how. docs/evaluation.md describes the choices."""
     evaluate = ConfigDict()
     evaluate.begin_ckpt = 1  # first permanent checkpoint to evaluate, in units of training.snapshot_freq
-    evaluate.end_ckpt = 0  # last one; 0: only the newest checkpoint is evaluated, whatever begin_ckpt says
+    # last permanent checkpoint to evaluate, in units of training.snapshot_freq; 0 means only the newest checkpoint
+    evaluate.end_ckpt = 0
     # checkpoint to evaluate instead of the run's own: a workdir, one step's folder, or a published file
     evaluate.checkpoint = ""
     # checkpoint that --mode=train_deq trains a dequantizer for, in units of training.snapshot_freq; 0 means the newest
     evaluate.ckpt_id = 0
-    evaluate.batch_size = 1024  # images evaluated together, over all devices
+    evaluate.batch_size = 1024  # images evaluated together, over all devices; 0: as many as fit by an estimate
     evaluate.enable_loss = False  # compute the mean training loss over the test images
     evaluate.enable_bpd = True  # compute bits/dim of images, or the likelihood of points
     evaluate.enable_sampling = False  # draw samples and compute FID, IS and KID
@@ -308,11 +313,12 @@ def _eval() -> ConfigDict:
     # decoder
     evaluate.dequantization = "uniform"
     evaluate.start_time = 0.0  # bits/dim use the noisy image as x_t at this time; 0 means training.smallest_time
-    evaluate.truncation = 3.0  # half a grey level in standard deviations of the noise, for truncated_normal
+    evaluate.truncation = 3.0  # standard deviations of the noise in half a grey level, for truncated_normal
     # draws of the noise averaged inside the logarithm; more draws tighten the bound, but need probe=exact
     evaluate.num_importance_samples = 1
-    evaluate.num_samples = 50_000  # samples behind FID, IS and KID
-    # levels of samples from models of bare levels: truncate (as published) or nearest; models of dequantized data: bins
+    evaluate.num_samples = 50_000  # number of samples for FID, IS and KID
+    # how samples of models of bare levels become levels: truncate (as published) or nearest. Samples of models of
+    # dequantized data always become the level of their bin
     evaluate.rounding = "truncate"
     evaluate.inception_splits = 1  # parts of the samples that the Inception Score is averaged over; published: 1
     evaluate.features = "inception"  # network whose features are compared: inception, or classifier (with labels)
@@ -372,16 +378,17 @@ def _cost() -> ConfigDict:
     """What `--mode=cost` measures: a training step of every order with every batch size and memory setting."""
     cost = ConfigDict()
     cost.orders = (1, 2, 3)  # orders of score matching
-    cost.batch_sizes = ()  # batch sizes, over all devices; none means training.batch_size
-    # memory settings: none, or FIELD=VALUE, with spaces between several, for training.accumulation_steps,
-    # training.residual_first, training.shard_state, model.remat and model.dtype
+    cost.batch_sizes = ()  # batch sizes, over all devices; empty means training.batch_size
+    # memory settings to compare. Each is none, or FIELD=VALUE, with spaces between several, for
+    # training.accumulation_steps, training.residual_first, training.shard_state, model.remat and model.dtype
     cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
     cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
-    cost.memory_gb = 0.0  # memory in GB that a batch has to fit; 0 means the memory of the device
-    # GPU to compile for, without having one: h100, h200, a100, a100-40 or a6000. Nothing is timed then. It needs the
-    # packages of requirements-gpu.txt. If empty, the devices at hand
+    cost.memory_gb = 0.0  # memory in GB that a batch must fit; 0 means the memory of the device
+    # GPU to compile for on a machine without one: h100, h200, a100, a100-40 or a6000. Then nothing is timed, and the
+    # packages of requirements-gpu.txt are needed. Empty: the devices of this machine
     cost.device = ""
     cost.num_devices = 1  # number of GPUs of one machine that share the batch, with cost.device
-    # time limit in seconds for --mode=selftest to compile a training step, whose memory and time it then shows
+    # time limit in seconds for --mode=selftest to compile a training step. Without a compiled step, its memory and time
+    # are not shown
     cost.selftest_seconds = 60.0
     return cost

@@ -54,13 +54,13 @@ class RecordedConfig(ConfigDict):
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
-        recorder = recorder_of(self)  # none while a copy is made
+        recorder = recorder_of(self)  # This is None while a copy is made.
         if recorder and not recorder.paused and not isinstance(value, ConfigDict):
             recorder.read.add(f"{self.__dict__['_prefix']}{key}")
         return value
 
     def copy_and_resolve_references(self, *arguments: Any, **options: Any) -> ConfigDict:
-        """A copy, whose reads count for the same recorder."""
+        """Returns a copy, whose reads count for the same recorder."""
         with unrecorded(self):
             copy = super().copy_and_resolve_references(*arguments, **options)
             if (recorder := recorder_of(self)) and self.__dict__["_prefix"] == "":
@@ -111,9 +111,9 @@ def unrecorded(config: Config) -> Iterator[None]:
 
 
 def alternatives(config: Config) -> Iterator[tuple[str, Any, Config]]:
-    """Copies of the configuration in which one field that decides about others has another value.
+    """Yields copies of the configuration with another value of one field that decides whether others have an effect.
 
-    Yields the name of the field, the other value, and the copy.
+    Each item is the name of the field, the other value, and the copy.
     """
     with unrecorded(config):
         values = {
@@ -147,7 +147,7 @@ def unused_fields(config: Config, build_settings: Callable[[Config], None]) -> l
 
 
 def _reads_of_alternatives(config: Config, build_settings: Callable[[Config], None]) -> list[tuple[str, set[str]]]:
-    """For each setting that decides about others, in words, the fields that are read if it has another value."""
+    """Returns, for each setting that decides about others, the fields that are read with another value of it."""
     reads = []
     for name, _, changed in alternatives(config):
         recorder = record_reads(changed)

@@ -1,4 +1,4 @@
-"""From integer grey levels to a density: noise within the bin of each level.
+"""Dequantization noise, which turns integer grey levels into points with a density: noise within each level's bin.
 
 The probability of an image k is the model's density integrated over a box around it, one bin per entry. For noise u
 from a density q(u | k) on that box, in units of one bin,
@@ -7,8 +7,8 @@ from a density q(u | k) on that box, in units of one bin,
 
 and from M draws, -ln P(k) <= E[-ln (1/M) sum_j p(y_k + w u_j) w^d / q(u_j | k)]. This bound gets tighter with M and
 tends to -ln P(k) (Burda et al., 2016). Uniform noise has ln q = 0. Truncated normal noise has the shape of the SDE's
-own noise at the time at which it just fills a bin. The model is evaluated from that time on, so it may have been
-trained on bare levels; docs/dequantization.md derives this. Normal noise is the SDE's own, and may leave the bin. A
+own noise at the time at which it just fills a bin. The solve starts at that time, so the noise suits models trained on
+bare levels; docs/dequantization.md derives this. Normal noise is the SDE's own noise, and may leave the bin. A
 dequantizer is a pytree; its leaves are the parameters of its network.
 
 Sources: Theis et al., ICLR 2016 (uniform); [Z23] Zheng et al., "Improved Techniques for Maximum Likelihood Estimation
@@ -48,7 +48,7 @@ class Dequantized(NamedTuple):
 
 @runtime_checkable
 class Dequantizer(Protocol):
-    """dequantizer(keys, images) -> Dequantized, with everything that bits/dim need to know about the result.
+    """dequantizer(keys, images) -> Dequantized, with the properties that the computation of bits/dim needs.
 
     `likelihood.bits_per_dim(terms, levels=bins_per_unit, unit_scale=unit_scale, ...)`, with log_q among the terms of
     -ln p(x), gives the bound.
@@ -142,7 +142,8 @@ class TruncatedNormalDequantizer:
     x = alpha (y_k + rho e), rho = sigma / alpha, with e normal and truncated to [-tau, tau]; tau rho is half a bin.
 
     With `centered`, the network's data are in [-1, 1]. With `bare_levels`, the network has been trained on levels
-    without noise, k / (levels - 1), else on those of `UniformDequantizer`, whose bins are kept.
+    without noise, k / (levels - 1). Otherwise it has been trained on the data of `UniformDequantizer`, and the bins are
+    the same as there.
     """
 
     levels: int
@@ -209,7 +210,7 @@ class NormalDequantizer:
     `level_logp` computes ln P(k | x). `log_q` is ln q(u | k) - ln P(k | x), where u is in units of bins and may leave
     the bin of its level.
 
-    With `bare_levels`, the network has been trained on k / (levels - 1), else on the middles of the levels' bins.
+    With `bare_levels`, the network has been trained on k / (levels - 1), otherwise on the middles of the levels' bins.
     """
 
     sde: SDE
@@ -245,7 +246,7 @@ class NormalDequantizer:
 
 
 def _scale(unit: Batch, centered: bool) -> Batch:
-    """From pixel values in [0, 1] to the network's data."""
+    """Scales pixel values in [0, 1] to the network's data."""
     return 2 * unit - 1 if centered else unit
 
 
@@ -255,7 +256,7 @@ def log_mean_exp(log_weights: Float[np.ndarray, "draws batch"]) -> Float[np.ndar
 
 
 def importance_weights(log_weights: Float[np.ndarray, "draws batch"]) -> Float[np.ndarray, "draws batch"]:
-    """The share of each draw in that mean, which is the weight of an error of its log weight."""
+    """Returns the share of each draw in the mean of `log_mean_exp`: the weight of an error of its log weight."""
     return scipy.special.softmax(log_weights, axis=0)
 
 

@@ -14,7 +14,7 @@ from configs.default import Config
 from datasets import evaluation_batch, evaluation_batch_sizes
 from dequantization.noise import Dequantizer, dequantizer_from_config
 from dequantization.variational import DequantizerTrainer, VariationalDequantizer, dequantizer_trainer_from_config
-from infra import parallel, stop
+from infra import parallel
 from infra.checkpoints import Checkpoints, abstract_state, load_state, params_digest
 from infra.training_loop import Metrics, Training
 from infra.workdir import Workdir
@@ -83,7 +83,7 @@ class DequantizerTraining:
         sizes = evaluation_batch_sizes(self.test_source, training.batch_size)[: training.eval_batches]
         values: list[dict[str, np.ndarray]] = []
         for number, size in enumerate(sizes):
-            if stop.now():
+            if parallel.stop_requested():
                 return None
             batch = evaluation_batch(self.test_source, training.batch_size, number)
             rows = batch.images[parallel.local_rows(training.batch_size)]
@@ -129,9 +129,9 @@ def score_params(run: Run, workdir: Workdir) -> Params:
 
 
 def evaluation_dequantizer(run: Run, folder: Workdir) -> Dequantizer:
-    """The dequantizer that `eval` asks for: with `eval.dequantizer` the newest learned one in `folder`, or another.
+    """Returns the dequantizer that `eval` names: the newest learned one in `folder`, or noise without parameters.
 
-    `eval.dequantizer_checkpoint` names another, which may be a published file.
+    With `eval.dequantizer`, `eval.dequantizer_checkpoint` may name another learned one, such as a published file.
 
     Raises:
         FileNotFoundError: if there is none.

@@ -33,7 +33,7 @@ Parts: TypeAlias = dict[str, PerExample]
 class VariationalDequantizer:
     """A `Dequantizer` whose noise comes from a network. As a pytree it holds the network's parameters.
 
-    `origin` identifies the parameters.
+    `origin` is a text that identifies the parameters in results.
     """
 
     params: Params

@@ -40,7 +40,7 @@ MODES: dict[str, Callable[[Run, Workdir], Evaluator]] = {
 
 
 def evaluators_from_config(run: Run, dequantizer: Callable[[], Dequantizer]) -> list[Evaluator]:
-    """Builds the evaluators that `eval` enables, in the order in which they run. Checks all settings before any work.
+    """Builds the evaluators that `eval` enables, in the order in which they run, and checks all of their settings.
 
     Args:
         dequantizer: loads the noise for the bits/dim of images.

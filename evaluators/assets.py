@@ -1,4 +1,4 @@
-"""Opens each file that a configuration needs, as training and evaluation do, for --mode=selftest."""
+"""Opens each file that a configuration needs in training and evaluation, for --mode=selftest."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -35,7 +35,7 @@ from samplers.sampler import image_keys
 
 
 class BitsPerDimEvaluator:
-    """Bits/dim of the images of `eval.bpd_dataset`, `eval.num_repeats` times, with the other settings of `eval`.
+    """Computes bits/dim of the images of `eval.bpd_dataset`, `eval.num_repeats` times, as `eval` describes.
 
     Args:
         at: x as published, or x_tmin, where the likelihood of the ODE compares with the bound without start-time
@@ -98,7 +98,7 @@ class BitsPerDimEvaluator:
         return summary(repeats) | self.description | {"values": cache.folder.name}
 
     def settings(self) -> dict[str, Any]:
-        """Everything except the parameters that the values of a batch depend on."""
+        """Returns everything that the values of a batch depend on, except the parameters."""
         settings, run = self.run.config.eval, self.run
         batches = {"batch_size": settings.batch_size, "max_examples": settings.max_examples}
         bins = {"bins_per_unit": self.dequantizer.bins_per_unit, "unit_scale": self.dequantizer.unit_scale}
@@ -149,7 +149,7 @@ class BitsPerDimEvaluator:
     ) -> HostEstimate:
         """Estimates -ln p(x). Raises RuntimeError if the solve failed or a value is not finite."""
         score_fn, t_min = self.run.score_fn(params), self.dequantizer.t_min
-        if self.at == "x_tmin" and isinstance(self.estimator, OdeEstimator):  # a bound draws x_tmin itself
+        if self.at == "x_tmin" and isinstance(self.estimator, OdeEstimator):  # The bound draws x_tmin itself.
             x = noised(self.run.sde, x, keys, t_min)
         estimate = self.estimator(score_fn, self.run.sde, x, keys, t_min, self._reference, show)
         context = f"Cannot compute bits/dim for {self.source.description} with {self.estimator.description}"
@@ -174,9 +174,9 @@ def importance_weighted(draws: list[tuple[Values, Values]], *, num_dims: int, le
     """Computes bits/dim of each image from draws of its noise, with the terms and estimates of the errors.
 
     The average inside the logarithm assumes that ln p is exact. With probes, ln p is an estimate, and averaging over
-    the noise of the probes as well would make the result too large. Therefore all draws of an image share their probes,
-    which removes the part of that noise that is common to all draws. With probes and several draws the result is still
-    too good; see docs/results/dequantization.md.
+    the noise of the probes as well would make the likelihood too large. Therefore all draws of an image share their
+    probes, which removes the noise that is common to all draws. With probes and several draws, bits/dim are still too
+    low; see docs/results/dequantization.md.
 
     Args:
         draws: for each draw, the terms of -ln (p / q) and the estimates of the errors, in nats.
@@ -201,7 +201,7 @@ ERRORS = ("solver_error", "probe_error", "sampling_error")
 
 
 MOST_SOLVER_ERROR = 0.005
-"""Bits/dim by which a fixed-step solver may be off, by its own estimate, without a warning."""
+"""An estimated error of the solver above this (in bits/dim), or above half the standard error, causes a warning."""
 
 
 def summary(repeats: list[list[Values]]) -> dict[str, Any]:
@@ -237,7 +237,7 @@ def summary(repeats: list[list[Values]]) -> dict[str, Any]:
 def _error_of_mean(errors: dict[str, np.ndarray]) -> dict[str, float | None]:
     """Estimates the error of the mean in bits/dim: the bias due to the solver, the standard error due to the others.
 
-    None if there is no estimate, for example with a single probe.
+    Returns None if there is no estimate, for example with a single probe.
     """
     means = {
         name: float(error.mean()) if name == "solver_error" else float(np.sqrt(np.sum(error**2)) / error.size)

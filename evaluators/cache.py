@@ -13,7 +13,7 @@ import numpy as np
 from absl import logging
 
 from arrays import ReportProgress
-from infra import parallel, stop
+from infra import parallel
 from infra.checkpoints import params_digest
 from infra.console import progress
 from infra.files import read_npz, write_atomic, write_npz
@@ -23,7 +23,7 @@ Values = dict[str, np.ndarray]
 """Named numbers for each example of a batch."""
 
 ComputeBatch = Callable[[int, ReportProgress], Values]
-"""Computes the batch with this number, and may report its progress."""
+"""compute(number, show): computes the batch with this number, and may report its progress to `show`."""
 
 
 class BatchCache:
@@ -63,7 +63,7 @@ class BatchCache:
     def all(self, sizes: Mapping[str, int], compute: ComputeBatch, description: str, unit: str) -> list[Values]:
         """Returns the values of all batches in order, reading or computing each.
 
-        A progress bar starts at the number of stored examples, so that its rate is that of the computed ones.
+        A progress bar starts at the number of stored examples, so that its rate counts only computed examples.
 
         Args:
             sizes: the number of examples in each batch, by the name of the batch.
@@ -79,12 +79,12 @@ class BatchCache:
         with progress(sum(sizes.values()), description, unit, initial=stored) as bar:
 
             def show(step: int, steps: int) -> None:
-                stop.check()
+                parallel.check_stop()
                 bar.set_postfix(step=f"{step}/{steps}", refresh=False)
-                bar.update(0)  # redraws the bar if its interval has passed
+                bar.update(0)  # This redraws the bar if its interval has passed.
 
             for number, (name, size) in enumerate(sizes.items()):
-                stop.check()
+                parallel.check_stop()
                 batches.append(self(name, functools.partial(compute, number, show)))
                 done += size
                 bar.update(max(0, done - bar.n))
@@ -143,5 +143,5 @@ def draw_in_rounds(cache: BatchCache, kind: str, count: int, round_size: int, dr
 
     rounds = cache.all(sizes, draw_round, "sampling", kind)
     samples = np.concatenate([each[name] for each in rounds])[:count]
-    per_second = examples_per_second([round_size] * len(rounds), rounds)  # a round draws all of its samples
+    per_second = examples_per_second([round_size] * len(rounds), rounds)  # All rounds are whole.
     return CachedSamples(samples, int(rounds[0]["nfe"]), float(sum(each["seconds"] for each in rounds)), per_second)

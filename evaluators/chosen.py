@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are evaluated, and what their results say about the training."""
+"""Chooses the checkpoints to evaluate, and describes their training for the results."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +15,8 @@ from train_state import TrainState
 def chosen_states(config: Config, checkpoints: Checkpoints, start: int = 0) -> Iterator[tuple[int, TrainState]]:
     """The steps and states of the checkpoints from `eval.begin_ckpt` to `eval.end_ckpt`, or the newest.
 
-    If none of the chosen steps comes after `start`, where the run started from another's checkpoint, the newest step is
-    chosen with a warning: published configurations name the step of the released checkpoint, which is that start.
+    A run that started from the checkpoint of another run has `start` > 0. If none of the chosen steps comes after it,
+    the newest step is chosen with a warning, because published configurations name the step of the released checkpoint.
 
     Raises:
         FileNotFoundError: if a checkpoint is missing, before the first is read.
@@ -48,11 +48,12 @@ def chosen_states(config: Config, checkpoints: Checkpoints, start: int = 0) -> I
 
 
 def training_metadata(workdir: Workdir, step: int) -> dict[str, Any]:
-    """What a result says about the training of a checkpoint.
+    """Returns what a result says about the training of a checkpoint.
 
-    It has the order and, if the run began at another checkpoint, its path, its step, and the steps made since then.
+    This is the order and, if the run started from another checkpoint, the path and step of that checkpoint, and the
+    steps since then.
     """
-    order = trained_order(workdir.train, step)  # the configuration may name another
+    order = trained_order(workdir.train, step)  # The configuration may have changed since the training.
     metadata: dict[str, Any] = {} if order is None else {"order": order}
     start = workdir.read_start()
     if start["init_from"]:

@@ -85,6 +85,7 @@ class ClassifierTraining:
         return NoisyClassifier(params, self.network, self.run.sde, jnp.zeros(channels), jnp.ones(channels))
 
     def training(self) -> Training:
+        """Returns the training of the classifier, for the training loop."""
         key = self.run.key(TRAIN_KEY)
 
         def update(state: TrainState, batch: LabelledBatch) -> tuple[TrainState, Metrics]:

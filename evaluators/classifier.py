@@ -1,4 +1,4 @@
-"""A feature extractor for images that Inception is not meant for: a small classifier of the data set itself.
+"""A feature extractor for images to which Inception does not apply: a small classifier trained on the data set.
 
 For example, Inception makes no sense for 8x8 digits. Every result of the classifier is labelled with its name.
 """
@@ -23,7 +23,7 @@ import datasets
 from configs.default import Config
 from datasets import Source
 from evaluators.extractor import Features, Images, array_hash, flat_params, in_chunks, params_hash
-from infra import stop
+from infra import parallel
 from infra.files import read_npz, write_npz
 
 
@@ -58,7 +58,7 @@ class ClassifierRecipe:
 
     num_epochs: int = 15
     batch_size: int = 64
-    learning_rate: float = 3e-3  # of Adam, falling to 0 along a cosine
+    learning_rate: float = 3e-3  # The learning rate of Adam at the start; it falls to 0 along a cosine.
     label_smoothing: float = 0.02
     seed: int = 0
     version: int = 1
@@ -138,7 +138,7 @@ def _check_split(split: str, data: LabelledImages, levels: int) -> None:
 
 
 def _load_params(path: Path, identity: str) -> dict | None:
-    """Loads the cached parameters; None if the file is missing, damaged, or has other parameters."""
+    """Loads the cached parameters. Returns None if the file is missing, damaged, or has other parameters."""
     if not path.exists():
         return None
     try:
@@ -158,13 +158,20 @@ def _train(network: Classifier, train: LabelledImages, levels: int, recipe: Clas
     """Minimises the cross-entropy by Adam. Each epoch takes full batches from a new permutation."""
     images = _normalize(jnp.asarray(train.images), levels)
     labels = jnp.asarray(train.labels, jnp.int32)
-    init_key, order_key = jax.random.split(jax.random.key(recipe.seed))
-    params = network.init(init_key, images[:1])["params"]
-    state = params, _classifier_optimizer(recipe, len(images)).init(params)
-    for key in jax.random.split(order_key, recipe.num_epochs):
-        stop.check()
+    state, keys = _first_state(network, recipe, jax.random.key(recipe.seed), images)
+    for key in keys:
+        parallel.check_stop()
         state = jax.block_until_ready(_fit_epoch(network, recipe, state, key, images, labels))
     return jax.tree.map(np.asarray, state[0])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _first_state(network: Classifier, recipe: ClassifierRecipe, key: Array, images: Array) -> tuple[tuple, Array]:
+    """Returns the parameters and the state of the optimizer before the first epoch, and a key for each epoch."""
+    init_key, order_key = jax.random.split(key)
+    params = network.init(init_key, images[:1])["params"]
+    state = params, _classifier_optimizer(recipe, len(images)).init(params)
+    return state, jax.random.split(order_key, recipe.num_epochs)
 
 
 def _classifier_optimizer(recipe: ClassifierRecipe, num_images: int) -> optax.GradientTransformation:
@@ -195,6 +202,7 @@ def _fit_epoch(
     return jax.lax.scan(step, state, batches)[0]
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def _normalize(images: Array, levels: int) -> Float[Array, "n height width channels"]:
     """Scales levels to [-1, 1]."""
     return images.astype(jnp.float32) * (2 / (levels - 1)) - 1

@@ -1,7 +1,7 @@
 """Conditional samples: images with a known part, and images of given classes ([S21a] Sec. 5 and App. I).
 
-The predictor-corrector sampler of `sampling` draws images with a known part, whatever sampling.method is. The sampler
-that sampling.method names draws images of classes. Pictures are in pictures/ of the workdir.
+For every sampling.method, the predictor-corrector sampler with the fields of `sampling` draws images with a known part.
+The sampler that sampling.method names draws images of classes. Pictures are in pictures/ of the workdir.
 """
 
 import time
@@ -70,8 +70,8 @@ class ConditionalEvaluator:
 
         Returns:
             `known_error` and `unknown_error`: root mean square differences between drawn images and the original, in
-            units of the data's range, over the known and over the other components. `spread`: the standard deviation
-            of a pixel over the images drawn for one original, in units of the levels.
+            units of the data's range, over the known and over the other components. `spread`: the standard deviation of
+            a pixel over the images drawn for one original, in the same units.
 
         Raises:
             RuntimeError: if an image is not finite.
@@ -176,7 +176,7 @@ def _shown(observation: Observation, fill: Batch) -> Batch:
 def _square_errors(observation: Observation, x0: Batch, x: Batch) -> tuple[Array, Array]:
     """Returns the mean squared differences of the known and of the unknown components, for each example."""
     mask, got = observation.mask, observation.components(x)
-    share = mean_square(mask)  # the share of ones, because all values are 0 or 1
+    share = mean_square(mask)  # The mask has values 0 and 1, so this is the share of ones.
     known = mean_square((got - observation.known) * mask) / share
     unknown = mean_square((got - observation.components(x0)) * (1 - mask)) / (1 - share)
     return known, unknown
@@ -185,7 +185,7 @@ def _square_errors(observation: Observation, x0: Batch, x: Batch) -> tuple[Array
 class ClassesEvaluator:
     """Draws `control.num_draws` images of each class, with the guidance weight `control.guidance`.
 
-    A network that is told classes (`data.num_classes`) guides itself. The classifier of --mode=train_classifier guides
+    A network with classes as input (`data.num_classes`) guides itself. The classifier of --mode=train_classifier guides
     other networks.
 
     The result reports the share of images that the classifier of clean images (`eval.features=classifier`) assigns to

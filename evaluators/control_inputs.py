@@ -126,7 +126,7 @@ def inpainting(config: Config, shape: tuple[int, int, int], count: int) -> Probl
             f"{count} images of shape {shape}"
         ) from error
     if mask.all() or not mask.any():
-        raise ValueError(f"control.mask={name} makes {'all' if mask.all() else 'no'} pixels known")
+        raise ValueError(f"control.mask={name} makes {'all' if mask.all() else 'no'} pixels known; it must have both")
     return Problem(mask, None, {"mask": name if name in MASKS else array_hash(mask)}, fill=0.5)
 
 
@@ -165,7 +165,9 @@ def _mask_in_file(path: Path) -> np.ndarray:
             raise ValueError(f"cannot read control.mask={path} as an .npz file or a picture: {error}") from error
     mask = named_array(path, "mask", "control.mask")
     if mask.ndim not in (2, 3, 4) or not np.isin(mask, (0, 1)).all():
-        raise ValueError(f"the mask in control.mask={path} has shape {mask.shape} or values other than 0 and 1")
+        raise ValueError(
+            f"the mask in control.mask={path} has shape {mask.shape}; it must have 2 to 4 axes, and only values 0 and 1"
+        )
     return mask
 
 
@@ -193,10 +195,13 @@ def restoration(config: Config, shape: tuple[int, int, int], count: int) -> Prob
         matrix = named_array(Path(name), "matrix", "control.matrix")
         observations = read_npz(Path(name)).get("observations")
     if matrix.ndim != 2 or matrix.shape[1] != dims or not matrix.any():
-        raise ValueError(f"the matrix in control.matrix={name} has shape {matrix.shape}; it must be [m, {dims}], not 0")
+        raise ValueError(
+            f"the matrix in control.matrix={name} has shape {matrix.shape}; it must be [m, {dims}], with an entry that "
+            "is not 0"
+        )
     basis, to_components, rank = basis_of_matrix(matrix)
     if rank == dims:
-        raise ValueError(f"control.matrix={name} has full rank {dims}: its observations leave nothing unknown")
+        raise ValueError(f"control.matrix={name} has rank {dims}, so nothing is unknown; use fewer rows")
     mask = (np.arange(dims) < rank).astype(np.float32).reshape(shape)
     description = {"matrix": name if name == "blocks" else array_hash(matrix), "rank": rank}
     if observations is None:
@@ -232,7 +237,9 @@ def finite_levels(preprocess: Preprocess, x: Batch, what: str) -> UInt8[np.ndarr
     """Returns x as integer levels on the host. Raises RuntimeError if a value is not finite."""
     levels, finite = parallel.fetch(_levels(preprocess, x))
     if not finite.all():
-        raise RuntimeError(f"{what}: {np.sum(~finite)} of {len(finite)} images are not finite; the model diverged")
+        raise RuntimeError(
+            f"{what}: {np.sum(~finite)} of {len(finite)} images are not finite; check the training of the model"
+        )
     return np.asarray(levels)
 
 

@@ -24,6 +24,7 @@ PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Converts the file of the command line, and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m evaluators.convert_inception", description=(__doc__ or "").split("\n")[0]
     )
@@ -73,7 +74,7 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
         return {
             name: tensor.numpy() for name, tensor in torch.load(path, weights_only=True, map_location="cpu").items()
         }
-    except Exception as error:  # unpickling raises a dozen kinds
+    except Exception as error:  # Unpickling raises many kinds of errors.
         raise ValueError(f"Cannot read {path} as a PyTorch file of arrays: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Where an image model is good or bad, by noise level ([L22] Fig. 6 and 7)."""
+"""Errors of an image model by noise level and by start time ([L22] Fig. 6 and 7)."""
 
 import functools
 import time
@@ -38,12 +38,12 @@ BY_START = ("bpd", "solver_error")
 
 
 class DiagnosticsEvaluator:
-    """Bits/dim against the start time, l_Diff(t), and the errors of score and trace by noise level.
+    """Computes bits/dim by start time, and l_Diff(t) and the errors of score and trace by noise level.
 
     They are means over the first `eval.diagnose_images` images of `eval.bpd_dataset`:
 
-    - `bpd`: bits/dim with the data taken to be x_t at each of several start times ([L22] Fig. 6), solved and probed as
-      by --mode=eval, so that the first start time, the smallest time of training, gives the same number;
+    - `bpd`: bits/dim with the data as x_t at each of several start times ([L22] Fig. 6). Solver and probes are those of
+      --mode=eval, so the first start time, training.smallest_time, gives the same number;
     - `difference`: l_Diff(t) = g^2 / 2 E|s - grad ln p_t|^2 ([L22] Fig. 7), the distance between the model's score and
       the score of the ODE's own density, as a product of two estimates with independent probes, which is unbiased;
     - `first`: the first-order loss |sigma s + z|^2 / d;
@@ -189,7 +189,7 @@ class DiagnosticsEvaluator:
         start: float,
         show: ReportProgress,
     ) -> Values:
-        """Computes bits/dim with the data taken to be x at the start time, and the solver's error."""
+        """Computes bits/dim with the data as x at the start time, and the solver's estimate of its error."""
         noise_keys, estimator_keys = example_keys(jax.random.fold_in(self.run.key(EVAL_KEY), 0), indices)
         noisy = dequantized(self.dequantizer, noise_keys, images, 0)
         sde, reference = self.run.sde, self._reference
@@ -204,7 +204,7 @@ class DiagnosticsEvaluator:
 
 
 LAST_START = 0.3
-"""The last start time of the likelihood, as a part of T."""
+"""The last start time of the likelihood, as a fraction of T."""
 
 
 def start_times(sde: SDE, t_min: float, num: int) -> Float[np.ndarray, " num"]:

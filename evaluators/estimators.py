@@ -58,7 +58,9 @@ def fetch_and_check(estimate: Estimate, indices: np.ndarray, kind: str, context:
     terms, errors, info = parallel.fetch((estimate.terms, estimate.errors, estimate.info))
     if info is not None and not info.success:
         example = f"{kind} {indices[info.worst_example]}"
-        raise RuntimeError(f"{context}: the ODE solve failed at t = {info.t:.6g}, at {example}")
+        raise RuntimeError(
+            f"{context}: the ODE solve failed at t = {info.t:.6g}, at {example}; try another eval.ode_solver"
+        )
     finite = np.isfinite(np.sum(list(terms.values()), axis=0))
     if not np.all(finite):
         raise RuntimeError(f"{context}: the likelihood is not finite at {kind} {indices[np.argmin(finite)]}")
@@ -204,7 +206,7 @@ def evaluation_source(config: Config) -> Source:
 
     Raises:
         ValueError: for a field whose value is not allowed.
-        OSError: if the data are not there.
+        OSError: if the data are missing.
     """
     settings = config.eval
     if settings.max_examples < 0:
@@ -230,8 +232,8 @@ def places_from_config(config: Config) -> tuple[str, ...]:
         raise ValueError(f"eval.likelihood_at is {settings.likelihood_at!r}; known: {', '.join(choices)}")
     if settings.likelihood_at != "x" and settings.dequantization != "uniform":
         raise ValueError(
-            f"eval.likelihood_at is {settings.likelihood_at!r}, but eval.dequantization={settings.dequantization} has "
-            "the noise of its own start time already; use eval.likelihood_at=x"
+            f"eval.likelihood_at is {settings.likelihood_at!r}, but eval.dequantization={settings.dequantization} "
+            "already adds the noise of the SDE to the data; use eval.likelihood_at=x"
         )
     return AT if settings.likelihood_at == "both" else (settings.likelihood_at,)
 

@@ -1,4 +1,4 @@
-"""The interface of feature extractors, fixed networks that measure sample quality, and what its implementations share.
+"""The interface of feature extractors, fixed networks whose features measure sample quality, and their shared code.
 
 FID and KID compare pooled features, and the Inception Score reads class logits. features.py lists the extractors.
 Images are measured in chunks of a fixed size, sharded over all devices of all hosts.
@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, UInt8
 
-from infra import parallel, stop
+from infra import parallel
 
 Images = UInt8[np.ndarray, "n height width channels"]
 """Images as the integer levels 0, ..., levels - 1 of each channel."""
@@ -92,7 +92,7 @@ def in_chunks(measure: Callable[[Array], tuple[Array, Array]], images: Images, p
     parts: list[Features] = []
     pending: tuple[tuple[Array, Array], int] | None = None
     for start in range(0, len(images), size):
-        stop.check()
+        parallel.check_stop()
         chunk = images[start : start + size]
         (padded,) = parallel.pad_rows(size, chunk)
         outputs = measure(parallel.global_array(mesh, padded[parallel.local_rows(size)]))

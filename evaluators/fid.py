@@ -33,7 +33,7 @@ from infra.files import write_atomic
 PUBLISHED_SAMPLES = 50_000
 """The number of samples of published FIDs.
 
-FID falls with n, so results of fewer samples are only comparable with each other."""
+FID falls with the number of samples, so FIDs of fewer samples are not comparable with published ones."""
 
 _BATCH = 1024  # images read at a time
 
@@ -48,10 +48,12 @@ class Comparison:
 
     @functools.cached_property
     def extractor(self) -> FeatureExtractor:
+        """The network that measures images. It is built, or trained, on first use."""
         return self.find_extractor()
 
     @functools.cached_property
     def statistics(self) -> Statistics:
+        """The statistics of the real images. They are loaded, or measured, on first use."""
         return self.find_statistics(self.extractor)
 
     def prepare(self) -> None:
@@ -83,7 +85,7 @@ def comparison_from_config(config: Config) -> Comparison:
     find_extractor = extractor_from_config(config)
     if published is not None:
         comparison = Comparison(find_extractor, lambda extractor: _checked(published, extractor, config), splits)
-        if config.eval.features == "inception":  # a classifier may have to be trained first
+        if config.eval.features == "inception":  # A classifier may need training first.
             comparison.prepare()
         return comparison
     source = datasets.source_from_config(config, split)
@@ -206,8 +208,8 @@ def self_test(
 def prepare_statistics(config: Config) -> dict[str, Any]:
     """Measures and tests the statistics that evaluation compares samples with, and writes them and the test.
 
-    They are those of `eval.statistics_split`, which are written if they are missing, or those in the file
-    `eval.statistics`. The images of both splits are measured for the test.
+    If `eval.statistics` names a file, its statistics are tested. Otherwise, the statistics of `eval.statistics_split`
+    are tested, and first written if they are missing. The images of both splits are measured for the test.
 
     Returns:
         The file, its contents, and for each split the FID of its real images. The FID of the split that the statistics
@@ -254,7 +256,7 @@ def _stored_or_written(path: Path, extractor: FeatureExtractor, measured: Statis
 
 
 def _report_path(config: Config, path: Path) -> Path:
-    """The file of the test: beside our own statistics, and for published ones in the same folder under both names."""
+    """Returns the file of the test: next to our own statistics; for published ones, in the folder of our statistics."""
     if not config.eval.statistics:
         return path.with_suffix(".json")
     return path.with_name(f"{Path(config.eval.statistics).stem}_{path.stem}.json")

@@ -1,6 +1,6 @@
 """Latent codes: images to x at t_max by the probability-flow ODE, and back ([S21a] Sec. 4.3).
 
-They use the fields of the sampler `ode` (sampling.ode_solver, rtol, atol, smallest_time), whatever sampling.method is.
+They use the fields of the sampler `ode` (sampling.ode_solver, rtol, atol, smallest_time), for every sampling.method.
 Codes and pictures are in latents/ and pictures/ of the workdir.
 """
 
@@ -93,8 +93,8 @@ class EncodeEvaluator:
 
         Returns:
             The mean over images of the root mean square difference between data and their reconstruction, in units of
-            the range of the data; the largest difference; the share of pixels whose level changes; and the mean of
-            latent^2 / prior^2, which is 1 for latents that follow the prior.
+            the range of the data; the largest difference; the share of pixels whose level changes; and the mean square
+            of the latents relative to the prior's variance, which is 1 if they follow the prior.
 
         Raises:
             RuntimeError: if a solve fails or a value is not finite.

@@ -9,13 +9,13 @@ from jaxtyping import Array
 from build import EVAL_KEY, Run
 from datasets import Source, evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
-from infra import parallel, stop
+from infra import parallel
 from infra.workdir import EvaluationFolder
 from models.score import Params
 
 
 class LossEvaluator:
-    """The mean training objective and its terms on test data, with constant weights and without dropout."""
+    """Computes the mean training objective and its terms on test data, with constant weights and without dropout."""
 
     name = "loss"
 
@@ -34,7 +34,7 @@ class LossEvaluator:
         Raises:
             KeyboardInterrupt: after a request to stop.
         """
-        del folder  # Nothing is cached, because the evaluation takes only as long as one record of training.
+        del folder  # Nothing is cached: the loss of all images takes little time.
         means = self._means(params, self.num_batches)
         if means is None:
             raise KeyboardInterrupt
@@ -52,7 +52,7 @@ class LossEvaluator:
         key = self.run.key(EVAL_KEY)
         parts = []
         for number in range(num_batches):
-            if stop.now():
+            if parallel.stop_requested():
                 return None
             parts.append(self._values(params, number, jax.random.fold_in(key, number)))
         names = parts[0][0]

@@ -18,29 +18,29 @@ from datasets import evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values, draw_in_rounds
 from evaluators.estimators import Estimate, as_float64, estimator_from_config, evaluation_source, fetch_and_check
-from infra import parallel, stop
+from infra import parallel
 from infra.workdir import DATA, DensityGrid, EvaluationFolder, PointCloud
 from models.score import Params
 from samplers.sampler import image_keys
 
 REFERENCE_POINTS = 10_000
-"""Training points, at most, from which the mean and standard deviation of the data are computed."""
+"""The largest number of training points from which the mean and standard deviation of the data are computed."""
 
 GRID_MARGIN = 1.2
-"""The grid of the density extends to this multiple of the largest coordinate of the test points."""
+"""The grid of the density extends to this factor times the largest coordinate of the test points."""
 
 CELLS_PER_LINE = 8
-"""In one dimension, the grid has this many cells for each of `eval.density_grid`."""
+"""In one dimension, the number of cells of the grid is this factor times `eval.density_grid`."""
 
 DEQUANTIZATION_DEFAULTS = {"dequantizer": False, "dequantization": "uniform", "num_importance_samples": 1}
 """Fields of `eval` for the dequantization of images, with the values that they must have for points."""
 
 
 class PointLikelihoodEvaluator:
-    """Log-likelihoods of the points of `eval.bpd_dataset`, each counted once, with the other settings of `eval`.
+    """Computes log-likelihoods of the points of `eval.bpd_dataset`, each counted once, as `eval` describes.
 
     Raises:
-        ValueError: for a field whose value is not allowed, or a divergence by probes, because that of points is exact.
+        ValueError: for a field whose value is not allowed, or for probes, because the divergence at points is exact.
     """
 
     name = "nll"
@@ -91,6 +91,7 @@ class PointLikelihoodEvaluator:
 
     @functools.cached_property
     def reference(self) -> GaussianReference:
+        """Mean and standard deviation of the first training points; the default if the estimator does not use them."""
         if not self.estimator.needs_reference:
             return GaussianReference()
         source = datasets.source_from_config(self.run.config, "train")
@@ -150,9 +151,8 @@ class PointLikelihoodEvaluator:
         densities = []
         for first in range(0, len(x), size):
             indices = np.minimum(np.arange(first, first + size), len(x) - 1)
-            terms = as_float64(
-                parallel.fetch(self._estimate_points(params, x[indices], indices, lambda *_: stop.check()).terms)
-            )
+            estimate = self._estimate_points(params, x[indices], indices, lambda *_: parallel.check_stop())
+            terms = as_float64(parallel.fetch(estimate.terms))
             densities.append(np.exp(-np.sum(list(terms.values()), axis=0)))
         return np.concatenate(densities)[: len(x)]
 

@@ -2,9 +2,9 @@
 
 Samples are drawn in rounds of `sampling.batch_size`. A finished round is never drawn again, so an interrupted
 evaluation resumes with the next one, on any number of devices. The noise of image k depends only on the seed and k. So
-device counts and interruptions change at most the last bits. The batch size is part of the settings of the cache, and
-another batch size draws all rounds again, because two samplers couple the images of a batch: Langevin correctors
-average norms over it, and the adaptive ODE solver chooses its steps for the whole batch.
+device counts and interruptions change at most the last bits. The batch size is one of the settings of the cache, so
+another batch size draws all rounds again. The reason is that two samplers couple the images of a batch: Langevin
+correctors average norms over the batch, and the adaptive ODE solver chooses its steps for the whole batch.
 """
 
 import functools
@@ -39,7 +39,7 @@ class SamplesEvaluator:
 
     def __init__(self, run: Run, comparison: Comparison):
         parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
-        run.sampler()  # raises ValueError for a field that is not allowed
+        run.sampler()  # This raises ValueError for a field that is not allowed.
         self.run, self.comparison = run, comparison
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:

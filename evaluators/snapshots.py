@@ -8,7 +8,7 @@ from absl import logging
 
 from build import Run
 from evaluators.samples import draw_images
-from infra import parallel, stop
+from infra import parallel
 from infra.checkpoints import params_digest
 from infra.console import progress
 from infra.workdir import PER_GRID, ImageGrid, Snapshot, Workdir
@@ -18,7 +18,7 @@ from train_state import TrainState
 
 
 class Snapshots:
-    """Draws the same images from each permanent checkpoint, with the averaged and with the raw weights.
+    """Draws the same images from each permanent checkpoint, with the averaged and with the raw parameters.
 
     The noise of image k is the same in every snapshot, so that snapshots are comparable. Each is drawn once. In
     samples/snapshots, step_<step>.npz holds `ema` and `raw`, integers from 0 to `levels` - 1, and PNG files show them.
@@ -32,10 +32,8 @@ class Snapshots:
     def __init__(self, run: Run, workdir: Workdir):
         self.run, self.folder = run, workdir.snapshots
         if run.config.training.snapshot_sampling:
-            self.shown = min(PER_GRID, run.config.sampling.batch_size)
+            self.shown = min(PER_GRID, run.config.sampling.batch_size or PER_GRID)
             self.sampler = snapshot_sampler(run)
-            if self.shown < 1:
-                raise ValueError(f"sampling.batch_size is {self.shown}; it must be at least 1")
             if len(run.data_shape) != 3:
                 raise ValueError(
                     f"training.snapshot_sampling draws images, but {run.config.data.dataset} has points; use False"
@@ -77,7 +75,7 @@ class Snapshots:
         with progress(100, "snapshot", "%") as bar:
 
             def show(step: int, steps: int) -> None:
-                stop.check()
+                parallel.check_stop()
                 bar.update(100 * step // steps - bar.n)
 
             return draw_images(self.run, params, numbers, show, self.sampler)[0][: self.shown]

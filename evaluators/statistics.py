@@ -14,14 +14,14 @@ from infra import parallel
 from infra.files import read_npz, write_npz
 
 MAX_STORED_FEATURES = 10_000
-"""Feature vectors, at most, that are stored with their statistics for KID."""
+"""The largest number of feature vectors that are stored with their statistics, for KID."""
 
 _BLOCK = 4096  # vectors converted to float64 at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of the features of n images, and some of the features.
+    """Mean and covariance of the features of n images, and the features of some images.
 
     `pool` is for KID and may be missing. `features` and `features_hash` are the name and hash of the extractor.
     Published files contain neither, and have the hash "". `data` describes the images.
@@ -50,6 +50,7 @@ class Moments:
         self.n = 0
 
     def add(self, pool: Float[np.ndarray, "n d"]) -> None:
+        """Adds the next part of the vectors."""
         if self.n == 0:
             self.shift = pool.mean(axis=0, dtype=np.float64)
             self.sum, self.products = np.zeros_like(self.shift), np.zeros((len(self.shift),) * 2)
@@ -60,7 +61,7 @@ class Moments:
             self.products += centered.T @ centered
 
     def mean_and_covariance(self) -> tuple[Float[np.ndarray, " d"], Float[np.ndarray, "d d"]]:
-        """Mean and covariance, which divides by n - 1; n must be at least 2."""
+        """Returns the mean and the covariance, which divides by n - 1. There must be at least two vectors."""
         mean = self.sum / self.n
         return self.shift + mean, (self.products - self.n * np.outer(mean, mean)) / (self.n - 1)
 
@@ -73,12 +74,14 @@ class _RandomSubset:
         self.priorities = np.empty(0)
 
     def add(self, pool: Float[np.ndarray, "n d"]) -> None:
+        """Adds the next part of the vectors, each with a random priority."""
         self.parts.append(pool)
         self.priorities = np.concatenate([self.priorities, self.generator.random(len(pool))])
         if len(self.priorities) > 2 * self.size:
             self._reduce()
 
     def vectors(self) -> Float[np.ndarray, "stored d"]:
+        """Returns the vectors with the lowest priorities, in the order of their arrival."""
         self._reduce()
         return self.parts[0]
 

@@ -1,4 +1,4 @@
-"""The cost of a training step of a run, on the devices at hand or on GPUs that are not there."""
+"""The cost of a training step of a run, on the devices of this machine or on GPUs that it does not have."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from train_state import TrainState
 
 
 def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, limit: float = math.inf) -> dict[str, Any]:
-    """Measures the cost of a training step of this run on random data; with `error` if it fails, or does not fit.
+    """Measures the cost of a training step of this run on random data, with `error` if it fails or does not fit.
 
     Args:
         state: returns the state to start from.
@@ -57,14 +57,12 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, lim
 
 def cost_without_device(run: Run) -> dict[str, Any]:
     """Returns the cost of a training step on the GPUs that cost.device names."""
-    _ = run.trainer  # its fields count as used, though only the other process uses them
+    _ = run.trainer  # The other process reads the fields of the trainer; here, they must count as read.
     return predicted_cost(_lowered, run.config.to_dict())
 
 
-def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered]:
-    """Traces the training steps of the configuration with these fields, for the GPUs that cost.device names."""
-    config: Config = ConfigDict(fields)
-    run = build(config, mesh_of(gpu_by_name(config.cost.device), config.cost.num_devices))
+def traced_step(run: Run) -> tuple[dict[str, Any], jax.stages.Lowered]:
+    """Traces the training steps of a run, without a compilation. Returns what `traced_cost` knows, and the program."""
     steps, key = run.config.training.n_jitted_steps, run.key(TRAIN_KEY)
     shape = (steps, run.config.training.batch_size, *run.data_shape)
     dtype = np.uint8 if run.density is None else np.float32
@@ -75,3 +73,9 @@ def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered
     )
     cost, _, lowered = traced_cost(run.train_steps(), arguments, steps, run.mesh.size)
     return cost, lowered
+
+
+def _lowered(fields: dict[str, Any]) -> tuple[dict[str, Any], jax.stages.Lowered]:
+    """Traces the training steps of the configuration with these fields, for the GPUs that cost.device names."""
+    config: Config = ConfigDict(fields)
+    return traced_step(build(config, mesh_of(gpu_by_name(config.cost.device), config.cost.num_devices)))

@@ -1,4 +1,4 @@
-"""The exact likelihood of points under a probability-flow ODE, against a density that is known in closed form.
+"""Computes the likelihood of points under a probability-flow ODE, and compares it with the density in closed form.
 
     python -m examples.mixture_likelihood --out=.
 
@@ -25,7 +25,7 @@ T_MIN = 1e-5
 
 DATA = GaussianMixture(
     weights=np.array([0.5, 0.3, 0.2]),
-    means=np.array([[-0.6], [0.2], [1.2]]),  # the mean of the mixture is 0, as that of the Gaussian at t = 1
+    means=np.array([[-0.6], [0.2], [1.2]]),  # The mean of the mixture is 0, like the mean of the Gaussian at t = 1.
     covariances=np.array([0.2, 0.1, 0.3]).reshape(3, 1, 1) ** 2,
 )
 
@@ -35,14 +35,14 @@ def main(out: Path, num_points: int = 400) -> float:
     sde = VPSDE()
     x = jnp.linspace(-1.8, 2.4, num_points)[:, None]
 
-    # A score function maps points [batch, d] and times [batch] to scores [batch, d]; a network's would do as well.
+    # A score function maps points [batch, d] and times [batch] to scores [batch, d]. A network may compute it, too.
     score_fn = DATA.score_fn(sde)
 
     # No probes: the divergence is exact, from d derivatives of the score. With probes, it would be estimated.
     result = ode_log_likelihood(score_fn, sde, x, None, t_min=T_MIN, rtol=1e-6, atol=1e-6)
     require_success(result.info)
 
-    # The points stand for x at T_MIN, so the density to compare with is the one at that time.
+    # The solve uses the points as x at T_MIN, so they are compared with the density at that time.
     exact = DATA.log_density(sde, x, jnp.full(num_points, T_MIN))
     error = float(jnp.max(jnp.abs(result.logp - exact)))
 
@@ -55,7 +55,7 @@ def main(out: Path, num_points: int = 400) -> float:
 
 
 def densities_figure(x: np.ndarray, exact: np.ndarray, ode: np.ndarray) -> Figure:
-    """The ODE's density over that in closed form."""
+    """Draws the ODE's density and the density in closed form over one another."""
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.fill_between(x, exact, color="#30363d", alpha=0.18, linewidth=0, label="closed form")

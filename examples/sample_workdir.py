@@ -1,4 +1,4 @@
-"""Samples and bits/dim of a trained image model, given the folder of its run.
+"""Draws samples from a trained image model, and computes its bits/dim, given the folder of the run.
 
     python main.py --config=configs/digits/ncsnpp.py --workdir=runs/digits --mode=train
     python -m examples.sample_workdir runs/digits --out=.
@@ -53,17 +53,17 @@ def load_config(workdir: Path) -> Config:
 
 
 def draw_samples(run: Run, score_fn: NetworkScore, count: int) -> np.ndarray:
-    """Images as integer levels, from 20 evaluations of the network."""
+    """Returns samples as integer levels, drawn with 20 evaluations of the network."""
     if not isinstance(run.preprocess, Preprocess):
-        raise ValueError("the model of this run is one of points; give the folder of a run on images")
-    # eta=1 follows the reverse-time SDE: it forgets what the network gets wrong at large noise. eta=0 follows the ODE.
+        raise ValueError("this run trained a model of points; give the folder of a run on images")
+    # eta=1 follows the reverse-time SDE, whose noise removes errors that the network makes at large noise.
     sampler = DPMSolverSampler(sde=run.sde, max_nfe=20, eta=1.0, data_range=run.preprocess.data_range)
     samples = sampler(score_fn, jax.random.key(0), jnp.arange(count), run.data_shape)
     return np.asarray(run.preprocess.to_levels(samples.x))
 
 
 def image_bits(run: Run, score_fn: NetworkScore, count: int) -> np.ndarray:
-    """Bits/dim of each of the first test images under the model's ODE."""
+    """Returns bits/dim of each of the first test images under the model's ODE."""
     images = jnp.asarray(source_from_config(run.config, "test").images(np.arange(count)))
     noise_key, probe_key = jax.random.split(jax.random.key(1))
 

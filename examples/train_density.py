@@ -1,4 +1,4 @@
-"""Training on points of a checkerboard by score matching of first, second and third order.
+"""Trains models of points on a checkerboard by score matching of first, second and third order.
 
     python -m examples.train_density --out=.
 
@@ -60,7 +60,7 @@ def main(
 
 
 def train(state: TrainState, order: int, num_steps: int) -> TrainState:
-    """The state after `num_steps` more steps with the objective of this order."""
+    """Returns the state after `num_steps` more steps with the objective of this order."""
     objective = Objective(order, T_MIN, second_weight=0.5, third_weight=0.1, exact=True)
     trainer = Trainer(MODEL, objective, OPTIMIZER, preprocess=lambda key, points: points, ema_rate=0.995)
     train_steps = jax.jit(trainer.train_steps)
@@ -72,7 +72,7 @@ def train(state: TrainState, order: int, num_steps: int) -> TrainState:
 
 
 def losses(score_fn: NetworkScore, x: jax.Array) -> str:
-    """The terms of all orders, averaged over the same noisy points for every model."""
+    """Returns the terms of all orders as text, averaged over noisy points that are the same for every model."""
     objective = Objective(order=3, t_min=T_MIN, exact=True)
     noise = jax.jit(Objective.draw_noise, static_argnums=(0, 2, 3))(objective, jax.random.key(3), SDE, x.shape)
     terms = compiled_losses(objective, score_fn, SDE, x, noise)
@@ -80,8 +80,9 @@ def losses(score_fn: NetworkScore, x: jax.Array) -> str:
 
 
 def log_likelihood(score_fn: NetworkScore, x: jax.Array) -> np.ndarray:
-    """ln p(x) of each point under the model's ODE, in nats."""
-    data = GaussianReference(std=2.3)  # a value near the data's makes the solve cheap; any value gives the same result
+    """Returns ln p(x) of each point under the model's ODE, in nats."""
+    # The standard deviation of the data makes the solve cheap. Any other value gives the same result.
+    data = GaussianReference(std=2.3)
     solver = {"method": "adams_log", "num_steps": 48, "reference": data}
     result = ode_log_likelihood(score_fn, SDE, x, None, t_min=T_MIN, **solver)
     require_success(result.info)

@@ -1,4 +1,4 @@
-"""Compares the objectives that the paper mentions as alternatives, and writes docs/results/baselines.md.
+"""Compares the alternatives to high-order score matching in the paper, and writes docs/results/baselines.md.
 
 On the mixture in one dimension, a model of first order continues with each objective for the same number of steps:
 first and second order denoising score matching, the second order of Meng et al., and the likelihood of the ODE through
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def train_and_evaluate(name: str, seed: int, folder: Path) -> None:
-    """Trains and evaluates the model of one objective, or without a name the start of all, in the folder of a seed."""
+    """Trains and evaluates the model of an objective, or of the common start if `name` is empty, for one seed."""
     common = PROBLEM.settings(seed) | {"training.log_freq": 100, "training.snapshot_freq": 100}
     if not name:
         train(PROBLEM, folder / "base", common | {"training.n_iters": BASE_STEPS})
@@ -144,11 +144,11 @@ def _kl_cells(values: Float[np.ndarray, "seeds points"], first: Float[np.ndarray
 
 PAGE = """# The paper's alternatives to high-order score matching
 
-On the mixture in one dimension (VE, configs/toy/mixture_ve.py with the widths of experiments/synthetic.py), a model of
-first order after {base} steps continues for {more} steps with each objective. The numbers are estimates of KL(q || p)
-in nats on {points} points, where q is the density of the data and p the density of the model's ODE. ± is the standard
-error over the seeds, or over the points if there is one seed. The fourth column is the difference from the first order
-at equal steps, paired by seed or by point.
+A first-order model is trained for {base} steps on the mixture in one dimension (VE, configs/toy/mixture_ve.py with the
+widths of experiments/synthetic.py). Training continues from it for {more} steps with each objective. The numbers are
+estimates of KL(q || p) in nats on {points} points, where q is the density of the data and p the density of the model's
+ODE. ± is the standard error over the seeds, or over the points if there is one seed. The fourth column is the
+difference from the first order at equal steps, paired by seed or by point.
 
 | objective | seeds | KL, nats | above order 1 | ms for a step |
 | --- | --- | --- | --- | --- |
@@ -157,8 +157,9 @@ at equal steps, paired by seed or by point.
 At equal steps, the second order of denoising score matching has a smaller KL than the first, by about two standard
 errors of three seeds. With the same weight, the second order of Meng et al. diverges for some seeds. A likely reason is
 that its target for the Jacobian contains the square of the model's own score, so errors of the score can grow. With a
-tenth of the weight, its KL is about that of the first order. For the seed that has finished, training on the
-likelihood through the solver gives a larger KL than the first order, and each step takes about a hundred times as long.
+tenth of the weight, its KL is about that of the first order. Training on the likelihood through the solver has finished
+for one seed only. Its KL is larger than that of the first order for this seed, and each step takes about a hundred
+times as long.
 
 Command `make baselines`, {machine}, commits {commits}. The times were measured
 on a machine shared with much other work, so they are rough. An interrupted run resumes.

@@ -4,9 +4,9 @@
 
 Each layout trains the smallest model of digits for 20 steps of each order, evaluates its bits/dim and draws samples. It
 also resumes the run of 8 devices for 5 more steps. Every layout is compared with one device. The parameters must agree
-to 1e-4 in relative norm, bits/dim to 1e-4, and samples up to rounding: at most one in a thousand pixels differs, by one
-level. --data=points does the same with a model of points, which is much quicker: the likelihood in nats must agree to
-1e-4, and all but one in a thousand coordinates to 1e-3. Finished layouts are not run again. The exit status is 1 if a
+to 1e-4 in relative norm, and bits/dim to 1e-4. At most one in a thousand pixels of the samples may differ, by one
+level. --data=points does the same with a model of points, which is much quicker: the likelihood must agree to 1e-4
+nats, and all but one in a thousand coordinates to 1e-3. Finished layouts are not run again. The exit status is 1 if a
 difference is larger.
 """
 
@@ -88,7 +88,7 @@ def main() -> int:
 
 
 def start_layout(layout: Layout, folder: Path, data: str) -> None:
-    """Runs a layout in processes of its own, unless its results exist.
+    """Runs a layout in new processes, unless its results exist.
 
     Raises:
         RuntimeError: if a process fails.
@@ -164,7 +164,7 @@ def result_file(folder: Path, layout: Layout, order: int) -> Path:
 
 
 def compare(folder: Path, images: bool) -> Iterator[tuple[int, str, float, float, float, float]]:
-    """Yields for each order and layout the differences from one device, and for resumed runs, from 8 devices."""
+    """Yields, for each order and layout, the differences from one device, and the differences between resumed runs."""
     for order in ORDERS:
         found = {layout: measurements(folder, layout, order, images) for layout in LAYOUTS}
         one, eight = found[Layout(1, 1)], found[FIRST]

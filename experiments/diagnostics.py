@@ -1,8 +1,8 @@
 """Compares the diagnostics of the demo's two models with the floor of the measurement: docs/results/diagnostics.md.
 
-The floor is what the same code measures for an exact score, for which the distance and the bias are 0. It uses the
-score of a mixture of ten Gaussians, one for the training images of each digit. Networks are rougher in time than this
-score. For them, the error of the solver is measured as the change with twice as many steps.
+The floor is what the same code measures for an exact score, whose true distance and bias are 0: the score of a mixture
+of ten Gaussians, one for the training images of each digit. Networks are rougher in time than this score. For them, the
+error of the solver is measured as the change with twice as many steps.
 
     python -m experiments.diagnostics --runs=runs
 
@@ -197,7 +197,7 @@ def shown(values: np.ndarray, digits: int, sign: str = "") -> str:
 
 
 def table(places: Sequence[float], columns: Sequence[np.ndarray], digits: Sequence[int]) -> str:
-    """Rows of a table: the noise level, and the mean of each column of shape [images, places].
+    """Returns rows of a table: the noise level, and the mean of each column of shape [images, places] with its error.
 
     Columns after the models have a sign.
     """
@@ -218,7 +218,7 @@ def page(
     one, weight, dims = found["order 1"], nodes_of(run).weight, int(np.prod(run.data_shape))
 
     def compared(name: str) -> list[np.ndarray]:
-        """The values of each model, and those of the third above those of the second."""
+        """Returns the values of each model, and the values of the third model minus those of the second."""
         each = [per_image(runs / MODELS[model], diagnosis, name) for model, diagnosis in found.items()]
         return [*each, each[2] - each[1]]
 
@@ -242,7 +242,7 @@ def page(
 
 
 def solver_section(runs: Path, finer: Mapping[str, Any], difference: np.ndarray, noise: Sequence[float]) -> str:
-    """The change of l_Diff of the first model with more steps."""
+    """Returns the text on the solver's error: the change of l_Diff of the first model with more steps."""
     more = per_image(runs / MODELS["order 1"], finer, "difference")
     change = more - difference[: len(more)]
     lines = [f"| {place:.2f} | {shown(change[:, number], 2, '+')} |" for number, place in enumerate(noise)]
@@ -255,34 +255,36 @@ def seconds(workdir: Path, diagnosis: Mapping[str, Any]) -> float:
     return sum(float(read_npz(path)["seconds"]) for path in folder.glob("*.npz"))
 
 
-SOLVER = """A network is rougher in time than the exact score of the mixture. The error of its solves is the change of
-order 1 with {steps} steps, for {images} images and paired by image:
+SOLVER = """A network is rougher in time than the exact score of the mixture, so its solves have a larger error. It is
+measured as the change of l_Diff of order 1 with {steps} steps instead, for {images} images and paired by image:
 
 | ln(sigma / alpha) | change |
 |---|---|
 {rows}"""
 
-SOLVER_NOT_MEASURED = "A network is rougher in time than this score. The error of its solves has not been measured yet."
+SOLVER_NOT_MEASURED = """\
+A network is rougher in time than the exact score of the mixture. The error of its solves has not been measured yet."""
 
 PAGE = """# The demo's models by noise level
 
 This page has the results of `--mode=diagnose` for the demo's two digits models (VE, configs/digits/ncsnpp.py): order 1
-after 4,000 steps, and order 3, which continues from it for 800 steps of batch 32. "+800" is order 1 continued in the
-same way, so that the order can be told from the steps. All values are means over the first {images} test images, with
-two probes. The models see the same images, noise and probes, and the column "order 3 - (+800)" is paired by image. ± is
-the standard error over images, and the bands in the figure are two of these. Each model was trained once. The rows are
-noise levels.
+after 4,000 steps, and order 3, which continues from it for 800 steps of batch 32. "+800" is order 1 continued for as
+many steps of the same batch size, to separate the effect of the order from the effect of more steps. All values are
+means over the first {images} test images, with two probes. The models see the same images, noise and probes, and the
+column "order 3 - (+800)" is paired by image. ± is the standard error over images; the bands in the figure are plus and
+minus two standard errors. Each model was trained once. Each row of a table is a noise level.
 
-"Exact" is the floor of the measurement: the same code and number of steps with the exact score of a known density, for
-which the true value of the column is 0. The density is a mixture of ten Gaussians, one for each digit, with the means
-and covariances of the training images, and the {images} images are samples of it.
+"Exact" is the floor of the measurement: the same code with as many steps, for the exact score of a known density. The
+true value of this column is 0. The density is a mixture of ten Gaussians, one for each digit, with the means and
+covariances of the training images, and the {images} images are samples of it.
 
 ![The models by noise level](../images/diagnostics.png)
 
 ## Bits/dim by start time ([L22] Fig. 6)
 
-The data are taken to be x_t at the start time. The first row is the number of `--mode=eval`, for these images. For the
-exact score, the column has the solved minus the exact bits/dim, with the exact divergence.
+The images are used as x_t at the start time of the solve. The first row is what `--mode=eval` computes for these
+images. The column "exact" has the error of the solve: its bits/dim, with the exact divergence, minus the bits/dim in
+closed form.
 
 | ln(sigma / alpha) at the start | order 1 | +800 | order 3 | order 3 - (+800) | exact |
 |---|---|---|---|---|---|
@@ -320,19 +322,19 @@ The trace's bias is (sigma^2 tr J + d - |sigma s + z|^2) / d, which has the mean
 
 ## What the numbers say
 
-- The third order lowers l_Diff of order 1, but 800 more first-order steps lower it as much. The two integrals differ by
-  less than the standard error. So the additional steps lower l_Diff, and the order makes no measurable difference.
-- Bits/dim from the smallest start are better after first-order steps, and those from a start at ln(sigma / alpha) of
-  -2.6 or more are better after the third order. The bias of the trace is lower after the third
-  order where the noise is small, and lower after first-order steps where it is large.
+- 800 steps of the third order lower l_Diff, but 800 more steps of the first order lower it as much: the two integrals
+  differ by less than the standard error. So the additional steps lower l_Diff, and the order makes no measurable
+  difference.
+- Bits/dim from the smallest start time are better after first-order steps. Bits/dim from ln(sigma / alpha) = -2.6 or
+  above are better after third-order steps. The bias of the trace is lower after third-order steps at small noise, and
+  lower after first-order steps at large noise.
 - l_Diff is far above the floor at most noise levels. At ln(sigma / alpha) of -2.6 and -1.1, the probes add noise of 2
   to 4 to a mean of 64 images. The 0.035 of the exact score at large noise is the difference between the prior and the
   data with the largest noise.
 
-Command `make diagnostics`, {machine}, commit {commit} (this page; the diagnoses are from
-the commits before it). The diagnoses took {seconds}
-on a machine that much other work shared, which is two minutes of CPU time each with the compilation. The floor took
-{floor_seconds} s. An interrupted run resumes with the next time of a batch of images.
+Command `make diagnostics`, {machine}, commit {commit} for this page. The diagnoses are from commits shortly before it.
+They took {seconds} on a machine that much other work shared. Each took two minutes of CPU time, including the
+compilation. The floor took {floor_seconds} s. An interrupted run resumes with the next time of a batch of images.
 """
 
 

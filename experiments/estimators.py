@@ -1,10 +1,10 @@
 """Compares the noise of each estimator of orders 2 and 3 with its closed form, and writes docs/results/estimators.md.
 
-The models are in 64, 784 and 3072 dimensions: the demo's first-order digits model and the base model of
-`make fashion-orders` if they have been trained, and otherwise networks with random weights on random images, as for the
-largest. For each term, theta scales an error that the term sees: theta I in M = sigma^2 J + I for the second order, and
-theta (1, ..., 1) in sigma^3 grad tr J for the third. The noise is the standard deviation of the term's derivative with
-respect to theta over data, noise and probes.
+The models have 64, 784 and 3072 dimensions. The first two are the demo's first-order digits model and the base model of
+`make fashion-orders`, if they have been trained. Otherwise, and for 3072 dimensions, the networks have random weights
+and see random images. For each term, theta scales an error that the term sees: theta I in M = sigma^2 J + I for the
+second order, and theta (1, ..., 1) in sigma^3 grad tr J for the third. The noise is the standard deviation of the
+term's derivative with respect to theta over data, noise and probes.
 
     python -m experiments.estimators
 """
@@ -173,8 +173,9 @@ PAGE = """# Noise of the estimators of orders 2 and 3
 The published estimators (`training.high_order_estimator=published`) use one probe v, and (u.v)^2 in place of |u|^2. The
 unbiased ones use two probes and |u|^2. Each entry is the standard deviation of the derivative of a term with respect to
 the size of an error that it sees: theta I in sigma^2 J + I for order 2, and theta (1, ..., 1) in sigma^3 grad tr J for
-order 3. Predictions hold for u ~ N(0, r I) given x_t, with the measured r = E|u|^2 / d, at a Gaussian's score. They say
-that the unbiased estimator has 1 / sqrt(d) of the published noise for all three terms. {draws} draws each.
+order 3. Predictions assume that u given x_t is N(0, r I), with the measured r = E|u|^2 / d, and a Gaussian's score.
+Then the unbiased estimator has 1 / sqrt(d) of the published noise for all three terms. Each measurement has {draws}
+draws.
 
 | d | model | sigma | r | term | published: predicted | measured | unbiased: predicted | measured | sqrt(d) | ratio |
 |---|---|---|---|---|---|---|---|---|---|---|

@@ -4,9 +4,9 @@
 
 For each order, the smallest model of digits is trained twice: once without interruption, and once in processes that are
 killed (SIGKILL) at moments drawn from a seed, also while they save, and started again. The parameters, averages and
-states of the optimizer must be the same bit for bit. Steps are repeated from the last complete checkpoint: at most
-those of one save interval, and those of a second one if the kill prevents a save that has begun. Each kill is recorded
-in a .jsonl file beside the run, so the experiment resumes. The exit status is 1 if anything differs.
+states of the optimizer must be the same bit for bit. A restarted training repeats the steps since the last complete
+checkpoint: at most one save interval, or two if the kill interrupts a save. Each kill is recorded in a .jsonl file
+beside the run, so the experiment resumes. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def row(order: int, kills: int, seed: int, folder: Path) -> dict[str, int]:
-    """One row of the table: what the kills of a training of this order did."""
+    """Returns one row of the table: the effects of the kills on a training of this order."""
     config = config_of(order, kills)
     whole, killed = (folder / f"seed{seed}_kills{kills}" / f"order{order}_{name}" for name in ("whole", "killed"))
     run_lib.train(config, whole)
@@ -78,7 +78,7 @@ def config_of(order: int, kills: int) -> ConfigDict:
 
 
 def kill_once(config: ConfigDict, workdir: Path, moments: random.Random) -> dict[str, int]:
-    """Starts the training, and kills it some steps and a random time later; every second time while it saves.
+    """Starts the training and kills it after some steps and a random time; every second kill waits for a save to begin.
 
     Returns:
         The step it reached, the step of the newest checkpoint it left, and whether it was saving.
@@ -108,7 +108,7 @@ def order_of(config: ConfigDict) -> int:
 
 
 def is_saving(workdir: Path) -> bool:
-    """Whether there is a checkpoint that is not complete."""
+    """Returns whether a checkpoint is incomplete, so that a save is running or was interrupted."""
     return any("tmp" in path.name for path in Workdir(workdir).checkpoints.glob("*"))
 
 

@@ -244,7 +244,7 @@ def _style(panel: Axes, n: int) -> None:
 PAGE = """# Sample quality against network evaluations
 
 This page has FID and KID of samples from the first-order digits model of the demo (VE, configs/digits/ncsnpp.py, 4000
-steps, averaged weights), compared with the {real} training images. The features are those of the classifier trained
+steps, averaged parameters), compared with the {real} training images. The features are those of the classifier trained
 on the digits, so the values are only comparable with each other. FID falls with the number of samples, so each column
 compares equal numbers of samples. ± is the jackknife error over {groups} parts of the samples for FID, and the error
 of `evaluation.kernel_distance` for KID. The number after a sampler's name is its budget of network evaluations. SDE
@@ -258,9 +258,9 @@ The best FID is {best}.
 
 ![FID against evaluations](../images/fid_nfe.png)
 
-The ODE keeps the errors that the score makes at large noise. A more accurate solve does not help, as the adaptive
-solver and the fast solver without clipping show. The SDE forgets these errors, and clipping to the data's range keeps
-them small. Neither the SDE nor clipping is enough alone.
+Samples from the ODE keep the errors that the score makes at large noise. A more accurate solve does not help, as the
+adaptive solver and the fast solver without clipping show. The noise of the SDE removes these errors again, and clipping
+to the range of the data keeps them small. Neither the SDE nor clipping is enough alone.
 
 Command `make fid-nfe`, commit {commit}, {machine}. An interrupted run resumes. The times were measured on a machine
 shared with other work, so they are not comparable.

@@ -62,7 +62,7 @@ LEVEL_CASES = [Case(levels, 0.01) for levels in (4, 10, 34, 100)]
 """Ladders on digits that differ in the number of levels. Each is a part of the ladder with 100 levels."""
 
 SMALLEST_CASES = {sigma: (Case(10, sigma), Case(10, sigma, denoised=False)) for sigma in (0.01, 0.1, 0.3, 1.0)}
-"""Ladders on digits that differ in the smallest noise level: with and without a last step that removes it."""
+"""Ladders on digits that differ in the smallest noise level, with and without a last step that removes the noise."""
 
 IMAGE_CASES = list(
     dict.fromkeys([*PLAIN_CASES, *LEVEL_CASES, *(case for pair in SMALLEST_CASES.values() for case in pair)])

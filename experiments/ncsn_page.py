@@ -89,7 +89,7 @@ def table(rows: Iterable[Sequence[str]]) -> str:
 
 
 def weight_of_small_mode(points: Float[np.ndarray, "n 2"]) -> float:
-    """Returns the part of the points that is nearer to the mode of weight 0.2."""
+    """Returns the fraction of the points that is nearer to the mode of weight 0.2."""
     return float(np.mean(points.sum(axis=1) < 0))
 
 
@@ -198,9 +198,9 @@ and have the step size 0.2 sigma^2 at the noise level sigma.
 ## Two modes of unequal weights
 
 The data are two Gaussians with standard deviation 1 at a distance of 14, with weights 0.2 and 0.8. The noise levels
-lie between 20 and 0.5 (VE). The table has the part of {points} samples that is nearer to the mode of weight 0.2. ± is
-the standard error: over {sampling_seeds} seeds of the sampler for the exact score, and over {training_seeds} seeds of
-training and sampling for the network (configs/toy/far_modes_ve.py).
+lie between 20 and 0.5 (VE). The table has the fraction of {points} samples that is nearer to the mode of weight 0.2. ±
+is the standard error over seeds: {sampling_seeds} seeds of the sampler for the exact score, and {training_seeds} seeds
+of training and sampling for the network (configs/toy/far_modes_ve.py).
 
 | noise levels | steps | exact score | network |
 | --- | --- | --- | --- |

@@ -1,7 +1,7 @@
 """Measures how the losses, their gradients and bits/dim change with bfloat16, and writes docs/results/precision.md.
 
-The model is the demo's first-order digits model, trained in float32. Both precisions see the same parameters, images,
-noise and probes. It resumes.
+The model is the demo's first-order digits model, trained in float32. Both precisions use the same parameters, images,
+noise and probes. If the script is interrupted, run the same command again to resume.
 
     python -m experiments.precision
 """
@@ -173,8 +173,8 @@ images.
 The change with each draw of the noise: {by_repeat}.
 
 One model, trained with one seed. Command `make precision`, commit {commit}, {machine}.
-On CPUs, XLA converts to 32 bits for each operation and may keep the extra bits between some of them, so GPUs and TPUs
-may round more often. A model trained with bfloat16 can be evaluated with float32.
+On CPUs, XLA converts to 32 bits for each operation and may keep the extra bits between operations, so GPUs and TPUs may
+round more often. A model trained with bfloat16 can be evaluated with float32.
 """
 
 

@@ -18,13 +18,13 @@ BEGIN, END = "<!-- predicted costs: begin -->", "<!-- predicted costs: end -->"
 
 
 class Bound(NamedTuple):
-    """What order 3 may cost: temporary memory in GB, and arithmetic as a multiple of that without a memory setting."""
+    """A limit for order 3: temporary memory in GB, and arithmetic as a multiple of that without a memory setting."""
 
     temporary_gb: float
     gflop_ratio: float
     title: str
     in_parts: bool
-    """Whether it is for settings that compute the batch in parts."""
+    """Whether the limit applies to settings that compute the batch in parts, or to the others."""
 
 
 BOUNDS = (Bound(11, 1.05, "with accumulation", True), Bound(20, 1.35, "without accumulation", False))
@@ -62,8 +62,8 @@ def in_parts(row: Row) -> bool:
 def on_front(rows: Sequence[Row]) -> list[Row]:
     """Returns the rows that no other row beats in both memory and arithmetic, those with the least memory first.
 
-    Smaller parts always need less memory for the same arithmetic, so a row is compared only with those that have the
-    batch in parts, too, or with those that do not.
+    Computing the batch in parts always needs less memory for the same arithmetic. So rows with parts are compared only
+    with rows with parts, and rows without parts only with rows without.
     """
 
     def beats(other: Row, row: Row) -> bool:
@@ -75,7 +75,7 @@ def on_front(rows: Sequence[Row]) -> list[Row]:
 
 
 def ratios(rows: Sequence[Row]) -> dict[str, float]:
-    """Returns the arithmetic of each setting as a multiple of that of no setting; empty if this is not known."""
+    """Returns the arithmetic of each setting, relative to no setting. It is empty if the latter is not known."""
     plain = next((row["gflop"] for row in rows if row["memory"] == NONE), None)
     return {row["memory"]: row["gflop"] / plain for row in rows} if plain else {}
 

@@ -11,10 +11,10 @@ def commit() -> str:
     """Returns the short hash of the current commit, or "unknown" without git or outside a repository."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
-        told = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:
         return "unknown"
-    return told.stdout.strip() or "unknown"
+    return result.stdout.strip() or "unknown"
 
 
 def machine() -> str:

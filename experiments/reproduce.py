@@ -146,7 +146,7 @@ def print_command(problem: Problem, mode: str, workdir: Path, settings: dict[str
 
 
 def seconds_per_step(workdir: Path) -> float:
-    """Returns the time of a step in the fastest record of a run. Slower records include compilation or other load."""
+    """Returns the seconds per step of the fastest record of a run. Slower records include compilation or other work."""
     rates = read_metrics(workdir / "train")["train"]["steps_per_second"].values
     return 1 / float(np.max(rates))
 

@@ -282,9 +282,9 @@ HEADER = """# The paper's synthetic experiments
 
 Does a diffusion ODE get closer to the data when its score is trained with second and third-order denoising score
 matching? As in the paper, a model of each order is trained from scratch, with exact derivatives and the weights of the
-paper, for the same number of steps. Beside these, one model of order 3 continues from the first order's half-way
+paper, for the same number of steps. In addition, one model of order 3 continues from the first order's half-way
 checkpoint to the same number of steps, and one model of order 1 is trained for as long as order 3 took.
-`make reproduce` runs all experiments, and resumes.
+`make reproduce` runs all experiments; an interrupted run resumes.
 
 **Smaller than published.** The paper trains each order for 50,000 to 100,000 steps of batch 5000, with widths 128 and
 512. The experiments of this page have these sizes:
@@ -297,26 +297,28 @@ The paper's network (`model.name=mlp_published`) sees time and points unscaled, 
 features, and starts from the uniform initialisation of PyTorch. Under VE, our network scales points and output by the
 noise level.
 
-Time starts at 1e-5, as in the paper. All models are evaluated on the same {test} test points. NLL and KL (of the data
-from the model) come from the exact likelihood of the ODE, in nats. All distances between scores are integrals over time
-in nats, from {times} times with {points} points each, with solves at tolerance {tolerance:g}:
+Time starts at 1e-5, as in the paper. All models are evaluated on the same {test} test points. NLL, and KL(q || p) of
+the data's density q and the model's p, come from the exact likelihood of the ODE, in nats. All distances between scores
+are integrals over time in nats, from {times} times with {points} points each, with solves at tolerance {tolerance:g}:
 
 - l_SM, l_Fisher and l_Diff are those of [L22] Fig. 3 and 7. First-order training minimises l_SM. l_Fisher is the
   distance between the score of the ODE's own density and the score of the data.
-- "Theorem 3.1" is its integral, a second estimate of the KL, from scores alone and on other points.
-- "second" and "third" are the errors of the score's Jacobian and of the gradient of its trace against those of the
-  data, as integrals over ln(sigma / alpha) of sigma^4 |grad e|^2 and sigma^6 |grad tr grad e|^2 (l_SM is that of
-  sigma^2 |e|^2). The sources are the terms that drive the ODE's score away from the data's, and that Theorem 3.2
-  bounds: sigma^3 times |(grad^2 ln p) e|, |(grad e)^T grad ln q| and |grad tr grad e|, integrated in the same way
+- "Theorem 3.1" is the integral of [L22] Theorem 3.1: a second estimate of the KL, from scores alone and on other
+  points.
+- "second" and "third" are the errors of the score's Jacobian and of the gradient of its trace. With e = s - grad ln q,
+  they are the integrals over ln(sigma / alpha) of sigma^4 |grad e|^2 and sigma^6 |grad tr grad e|^2, as l_SM is the
+  integral of sigma^2 |e|^2.
+- The sources are the terms that drive the ODE's score away from the data's score; Theorem 3.2 bounds them. They are
+  sigma^3 times |(grad^2 ln p) e|, |(grad e)^T grad ln q| and |grad tr grad e|, also integrated over ln(sigma / alpha)
   (analysis/score_distances.py).
-- The KL of the SDE with the same score is below its bound, l_SM plus 1e-5 nats or less of the prior, by the gap of
-  [L22] App. C (analysis/sde_density.py).
+- The bound on the KL of the SDE with the same score is l_SM plus the divergence from the prior, which is at most 1e-5
+  nats. The KL is below this bound by the gap of [L22] App. C (analysis/sde_density.py).
 - The entropies of the data are estimated from the model's score ([S21b] Theorem 4, {entropy_points} points). The
   variances are those of the likelihood-weighted first-order loss of an example, divided by the squared mean, with times
   drawn uniformly and by importance sampling ([S21b] Fig. 2).
 
-± is the standard error over seeds. The row "exact score" has the score of the data in place of a model's: it is the
-floor of each measurement, due to the solvers and the prior.
+± is the standard error over seeds. The row "exact score" has the score of the data in place of a model's score. It is
+the floor of each measurement, which comes from the solvers and the prior.
 
 Command `make reproduce`, commit {commits}, {device}:
 {minutes} minutes, {cpu} of CPU time. Other work shared the machine, so only the ratios of ms/step are meaningful, and

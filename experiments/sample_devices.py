@@ -38,7 +38,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.num_samples <= 2 * BATCH:
         parser.error(f"--num-samples is {arguments.num_samples}; it must be over {2 * BATCH} for two interruptions")
-    # Background jobs of a shell ignore SIGINT, and the processes started here would inherit that.
+    # Background jobs of a shell ignore SIGINT. The processes that are started here must not inherit this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     images = {n: drawn_on(n, arguments.workdir, arguments.num_samples) for n in DEVICES}
     one, several = (images[n].astype(int) for n in DEVICES)

@@ -10,8 +10,8 @@ SEEDS = (1, 2, 3)
 BRANCHES = {"order1": 1, "order2": 2, "order3": 3, "continued3": 3, "order1_long": 1}
 """The orders of the compared models, by name.
 
-"continued3" is trained with the first order for the first half of its steps. "order1_long" is "order1", trained for as
-long as "order3"."""
+"continued3" is trained with the first order for the first half of its steps, and then with the third. "order1_long" is
+trained with the first order for as long as "order3" took."""
 
 TEST_POINTS = 2000
 NUM_TIMES, POINTS_AT_TIME = 16, 96

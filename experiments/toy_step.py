@@ -5,8 +5,8 @@
 
 For each order, compiled calls of `training.n_jitted_steps` steps are timed alone, before and after a run of as many
 calls by `run_lib.train`. The run also reads and copies the batches and records the losses. The share is the time of the
-calls alone, divided by the time of the run. It is given for the clock, and for the processor, which other programs on
-the machine disturb less. Processor time is meaningful only if the steps run on the CPU.
+calls alone, divided by the time of the run. It is printed for the clock and for the processor; other programs on the
+machine disturb processor time less. Processor time is meaningful only if the steps run on the CPU.
 """
 
 import argparse

@@ -1,7 +1,8 @@
-"""Compiles programs for a GPU that is not there, to find out how much memory they need.
+"""Compiles programs for a GPU on a machine without one, to find out how much memory they need.
 
-A compilation for a GPU takes minutes, but XLA assigns the buffers before it generates code. It writes the assignment to
-a folder if it is asked to. So each compilation runs in a process of its own, which ends when the assignment is there.
+A compilation for a GPU takes minutes, but XLA assigns the buffers before it generates code, and can write the
+assignment to a folder. So each compilation runs in a separate process, which is ended as soon as the assignment is
+written.
 """
 
 import contextlib
@@ -21,16 +22,16 @@ from infra import stop
 from infra.cost import GIGA, error_text, memory_gb
 
 COMPILER_OPTIONS: dict[str, bool | str] = {
-    # Without a GPU to time them on, XLA takes its Triton kernels for all matrix products. For those of the FIR filters
-    # in models/resample.py it finds no tiles, and fails. On a GPU it times other kernels, too, and takes one of those.
+    # On a GPU, XLA times several kernels for each matrix product. Without a GPU, it takes its Triton kernels, and fails
+    # for the products of the FIR filters in models/resample.py, because it finds no tiles for them.
     "xla_gpu_enable_triton_gemm": False,
 }
 
 ASSIGNMENT, NEXT_FILE = "*-buffer-assignment.txt", "*-buffer-assignment-values.txt"
-"""The file with the buffers, and the one that XLA writes after it."""
+"""The names of the file with the buffers, and of the next one that XLA writes, when the first is complete."""
 
 ENDED = "failed: the compiler ended, perhaps because the machine was out of memory"
-"""The `error` if the other process ends without an answer. It says nothing about the program."""
+"""The `error` if the other process ends without an answer. It does not mean that the program is too large."""
 
 Lower = Callable[..., tuple[dict[str, Any], jax.stages.Lowered]]
 """A function of a module, called in the other process. Returns costs that are known already, and the program."""
@@ -69,7 +70,7 @@ def predicted_cost(lower: Lower, *arguments: Any) -> dict[str, Any]:
         if costs is None or "error" in costs:
             return costs or {"error": ENDED}
         while (memory := _assigned(Path(folder))) is None:
-            stop.check_this_host()
+            stop.check()
             if receive.poll(0.2):
                 memory = _next(receive) or {"error": ENDED}
                 break
@@ -85,7 +86,7 @@ def _assigned(folder: Path) -> dict[str, float] | None:
 def _next(receive: Connection) -> dict[str, Any] | None:
     """Returns the next costs from the other process; None if it has ended."""
     while not receive.poll(0.2):
-        stop.check_this_host()
+        stop.check()
     try:
         return receive.recv()
     except EOFError:
@@ -94,11 +95,11 @@ def _next(receive: Connection) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def _child(folder: str, lower: Lower, arguments: tuple[Any, ...]) -> Iterator[Connection]:
-    """A process that runs `_compile`, until the end of the context, and the pipe from it."""
+    """A context with a process that runs `_compile`, and the pipe from it. The process is ended with the context."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_compile, args=(send, folder, lower, arguments), daemon=True)
-    # The process leaves alone the GPUs that the machine may have, and XLA's warnings about slow compilations.
+    # The process must not use GPUs of this machine, and must not print XLA's warnings about slow compilations.
     settings = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
@@ -107,7 +108,7 @@ def _child(folder: str, lower: Lower, arguments: tuple[Any, ...]) -> Iterator[Co
     finally:
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
-    send.close()  # so that the pipe ends when the process does
+    send.close()  # The pipe must end with the process, not with this copy of its end.
     try:
         yield receive
     finally:
@@ -117,7 +118,7 @@ def _child(folder: str, lower: Lower, arguments: tuple[Any, ...]) -> Iterator[Co
 
 
 def _compile(send: Connection, folder: str, lower: Lower, arguments: tuple[Any, ...]) -> None:
-    """Sends the costs from `lower`, and those of the compiled program if nothing ends the process before."""
+    """Sends the costs from `lower`, and then the costs of the compiled program, unless the process is ended before."""
     try:
         costs, lowered = lower(*arguments)
         send.send(costs)

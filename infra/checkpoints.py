@@ -1,8 +1,9 @@
-"""Checkpoints of the training state: saved so that nothing is lost, restored on any number of devices.
+"""Checkpoints of the training state, which can be restored on any number of devices.
 
-A checkpoint is either complete or absent: orbax writes to a temporary folder and renames it. Beside the state it holds
-a description of the network, so that a state of another network is refused with one line, and checksums of all arrays
-and of the description, so that a changed byte is found. Checkpoints of older versions have no checksums.
+A checkpoint is either complete or absent: orbax writes to a temporary folder and renames it. Besides the state, it
+holds a description of the network, so that loading a state of another network is an error of one line. It also holds
+checksums of all arrays and of the description, so that a changed byte is found. Checkpoints of older versions have no
+checksums.
 """
 
 import contextlib
@@ -26,6 +27,14 @@ from infra.waiting import waiting
 from infra.workdir import Workdir
 from models.score import Params
 from train_state import ResidualTable, TrainState
+
+# Orbax divides every replicated array among the devices that write it, for which XLA compiles a program for each shape
+# of an array. It is worth that for large arrays only.
+ocp.type_handlers.register_type_handler(
+    jax.Array,
+    ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20),
+    override=True,
+)
 
 
 def abstract_state(state: TrainState, sharding: Sharding | TrainState) -> TrainState:
@@ -54,7 +63,7 @@ def initial_residuals(like: TrainState) -> ResidualTable | None:
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
-    """The arrays that every checkpoint has, by name; the residuals are stored beside them, if there are any."""
+    """Returns the arrays that every checkpoint has, by name. Residuals, if there are any, are stored separately."""
     return {name: getattr(state, name) for name in ("step", "params", "ema_params", "opt_state")}
 
 
@@ -87,7 +96,7 @@ class Checkpoints:
         keep = [policies.LatestN(1), policies.EveryNSteps(keep_every), policies.CustomSteps(kept)]
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(keep),
-            save_decision_policy=policies.FixedIntervalPolicy(1),  # the training loop decides when to save
+            save_decision_policy=policies.FixedIntervalPolicy(1),  # The loop decides when to save.
             cleanup_tmp_directories=not read_only,
             create=not read_only,
             read_only=read_only,
@@ -121,7 +130,7 @@ class Checkpoints:
         except OSError as error:
             if kind is None:
                 raise
-            logging.debug("after another error: %s", error)
+            logging.debug("Closing the checkpoints failed after another error: %s", error)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -134,9 +143,11 @@ class Checkpoints:
             raise OSError(f"cannot write a checkpoint to {self._manager.directory}: {reason}") from error
 
     def steps(self) -> Sequence[int]:
+        """Returns the steps that have a checkpoint, in increasing order."""
         return sorted(self._manager.all_steps())
 
     def newest(self) -> int | None:
+        """Returns the step of the newest checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState) -> None:
@@ -153,7 +164,7 @@ class Checkpoints:
             self._manager.save(step, args=ocp.args.Composite(**items, description=ocp.args.JsonSave(described)))
 
     def restore(self, step: int) -> TrainState:
-        """The state at `step`. If the checkpoint has no residuals, as older ones, they start anew.
+        """Restores the state at `step`. Older checkpoints have no residuals, which then have their initial values.
 
         Raises:
             DamagedCheckpointError: if the checkpoint is damaged.
@@ -208,7 +219,7 @@ class Checkpoints:
     def restore_newest(self) -> tuple[int, TrainState]:
         """The newest state that can be read, and its step.
 
-        A training that runs beside this may remove a checkpoint at any time, when it has written a newer one.
+        A training in another process may write a newer checkpoint and remove this one at any time.
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
@@ -223,17 +234,17 @@ class Checkpoints:
                 failures[left[-1]] = error
                 if len(left) > 1:
                     logging.warning("%s; trying another one", error)
-            self._manager.reload()  # there may be a newer one
+            self._manager.reload()  # A training may have written a newer checkpoint.
         if failures:
             error = failures[max(failures)]
-            raise DamagedCheckpointError(f"{error}. There is no earlier one; use another workdir") from error
+            raise DamagedCheckpointError(f"{error}. No earlier checkpoint can be read; use another workdir") from error
         raise FileNotFoundError(f"no checkpoint in {self._manager.directory}")
 
     def _name(self, step: int) -> str:
         return f"the checkpoint {self._manager.directory / str(step)}"
 
     def _read(self, step: int, **item: Any) -> Any:
-        """Reads the one item of a checkpoint that is named, with the arguments to restore it."""
+        """Reads one item of a checkpoint, given as a keyword argument: its name, and the arguments to restore it."""
         (name,) = item
         try:
             with waiting(f"the checkpoint of step {step} in {self._manager.directory}"):
@@ -248,7 +259,7 @@ class Checkpoints:
 
 
 def load_state(path: Path, description: dict[str, Any], like: TrainState) -> TrainState:
-    """The state in a published checkpoint file, in one step's folder among a run's checkpoints, or the newest of a run.
+    """Loads the state from a published checkpoint file, one step's folder, or the newest checkpoint of a run.
 
     Args:
         path: the file, the step's folder, or the workdir.
@@ -307,8 +318,8 @@ def params_digest(params: Params) -> str:
 
 
 def _check_same_network(found: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
-    wanted = json.loads(json.dumps(wanted))  # as it is after reading: tuples are lists
-    for field in sorted(found.keys() & wanted.keys()):  # a field that only one of them has is of another version
+    wanted = json.loads(json.dumps(wanted))  # JSON turns tuples into lists, as in `found`.
+    for field in sorted(found.keys() & wanted.keys()):  # Other versions of the program may lack a field.
         if found[field] != wanted[field]:
             raise ValueError(
                 f"{what} belongs to another network: {field} is {found[field]!r} there, but {wanted[field]!r} in the "

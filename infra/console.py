@@ -1,4 +1,4 @@
-"""What a person sees of a running program: progress bars and log lines."""
+"""The output of a running program: progress bars and log lines."""
 
 import logging
 import sys
@@ -22,7 +22,7 @@ def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
         unit=unit,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 15.0,
-        miniters=0,  # only the interval counts, so that update(0) shows a new postfix
+        miniters=0,  # With only a time interval, update(0) can show a new postfix.
         disable=jax.process_index() != 0,
         file=sys.stderr,
     )
@@ -49,8 +49,9 @@ class _LogFile(logging.FileHandler):
 def quiet_libraries() -> None:
     """Hides messages of libraries below warnings from standard error, and tracebacks of other threads.
 
-    If a disk is full, several threads of orbax, tensorstore and TensorBoard fail beside the main thread, whose error is
-    the one that main.py prints. The others are logged for --verbosity=1. Orbax logs errors that it raises, too.
+    If a disk is full, the main thread fails, and so do several threads of orbax, tensorstore and TensorBoard. main.py
+    prints the error of the main thread. The other errors are logged with --verbosity=1. Orbax also logs errors that it
+    raises.
     """
     handler = absl_logging.get_absl_handler()
     handler.addFilter(_of_interest)

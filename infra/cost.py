@@ -1,4 +1,4 @@
-"""The cost of a training step: arithmetic, memory, compile time and, on the devices at hand, seconds.
+"""The cost of a training step: arithmetic, memory, compile time and, if the devices exist, seconds.
 
 A case is an order, a batch size and a memory setting. `--mode=cost` writes and prints one row for each case.
 """
@@ -111,7 +111,7 @@ def program_identity(config: Config, mesh: Mesh, measure_steps: int) -> dict[str
 
 
 def contraction_flop(jaxpr: Any, *, repeat_loops: bool = True) -> float:
-    """Counts the floating-point operations of convolutions and matrix products in a traced program, two per product.
+    """Counts the floating-point operations, multiplications and additions, of convolutions and matrix products.
 
     The count includes operations on the zeros of padding and dilation, which a device also computes. XLA's own count
     includes the body of a loop only once, and omits library calls, such as the convolutions on GPUs. On CPUs the two
@@ -156,7 +156,7 @@ def peak_bytes(jaxpr: Any) -> int:
         variable: number
         for number, equation in enumerate(jaxpr.eqns)
         for variable in equation.invars
-        if not hasattr(variable, "val")  # a constant
+        if not hasattr(variable, "val")  # Constants have a `val`, and are not counted.
     }
     given = {*jaxpr.invars, *jaxpr.constvars}
     kept = given | {variable for variable in jaxpr.outvars if not hasattr(variable, "val")}
@@ -329,7 +329,7 @@ def cells(row: Row) -> list[str]:
 
 
 def largest_fitting(rows: Iterable[Row], memory_gb: float) -> Row | None:
-    """Returns the largest batch whose program fits the memory, with its fastest fitting setting; None if none fits.
+    """Returns the row of the largest batch that fits the memory, with its fastest setting; None if no batch fits.
 
     Without measured seconds, the setting with the least arithmetic counts as the fastest.
     """

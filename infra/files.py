@@ -38,5 +38,5 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         try:
             with np.load(file) as arrays:
                 return dict(arrays)
-        except Exception as error:  # damaged bytes make NumPy, zipfile and zlib raise a dozen kinds
+        except Exception as error:  # For damaged bytes, NumPy, zipfile and zlib raise many kinds of errors.
             raise ValueError(f"cannot read {path} as an .npz file: {error}") from error

@@ -88,7 +88,7 @@ def gpu_by_name(name: str) -> Gpu:
         ValueError: for an unknown name.
     """
     if name not in GPUS:
-        raise ValueError(f"cost.device is {name!r}; known: {', '.join(GPUS)}, or '' for the devices at hand")
+        raise ValueError(f"cost.device is {name!r}; known: {', '.join(GPUS)}, or '' for the devices of this machine")
     return GPUS[name]
 
 

@@ -24,7 +24,8 @@ class MetricsWriter:
     """Appends metrics to JSON lines and TensorBoard files, on the first host only.
 
     Metrics of steps are collected on the devices and written as means when a record is due. Collecting waits until the
-    previous step is done: so the devices always have one step queued, and the measured time does not run ahead of them.
+    previous step is done. So the devices always have one step queued, and the host, which measures the time, is at most
+    one step ahead of them.
     """
 
     def __init__(self, folder: Path):
@@ -45,7 +46,7 @@ class MetricsWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         if self.active:
-            # A disk that is full has made a write fail already, and makes closing fail, too.
+            # On a full disk, a write has failed already. Closing fails as well, and must not hide the first error.
             with contextlib.suppress(*([OSError] if kind else [])):
                 self.lines.close()
             with contextlib.suppress(*([OSError] if kind else [])):
@@ -61,7 +62,7 @@ class MetricsWriter:
     def record_train(self, step: int, order: int) -> dict[str, float]:
         """Writes and returns the means over all steps since the last record, without those that failed.
 
-        The number of these is written as `skipped_steps` if it is not 0. Without any other step, means are NaN.
+        The number of failed steps is written as `skipped_steps` if it is not 0. If all steps failed, means are NaN.
         """
         collected, steps = jax.device_get(self.pending), self.pending_steps
         now = time.monotonic()
@@ -99,7 +100,7 @@ class MetricsWriter:
 
 
 def _open_for_lines(path: Path) -> TextIO:
-    """Opens a file for appending. Ends a line that a kill cut short, so that it does not spoil the next."""
+    """Opens a file for appending. If a kill cut the last line short, it adds the missing line break."""
     cut_short = path.exists() and path.read_bytes()[-1:] not in (b"", b"\n")
     lines = path.open("a", buffering=1)
     if cut_short:

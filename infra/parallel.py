@@ -15,16 +15,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from infra import stop
 from infra.rendezvous import meet
 from infra.waiting import leave, waiting, within
 
 Tree = TypeVar("Tree")
 
 JOIN_SECONDS = 300.0
-"""How long processes wait for each other at the start."""
+"""Seconds that processes wait for each other at the start."""
 
 LEAVE_SECONDS = 10.0
-"""How long a process that has failed waits for the others to fail, too."""
+"""Seconds that a failed process waits for the others to fail, too."""
 
 OTHERS = "all processes of the run"
 
@@ -36,6 +37,7 @@ def device_mesh() -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """Copies an array to every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -51,12 +53,12 @@ def along_largest_axis(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def global_array(mesh: Mesh, local: np.ndarray, axis: int = 0) -> jax.Array:
-    """A global array, given each host's own rows along `axis`."""
+    """Makes a global array from each host's own rows along `axis`."""
     return jax.make_array_from_process_local_data(along_batch(mesh, axis), local)
 
 
 def whole(tree: Tree) -> Tree:
-    """The arrays on all devices, if they are divided among them."""
+    """Returns the arrays with a full copy on each device, also if they are divided among the devices."""
 
     def replicate(array: jax.Array) -> jax.Array:
         if not isinstance(array.sharding, NamedSharding):
@@ -67,7 +69,7 @@ def whole(tree: Tree) -> Tree:
 
 
 def fetch(tree: Tree) -> Tree:
-    """The global arrays as NumPy arrays, on every host."""
+    """Returns the global arrays as NumPy arrays, on every host."""
     if jax.process_count() > 1:
         with waiting(f"{OTHERS} to send their part of an array"):
             return multihost_utils.process_allgather(tree, tiled=True)
@@ -103,7 +105,7 @@ def join_processes(
             f"--coordinator={coordinator} needs --num_processes and a --process_id below it, got {num_processes} and "
             f"{process_id}; under SLURM, Open MPI, Kubernetes or on a TPU pod, --coordinator=auto needs neither"
         )
-    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM, which is a request to stop
+    jax.config.update("jax_enable_preemption_service", False)  # This service would hide SIGTERM from infra/stop.py.
     try:
         if given and num_processes is not None and process_id is not None:
             with waiting(f"{num_processes} processes at {coordinator}", seconds + 60, notice=3.0):
@@ -119,7 +121,7 @@ def join_processes(
                 initialization_timeout=later,
                 cluster_detection_method="deactivate" if given and _alone_on_node() else None,
             )
-            # The devices connect now, before any process compiles, because they wait for each other for 30 s only.
+            # Devices wait for each other for only 30 s, so they must connect before any process compiles.
             multihost_utils.sync_global_devices("joined")
     except (RuntimeError, ValueError, OSError) as error:
         raise ValueError(f"--coordinator={coordinator}: cannot connect to the other processes: {error}") from error
@@ -162,10 +164,10 @@ def _check_slurm_devices() -> None:
 
 
 def check_devices() -> None:
-    """Looks for the devices that the environment asks for.
+    """Checks that JAX finds devices of the platform in JAX_PLATFORMS.
 
     Raises:
-        ValueError: if there are none, with what to do.
+        ValueError: if there are none. The message says what to do.
     """
     try:
         jax.devices()
@@ -183,6 +185,27 @@ def any_host(value: bool) -> bool:
         return value
     with waiting(f"{OTHERS} to agree"):
         return bool(np.any(multihost_utils.process_allgather(np.asarray(value))))
+
+
+def stop_requested(may_wait: bool = True) -> bool:
+    """Whether the process of any host was asked to stop. All hosts get the same answer and must call this together.
+
+    Args:
+        may_wait: whether hosts may wait for each other, which they must do to agree. If not, the answer with several
+            hosts is no.
+    """
+    if jax.process_count() > 1:
+        if not may_wait:
+            return False
+        if any_host(stop.requested()):
+            stop.request()
+    return stop.requested()
+
+
+def check_stop() -> None:
+    """Raises KeyboardInterrupt if any host was asked to stop. All hosts must call this together."""
+    if stop_requested():
+        raise KeyboardInterrupt
 
 
 def agree(value: bool) -> bool:
@@ -226,7 +249,7 @@ def divisible(batch_size: int, field: str, parts: int = 1, devices: int | None =
 
     Args:
         field: the name of the batch size in the configuration.
-        devices: the number of devices; None: of those at hand.
+        devices: the number of devices; None: all devices of all hosts.
 
     Raises:
         ValueError: if it does not. The message names the nearest sizes that do.

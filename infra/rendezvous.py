@@ -45,7 +45,7 @@ def _receive(port: int, num_processes: int, deadline: float, seconds: float) -> 
         server = connections.enter_context(_server(port))
         server.settimeout(_POLL)
         while problem is None and len(others) < num_processes - 1:
-            stop.check_this_host()
+            stop.check()
             if time.monotonic() > deadline:
                 missing = sorted(set(range(1, num_processes)) - others.keys())
                 problem = TimeoutError(f"{_numbered(missing)} of {num_processes} did not connect within {seconds:g} s")
@@ -89,7 +89,7 @@ def _report(host: str, port: int, num_processes: int, process_id: int, deadline:
     """Runs in the other processes: sends the number of the process to the first one, and waits for the answer."""
     reached = False
     while time.monotonic() < deadline:
-        stop.check_this_host()
+        stop.check()
         try:
             with socket.create_connection((host, port), timeout=5) as connection:
                 reached = True
@@ -114,11 +114,11 @@ def _send(connection: socket.socket, message: dict[str, Any]) -> None:
 
 
 def _read(connection: socket.socket, deadline: float) -> Any:
-    """Reads one message. Returns None if the other end closes the connection, sends something else, or is too late."""
+    """Reads one message. Returns None if the other end closes the connection, sends other data, or is too late."""
     connection.settimeout(_POLL)
     received = b""
     while time.monotonic() < deadline and len(received) < 4096:
-        stop.check_this_host()
+        stop.check()
         try:
             part = connection.recv(4096)
         except TimeoutError:

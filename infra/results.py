@@ -51,7 +51,7 @@ class Results:
         write_atomic(self.path, json.dumps(content, indent=1))
 
     def _content(self) -> dict[str, Any]:
-        """Returns the results of these parameters, without those of another model that used this file before."""
+        """Returns the metadata, and the results in the file unless they belong to other parameters."""
         content = _read(self.path)
         if content.get("parameters", self.metadata.get("parameters")) != self.metadata.get("parameters"):
             logging.warning("Replacing the results of other parameters at this step in %s", self.path)

@@ -17,14 +17,14 @@ from infra.waiting import within
 from train_state import TrainState
 
 COLLECTIVE_SECONDS = 60.0
-"""How long the collective over all devices may take, including its compilation."""
+"""Time limit in seconds of the collective over all devices, including its compilation."""
 
 PROBE_BYTES = 2**26
 """The size of the file that measures the speed of the disk."""
 
 
 class Check(NamedTuple):
-    """A row of the table."""
+    """The result of one check: a row of the self-test's table."""
 
     name: str
     passed: bool
@@ -75,10 +75,10 @@ def collective(folder: Path, seconds: float = COLLECTIVE_SECONDS) -> str:
         total = within(seconds, f"the sum over {jax.device_count()} devices", _sum_over_devices)
     except TimeoutError as error:
         missing = missing_processes(marks, jax.process_count(), mark.stat().st_mtime - seconds)
-        who = f"; no sign of process {', '.join(map(str, missing))}" if missing else "; all processes came to it"
+        who = f"; no sign of process {', '.join(map(str, missing))}" if missing else "; all processes have started it"
         raise TimeoutError(f"{error}{who}") from error
     missing = missing_processes(marks, jax.process_count(), 0.0)
-    parallel.any_host(False)  # nobody removes a mark before all have looked
+    parallel.any_host(False)  # This waits until all processes have looked, before any mark is removed.
     mark.unlink()
     if missing:
         raise OSError(f"{folder} is not shared: process {jax.process_index()} does not see process {missing[0]} there")
@@ -141,4 +141,5 @@ def checkpoint_bytes(state: TrainState, n_iters: int, keep_every: int) -> int:
 
 
 def state_bytes(state: TrainState) -> int:
+    """Returns the size of a state in bytes, given the state or its shapes."""
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

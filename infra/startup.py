@@ -1,4 +1,4 @@
-"""The compilation cache, how long a run takes to its first training step, and what JAX compiles on the way."""
+"""The compilation cache, and measurements of the start of a run: its time, and the programs that JAX compiles."""
 
 import functools
 import os
@@ -20,7 +20,7 @@ def use_compilation_cache() -> None:
 
 
 def process_start() -> float:
-    """Returns when this process started, as `time.monotonic` counts; now, on systems that do not tell."""
+    """Returns when this process started, by the clock `time.monotonic`; now, if the system does not record it."""
     try:
         after_name = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         after_boot = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
@@ -31,12 +31,12 @@ def process_start() -> float:
 
 
 class Programs(NamedTuple):
-    """The programs that JAX has prepared since `count_programs` was first called in this process."""
+    """Counts of the programs that JAX has prepared since `count_programs` was first called in this process."""
 
     prepared: int
     """Programs compiled or loaded from the persistent compilation cache."""
     loaded: int
-    """Those that were loaded."""
+    """Programs among these that were loaded from the cache."""
     trace_seconds: float
     """Time to trace Python code and to lower it, for these programs."""
     prepare_seconds: float

@@ -2,7 +2,8 @@
 
 A signal handler that raises can lose its signal, for example inside a callback of the garbage collector. So handlers
 here raise nothing. A thread receives the numbers of the signals, even while the main thread waits for compiled code.
-Loops call `check` or `now` between batches, and between the parts of a long computation.
+Loops look at the flag between batches, and between the parts of a long computation: by `parallel.stop_requested` and
+`parallel.check_stop` where all hosts work in step, and by `check` elsewhere.
 
 This module does not import JAX, so that main.py can answer signals before the slow imports.
 """
@@ -39,32 +40,8 @@ def requested() -> bool:
     return _requested.is_set()
 
 
-def now(may_wait: bool = True) -> bool:
-    """Whether the process of any host was asked to stop. All hosts get the same answer and must call this together.
-
-    Args:
-        may_wait: several hosts must wait for each other to agree; if they should not, the answer is no.
-    """
-    import jax  # not at the top: see the module's docstring
-
-    if jax.process_count() > 1:
-        from infra import parallel
-
-        if not may_wait:
-            return False
-        if parallel.any_host(requested()):
-            request()
-    return requested()
-
-
 def check() -> None:
-    """Raises KeyboardInterrupt if any host was asked to stop. All hosts must call this together."""
-    if now():
-        raise KeyboardInterrupt
-
-
-def check_this_host() -> None:
-    """Raises KeyboardInterrupt if this process was asked to stop, for work that hosts do not do in step."""
+    """Raises KeyboardInterrupt if this process was asked to stop. See `parallel.check_stop` for all processes."""
     if requested():
         raise KeyboardInterrupt
 
@@ -74,7 +51,7 @@ def on_signals() -> Iterator[None]:
     """Turns the signals in `SIGNALS` into requests to stop, until the end of the context. Contexts may be nested.
 
     A second Ctrl-C ends the process at once. A signal that the parent process ignores, as nohup ignores SIGHUP, stays
-    ignored. Outside the main thread, which alone may handle signals, the context has no effect.
+    ignored. Only the main thread can handle signals, so in other threads the context has no effect.
     """
     inside = signal.getsignal(signal.SIGTERM) is _ignore
     if inside or threading.current_thread() is not threading.main_thread():

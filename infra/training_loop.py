@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from configs.default import Config
-from infra import parallel, stop
+from infra import parallel
 from infra.checkpoints import Checkpoints
 from infra.console import progress
 from infra.files import write_npz
@@ -24,15 +24,15 @@ Metrics = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """What the loop needs to know of the model that it trains."""
+    """A model to train, as the loop needs it."""
 
     name: str
-    """Shown in the progress bar."""
+    """The label of the progress bar."""
     last_step: int
     calls: Callable[[int], Iterator[tuple[int, Any]]]
-    """From a first step on, for each compiled call: the step that it leads to, and its batches."""
+    """calls(first): yields, for each compiled call from step `first` on, the step at its end, and its batches."""
     update: Callable[[TrainState, Any], tuple[TrainState, Metrics]]
-    """The state and the mean metrics after a call. It may donate the state."""
+    """update(state, batches): returns the state and the mean metrics after a call. It may donate the state."""
 
 
 class Call(NamedTuple):
@@ -62,7 +62,7 @@ Callback = Callable[[Call], Mapping[str, str] | None]
 def training_loop(training: Training, state: TrainState, config: Config, callbacks: Sequence[Callback]) -> TrainState:
     """Updates the state until `training.last_step`, or until asked to stop. The last call is always recorded and saved.
 
-    A request to stop is answered after the call that is running.
+    After a request to stop, the loop ends with the compiled call that is running.
 
     Args:
         config: config.training, for the numbers of steps between records, tests and checkpoints.
@@ -73,10 +73,10 @@ def training_loop(training: Training, state: TrainState, config: Config, callbac
             before, step = step, after
             state, metrics = training.update(state, batches)
             if before == first:
-                bar.unpause()  # so that the rate is that of steps, without their compilation
+                bar.unpause()  # The rate of the bar must not include the compilation.
             recording = due(step, before, config.log_freq)
-            # Several hosts wait for each other here, so they ask each other at records only.
-            last = step >= training.last_step or stop.now(may_wait=recording)
+            # To agree on a stop, several hosts wait for each other. So they do this only at records.
+            last = step >= training.last_step or parallel.stop_requested(may_wait=recording)
             saving = last or any(
                 due(step, before, every) for every in (config.snapshot_freq, config.snapshot_freq_for_preemption)
             )
@@ -86,7 +86,7 @@ def training_loop(training: Training, state: TrainState, config: Config, callbac
                 if (shown := callback(call)) is not None:
                     bar.set_postfix(shown, refresh=False)
             bar.update(step - before)
-            if last or (saving and stop.now()):
+            if last or (saving and parallel.stop_requested()):
                 break
     return state
 
@@ -140,6 +140,8 @@ def record_test_loss(
 
 
 def save_checkpoints(checkpoints: Checkpoints) -> Callback:
+    """Saves the state after each call at whose end a checkpoint is due."""
+
     def save(call: Call) -> None:
         if call.saving:
             checkpoints.save(call.state)

@@ -1,4 +1,4 @@
-"""Waits for other processes, disks and compilers. Each wait has a limit, and says what it waits for.
+"""Waits for other processes, disks and compilers. Each wait has a time limit, and names what it waits for.
 
 A wait inside compiled code or a system call cannot be interrupted by an exception. So `waiting` watches the wait from a
 thread, which ends the process at the limit. `within` runs a call in a thread and leaves it behind at the limit.
@@ -44,7 +44,7 @@ _started, _left_behind = threading.Event(), threading.Event()
 
 @contextlib.contextmanager
 def waiting(what: str, limit: float = LIMIT, notice: float = NOTICE) -> Iterator[None]:
-    """Announces what the block waits for after some time, and ends the process at the limit.
+    """Logs what the block waits for after `notice` seconds, and ends the process after `limit` seconds.
 
     Args:
         what: completes "waiting for ...".
@@ -117,7 +117,7 @@ def within(seconds: float, what: str, call: Callable[[], Result]) -> Result:
 
 
 def leave(code: int) -> int:
-    """Returns the exit code, or ends the process with it at once if `within` has left a call behind."""
+    """Returns the exit code. If a call that `within` gave up still runs, ends the process with the code at once."""
     if _left_behind.is_set():
         sys.stdout.flush()
         sys.stderr.flush()

@@ -52,10 +52,10 @@ DATA = "data"
 """The name, without its ending, of the files in samples/ and samples/points/ that hold data instead of samples."""
 
 PER_GRID = 64
-"""Images in a picture, at most."""
+"""The largest number of images in a picture."""
 
 PER_FILE = 10_000
-"""Images in a file, at most."""
+"""The largest number of images in a file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,7 @@ class Workdir:
         ImageGrid(real[:PER_GRID], levels, 0).write(self.samples / f"{DATA}.npz")
         ImageGrid(images[:PER_GRID], levels, step).write(self.samples / f"{label}.npz")
         save_grid(self.samples / f"{label}.png", images[:PER_GRID], levels)
-        for path in (self.samples / label).glob("images_*"):  # an earlier evaluation may have drawn more
+        for path in (self.samples / label).glob("images_*"):  # an earlier evaluation may have written more files
             path.unlink()
         for first in range(0, len(images), PER_FILE):
             part, name = images[first : first + PER_FILE], f"images_{first:06d}"
@@ -258,7 +258,7 @@ class EvaluationFolder:
     name: str
     """The subfolder of the workdir, `--eval_folder`."""
     label: str
-    """Names the checkpoint."""
+    """The name of the checkpoint in file names."""
     step: int
     """The training step of the checkpoint."""
 
@@ -300,6 +300,7 @@ class ImageGrid:
     """Images in a row of the picture; 0: as square as possible."""
 
     def write(self, path: Path) -> None:
+        """Writes the images as an .npz file."""
         columns = {"columns": self.columns} if self.columns else {}
         write_npz(path, samples=self.images, levels=self.levels, step=self.step, **columns)
 
@@ -319,6 +320,7 @@ class PointCloud:
     step: int
 
     def write(self, path: Path) -> None:
+        """Writes the points as an .npz file."""
         write_npz(path, points=self.points, step=self.step)
 
     @classmethod
@@ -338,6 +340,7 @@ class DensityGrid:
     step: int
 
     def write(self, path: Path) -> None:
+        """Writes the densities as an .npz file."""
         data = {} if self.data is None else {"data": self.data}
         write_npz(path, limit=self.limit, step=self.step, density=self.density, **data)
 
@@ -393,7 +396,7 @@ Artefact = TypeVar("Artefact", ImageGrid, PointCloud, DensityGrid, Snapshot)
 
 
 def read_all(kind: type[Artefact], paths: Iterator[Path], problems: list[str]) -> dict[str, Artefact]:
-    """The artefacts in those of the files that can be read, by their names; the others are described in `problems`."""
+    """Reads artefacts, by the names of their files. For a file that cannot be read, adds the error to `problems`."""
     artefacts = {}
     for path in sorted(paths):
         try:
@@ -406,7 +409,7 @@ def read_all(kind: type[Artefact], paths: Iterator[Path], problems: list[str]) -
 def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
     """Reads the object in a JSON file.
 
-    Returns None if the file does not exist, or if it cannot be read; `problems` then has the reason.
+    Returns None if the file does not exist or cannot be read. If it cannot be read, the reason is added to `problems`.
     """
     if not path.exists():
         return None
@@ -430,13 +433,13 @@ def _named_arrays(path: Path, *names: str) -> dict[str, np.ndarray]:
 
 
 def _lock(file: IO[str]) -> bool:
-    """Whether the first host, on behalf of all, got the lock. The lock ends with the process at the latest."""
+    """Returns whether the first host, on behalf of all, got the lock. The lock ends when the process ends."""
     if jax.process_index() == 0:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError as error:  # a file system without locks
+        except OSError as error:  # Some file systems have no locks.
             logging.warning("Cannot lock %s: %s", file.name, error)
     return True
 

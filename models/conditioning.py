@@ -1,4 +1,4 @@
-"""How a network is told the time, and what its output means ([S21a] App. C)."""
+"""The label by which a network receives the time, and the meaning of its output ([S21a] App. C)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,10 +14,10 @@ from sde_lib import SDE, VESDE, VPSDE, LinearGammaSDE
 
 @runtime_checkable
 class Conditioning(Protocol):
-    """The two translations between a score function and a network."""
+    """Converts times to the labels of a network, and its output to the score."""
 
     def labels(self, t: PerExample) -> PerExample:
-        """Returns the labels that tell the network these times."""
+        """Returns the labels that the network receives for these times."""
         ...
 
     def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:

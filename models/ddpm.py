@@ -5,9 +5,9 @@ from collections.abc import Callable
 from configs.default import Config
 from models.ladder import Ladder, ladder_from_config
 from models.layers import NONLINEARITIES, AttnBlockpp, Embedding, Normalization, ResnetBlockDDPMpp, conv
-from models.ncsnpp import NCSNpp, check_scale_by_sigma
+from models.ncsnpp import NCSNpp, apply_with_remat, check_scale_by_sigma
 from models.normalization import NORMALIZATIONS, PUBLISHED_GROUPS, check_normalization
-from models.resample import AnySize, FeatureMap, Projected, Taps
+from models.resample import AnySize, FeatureMap, Projected, SameSize, Taps
 
 
 class ResnetBlockDDPM(ResnetBlockDDPMpp):
@@ -44,7 +44,7 @@ class DDPM(NCSNpp):
 
     def _block(
         self,
-        h: FeatureMap,
+        *maps: SameSize,
         embedding: Embedding | None,
         train: bool,
         features: int | None = None,
@@ -58,10 +58,10 @@ class DDPM(NCSNpp):
             features=features,
             normalize=self._normalize,
         )
-        return self._apply(block, h, embedding, train)
+        return apply_with_remat(self.remat, block, maps, embedding, train)
 
     def _attention(self, h: FeatureMap) -> FeatureMap:
-        return self._apply(AttnBlock(self.init_scale, self.skip_rescale, self._normalize), h)
+        return apply_with_remat(self.remat, AttnBlock(self.init_scale, self.skip_rescale, self._normalize), (h,))
 
     def _head(self, h: FeatureMap, features: int, init_scale: float) -> Projected:
         return conv(features, init_scale=init_scale)(self._act(self._normalize()(h)))

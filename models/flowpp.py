@@ -2,8 +2,8 @@
 
 Standard normal noise is split into its even and its odd columns. Couplings transform one half given the other half and
 the image, by mixtures of logistics. A sigmoid maps the result to (0, 1). Parameters have the published names, flat in
-each module, and the published shapes: the two spatial axes of a plain convolution's kernel are swapped, those of a
-weight-normalised kernel are not.
+each module, and the published shapes. In these, the two spatial axes of the kernel are swapped for plain convolutions,
+but not for weight-normalised ones.
 
 Initial parameters depend on data: on the batch that they are initialised with, the output of each layer has mean 0 and
 a fixed standard deviation (Salimans & Kingma, 2016).
@@ -33,10 +33,10 @@ CONTEXT_CHANNELS = 32
 """Channels of the image features that the couplings see."""
 
 PROCESSOR_HEADS = 4
-"""Heads of the attention in the deep processor, whatever the couplings have."""
+"""Heads of the attention in the deep processor. The couplings may have another number."""
 
 SMALL_OUTPUT = 0.1
-"""Initial standard deviation of the outputs of residual branches and couplings, which so begin near the identity."""
+"""Initial standard deviation of the outputs of residual branches and couplings; they begin near the identity."""
 
 
 def concat_elu(x: Array) -> Array:
@@ -47,6 +47,7 @@ def concat_elu(x: Array) -> Array:
 def conv3x3(
     x: FeatureMap, kernel: Float[Array, "3 3 channels features"], kernel_axes: str = "HWIO"
 ) -> Float[Array, "batch height width features"]:
+    """A 3x3 convolution with zero padding."""
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", kernel_axes, "NHWC"))
 
 
@@ -54,6 +55,8 @@ swapped_conv3x3 = functools.partial(conv3x3, kernel_axes="WHIO")
 
 
 def normal_init(std: float) -> nn.initializers.Initializer:
+    """Initializer for normal values with mean 0 and this standard deviation."""
+
     def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         # Flat arrays of few sizes: XLA takes far longer to compile random numbers of other shapes.
         size = math.prod(shape)
@@ -89,6 +92,7 @@ def nin(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: f
 
 
 def conv(scope: nn.Module, name: str, x: FeatureMap, features: int, init_scale: float = 1.0) -> Projected:
+    """A plain 3x3 convolution, with parameters NAME_W and NAME_b."""
     return linear(scope, name, x, features, apply=swapped_conv3x3, size=(3, 3), init_scale=init_scale)
 
 
@@ -162,6 +166,7 @@ def gated_attention(
 
 
 def position_embedding(scope: nn.Module, name: str, x: FeatureMap, channels: int) -> Array:
+    """A learned embedding of the pixel positions, [height, width, channels]."""
     return scope.param(name, normal_init(0.01), (*x.shape[1:3], channels), x.dtype)
 
 
@@ -250,7 +255,7 @@ def mixture_of_logistics(x: Batch, raw: Float[Array, "batch *dims parameters"]) 
 
 
 class MixLogisticAttnCoupling(nn.Module):
-    """Changes one half given the other and the context: the parameters of `mixture_of_logistics` by a network."""
+    """Transforms one half by `mixture_of_logistics`, whose parameters a network computes from the other half."""
 
     filters: int
     components: int
@@ -343,6 +348,7 @@ class Flowpp(nn.Module):
 
 
 def split_columns(images: Float[Array, "batch height columns channels"]) -> Halves:
+    """Splits images into their even and their odd columns."""
     return images[:, :, 0::2], images[:, :, 1::2]
 
 
@@ -370,8 +376,8 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 """The fields of `Flowpp` in the published dequantizers, by config.deq.name.
 
 The published module for ImageNet64 gives several parameters one name, so flax cannot build it, and it has no released
-checkpoint. Here, each parameter has a name of its own, as in the other two, and there are no embeddings of positions,
-which nothing would use."""
+checkpoint. Here, each parameter has its own name, as in the other two architectures. Embeddings of positions, which
+would not be used, are left out."""
 
 
 def _check_fields(network: Flowpp) -> None:

@@ -74,6 +74,7 @@ def units(x: FeatureMap, name: str, *layers: tuple[int, Size]) -> AnySize:
 
 
 def halve(x: FeatureMap) -> Float[Array, "batch _ _ channels"]:
+    """Halves the resolution by the maximum over 3 x 3 pixels."""
     return nn.max_pool(x, (3, 3), (2, 2))
 
 

@@ -179,7 +179,7 @@ def _group_moments_jvp(
 def residual_gain(rescale: bool) -> float:
     """The factor of both terms of a residual sum: 1 / sqrt(2) if `rescale`, which keeps the variance; otherwise 1.
 
-    Layers multiply their weights by it. If the sum was multiplied, XLA would store it twice, or compute it twice.
+    Layers multiply their weights by it. If the sum were multiplied instead, XLA would store or compute it twice.
     """
     return math.sqrt(0.5) if rescale else 1.0
 
@@ -321,7 +321,7 @@ class AttnBlockpp(nn.Module):
 def attention(
     query: Float[Array, "batch q channels"], key: Float[Array, "batch k channels"], value: Float[Array, "batch k _"]
 ) -> Float[Array, "batch q _"]:
-    """Means of the values with the weights softmax(query.key / sqrt(channels)); sums have at least 32 bits."""
+    """Returns means of the values with weights softmax(query.key / sqrt(channels)). Sums have at least 32 bits."""
     precision = jnp.promote_types(query.dtype, jnp.float32)
     scaled = query / math.sqrt(query.shape[-1])
     logits = jnp.einsum("bqc,bkc->bqk", scaled, key, preferred_element_type=precision)

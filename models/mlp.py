@@ -14,7 +14,7 @@ from configs.default import Config
 from models.layers import NONLINEARITIES, positional_embedding
 
 POINT_NETWORKS = ("mlp", "mlp_published")
-"""The values of config.model.name for points: our network, and that of the paper."""
+"""The values of config.model.name for points: our network, and the network of the paper."""
 
 TIMES_PER_UNIT = 999
 """Labels are times multiplied by this number."""
@@ -23,13 +23,13 @@ TIMES_PER_UNIT = 999
 class MLP(nn.Module):
     """Maps noisy points to the noise in them; fields as in configs/default.py.
 
-    Labels are 999 t, and points enter the network unscaled. With `scale_by_sigma`, labels are noise levels sigma:
-    points are divided by sqrt(1 + sigma^2), so that inputs and derivatives have the same scale at all noise levels, and
-    the output, minus the noise, is divided by sigma.
+    Labels are 999 t, and points enter the network unscaled. With `scale_by_sigma`, labels are noise levels sigma, and
+    the output is minus the noise divided by sigma. Points are divided by sqrt(1 + sigma^2), so that inputs and
+    derivatives have the same scale at all noise levels.
 
-    With `published`, the network is that of the paper's experiments: it embeds the time t itself, no nonlinearity acts
-    on the joined features of time and point, and weights and biases start uniform in +-1/sqrt(fan in), the default of
-    PyTorch's linear layers.
+    With `published`, the network is that of the paper's experiments, with three differences. It embeds the time t
+    itself. No nonlinearity acts on the joined features of time and point. Weights and biases start uniform in
+    +-1/sqrt(fan in), the default of PyTorch's linear layers.
 
     Raises:
         ValueError: if inputs are not points, [batch, d].
@@ -45,12 +45,12 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Batch, labels: PerExample, train: bool = False) -> Batch:
-        del train  # there is no dropout, so training and evaluation are the same
+        del train  # Without dropout, training and evaluation are the same.
         if x.ndim != 2:
             raise ValueError(f"model.name is an MLP, which is for points, but the data are shaped {x.shape[1:]}")
         times, seen = labels / TIMES_PER_UNIT if self.published else labels, x
         if self.scale_by_sigma:
-            # a resolution like that of 999 t over the noise levels of VE
+            # With this factor, the embedding resolves the noise levels of VE as finely as 999 t does.
             times, seen = 100 * jnp.log(labels), x * append_dims(jax.lax.rsqrt(1 + labels**2), x)
         time = self._layers("time", positional_embedding(times, self.embedding_size), self.time_widths)
         data = self._layers("data", seen, self.data_widths)

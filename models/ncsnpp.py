@@ -32,7 +32,7 @@ from models.resample import AnySize, Doubled, FeatureMap, Halved, Projected, Sam
 from sde_lib import SDES
 
 Block: TypeAlias = Callable[..., AnySize]
-"""A residual block, called with feature maps and, by name, `features` or `resample` to change their shape."""
+"""A residual block, called with feature maps to join and, by name, `features` or `resample` to change their shape."""
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "nonlinearity": tuple(NONLINEARITIES),
@@ -85,11 +85,11 @@ class NCSNpp(nn.Module):
     conditional: bool = True
     init_scale: float = 0.0
     scale_by_sigma: bool = False
-    ladder: Ladder | None = None  # the noise levels that labels number; None: labels are not numbers of levels
+    ladder: Ladder | None = None  # with a ladder, labels are numbers of its levels
     centered: bool = True  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
     dtype: str = "float32"  # of feature maps; parameters, moments, embeddings and the output keep the images' precision
     remat: str = "none"  # what the backward pass recomputes of each block; see `REMAT_POLICIES`
-    num_classes: int = 0  # the network is told classes 0, ..., num_classes - 1; num_classes means any class
+    num_classes: int = 0  # classes are 0, ..., num_classes - 1; num_classes stands for any class
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -126,7 +126,7 @@ class NCSNpp(nn.Module):
         return embedding + nn.Embed(self.num_classes + 1, 4 * self.nf, name="class_embedding")(classes)
 
     def _down_path(self, images: FeatureMap, block: Block) -> list[AnySize]:
-        """The feature maps of the way down, from the highest resolution to the lowest."""
+        """Returns the feature maps of the downward path, from the highest resolution to the lowest."""
         pyramid = images
         skips = [conv(self.nf)(images)]
         for level, multiplier in enumerate(self.ch_mult):
@@ -144,12 +144,12 @@ class NCSNpp(nn.Module):
     def _up_path(
         self, h: FeatureMap, skips: list[AnySize], block: Block, channels: int
     ) -> Float[Array, "batch _ _ {channels}"]:
-        """From the lowest resolution to an image with this number of channels, joined by every map of the way down."""
+        """Computes an image with `channels` channels from the lowest resolution and the maps of the downward path."""
         skips = list(skips)
         pyramid = None
         for level, multiplier in reversed(list(enumerate(self.ch_mult))):
             for _ in range(self.num_res_blocks + 1):
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), features=self.nf * multiplier)
+                h = block(h, skips.pop(), features=self.nf * multiplier)
             h = self._attention_if_due(h)
             pyramid, h = self._join_output_pyramid(pyramid, h, channels)
             if level > 0:
@@ -159,7 +159,7 @@ class NCSNpp(nn.Module):
         return self._head(h, channels, self.init_scale)
 
     def _join_input_pyramid(self, pyramid: AnySize, h: FeatureMap) -> tuple[AnySize, SameSize]:
-        """The pyramid at the next lower resolution, and the feature maps joined with it."""
+        """Returns the pyramid at the next lower resolution, and the feature maps joined with it."""
         if self.progressive_input == "none":
             return pyramid, h
         if self.progressive_input == "input_skip":
@@ -172,7 +172,7 @@ class NCSNpp(nn.Module):
     def _join_output_pyramid(
         self, pyramid: AnySize | None, h: FeatureMap, channels: int
     ) -> tuple[SameSize | None, FeatureMap]:
-        """The pyramid joined with the feature maps, and the maps that the next block gets."""
+        """Returns the pyramid joined with the feature maps, and the feature maps for the next block."""
         if self.progressive == "none":
             return None, h
         if self.progressive == "output_skip":
@@ -196,13 +196,13 @@ class NCSNpp(nn.Module):
 
     def _block(
         self,
-        h: FeatureMap,
+        *maps: SameSize,
         embedding: Embedding | None,
         train: bool,
         features: int | None = None,
         resample: Callable[[FeatureMap, Taps | None], AnySize] | None = None,
     ) -> AnySize:
-        """A residual block. `resample` applies to blocks that resample inside."""
+        """A residual block of feature maps, whose channels are joined. `resample` is used by blocks that resample."""
         options: dict[str, Any] = {
             "nonlinearity": NONLINEARITIES[self.nonlinearity],
             "dropout": self.dropout,
@@ -214,23 +214,20 @@ class NCSNpp(nn.Module):
             block = ResnetBlockDDPMpp(**options)
         else:
             block = ResnetBlockBigGANpp(**options, resample=resample, taps=self.fir_kernel)
-        return self._apply(block, h, embedding, train)
+        return apply_with_remat(self.remat, block, maps, embedding, train)
 
     def _attention(self, h: FeatureMap) -> FeatureMap:
-        return self._apply(AttnBlockpp(self.init_scale, self.skip_rescale), h)
+        return apply_with_remat(self.remat, AttnBlockpp(self.init_scale, self.skip_rescale), (h,))
 
     def _attention_if_due(self, h: FeatureMap) -> FeatureMap:
         return self._attention(h) if h.shape[1] in self.attn_resolutions else h
 
     def _head(self, h: FeatureMap, features: int, init_scale: float) -> Projected:
-        """From feature maps to an image, or to the start of the output pyramid."""
+        """Computes an image, or the start of the output pyramid, from feature maps."""
         return conv(features, init_scale=init_scale)(self._act(GroupNorm()(h)))
 
     def _act(self, x: Array) -> Array:
         return NONLINEARITIES[self.nonlinearity](x)
-
-    def _apply(self, layer: Callable[..., AnySize], h: FeatureMap, *args: Any) -> AnySize:
-        return apply_with_remat(self.remat, layer, h, *args)
 
     def _check_size(self, x: FeatureMap) -> None:
         height, width, multiple = x.shape[1], x.shape[2], 2 ** (len(self.ch_mult) - 1)
@@ -241,15 +238,19 @@ class NCSNpp(nn.Module):
             )
 
 
-def apply_with_remat(remat: str, layer: Callable[..., AnySize], h: FeatureMap, *args: Any) -> AnySize:
-    """Applies a module, in whose backward pass the values that `REMAT_POLICIES` does not save are recomputed."""
+def apply_with_remat(remat: str, layer: Callable[..., AnySize], maps: tuple[SameSize, ...], *args: Any) -> AnySize:
+    """Applies a module to feature maps, whose channels are joined.
 
-    def call(layer: Callable[..., AnySize], h: FeatureMap) -> AnySize:
-        return layer(h, *args)
+    In the backward pass, the values that `REMAT_POLICIES` does not save are recomputed. The joined channels are among
+    them, so that they are not stored beside the feature maps that they come from.
+    """
+
+    def call(layer: Callable[..., AnySize], *maps: SameSize) -> AnySize:
+        return layer(maps[0] if len(maps) == 1 else jnp.concatenate(maps, axis=-1), *args)
 
     if remat == "none":
-        return call(layer, h)
-    return nn.remat(call, policy=REMAT_POLICIES[remat])(layer, h)
+        return call(layer, *maps)
+    return nn.remat(call, policy=REMAT_POLICIES[remat])(layer, *maps)
 
 
 def _check_fields(network: NCSNpp) -> None:

@@ -17,11 +17,12 @@ class Plan(NamedTuple):
     """The stages of a network, from the image inwards. Channels are multiples of `nf`."""
 
     channels: tuple[int, ...]  # of the residual blocks
-    dilations: tuple[int, ...]  # of the residual blocks; with 1, every stage but the first halves the resolution
+    dilations: tuple[int, ...]  # of the residual blocks; stages with dilation 1 halve the resolution, except the first
     refined: tuple[int, ...]  # channels of the RefineNet block that joins the stage with the stages further inwards
 
     @property
     def halvings(self) -> int:
+        """How often the resolution is halved."""
         return self.dilations.count(1) - 1
 
 

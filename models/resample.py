@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 FeatureMap: TypeAlias = Float[Array, "batch height width channels"]
-"""Feature maps. All that one signature names have the same shape."""
+"""Feature maps. All of them in one signature have the same shape."""
 SameSize: TypeAlias = Float[Array, "batch height width _"]
 """Feature maps of the same height and width, with any number of channels."""
 AnySize: TypeAlias = Float[Array, "batch _ _ _"]
@@ -49,8 +49,9 @@ def downsample(x: FeatureMap, taps: Taps | None) -> Halved:
 def upsample_conv(x: FeatureMap, weight: Weight, taps: Taps) -> Float[Array, "batch 2*height 2*width features"]:
     """Filtered upsampling joined with a convolution, so that the image's border is padded once.
 
-    Published: transposed convolution, then filter. Here the filter goes first, padded so far that the convolution needs
-    no padding; this is the same, and spares the convolution the inserted zeros.
+    The published code applies a transposed convolution, and then the filter. Here the filter comes first, with enough
+    padding that the convolution needs none. The result is the same, and the convolution does not process inserted
+    zeros.
     """
     size = weight.shape[0]
     excess = len(taps) - 1 - size

@@ -67,7 +67,7 @@ class ScoreModel:
 
     @property
     def conditioning(self) -> Conditioning:
-        """How the network is told the time, and what its output means.
+        """The label by which the network receives the time, and the meaning of its output.
 
         Raises:
             ValueError: if the SDE has no discrete chain with this number of levels.
@@ -115,7 +115,7 @@ def score_model_from_config(config: Config) -> ScoreModel:
     Raises:
         ValueError: if a name is unknown, or a field has a value that is not allowed.
     """
-    sde = sde_from_config(config)  # first: the network must suit it
+    sde = sde_from_config(config)  # An unknown SDE is reported before a network that does not fit the SDE.
     levels = None if config.training.continuous else config.model.num_scales
     model = ScoreModel(build_network(config), sde, levels, config.model.parameterization)
     _ = model.conditioning  # raises ValueError

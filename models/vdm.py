@@ -36,18 +36,18 @@ FOURIER_EXPONENTS = (6, 7)
 class VDM(nn.Module):
     """Maps noisy images in [-1, 1] and their times to images of the same shape ([K21] App. B).
 
-    The network has a downward path of `num_res_blocks` residual blocks, two blocks with attention in the middle, and
-    an upward path of `num_res_blocks + 1` blocks, each of which also sees one feature map of the downward path. The
-    output is the noisy image plus the output of the last convolution. Layers that end a branch start at zero, so the
-    network starts as the identity.
+    The downward path has `num_res_blocks` residual blocks, the middle has two blocks with attention between them, and
+    the upward path has `num_res_blocks + 1` blocks. Each block of the upward path also sees one feature map of the
+    downward path. The output is the noisy image plus the output of the last convolution. Layers that end a branch start
+    at zero, so the network starts as the identity.
 
-    Labels are 999 t, as for the other networks. The published network is told (gamma - gamma_min) / (gamma_max -
-    gamma_min), gamma = 2 ln(sigma / alpha), which is t for schedules with gamma linear in t.
+    Labels are 999 t, as for the other networks. The label of the published network is (gamma - gamma_min) / (gamma_max
+    - gamma_min), gamma = 2 ln(sigma / alpha), which is t if gamma is linear in t.
     """
 
     nf: int = 128
     num_res_blocks: int = 32
-    attn_resolutions: tuple[int, ...] = ()  # heights of images for which attention also follows every other block
+    attn_resolutions: tuple[int, ...] = ()  # heights of images at which attention follows every block
     fourier_features: bool = True  # the network also sees `fourier_features` of the image
     dropout: float = 0.0
     remat: str = "none"  # a name in `REMAT_POLICIES`, or none
@@ -83,7 +83,7 @@ class ScoreUNet(nn.Module):
 
     nf: int
     num_res_blocks: int
-    attention: bool  # after every block; else only in the middle
+    attention: bool  # self-attention follows every block (True), or only the middle blocks (False)
     dropout: float
     remat: str
 
@@ -98,15 +98,15 @@ class ScoreUNet(nn.Module):
         h = block("mid.block_1", skips[-1])
         h = block("mid.block_2", self._attention("mid.attn_1", h))
         for i in range(self.num_res_blocks + 1):
-            h = block(f"up.block_{i}", jnp.concatenate([h, skips.pop()], axis=-1))
+            h = block(f"up.block_{i}", h, skips.pop())
             h = self._attention_if_due(f"up.attn_{i}", h)
         return nn.Conv(channels, (3, 3), kernel_init=nn.initializers.zeros, name="conv_out")(swish(Norm()(h)))
 
-    def _block(self, name: str, h: FeatureMap, embedding: Embedding, train: bool) -> SameSize:
-        return apply_with_remat(self.remat, ResnetBlock(self.nf, self.dropout, name=name), h, embedding, train)
+    def _block(self, name: str, *maps: SameSize, embedding: Embedding, train: bool) -> SameSize:
+        return apply_with_remat(self.remat, ResnetBlock(self.nf, self.dropout, name=name), maps, embedding, train)
 
     def _attention(self, name: str, h: FeatureMap) -> FeatureMap:
-        return apply_with_remat(self.remat, AttnBlock(name=name), h)
+        return apply_with_remat(self.remat, AttnBlock(name=name), (h,))
 
     def _attention_if_due(self, name: str, h: FeatureMap) -> FeatureMap:
         return self._attention(name, h) if self.attention else h

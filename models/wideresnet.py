@@ -1,7 +1,7 @@
 """The classifier of noisy images that guides samples towards a class ([S21a] App. I.1).
 
-It is a wide residual network (Zagoruyko & Komodakis, 2016) with group normalisation, told the noise level. Parameters
-have the published names, so that published checkpoints load.
+It is a wide residual network (Zagoruyko & Komodakis, 2016) with group normalisation, conditioned on the noise level.
+Parameters have the published names, so that published checkpoints load.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ EMBEDDING = 128
 class WideResnet(nn.Module):
     """Three groups of residual blocks; the second and the third halve the resolution.
 
-    The published size is 4 blocks in a group with channel multiplier 10: 38.9 million parameters for 10 classes.
+    The published network has 4 blocks in a group and channel multiplier 10: 38.9 million parameters for 10 classes.
     """
 
     num_outputs: int

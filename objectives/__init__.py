@@ -1,1 +1,1 @@
-"""Objectives of training besides denoising score matching, and the code that all objectives share."""
+"""The objectives other than denoising score matching, and the code that all objectives share."""

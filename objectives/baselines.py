@@ -34,7 +34,7 @@ class TimedNoise(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MengObjective(TrainingObjective):
-    """First-order denoising score matching plus `second_weight` times the second order of [M21]."""
+    """First-order denoising score matching plus `second_weight` times the second-order loss of [M21]."""
 
     times: TimeDistribution
     second_weight: float = 1.0
@@ -43,14 +43,14 @@ class MengObjective(TrainingObjective):
     def draw_noise(
         self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
     ) -> TimedNoise:
-        del density  # no example has times of its own
+        del density  # All examples draw their times from the same density.
         t_key, z_key = jax.random.split(key)
         return TimedNoise(self.times.draw(t_key, sde, shape[0]), jax.random.normal(z_key, shape))
 
     def losses(
         self, score_fn: ScoreFn, sde: SDE, x0: Batch, noise: TimedNoise, residual: Residual | None = None
     ) -> dict[str, PerExample]:
-        del residual  # weights do not follow it
+        del residual  # The weights do not depend on it.
         mean, sigma = sde.marginal(x0, noise.t)
         factor = append_dims(sigma, x0)
         score, jacobian = exact_jacobian(lambda x: factor * score_fn(x, noise.t), mean + factor * noise.z)
@@ -161,7 +161,9 @@ def meng_from_config(config: Config) -> MengObjective:
     training = config.training
     require_first_order(training)
     if not training.reduce_mean:
-        raise ValueError("training.reduce_mean is False, but training.objective=meng averages over dimensions")
+        raise ValueError(
+            "training.reduce_mean is False, but training.objective=meng averages over dimensions: set it to True"
+        )
     return MengObjective(times_from_config(training), training.second_order_weight, training.likelihood_weighting)
 
 

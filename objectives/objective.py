@@ -34,7 +34,7 @@ class Noise(NamedTuple):
     z: Batch
     probe: Batch
     second_probe: Batch | None = None
-    """Independent of the first; for the unbiased estimator only."""
+    """A second probe, independent of the first. Only the estimators with two probes use it."""
     z_start: Batch | None = None
     """Standard normal noise of x_tmin, for the reconstruction of levels only."""
     time_weight: PerExample | None = None
@@ -81,7 +81,7 @@ class TrainingObjective(abc.ABC):
 
     @property
     def draws_own_times(self) -> bool:
-        """Whether some examples draw their times from a separate density, which follows the residual."""
+        """Whether some examples draw their times from a density that follows the residual."""
         return False
 
     def quantiles(self, sde: SDE, t: PerExample) -> PerExample:
@@ -90,7 +90,7 @@ class TrainingObjective(abc.ABC):
 
 
 def require_first_order(training: Config) -> None:
-    """Raises ValueError for the settings of orders 2 and 3, which only denoising score matching has."""
+    """Raises ValueError if order 2 or 3 is set, because only denoising score matching has these orders."""
     order, name = training.score_matching_order, training.objective
     if order > 1:
         raise ValueError(

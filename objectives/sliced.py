@@ -78,7 +78,7 @@ class SlicedObjective(TrainingObjective):
 
     times: TimeDistribution
     num_projections: int = 1
-    """M. With 0, this is implicit score matching, which needs the exact trace."""
+    """The number M of projections. With 0, this is implicit score matching, which needs the exact trace."""
     variance_reduced: bool = True
     likelihood_weighting: bool = False
     reduce_mean: bool = True
@@ -86,7 +86,7 @@ class SlicedObjective(TrainingObjective):
     def draw_noise(
         self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
     ) -> SlicedNoise:
-        del density  # no example has times of its own
+        del density  # All examples draw their times from the same density.
         t_key, z_key, projection_key = jax.random.split(key, 3)
         projections = None
         if self.num_projections:
@@ -100,7 +100,7 @@ class SlicedObjective(TrainingObjective):
 
         With M projections, it costs one network evaluation with M derivatives.
         """
-        del residual  # weights do not follow it
+        del residual  # The weights do not depend on it.
         mean, sigma = sde.marginal(x0, noise.t)
         xt = mean + append_dims(sigma, x0) * noise.z
         if noise.projections is None:
@@ -141,4 +141,4 @@ def sliced_from_config(config: Config) -> SlicedObjective:
 
 
 SLICED = ("implicit", "sliced", "sliced_vr")
-"""The names of these objectives, which also train in discrete time."""
+"""The values of training.objective for the objectives in this file. They also train in discrete time."""

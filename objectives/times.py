@@ -43,6 +43,7 @@ class TimeDistribution:
             raise ValueError(f"training.smallest_time is {self.t_min}; it must lie in (0, {SDE.t_max})")
 
     def draw(self, key: Array, sde: SDE, batch: int) -> PerExample:
+        """Draws one time for each of `batch` examples."""
         return self.at_quantiles(sde, self.draw_quantiles(key, batch))
 
     def draw_quantiles(self, key: Array, batch: int) -> PerExample:
@@ -72,7 +73,7 @@ class TimeDistribution:
         return sde.importance_weight(t, self.t_min) / self.total(sde)
 
     def total(self, sde: SDE) -> Scalar:
-        """Returns the integral of the unnormalised density, which is 1 at every t for uniform times."""
+        """Returns the integral of the unnormalised density over all times. For uniform times, that density is 1."""
         if not self.importance_weighting:
             return jnp.asarray(sde.t_max - self.t_min)
         if self.importance_density == "velocity":

@@ -18,7 +18,7 @@ from objectives.unbiased import unbiased_second_order_trace
 def squared_trace(
     scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
 ) -> tuple[Batch, dict[str, PerExample]]:
-    """sigma times the score, and the trace as the square of one probe's residual [Z23].
+    """Returns sigma times the score, and the trace term as the square of one probe's residual [Z23].
 
     Its mean over probes is the exact term plus 2 |S|^2 / d^2, where S is the symmetric part of M without its diagonal.
     """
@@ -28,7 +28,7 @@ def squared_trace(
 def unbiased_trace(
     scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
 ) -> tuple[Batch, dict[str, PerExample]]:
-    """sigma times the score, and the trace as the product of two probes' residuals. Ours.
+    """Returns sigma times the score, and the trace term as the product of two probes' residuals (ours).
 
     Raises:
         ValueError: if the noise has only one probe.

@@ -17,7 +17,7 @@ from objectives.objective import Noise
 def unbiased_terms(
     scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
 ) -> tuple[Batch, dict[str, PerExample]]:
-    """sigma times the score, and the terms of orders 2 and 3 as unbiased estimates of their exact form (ours)."""
+    """Returns sigma times the score, and the terms of orders 2 and 3 as unbiased estimates of their exact form."""
     if noise.second_probe is None:
         raise ValueError("the unbiased estimator needs two probes; draw the noise for its objective")
     probes = noise.probe, noise.second_probe
@@ -58,8 +58,8 @@ def unbiased_second_order_frob(spread_probes: Sequence[Batch], spread_u: Batch, 
 def unbiased_second_order_trace(spread_probes: Sequence[Batch], u: Batch, probes: tuple[Batch, Batch]) -> PerExample:
     """r_1 r_2 / d^2 with r_i = v_i.M v_i - |u|^2: the Jacobian's trace. Ours; one draw may be negative.
 
-    A product of two independent estimates is an unbiased estimate of the square, (tr M - |u|^2)^2 / d^2. The square of
-    one estimate would also punish the off-diagonal part of J. Arguments as in `unbiased_second_order_frob`.
+    A product of two independent estimates is an unbiased estimate of the square, (tr M - |u|^2)^2 / d^2. The mean of
+    the square of one estimate also contains the off-diagonal part of J. Arguments as in `unbiased_second_order_frob`.
     """
     first, second = (inner(v, spread) - inner(u, u) for v, spread in zip(probes, spread_probes, strict=True))
     return first * second / num_dims(u) ** 2

@@ -1,4 +1,4 @@
-"""Evaluations of runs as a plain-text table, one line each. `--mode=report` prints it."""
+"""Formats evaluations of runs as a plain-text table, one line each. `--mode=report` prints it."""
 
 from collections.abc import Iterable, Sequence
 

@@ -14,7 +14,7 @@ from report.figures import colours, style_panel
 DATA_COLOUR = "#30363d"
 
 MAX_POINTS = 5000
-"""Points in a panel, at most."""
+"""The largest number of points in a panel."""
 
 
 def density_figure(

@@ -17,7 +17,7 @@ class Field(NamedTuple):
 
 
 def field(header: str, *paths: str, show: Callable[..., str] = number) -> Field:
-    """A column that shows the values at these dotted paths. `show` gets None for a value that is not there."""
+    """Makes a column that shows the values at these dotted paths. A missing value is None for `show`."""
     return Field(header, lambda result: show(*(lookup(result, path) for path in paths)))
 
 

@@ -20,7 +20,7 @@ from report.run_files import RunFiles, read_runs
 
 
 class Section(NamedTuple):
-    """A section of the page. Without any blocks it shows `if_empty`, or is left out if that is empty, too."""
+    """A section of the page. A section without blocks shows the text `if_empty`. Without this text, it is left out."""
 
     heading: str
     parts: Sequence[Callable[[Sequence[RunFiles]], list[Block]]]

@@ -37,7 +37,7 @@ _PLACES = {"bpd": "", "bpd_tmin": "at x_tmin"}
 
 
 def _gaps(runs: Sequence[RunFiles]) -> list[Block]:
-    """The bits/dim of the ODE minus the bound for the same images, dequantization and checkpoint, at the same point."""
+    """The bits/dim of the ODE minus the bound for the same images, dequantization, checkpoint and place."""
     rows = []
     for run, (part, place) in itertools.product(runs, _PLACES.items()):
         results = [result for result in run.results if part in result]
@@ -53,7 +53,7 @@ def _gaps(runs: Sequence[RunFiles]) -> list[Block]:
 
 
 def _bounds_the_same(part: Result, name: str) -> bool:
-    """Whether this is a bound for the point of this part: one for x needs the start-time correction."""
+    """Returns whether this is a bound at the place of this part. A bound at x needs the start-time correction."""
     return "bound" in part and (part["num_starts"] > 0) == (name == "bpd")
 
 
@@ -173,8 +173,8 @@ _BITS_PER_DIM = [
 _ABOUT_BITS_PER_DIM = (
     "The value after ± is the standard error over images; the repeats of an image are averaged first. All errors are "
     "estimates in bits/dim. The error of the solver is a bias of the mean. The other errors are standard errors of the "
-    "mean: of the random probes, of the times and noise that a bound samples, and over repeats. A solver error far "
-    "below these does not make the result more accurate."
+    "mean: of the random probes, of the times and noise that a bound samples, and over repeats. If the error of the "
+    "solver is far below the others, a finer solve does not make the result more accurate."
 )
 
 _NATS = [
@@ -245,6 +245,6 @@ _CLASSES = [
     field("images with their class", "accuracy", "se", show=with_error),
     field("guidance", "guidance"),
     field("images", "n"),
-    field("accuracy of the judge on real images", "judge_accuracy"),
+    field("accuracy of the classifier on real images", "judge_accuracy"),
     *_COSTS,
 ]

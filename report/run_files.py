@@ -51,9 +51,9 @@ class RunFiles:
         return any(name in self.metrics.get("train", {}) for name in names)
 
     def newest_result(self, part: str) -> tuple[dict[str, Any] | None, str]:
-        """The result for the newest checkpoint that has this part, and " of FILE" if there are several.
+        """Returns the result of the newest checkpoint that has this part, and " of FILE" if it has several.
 
-        If there are several, prefers those in eval/, then the most recent.
+        Of several results, it returns one in eval/ if there is one, and the most recent of those.
         """
         having = [result for result in self.results if part in result]
         newest = [result for result in having if result["checkpoint_step"] == having[-1]["checkpoint_step"]]
@@ -116,7 +116,7 @@ def _newest(artefacts: Mapping[str, Artefact]) -> Artefact | None:
 
 
 def _read_results(workdir: Path, metrics: RunCurves, problems: list[str]) -> list[dict[str, Any]]:
-    """Evaluations in all folders of the run, each with its `run`, its `file`, and `train_seconds` up to the step."""
+    """Reads the evaluations in all folders of the run, and adds `run`, `file` and `train_seconds` to each."""
     results = []
     for path in sorted(workdir.glob("**/*.json")):
         content = read_json(path, problems)

@@ -19,13 +19,13 @@ from report.run_files import RunFiles
 Runs = Sequence[RunFiles]
 
 MAX_IMAGES = 64
-"""Images in a grid, at most."""
+"""The largest number of images in a grid."""
 
 MAX_ROWS = 16
 """The largest number of rows shown of a picture with a fixed number of columns."""
 
 MAX_SNAPSHOTS = 6
-"""Snapshots of a run, at most."""
+"""The largest number of snapshots that are shown of a run."""
 
 
 def loss_curves(runs: Runs) -> list[Block]:
@@ -35,8 +35,8 @@ def loss_curves(runs: Runs) -> list[Block]:
         return []
     note = (
         "Each panel shows one term of the objective, without its weight. The total is the loss that training "
-        "minimizes. Losses are squared errors relative to the noise and have no unit. Test losses use the averaged "
-        "weights."
+        "minimises. Losses are squared errors relative to the noise and have no unit. Test losses use the averaged "
+        "parameters."
     )
     return [_plot("loss", loss_figure(curves), "Loss curves"), Note(note)]
 
@@ -80,15 +80,15 @@ def points(runs: Runs) -> list[Block]:
 
 
 def snapshots(runs: Runs) -> list[Block]:
-    """Samples drawn during training: of many snapshots only some, which include the first and the last."""
+    """Samples drawn during training. If there are many snapshots, some are left out, but not the first and the last."""
     pictures = {}
     for run in runs:
         chosen = np.unique(np.linspace(0, len(run.snapshots) - 1, MAX_SNAPSHOTS).round().astype(int))
         shown = [run.snapshots[i] for i in chosen] if run.snapshots else []
         steps = ", ".join(f"{snapshot.step:,}" for snapshot in shown)
         if shown:
-            pictures[f"{run.title}, averaged weights, steps {steps}"] = snapshot_grid([s.ema for s in shown])
-            pictures[f"{run.title}, last weights, steps {steps}"] = snapshot_grid([s.raw for s in shown])
+            pictures[f"{run.title}, averaged parameters, steps {steps}"] = snapshot_grid([s.ema for s in shown])
+            pictures[f"{run.title}, raw parameters, steps {steps}"] = snapshot_grid([s.raw for s in shown])
     note = "Each row shows one checkpoint, in the order of the steps. All images of a column start from the same noise."
     return [*_gallery("snapshots", pictures, "Samples during training"), Note(note)] if pictures else []
 
@@ -110,7 +110,7 @@ def densities(runs: Runs) -> list[Block]:
 
 
 def diagnostics(runs: Runs) -> list[Block]:
-    """Where the models are bad, by start time and noise level, of the newest checkpoint of each run."""
+    """The errors of the newest checkpoint of each run, by start time and noise level."""
     models = {}
     for run in runs:
         result, file = run.newest_result("diagnostics")

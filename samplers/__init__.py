@@ -1,1 +1,1 @@
-"""The interface of samplers, the samplers behind sampling.py, and the updates of predictor-corrector samplers."""
+"""The interface of samplers, the samplers that sampling.py builds, and the updates of predictor-corrector samplers."""

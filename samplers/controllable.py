@@ -1,6 +1,6 @@
 """Conditional samples from an unconditional score function ([S21a] Sec. 5 and App. I).
 
-Two ways to condition:
+There are three ways to condition:
 
 - `Observation`: some components of the image in an orthogonal basis are known. In every update of a predictor-corrector
   sampler, they are replaced by their known values plus the noise of that time. Inpainting, colorization and all
@@ -8,7 +8,7 @@ Two ways to condition:
   p_t(unknown | known with noise), not p_t(unknown | known). The two agree as the noise vanishes, so corrector steps
   make the samples better.
 - `GuidedScore`: the score of p_t(x | class) from a classifier of noisy images, by Bayes' rule.
-- `ClassifierFreeScore`: guidance by a score function that is told the class (Ho & Salimans, 2022).
+- `ClassifierFreeScore`: guidance by a score function that takes the class (Ho & Salimans, 2022).
 
 Source: [S21a] Song et al., ICLR 2021.
 """
@@ -71,8 +71,8 @@ def _multiply(x: Batch, matrix: Basis) -> Batch:
 def observe(observation: Observation, sde: SDE, update: Update, t: PerExample, noise: Batch) -> Update:
     """Replaces the known components after an update from time t ([S21a] App. I.2 and I.3).
 
-    x gets alpha_t known + sigma_t noise, and its mean gets alpha_t known. The published code passes x for its mean.
-    At the end of sampling, it therefore removes only the noise of the known components.
+    In x, they become alpha_t known + sigma_t noise; in its mean, alpha_t known. The published code passes x in place of
+    its mean. At the end of sampling, it therefore removes only the noise of the known components.
     """
     x, x_mean = update
     mean, sigma = sde.marginal(observation.known, t)
@@ -80,7 +80,7 @@ def observe(observation: Observation, sde: SDE, update: Update, t: PerExample, n
 
 
 def observed_prior(observation: Observation, sde: SDE, x: Batch) -> Batch:
-    """Returns x at t_max from a sample of the prior. The sample is also the noise of the known components."""
+    """Returns x at t_max, given a sample of the prior, which also supplies the noise of the known components."""
     alpha = sde.alpha_sigma(jnp.full(len(x), sde.t_max, x.dtype))[0]
     return x + append_dims(alpha, x) * observation.image(observation.known * observation.mask)
 

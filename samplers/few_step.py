@@ -157,7 +157,7 @@ def dpm_solver(
 
 
 class Multistep(NamedTuple):
-    """Coefficients of each step, y' = decay y + sum_j weights[j] D_j + noise z; D_j: last values of D, newest first."""
+    """Coefficients of each step y' = decay y + sum_j weights[j] D_j + noise z. The newest D_j comes first."""
 
     decay: Float[np.ndarray, " steps"]
     weights: Float[np.ndarray, "steps order"]
@@ -241,7 +241,7 @@ def _scale_up(sde: SDE, y: Batch, log_rho: Array) -> Batch:
 
 @functools.partial(jax.jit, static_argnames=("sde", "data_range"))
 def _denoise_scaled(score_fn: ScoreFn, sde: SDE, data_range: DataRange, y: Batch, log_rho: Array) -> Batch:
-    """D(y, rho), clipped to the range of the data."""
+    """Returns D(y, rho), clipped to the range of the data."""
     t = jnp.full(y.shape[0], sde.time_of_log_noise_level(log_rho))
     denoised = denoise(score_fn, sde, _scale_up(sde, y, log_rho), t)
     return denoised if data_range is None else jnp.clip(denoised, *data_range)
@@ -249,7 +249,7 @@ def _denoise_scaled(score_fn: ScoreFn, sde: SDE, data_range: DataRange, y: Batch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FastSampler(Sampler):
-    """The common part of the samplers of this file: a budget of evaluations and a grid of noise levels.
+    """The base class of the samplers in this file, with a budget of evaluations and a grid of noise levels.
 
     Attributes:
         schedule: of the grid, see `noise_levels`. "auto" is the choice of the source: "log_snr" for DPM-Solver++ and
@@ -271,6 +271,7 @@ class FastSampler(Sampler):
         check_positive("sampling.schedule_exponent", self.schedule_exponent)
 
     def levels(self, num_levels: int) -> LogNoiseLevels:
+        """Returns ln rho of the levels of the grid, from t_max to `smallest_time`."""
         schedule = self.best_schedule if self.schedule == "auto" else self.schedule
         return noise_levels(self.sde, self.smallest_time, num_levels, schedule, self.schedule_exponent)
 
@@ -336,9 +337,11 @@ def _fast_fields(config: Config, sde: SDE, data_range: DataRange) -> dict[str, A
 
 
 def dpm_solver_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    """Builds DPM-Solver++ with the fields of `sampling`."""
     fields = _fast_fields(config, sde, data_range)
     return DPMSolverSampler(order=config.sampling.order, eta=config.sampling.eta, **fields)
 
 
 def heun_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    """Builds Heun's method with the fields of `sampling`."""
     return HeunSampler(**_fast_fields(config, sde, data_range))

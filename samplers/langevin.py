@@ -131,6 +131,7 @@ class LangevinSampler(Sampler):
 
 
 def langevin_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
+    """Builds Langevin dynamics with the fields of `sampling`, with one level unless the method is annealed."""
     del data_range
     sampling = config.sampling
     return LangevinSampler(

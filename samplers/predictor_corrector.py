@@ -37,7 +37,7 @@ def euler_maruyama(
 def reverse_diffusion(
     score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample, noise: Batch, num_steps: int, probability_flow: bool = False
 ) -> Update:
-    """The forward chain x_{i+1} = x_i + f_i + G_i z, reversed the way the SDE is ([S21a] Eqn. 46)."""
+    """Reverses the forward chain x_{i+1} = x_i + f_i + G_i z in the same way as the SDE ([S21a] Eqn. 46)."""
     f, g = sde.discretize(x, t, num_steps)
     g = append_dims(g, x)
     if probability_flow:

@@ -82,7 +82,7 @@ class _ProbabilityFlow:
 
 
 def ode_from_config(config: Config, sde: SDE, data_range: DataRange = None) -> ODESampler:
-    """Builds the sampler by the ODE with the fields of `sampling`, whatever sampling.method says."""
+    """Builds the sampler by the ODE with the fields of `sampling`, for every sampling.method."""
     del data_range
     sampling = config.sampling
     fields = common_fields(config, sde)

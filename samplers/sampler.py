@@ -1,7 +1,8 @@
-"""The interface of samplers: images by their numbers, from noise at t_max to smallest_time, given a score function.
+"""The interface of samplers, which draw images by their numbers, from noise at t_max to smallest_time.
 
-All randomness of image k comes from (key, k) and the number of the step. So an image does not depend on the number of
-devices, on interruptions, or on the other images drawn with it. Round r of a run draws images r B, ..., (r + 1) B - 1.
+All random numbers of image k are derived from the key, k, and the number of the step. So an image does not depend on
+the number of devices, on interruptions, or on the other images drawn with it. Round r of a run draws images r B, ...,
+(r + 1) B - 1.
 There are two exceptions: the Langevin corrector averages norms over the whole batch, as published, and the adaptive ODE
 solver chooses its steps for the whole batch.
 
@@ -33,7 +34,7 @@ StepNoise = Callable[[tuple[int, ...], Array], Batch]
 
 
 class Samples(NamedTuple):
-    """Samples, and their cost."""
+    """Samples, and the number of network evaluations."""
 
     x: Batch
     nfe: int
@@ -89,7 +90,7 @@ class Sampler(abc.ABC):
 
     @property
     def follows_ode(self) -> bool:
-        """Whether samples follow the probability-flow ODE, without noise after the first."""
+        """Whether samples follow the probability-flow ODE, so that noise enters only at t_max."""
         return False
 
     @abc.abstractmethod
@@ -119,6 +120,7 @@ def step_noise(keys: ImageKeys, image_shape: tuple[int, ...], step: Array, draw:
 
 
 def first_noise(keys: ImageKeys, image_shape: tuple[int, ...], step: Array) -> Batch:
+    """Draws the first noise of a step for each image; see `step_noise`."""
     return step_noise(keys, image_shape, step, 0)
 
 
@@ -130,6 +132,7 @@ def denoise(score_fn: ScoreFn, sde: SDE, x: Batch, t: PerExample) -> Batch:
 
 @functools.partial(jax.jit, static_argnames="sde")
 def denoise_at(score_fn: ScoreFn, sde: SDE, x: Batch, t: float | Float[Array, ""]) -> Batch:
+    """`denoise` at the same time t for all images."""
     return denoise(score_fn, sde, x, jnp.full(x.shape[0], t))
 
 
@@ -141,15 +144,18 @@ def common_fields(config: Config, sde: SDE) -> dict[str, Any]:
 
 
 def check_choice(field: str, value: object, allowed: Iterable) -> None:
+    """Raises ValueError if the value is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{field} must be one of {', '.join(map(str, allowed))}, got {value!r}")
 
 
 def check_at_least(field: str, value: int, least: int) -> None:
+    """Raises ValueError if the value is smaller than `least`."""
     if value < least:
         raise ValueError(f"{field} must be at least {least}, got {value}")
 
 
 def check_positive(field: str, value: float) -> None:
+    """Raises ValueError if the value is not positive, or is NaN."""
     if not value > 0:
         raise ValueError(f"{field} must be positive, got {value}")

@@ -1,1 +1,1 @@
-"""The methods of ode.py that use a library, and what all methods have in common."""
+"""The methods of ode.py that use a library (diffrax, SciPy), and the code that all methods share."""

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, in_parts
-from solvers.solve import Field, Info, State, combine, is_finite, with_worst_example
+from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, with_worst_example
 
 
 class _AdaptiveSolve(NamedTuple):
-    """A solve with adaptive steps between two parts. Times are multiplied by the direction of time, and so increase."""
+    """The state of an adaptive solve between two parts. Times are multiplied by the direction, so they increase."""
 
     steps: Int[Array, ""]
     """Attempted steps."""
@@ -27,7 +27,7 @@ class _AdaptiveSolve(NamedTuple):
 
 
 class _Interval(NamedTuple):
-    """What the parts of an adaptive solve have in common."""
+    """The constants of an adaptive solve, shared by its parts."""
 
     field: Field
     t0: Float[Array, ""]
@@ -37,7 +37,7 @@ class _Interval(NamedTuple):
 
     @property
     def direction(self) -> Float[Array, ""]:
-        return _direction(self.t0, self.t1)
+        return jnp.where(self.t0 < self.t1, 1, -1).astype(self.t0.dtype)
 
     @property
     def end(self) -> Float[Array, ""]:
@@ -66,11 +66,6 @@ class _Interval(NamedTuple):
         )
 
 
-def _direction(t0: Float[Array, ""], t1: Float[Array, ""]) -> Float[Array, ""]:
-    """Returns 1 or -1."""
-    return jnp.where(t0 < t1, 1, -1).astype(t0.dtype)
-
-
 _DOPRI5, _ERROR_ORDER = diffrax.Dopri5(), 5
 """The method, and the order of the error estimate of its embedded formula, which the step size control uses."""
 
@@ -85,7 +80,7 @@ def dopri5(
     max_steps: int,
     progress: ReportProgress | None,
 ) -> tuple[State, Info]:
-    """Runs diffrax's steps in a loop of our own, which can be left and entered again between steps."""
+    """Takes diffrax's steps in our own loop, so that a solve can be watched and stopped between steps."""
     interval = _Interval(field, t0, t1, rtol, atol)
     solve = _before_first_step(interval, y0)
     first, length = solve.t, interval.end - solve.t
@@ -97,7 +92,8 @@ def dopri5(
         return (int(100 * (solve.t - first) / length) if solve.healthy else 100), 100
 
     solve = in_parts(advance, solve, max_steps, progress, percentage)
-    return _end(interval, solve)
+    y, info = _end(interval, solve)
+    return y, with_worst_example(field, info, y, t1 - t0)
 
 
 @jax.jit
@@ -105,7 +101,7 @@ def _before_first_step(interval: _Interval, y0: PyTree) -> _AdaptiveSolve:
     term, controller, start = interval.term(), interval.controller(), interval.direction * interval.t0
     size, slope = _first_step(interval, y0)
     t_next, controller_state = controller.init(term, start, interval.end, y0, size, None, _DOPRI5.func, _ERROR_ORDER)
-    # The state of the solver says that this is not a step without a derivative, because there is one: `slope`.
+    # The solver must reuse the derivative `slope`, and not compute it again at the start of a part.
     solver_state = jnp.asarray(False), slope
     t_next = jnp.minimum(t_next, interval.end)
     return _AdaptiveSolve(jnp.int32(0), start, t_next, y0, jnp.isfinite(t_next), solver_state, controller_state)
@@ -128,7 +124,7 @@ def _first_step(interval: _Interval, y0: State) -> tuple[Float[Array, ""], State
     slope, slope1 = (jax.tree.map(lambda a, i=i: a[i], slopes) for i in range(2))
     d2 = norm(scaled(jax.tree.map(jnp.subtract, slope1, slope))) / h0
     largest = jnp.maximum(d1, d2)
-    # A field that is not finite at the trial point may be finite before it, so the solver begins with a small step.
+    # If the field is not finite at the trial point, it may be finite before it, so the solver begins with a small step.
     unknown = (largest <= 1e-15) | ~jnp.isfinite(largest)
     h1 = jnp.where(unknown, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / largest) ** (1 / 5))
     return jnp.minimum(100 * h0, h1).astype(start.dtype), slope
@@ -136,7 +132,7 @@ def _first_step(interval: _Interval, y0: State) -> tuple[Float[Array, ""], State
 
 @jax.jit
 def _steps_until(interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Array, ""] | int) -> _AdaptiveSolve:
-    """Attempts steps until the end of the interval, or until `most_steps` were attempted since its beginning."""
+    """Attempts steps until the end of the interval, or until `most_steps` have been attempted in total."""
     term, controller, end = interval.term(), interval.controller(), interval.end
     nearly_end = end - 100 * jnp.finfo(end.dtype).eps * jnp.abs(end)
 
@@ -171,15 +167,9 @@ def _steps_until(interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Arr
     return jax.lax.while_loop(unfinished, attempt, solve)
 
 
-def _end(interval: _Interval, solve: _AdaptiveSolve) -> tuple[PyTree, Info]:
-    info, span = _outcome(solve, interval.t0, interval.t1)
-    return solve.y, with_worst_example(info, interval.field, solve.y, span)
-
-
 @jax.jit
-def _outcome(solve: _AdaptiveSolve, t0: Float[Array, ""], t1: Float[Array, ""]) -> tuple[Info, Float[Array, ""]]:
-    """Returns the report of the solve without its worst example, and the length of the interval."""
-    direction = _direction(t0, t1)
-    solved = solve.healthy & (solve.t >= direction * t1) & is_finite(solve.y)
+def _end(interval: _Interval, solve: _AdaptiveSolve) -> tuple[PyTree, Info]:
+    solved = solve.healthy & (solve.t >= interval.end) & is_finite(solve.y)
     # Six new stages in each step, one at the start, and one to choose the first step.
-    return Info(6 * solve.steps + 2, solve.steps, solved, direction * solve.t, jnp.int32(-1)), t1 - t0
+    nfe, t = 6 * solve.steps + 2, interval.direction * solve.t
+    return solve.y, Info(nfe, solve.steps, solved, t, jnp.asarray(NO_EXAMPLE))

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from scipy.integrate import RK45
 
 from arrays import ReportProgress
-from solvers.solve import Field, Info, State, is_finite, with_worst_example
+from solvers.solve import NO_EXAMPLE, Field, Info, State, is_finite, with_worst_example
 
 
 def scipy_rk45(
@@ -33,8 +33,9 @@ def scipy_rk45(
         return _flat(_evaluate(field, np.asarray(t, dtype), state(flat)))
 
     if not bool(is_finite(y0)):  # SciPy would raise an exception.
-        info = Info(jnp.int32(0), jnp.int32(0), jnp.asarray(False), jnp.asarray(t0, dtype), jnp.int32(-1))
-        return y0, with_worst_example(info, field, y0, t1 - t0)
+        zero, failed = jnp.int32(0), jnp.asarray(False)
+        info = Info(zero, zero, failed, jnp.asarray(t0, dtype), jnp.asarray(NO_EXAMPLE))
+        return y0, with_worst_example(field, info, y0, t1 - t0)
     solver = RK45(derivative, t0, _flat(y0), t1, rtol=rtol, atol=atol)
     # If the first derivative is not finite, SciPy would reduce a first step of NaN forever.
     healthy = bool(np.isfinite(solver.f).all())
@@ -45,8 +46,8 @@ def scipy_rk45(
     y = jax.tree.map(jnp.asarray, state(solver.y))
     solved = jnp.asarray(solver.status == "finished" and bool(is_finite(y)))
     nfe, steps = jnp.int32(solver.nfev), jnp.int32(_attempted_steps(solver))
-    info = Info(nfe, steps, solved, jnp.asarray(solver.t, dtype), jnp.int32(-1))
-    return y, with_worst_example(info, field, y, t1 - t0)
+    info = Info(nfe, steps, solved, jnp.asarray(solver.t, dtype), jnp.asarray(NO_EXAMPLE))
+    return y, with_worst_example(field, info, y, t1 - t0)
 
 
 def _attempted_steps(solver: RK45) -> int:

@@ -1,10 +1,12 @@
-"""What the methods have in common: states that are pytrees, and the report of a solve."""
+"""Code that all methods share: arithmetic on states that are pytrees, and the report of a solve."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 State = TypeVar("State", bound=PyTree)
@@ -45,29 +47,35 @@ def combine(y: PyTree, dt: Float[Array, ""], weights: Iterable[float | Array], s
 
 
 def is_finite(y: PyTree) -> Bool[Array, ""]:
+    """Returns whether all values of a state are finite."""
     return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.all(jnp.isfinite(a)), y))
 
 
-def with_worst_example(info: Info, field: Field, y: PyTree, span: float | Float[Array, ""]) -> Info:
-    """Fills in `worst_example` after a failure, at the state y. Without a failure, it has to be -1 already.
+def with_worst_example(field: Field, info: Info, y: PyTree, span: Float[Array, ""] | float) -> Info:
+    """Returns the report of a solve that ended with the state y, with the worst example after a failure.
 
-    This evaluates the field. Outside jit, a solve that succeeded does not compile it.
+    Outside jit, the field is compiled for this only after a failure.
     """
-    if not isinstance(info.success, jax.core.Tracer) and bool(info.success):
+    if isinstance(info.success, Tracer):
+        worst = jax.lax.cond(
+            info.success, lambda: info.worst_example, lambda: _find_worst_example(field, info.t, y, span)
+        )
+    elif info.success:
         return info
-    return info._replace(worst_example=_worst_example(field, info.t, y, span, info.success))
+    else:
+        worst = _find_worst_example(field, info.t, y, span)
+    return info._replace(worst_example=worst)
+
+
+NO_EXAMPLE = np.int32(-1)
+"""The worst example after a success."""
 
 
 @jax.jit
-def _worst_example(
-    field: Field, t: Float[Array, ""], y: PyTree, span: Float[Array, ""], success: Bool[Array, ""]
-) -> Int[Array, ""]:
-    def after_failure() -> Int[Array, ""]:
-        # Just after t, because a solver stops before the time at which a field breaks.
-        derivative = field(t + 1e-6 * span, y)
-        return jnp.argmax(sum(jax.tree.leaves(jax.tree.map(_size, derivative, y)))).astype(jnp.int32)
-
-    return jax.lax.cond(success, lambda: jnp.int32(-1), after_failure)
+def _find_worst_example(field: Field, t: Float[Array, ""], y: PyTree, span: Float[Array, ""] | float) -> Int[Array, ""]:
+    # Just after t, because a solver stops before the time at which a field breaks.
+    derivative = field(t + 1e-6 * span, y)
+    return jnp.argmax(sum(jax.tree.leaves(jax.tree.map(_size, derivative, y)))).astype(jnp.int32)
 
 
 def _size(derivative: Array, y: Array) -> Float[Array, " batch"]:

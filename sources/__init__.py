@@ -24,7 +24,7 @@ __all__ = ["MemorySource", "Source", "check_levels", "prepare_from_config", "sou
 
 def load_digits(split: str) -> MemorySource:
     """Loads scikit-learn's handwritten digits: 1797 images of 8x8 with 17 levels; one in five is a test image."""
-    import sklearn.datasets  # takes a second to import, and other data sets do not need it
+    import sklearn.datasets  # Imported here, because it takes a second, and other data sets do not need it.
 
     digits: Any = sklearn.datasets.load_digits()
     order = np.random.default_rng(0).permutation(len(digits.images))
@@ -49,7 +49,7 @@ def _path(data: Config) -> Path:
 
 
 CHECKED_IMAGES, CHECKED_BYTES = 1000, 2**26
-"""Limits on the number of images, and on their total size, in the sample that is checked for its levels."""
+"""The largest number of images, and their largest total size in bytes, in the sample that is checked for its levels."""
 
 SOURCES: dict[str, Callable[[Config, str], Source]] = {
     "digits": lambda data, split: load_digits(split),

@@ -128,14 +128,14 @@ def _read_idx(compressed: bytes, axes: int, name: str) -> np.ndarray:
 
 def read_svhn(files: Files) -> dict[str, Split]:
     """Reads MATLAB files with X, [32, 32, 3, n], and y, where 10 stands for the digit 0; skips the extra images."""
-    import scipy.io  # slow to import, and other data sets do not need it
+    import scipy.io  # Imported here, because it is slow, and other data sets do not need it.
 
     splits = {}
     for split in ("train", "test"):
         path = files[f"{split}_32x32.mat"]
         try:
             arrays = scipy.io.loadmat(str(path))
-        except Exception as error:  # damaged bytes make it raise a dozen kinds
+        except Exception as error:  # For damaged bytes, SciPy raises many kinds of errors.
             raise ValueError(f"Cannot read {path} as a MATLAB file: {error}") from error
         if missing := {"X", "y"} - arrays.keys():
             raise ValueError(f"{path} has no array {min(missing)}")
@@ -166,7 +166,7 @@ def _read_tar_of_images(path: Path, size: int) -> ImageArray:
 
 
 def _contents_of_tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
-    """Yields the name and content of one file after another, however many there are."""
+    """Yields the name and content of each file, one at a time, because together they may not fit into memory."""
     try:
         with tarfile.open(path) as tar, progress(0, path.name, "file") as bar:
             for member in tar:
@@ -175,7 +175,7 @@ def _contents_of_tar(path: Path) -> Iterator[tuple[PurePosixPath, bytes]]:
                     yield PurePosixPath(member.name), file.read()
                 tar.members.clear()  # pyright: ignore[reportAttributeAccessIssue]  # else it keeps a million of them
                 bar.update()
-                stop.check_this_host()
+                stop.check()
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise ValueError(f"Cannot read {path} as a .tar file: {error}") from error
 
@@ -204,7 +204,7 @@ def _read_zips(paths: Sequence[Path], size: int) -> Split:
     for path in paths:
         with _open_zip(path) as archive:
             for name in archive.namelist():
-                stop.check_this_host()
+                stop.check()
                 if name.endswith(".npz"):
                     digits = re.search(r"batch_(\d+)\.npz$", name)
                     number = int(digits[1]) if digits else 0
@@ -232,7 +232,7 @@ def _read_batch(archive: zipfile.ZipFile, member: str, size: int, name: str) -> 
     try:
         with np.load(io.BytesIO(archive.read(member))) as batch:
             data, labels = batch["data"], batch["labels"]
-    except Exception as error:  # damaged bytes make NumPy, zipfile and zlib raise a dozen kinds
+    except Exception as error:  # For damaged bytes, NumPy, zipfile and zlib raise many kinds of errors.
         raise ValueError(f"Cannot read {name} as a batch of images: {error}") from error
     if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * size * size:
         raise ValueError(f"data of {name} is {data.dtype} of shape {data.shape}, not uint8 of (n, {3 * size * size})")

@@ -40,7 +40,7 @@ class Originals:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """The forms of a data set. A form that it does not have is None."""
+    """The forms in which a data set can be read. A form that does not exist is None."""
 
     files: Published | None = None
     tfds: TfdsSet | None = None
@@ -149,7 +149,7 @@ def load_entry(data: Config, split: str) -> Source:
 
 
 def _ways(entry: Entry) -> str:
-    """Says how to supply a data set."""
+    """Returns text that says how to supply a data set."""
     ways = []
     if entry.files is not None:
         ways.append(

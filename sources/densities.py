@@ -84,10 +84,12 @@ class GaussianMixture:
 
     @property
     def mean(self) -> Float[np.ndarray, " d"]:
+        """E x_0."""
         return self.weights @ self.means
 
     @property
     def covariance(self) -> Float[np.ndarray, "d d"]:
+        """The covariance matrix of x_0."""
         spread = self.means - self.mean
         return np.einsum("k,kij->ij", self.weights, self.covariances) + (spread.T * self.weights) @ spread
 
@@ -110,6 +112,7 @@ class GaussianMixture:
         return jnp.einsum("bk,bki->bi", jax.nn.softmax(log_joint, axis=1), scores, precision="highest").reshape(x.shape)
 
     def score_fn(self, sde: SDE) -> ScoreFn:
+        """Returns the exact score as a `ScoreFn`, for this SDE."""
         return functools.partial(self.score, sde)
 
     def log_density_of_data(self, x: Batch) -> PerExample:

@@ -1,7 +1,7 @@
 """Folders of images, decoded to arrays of one size.
 
 The decoded images are cached on disk. If some files cannot be decoded, or decoding is interrupted, the images decoded
-so far are kept, too, and the next run decodes only the others.
+so far are kept, and the next run decodes only the others.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ NAMED_UNREADABLE = 20
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """Settings that decode an image file; threads share it."""
+    """Decodes image files. Several threads may call it at the same time."""
 
     framing: Framing
     image_size: int
@@ -48,7 +48,7 @@ class Decoder:
 
     @property
     def settings(self) -> tuple[object, ...]:
-        """The settings as they enter the names of caches."""
+        """The settings that are part of the names of caches."""
         return self.image_size, self.num_channels, self.framing.__name__
 
     def __call__(self, path: Path) -> np.ndarray | str:
@@ -133,7 +133,7 @@ def _decode_into(
     num_train: int,
     decoder: Decoder,
 ) -> None:
-    """Stores the decoded images as a whole in `cache`, or else what could be decoded in `partial`.
+    """Stores the decoded images in `cache` if all were decoded, otherwise the decoded ones in `partial`.
 
     Raises:
         OSError: if there is too little space. Without this check, writing to a file mapped into memory would end the
@@ -141,7 +141,7 @@ def _decode_into(
         ValueError: naming the files that cannot be decoded.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(cache.parent, 2 * len(files) * math.prod(decoder.shape))  # as they are decoded, and as they are stored
+    _check_space(cache.parent, 2 * len(files) * math.prod(decoder.shape))  # decoded images and their stored copy
     with tempfile.TemporaryDirectory(dir=cache.parent, prefix="decoding_") as scratch:
         rows, whole, replaced = (Path(scratch) / part for part in ("rows", "whole", "replaced"))
         rows.mkdir()
@@ -150,13 +150,13 @@ def _decode_into(
         try:
             images = _decode_files(files, keys, decoder, rows, partial, problems)
             complete = not problems
-        finally:  # after Ctrl-C, too
+        finally:  # After Ctrl-C, too, the decoded images are kept.
             if not complete and len(problems) < len(files):
                 _replace(rows, partial, replaced)
         if problems:
             raise ValueError(_problems_text(problems, len(files)))
         write_splits(whole, name, {"train": Split(images[:num_train]), "test": Split(images[num_train:])}, DECODING)
-        if stored_decoding(cache) != DECODING:  # else another host was first
+        if stored_decoding(cache) != DECODING:  # Another host may have been faster.
             _replace(whole, cache, replaced)
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -168,7 +168,7 @@ def _replace(new: Path, target: Path, replaced: Path) -> None:
             target.rename(replaced)
         new.rename(target)
     except OSError:
-        if not target.exists():  # else another host was first
+        if not target.exists():  # Another host may have been faster.
             raise
 
 
@@ -186,14 +186,14 @@ def _problems_text(problems: Sequence[str], num_files: int) -> str:
         return f"{problems[0]}; none of the {num_files} images can be used"
     more = len(problems) - NAMED_UNREADABLE
     rest = f"; and {more} more" if more > 0 else ""
-    advice = f"remove or replace {'them' if len(problems) > 1 else 'it'}; the other images are kept decoded"
+    advice = f"remove or replace {'them' if len(problems) > 1 else 'it'}; the other images stay in the cache"
     return f"{'; '.join(problems[:NAMED_UNREADABLE])}{rest}; {advice}"
 
 
 def file_key(path: Path) -> bytes:
     """Returns the name, size and time of a file, which identify its content without reading it."""
     status = path.stat()
-    name = os.path.abspath(path)  # without resolving links, which takes a minute or two for a million images
+    name = os.path.abspath(path)  # Resolving links would take minutes for a million images.
     return os.fsencode(name) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode()
 
 
@@ -207,13 +207,13 @@ def _digest(settings: object, *parts: bytes) -> str:
 def _decode_files(
     files: Sequence[Path], keys: Sequence[bytes], decoder: Decoder, rows: Path, partial: Path, problems: list[str]
 ) -> ImageArray:
-    """Decodes files in threads into a file in the folder `rows`, which is mapped into memory as it may not fit there.
+    """Decodes files in threads into an array in the folder `rows`, mapped into memory because it may be larger.
 
     Images found in the folder `partial` are copied. The hashes of the decoded files' keys are stored beside the images,
     so that `rows` can be the next run's `partial`.
 
     Args:
-        problems: a text for each file that cannot be decoded is appended.
+        problems: receives a text for each file that cannot be decoded.
     """
     images = np.lib.format.open_memmap(rows / "images.npy", "w+", np.uint8, (len(files), *decoder.shape))
     hashes = np.array([np.frombuffer(hashlib.sha256(key).digest(), np.uint8) for key in keys])
@@ -228,7 +228,7 @@ def _decode_files(
                 else:
                     images[row], done[row] = image, True
                 bar.update()
-                stop.check_this_host()
+                stop.check()
     finally:
         pool.shutdown(cancel_futures=True)
         np.save(rows / "hashes.npy", hashes * done[:, None])
@@ -240,7 +240,11 @@ def _copy_partial(partial: Path, hashes: np.ndarray, images: ImageArray) -> np.n
     done = np.zeros(len(hashes), bool)
     try:
         kept, kept_hashes = (np.load(partial / f"{name}.npy", mmap_mode="r") for name in ("images", "hashes"))
-    except (OSError, ValueError, EOFError):  # nothing is kept, another host has removed it, or it is damaged
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+    ):  # No images were kept, or they were removed or damaged.
         return done
     row_of = {row_hash.tobytes(): row for row, row_hash in enumerate(hashes)}
     for kept_hash, image in zip(kept_hashes, kept, strict=True):

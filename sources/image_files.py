@@ -11,15 +11,15 @@ from sources.resizing import extensions
 from sources.splits import SPLITS, is_test
 
 SYSTEM_FOLDERS = ("__MACOSX", "@eaDir")
-"""Folders that archive programs and storage devices add; their files look like images, but are not the user's."""
+"""Folders that archive programs and storage devices create, with files that look like images of the data set."""
 
 TRAIN_NAMES = ("train", "training")
 TEST_NAMES = (("test",), ("val", "valid", "validation"))
-"""Names of split folders, in any case. Test images come from a folder `test` if there is one, else from validation."""
+"""Names of split folders, in lower or upper case. A folder `test` has precedence over one for validation."""
 
 TRAIN_LIKE = re.compile(r"train(ing|set)?([^a-z].*)?", re.IGNORECASE)
 TEST_LIKE = re.compile(r"(test(ing|set)?|val(id(ation)?)?|dev|eval(uation)?|holdout)([^a-z].*)?", re.IGNORECASE)
-"""Names that look like splits, e.g. train2017 and val2017. Side by side they are refused unless they are known."""
+"""Names that look like splits, e.g. train2017 and val2017. Together they are an error, unless both are known."""
 
 NAMED_FILES = 5
 """The number of skipped files that a summary names."""
@@ -61,7 +61,7 @@ class ImageFiles:
 
     paths: dict[str, list[Path]]
     splits_from: str
-    """What assigned the images to the splits, for people."""
+    """How the images were assigned to the splits, as text for the log."""
     skipped: Skipped = dataclasses.field(default_factory=Skipped)
 
 
@@ -85,7 +85,7 @@ class Walk:
         self._seen.add(_identity(self.root))
         for images, linked in zip(found, links, strict=True):
             while linked:
-                # sorted, so that the order does not depend on the file system
+                # Without sorting, the order would depend on the file system.
                 linked.sort(reverse=True)
                 link = linked.pop()
                 if _identity(link) in self._seen:
@@ -107,7 +107,7 @@ class Walk:
             for entry in visible(folder, self.skipped):
                 path = folder / entry.name
                 is_link = entry.is_symlink()
-                # Path, unlike DirEntry, takes a link that leads to itself for one that leads nowhere.
+                # For a link that leads to itself, Path.is_dir returns False, but DirEntry.is_dir raises an error.
                 if path.is_dir() if is_link else entry.is_dir():
                     (links if is_link else folders).append(path)
                 elif is_link and not path.is_file():
@@ -201,11 +201,11 @@ def split_folders(folder: Path, subfolders: list[str]) -> dict[str, str] | None:
         raise _ambiguous(folder, subfolders, f"of which {test} looks like a split, without a folder train")
     if len(subfolders) > 1:
         raise _ambiguous(folder, subfolders, f"of which {train} looks like a split, without a folder test")
-    return None  # the images under train are all there is
+    return None  # There is only a folder train, whose images are divided by their hashes.
 
 
 def _check_nested(folder: Path, files: list[Path]) -> None:
-    """Refuses folders of splits deeper down, whose test images would be trained on."""
+    """Raises ValueError for folders of splits deeper down, whose test images would be used for training."""
     children: dict[Path, set[str]] = {}
     for parent in {path.parent for path in files}:
         while parent != folder:

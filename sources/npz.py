@@ -42,10 +42,10 @@ def _read_arrays(path: Path, wanted: tuple[str, ...]) -> tuple[dict[str, np.ndar
             with np.load(file) as archive:
                 names = list(archive)
                 arrays = {name: archive[name] for name in names if name in wanted}
-    except Exception as error:  # damaged bytes make NumPy, zipfile and zlib raise a dozen kinds
+    except Exception as error:  # For damaged bytes, NumPy, zipfile and zlib raise many kinds of errors.
         raise ValueError(f"Cannot read {path} as an .npz file: {error}") from error
     for name, array in arrays.items():
-        if not isinstance(array, np.ndarray):  # the bytes of a file that is not .npy
+        if not isinstance(array, np.ndarray):  # NumPy returns the bytes of a part that is not .npy.
             raise ValueError(f"Cannot read {path} as an .npz file: its part {name!r} is not an array")
     return arrays, names
 

@@ -10,7 +10,7 @@ from sources import archives
 from sources.splits import Split, write_splits
 
 VARIANTS = {"old": "downsampled_imagenet", "new": "imagenet_resized"}
-"""Variants of ImageNet: the papers', and the one that replaced it. The new one is smoother and has fewer bits/dim."""
+"""Versions of ImageNet: that of the papers, and a newer one, which is smoother and has fewer bits/dim."""
 
 EMNIST_VARIANTS = {
     "balanced": (47, 0),
@@ -181,7 +181,7 @@ def prepare_published(published: Published, archive: Path, accepted: Collection[
         check_file(path, published, name, accepted)
     try:
         splits = published.read(files)
-    except Exception as error:  # damaged bytes make the readers raise a dozen kinds
+    except Exception as error:  # For damaged bytes, the readers raise many kinds of errors.
         raise ValueError(f"{archive} is damaged, or not {published.title}: {error}") from error
     folder = data_dir / published.name
     write_splits(folder, published.title, splits)

@@ -6,7 +6,7 @@ Every image is reduced to 8 bits per channel, in grey or in colour, by one rule:
 - Transparency is dropped: the colours that the file stores below it are kept.
 - 16-bit channels keep their high byte. Pillow does the same with 16-bit colour.
 - Only the first frame of an animation, or the first page of a document, is used.
-- Images with 32-bit pixels, integers or floats, are refused, because their range is not known.
+- Images with 32-bit pixels, integers or floats, raise an error, because their range is not known.
 
 Pillow resizes. Its filters widen when an image shrinks, like tf.image.resize(antialias=True) in the published code. It
 rounds to integer levels, where the published code keeps fractions, because bits/dim are defined for integer levels.
@@ -123,9 +123,9 @@ def _load(encoded: Path | bytes) -> Image.Image:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=formats()) as image:
             image.load()
             return image
-    except UnidentifiedImageError as error:  # its own message repeats the path
+    except UnidentifiedImageError as error:  # The message of Pillow repeats the path.
         raise ValueError("cannot be read as an image: its format is unknown, or its beginning is damaged") from error
-    except Exception as error:  # damaged bytes make Pillow's decoders raise a dozen kinds
+    except Exception as error:  # For damaged bytes, Pillow's decoders raise many kinds of errors.
         raise ValueError(f"cannot be read as an image: {error}") from error
 
 
@@ -144,7 +144,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 def _turned(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ORIENTATION)
-    except Exception:  # of many kinds, for damaged EXIF data, which viewers ignore
+    except Exception:  # Damaged EXIF data raise many kinds of errors. Viewers ignore such data, too.
         return image
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 

@@ -98,7 +98,7 @@ class RecordSource:
         for row, (position, record) in enumerate(zip(wanted, self.records.__getitems__(wanted), strict=True)):
             try:
                 image = self.decode(record)
-                if image.shape != self.image_shape:  # NumPy would repeat a smaller image to fill the row
+                if image.shape != self.image_shape:  # NumPy would repeat a smaller image to fill the row.
                     raise ValueError(f"has shape {image.shape} instead of {self.image_shape}")
             except ValueError as error:
                 raise ValueError(f"record {position} of {self.description} {error}") from error

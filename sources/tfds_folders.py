@@ -133,16 +133,16 @@ def _in_memory(source: RecordSource, title: str, split: str, labelled: bool) -> 
                 records = source.records.__getitems__(source.positions[rows].tolist())
                 labels[rows] = [decode_label(record) for record in records]
             bar.update(len(rows))
-            stop.check_this_host()
+            stop.check()
     return MemorySource(images, describe(title, split, images), labels)
 
 
 def _read_info(folder: Path) -> Any:
-    import tensorflow_datasets as tfds  # optional for other data sets; it does not load TensorFlow
+    import tensorflow_datasets as tfds  # Other data sets do not need tfds. This import does not load TensorFlow.
 
     try:
         return tfds.builder_from_directory(folder).info
-    except Exception as error:  # damaged JSON makes it raise half a dozen kinds
+    except Exception as error:  # For damaged JSON, tfds raises many kinds of errors.
         raise ValueError(f"Cannot read {folder} as a data set of tensorflow-datasets: {error}") from error
 
 
@@ -176,7 +176,7 @@ class ArrayRecords:
         self._folder = paths[0].parent
         try:
             self._records = ArrayRecordDataSource([str(path) for path in paths])
-        except Exception as error:  # its own kinds, without the name of the file
+        except Exception as error:  # The reader's errors do not name the file.
             raise ValueError(f"{self._folder} is damaged: {error}") from error
 
     def __len__(self) -> int:
@@ -185,7 +185,7 @@ class ArrayRecords:
     def __getitems__(self, record_keys: Sequence[int], /) -> Sequence[bytes]:
         try:
             return self._records.__getitems__(record_keys)
-        except RuntimeError as error:  # its message lacks the name of the file
+        except RuntimeError as error:  # The reader's errors do not name the file.
             raise ValueError(f"{self._folder} is damaged: {error}") from error
 
 
@@ -209,7 +209,7 @@ def download_tfds(dataset: TfdsSet, data_dir: Path) -> str:
     try:
         builder = tfds.builder(dataset.name, data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
-    except Exception as error:  # many kinds: the network, its checks, files to download by hand
+    except Exception as error:  # Many kinds: of the network, checksums, manual downloads.
         raise ValueError(f"tensorflow-datasets could not prepare {dataset.name}: {error}") from error
     counts = " and ".join(f"{split.num_examples:,} {name}" for name, split in builder.info.splits.items())
     return f"{builder.data_dir}: tfds {dataset.name}, {counts} images"

@@ -102,9 +102,9 @@ def decode_label(record: bytes) -> int:
 def _features(record: bytes) -> Any:
     """Returns the features of an Example by name."""
     from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2  # half a second, which other data sets need not spend
+    from tensorflow_datasets.proto import tf_example_pb2  # Imported here, because it takes half a second.
 
-    message: Any = tf_example_pb2  # its classes are created at run time
+    message: Any = tf_example_pb2  # Any, because protobuf creates its classes at run time.
     try:
         return message.Example.FromString(record).features.feature
     except DecodeError as error:

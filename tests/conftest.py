@@ -57,6 +57,7 @@ SLOW = {
     "test_ode_score",
     "test_points",
     "test_published_checkpoints",
+    "test_published_runs",
     "test_refinenet",
     "test_report",
     "test_run_lib",

@@ -18,8 +18,11 @@ from evaluators.control_inputs import MASKS, inpainting, restoration
 from evaluators.latents import EncodeEvaluator
 from infra.files import read_npz
 from infra.workdir import Workdir
+from models.ncsnpp import ncsnpp_from_config
+from models.score import NETWORKS
 from report.run_files import read_run
 from sources import load_digits
+from tests.tiny_network import tiny_network
 
 
 def config_with(**fields):
@@ -30,6 +33,12 @@ def config_with(**fields):
     config.control.update(num_images=3, num_draws=2, num_steps=5)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_place_of_ncsnpp():
+    with tiny_network():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +148,8 @@ def test_classes_are_drawn_with_a_trained_classifier(workdir, judge):
     assert "Samples of classes" in (workdir / "report.html").read_text()
 
 
-def test_a_network_that_is_told_classes_is_trained_and_guides_itself(tmp_path, judge):
+def test_a_network_that_is_told_classes_is_trained_and_guides_itself(tmp_path, judge, monkeypatch):
+    monkeypatch.setitem(NETWORKS, "ncsnpp", ncsnpp_from_config)
     fields = {"training__batch_size": 8, "training__n_iters": 3, "training__eval_freq": 5, "data__num_classes": 10}
     sampler = {"sampling__method": "heun", "sampling__max_nfe": 5, "control__labels": (1, 2)}
     config = config_with(**fields, **sampler, eval__statistics_dir=str(judge))

@@ -1,6 +1,7 @@
 """--mode=diagnose: an exact score has no errors, and a run's diagnosis resumes and reaches the report."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,13 @@ from dequantization.training import evaluation_dequantizer
 from evaluators.bits_per_dim import BitsPerDimEvaluator
 from infra import stop
 from infra.workdir import EvaluationFolder, Workdir
+from tests.tiny_network import tiny_network
+
+
+@pytest.fixture(autouse=True)
+def in_place_of_ncsnpp() -> Iterator[None]:
+    with tiny_network():
+        yield
 
 
 def test_diagnosis_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

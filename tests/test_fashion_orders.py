@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from configs.fashion.ncsnpp import get_config
-from experiments import fashion_orders
-from experiments.fashion_orders import BRANCHES, Plan, Values, evaluations, helps, results_page, verdict
+from experiments import fashion_orders, fashion_orders_page
+from experiments.fashion_orders_page import Values, best_branch, helps, results_page, verdict
+from experiments.fashion_orders_plan import BRANCHES, Plan, likelihoods, samples
 from losses import objective_from_config
 
 IMAGES = 16
@@ -67,7 +68,7 @@ def write_run(plan: Plan, branch: str, seed: int, tmin: float) -> None:
         for split in ("train", "test")
     ]
     (folder / "train" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    for name in evaluations(plan):
+    for name in likelihoods(plan) | samples(plan):
         result: dict[str, object] = {"checkpoint_step": 3, "samples": {"fid": 1.5}}
         for part, mean in (("bpd", tmin - 0.1), ("bpd_tmin", 2.85 if "bound" in name else tmin)):
             stored = folder / name / part
@@ -78,7 +79,10 @@ def write_run(plan: Plan, branch: str, seed: int, tmin: float) -> None:
 
 
 def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything is trained once, controls and the best branch with two seeds, and the page has a row for each."""
+    """Everything is trained once, controls and the best branch with two seeds; the page has a row for each.
+
+    The long controls do as much arithmetic as the best branch.
+    """
     plan, calls = Plan(tmp_path, 3, 3, IMAGES, 8), []
     tmin = {"V2": 2.9, "K": 3.1}
 
@@ -88,17 +92,22 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(fashion_orders, "train", train)
     monkeypatch.setattr(fashion_orders, "call", lambda *arguments: pytest.fail(f"evaluated again: {arguments}"))
-    monkeypatch.setattr(fashion_orders, "measured_residuals", lambda *_: (np.ones(2), np.ones(2)))
-    best = fashion_orders.run_all(plan)
-    assert best == "V2"
+    for module in (fashion_orders, fashion_orders_page):
+        monkeypatch.setattr(module, "gflop_per_step", lambda branch: 4.0 if branch == "V2" else 1.0)
+    monkeypatch.setattr(fashion_orders_page, "measured_residuals", lambda *_: (np.ones(2), np.ones(2)))
+    pages: list[str] = []
+    fashion_orders.run_all(plan, lambda: pages.append(results_page(plan, tmp_path / "images", "--steps=3")))
+    assert best_branch(plan) == "V2"
     assert calls == [
         ("base", 1, 3),
         *((branch, 1, 3) for branch in BRANCHES),
         *((branch, 2, 3) for branch in ("K", "C", "V2")),
-        ("K_long", 1, 3),
-        ("C_long", 1, 3),
+        ("K_long", 1, 12),
+        ("C_long", 1, 12),
     ]
-    page = results_page(plan, best, tmp_path / "images", 60.0)
-    assert sum(line.startswith(("| V2 |", "| K |", "| K_long |", "| base |")) for line in page.splitlines()) == 6
-    assert "these help: V2" in page
+    assert "Not finished: C, 2, W, V2, 3, V3, K_long, C_long" in pages[0]
+    assert "Not finished" not in pages[-1]
+    assert [sum(line.startswith("| V2 |") for line in page.splitlines()) for page in pages[3:6]] == [0, 1, 1]
+    assert sum(line.startswith(("| V2 |", "| K |", "| K_long |", "| base |")) for line in pages[-1].splitlines()) == 6
+    assert pages[-1].count("these help: V2") == 3  # equal steps with both seeds, and equal arithmetic
     assert (tmp_path / "images" / "orders.png").is_file()

@@ -1,10 +1,12 @@
 """Several processes run as one: two of two devices each against this one of four."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 
 import run_lib
 from configs.digits.smoke import get_config
+from infra import parallel
+from tests.tiny_network import tiny_flow, tiny_network
 
 ROOT = Path(__file__).parent.parent
 FIELDS: dict[str, Any] = {
@@ -20,16 +24,35 @@ FIELDS: dict[str, Any] = {
     "training.snapshot_freq": 4,
     "training.log_freq": 2,
     "data.random_flip": True,
-    "eval.ode_solver": "rk4_log",
     "eval.ode_steps": 2,
     "eval.num_repeats": 1,
     "sampling.num_steps": 2,
     "deq.n_iters": 4,
 }
+ALL_MODES = """
+import main, run_lib
+from tests.test_hosts import small_networks
+evaluate = run_lib.evaluate
+def all_modes(config, workdir, eval_folder, deq_folder):
+    run_lib.train(config, workdir)
+    run_lib.train_deq(config, workdir, deq_folder)
+    evaluate(config, workdir, eval_folder, deq_folder)
+run_lib.evaluate = all_modes
+with small_networks():
+    main.app.run(main.main, flags_parser=main._parse_flags)
+"""
+"""A program that trains the score model and the dequantizer before it evaluates: three modes for one start."""
 
 
-def start(workdir: Path, mode: str, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "main.py", "--config=configs/digits/smoke.py", f"--workdir={workdir}", f"--mode={mode}"]
+@contextlib.contextmanager
+def small_networks() -> Iterator[None]:
+    """Puts networks that compile fast in the place of the score network and the dequantizer."""
+    with tiny_network(), tiny_flow():
+        yield
+
+
+def start(program: Sequence[str], workdir: Path, mode: str, *flags: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *program, "--config=configs/digits/smoke.py", f"--workdir={workdir}", f"--mode={mode}"]
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
     two_devices = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=2")
     environment = {**os.environ, "XLA_FLAGS": two_devices, "JAX_PLATFORMS": "cpu"}
@@ -39,29 +62,25 @@ def start(workdir: Path, mode: str, *flags: str) -> subprocess.Popen[str]:
     )
 
 
-def start_two(workdir: Path, mode: str, *fields_of_second: str) -> list[tuple[int, str]]:
+def start_two(program: Sequence[str], workdir: Path, mode: str, *fields_of_second: str) -> list[tuple[int, str]]:
     """Returns the exit codes and errors of two processes. The second one may have other fields."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     flags = (f"--coordinator=localhost:{port}", "--num_processes=2")
     others = [(), fields_of_second]
-    processes = [start(workdir, mode, *flags, f"--process_id={k}", *others[k]) for k in range(2)]
+    processes = [start(program, workdir, mode, *flags, f"--process_id={k}", *others[k]) for k in range(2)]
     errors = [process.communicate(timeout=600)[1] for process in processes]
     return [(process.returncode, said) for process, said in zip(processes, errors, strict=True)]
-
-
-def run_two(workdir: Path, mode: str) -> None:
-    ended = start_two(workdir, mode)
-    assert [status for status, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
 
 
 def run_here(workdir: Path) -> None:
     config = get_config()
     config.update_from_flattened_dict({**FIELDS, "eval.statistics_dir": f"{workdir.parent}/stats"})
-    run_lib.train(config, workdir)
-    run_lib.train_deq(config, workdir, "deq")
-    run_lib.evaluate(config, workdir, "eval")
+    with small_networks():
+        run_lib.train(config, workdir)
+        run_lib.train_deq(config, workdir, "deq")
+        run_lib.evaluate(config, workdir, "eval")
 
 
 def logged(workdir: Path) -> list[float]:
@@ -73,8 +92,8 @@ def logged(workdir: Path) -> list[float]:
 def test_two_hosts_do_what_one_does(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     run_here(one)
-    for mode in ("train", "train_deq", "eval"):
-        run_two(two, mode)
+    ended = start_two(["-c", ALL_MODES], two, "eval")
+    assert [status for status, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
     assert {path.name for path in two.glob("log*")} == {"log.txt", "log_1.txt"}, "each host has a log of its own"
     for folder, records in ((".", 3), ("deq", 2)):
         losses = [logged(workdir) for workdir in (one / folder, two / folder)]
@@ -88,13 +107,13 @@ def test_two_hosts_do_what_one_does(tmp_path: Path) -> None:
 
 def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(tmp_path: Path) -> None:
     """The second process has data that do not fit its configuration."""
-    (first, first_says), (second, second_says) = start_two(tmp_path / "run", "train", "--config.data.levels=16")
+    (first, first_says), (second, second_says) = start_two(
+        ["main.py"], tmp_path / "run", "train", "--config.data.levels=16"
+    )
     assert (first != 0, second) == (True, 2), first_says + second_says
     assert "data.levels is 16" in second_says.splitlines()[-1]
 
 
-def test_processes_that_cannot_be_told_apart_are_refused(tmp_path: Path) -> None:
-    process = start(tmp_path, "train", "--coordinator=localhost:1", "--num_processes=2", "--process_id=2")
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "--process_id below it, got 2 and 2" in errors.splitlines()[-1]
+def test_processes_that_cannot_be_told_apart_are_refused() -> None:
+    with pytest.raises(ValueError, match="--process_id below it, got 2 and 2"):
+        parallel.join_processes("localhost:1", 2, 2)

@@ -1,8 +1,7 @@
-"""The loops as their users run them, on the smallest network, and what they say to bad input."""
+"""The loops as their users run them, on a tiny network, and what they say to bad input."""
 
 import dataclasses
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -12,8 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from absl import flags
 
 import datasets
+import main
 import run_lib
 from build import build
 from configs.digits.smoke import get_config
@@ -23,8 +24,17 @@ from infra.files import read_npz
 from infra.startup import count_programs
 from infra.workdir import Workdir
 from report.run_files import read_run
+from tests.forked_main import run_main
+from tests.tiny_network import tiny_network
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_place_of_ncsnpp():
+    """The loops are the same for every network."""
+    with tiny_network():
+        yield
 
 
 def config_with(**fields):
@@ -70,7 +80,8 @@ def test_training_leaves_what_the_run_needs(trained):
     assert kept == [6, 12], "every snapshot_freq steps, and the newest"
     assert json.loads((trained / "config.json").read_text())["training"]["n_iters"] == 12
     environment = json.loads((trained / "environment.json").read_text())
-    assert environment["num_parameters"] > 1000
+    parameters = jax.tree.leaves(build(config_with()).abstract_state().params)
+    assert environment["num_parameters"] == sum(leaf.size for leaf in parameters) > 100
     assert environment["matmul_precision"] == "default"
     assert "<html" in (trained / "report.html").read_text()
 
@@ -189,17 +200,17 @@ def test_evaluation_is_complete_and_resumes_exactly(trained, tmp_path, monkeypat
 
 
 def test_an_evaluation_killed_between_its_batches_ends_the_same(trained):
-    fields = {"eval__num_repeats": 6, "eval__batch_size": 8, "eval__enable_sampling": False}
+    fields = {"eval__num_repeats": 8, "eval__enable_sampling": False}
     fields["training__score_matching_order"] = 3  # unlike the run's
-    flags = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
-    arguments = command("--mode=eval", f"--workdir={trained}", "--eval_folder=killed", *flags)
+    settings = [f"--config.{name.replace('__', '.')}={value}" for name, value in fields.items()]
+    arguments = start_tiny("--mode=eval", f"--workdir={trained}", "--eval_folder=killed", *settings)
     killed = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and killed.poll() is None and not list((trained / "killed").glob("*/*.npz")):
         time.sleep(0.01)
     killed.kill()
     assert killed.wait() == -signal.SIGKILL
-    assert 1 <= len(list((trained / "killed").glob("*/*.npz"))) < 36
+    assert 1 <= len(list((trained / "killed").glob("*/*.npz"))) < 16
     for folder in ("killed", "not_killed"):
         run_lib.evaluate(config_with(**fields), trained, folder)
     results = [(trained / folder / "step_12.json").read_bytes() for folder in ("killed", "not_killed")]
@@ -218,8 +229,9 @@ def test_missing_checkpoints_are_named(trained, tmp_path):
         run_lib.evaluate(config, trained, "eval")
 
 
-def command(*arguments, config="configs/digits/smoke.py"):
-    return [sys.executable, "main.py", f"--config={config}", *arguments]
+def start_tiny(*arguments):
+    """Returns the command that runs main.py on the tiny network."""
+    return [sys.executable, "-m", "tests.tiny_network", "--config=configs/digits/smoke.py", *arguments]
 
 
 BAD_INPUT = {
@@ -234,28 +246,32 @@ BAD_INPUT = {
     "processes of nothing": ("--num_processes=2", "need --coordinator"),
     "no such config": ("--config=configs/digits/none.py", "none.py"),
 }
+BAD_WORKDIRS = {"no workdir": [], "unwritable": ["--workdir=/proc/nowhere/run"]}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """The workdir of `BAD_INPUT`, and how the commands of all cases of bad input ended."""
+    workdir, train = tmp_path_factory.mktemp("refused") / "run", ["--config=configs/digits/smoke.py", "--mode=train"]
+    cases = {name: [*train, f"--workdir={workdir}", argument] for name, (argument, _) in BAD_INPUT.items()}
+    return workdir, run_main(cases | {name: [*train, *arguments] for name, arguments in BAD_WORKDIRS.items()})
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input_is_one_line_and_leaves_nothing(name, tmp_path):
-    argument, message = BAD_INPUT[name]
-    workdir = tmp_path / "run"
-    arguments = ["--mode=train", f"--workdir={workdir}", argument]
-    result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
-    said_by_us = [line for line in result.stderr.splitlines() if not re.match(r"[IW]\d{4} ", line)]
-    assert result.returncode not in (0, 1)
-    assert len(said_by_us) == 1, result.stderr
-    assert message in said_by_us[0]
+def test_bad_input_is_one_line_and_leaves_nothing(name, refused):
+    workdir, ended = refused
+    assert ended[name].code not in (0, 1)
+    (line,) = ended[name].said
+    assert BAD_INPUT[name][1] in line
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("arguments", [["--mode=train"], ["--mode=train", "--workdir=/proc/nowhere/run"]])
-def test_missing_and_unwritable_workdirs(arguments):
-    result = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
-    said_by_us = [line for line in result.stderr.splitlines() if not re.match(r"[IW]\d{4} ", line)]
-    assert result.returncode == 2
-    assert len(said_by_us) == 1, result.stderr
-    assert "--workdir" in said_by_us[0]
+@pytest.mark.parametrize("name", BAD_WORKDIRS)
+def test_missing_and_unwritable_workdirs(name, refused):
+    _, ended = refused
+    assert ended[name].code == 2
+    (line,) = ended[name].said
+    assert "--workdir" in line
 
 
 @pytest.mark.parametrize(
@@ -299,18 +315,16 @@ def test_fewer_steps_than_were_trained_are_refused(trained):
     assert (trained / "config.json").read_bytes() == before
 
 
-def test_a_full_device_is_answered_with_advice(tmp_path):
-    program = """
-import sys, main, run_lib
-def train(config, workdir, started):
-    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
-run_lib.train = train
-main.app.run(main.main, flags_parser=main._parse_flags)
-"""
-    arguments = ["--config=configs/digits/smoke.py", f"--workdir={tmp_path}", "--mode=train"]
-    result = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "training.accumulation_steps" in result.stderr.splitlines()[-1]
+def test_a_full_device_is_answered_with_advice(tmp_path, monkeypatch, capsys):
+    def train(config, workdir, started):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["main.py"])
+    monkeypatch.setattr(run_lib, "train", train)
+    monkeypatch.setattr(console, "quiet_libraries", lambda: None)  # which would stay for other tests
+    assert main._run_and_report("train", tmp_path) == main.FAILED == 1
+    assert "training.accumulation_steps" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_two_processes_do_not_train_in_one_folder(tmp_path):
@@ -352,11 +366,11 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(tmp_path):
 
     This is the only test of signals from another process. The other tests set the flag.
     """
-    settings = {"n_iters": 300, "snapshot_freq": 300, "snapshot_freq_for_preemption": 300}
-    flags = [f"--config.training.{name}={value}" for name, value in settings.items()]
-    flags.append("--config.data.random_flip=True")  # as in config_with
+    settings = {"n_iters": 3000, "snapshot_freq": 3000, "snapshot_freq_for_preemption": 3000}
+    fields = [f"--config.training.{name}={value}" for name, value in settings.items()]
+    fields.append("--config.data.random_flip=True")  # as in config_with
     workdir = tmp_path / "stopped"
-    arguments = command("--mode=train", f"--workdir={workdir}", *flags)
+    arguments = start_tiny("--mode=train", f"--workdir={workdir}", *fields)
     stopped = subprocess.Popen(arguments, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     metrics = workdir / "train" / "metrics.jsonl"
     deadline = time.monotonic() + 300
@@ -367,8 +381,8 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(tmp_path):
     assert stopped.returncode == 75, said
     assert said.endswith("Interrupted. Run the same command again to resume.\n")
     (step,) = (int(p.name) for p in (workdir / "checkpoints").glob("[0-9]*"))
-    assert 0 < step < 300
-    config = config_with(**{f"training__{name}": value for name, value in settings.items()})
+    assert 0 < step < 3000
+    config = config_with(**{f"training__{name}": value for name, value in (settings | {"n_iters": step + 3}).items()})
     run_lib.train(config, workdir)
     run_lib.train(config, tmp_path / "whole")
     assert same_bits(state_of(config, workdir), state_of(config, tmp_path / "whole"))

@@ -25,6 +25,7 @@ from infra.workdir import EvaluationFolder, Workdir
 from report.figures import snapshot_grid
 from report.run_files import read_run
 from samplers.few_step import DPMSolverSampler
+from tests.tiny_network import tiny_network
 
 
 def config_with(**fields):
@@ -33,6 +34,12 @@ def config_with(**fields):
     config.training.update(n_iters=12, snapshot_freq=6, snapshot_freq_for_preemption=4, snapshot_sampling=True)
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_place_of_ncsnpp():
+    with tiny_network():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +320,6 @@ def test_a_bad_sampler_is_found_before_training(tmp_path):
         run_lib.train(config_with(sampling__order=4, training__snapshot_sampler="configured"), tmp_path / "run")
     with pytest.raises(ValueError, match=r"snapshot_sampler is 'pc'; it must be few_step or configured"):
         run_lib.train(config_with(training__snapshot_sampler="pc"), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"sampling\.batch_size is 0; it must be at least 1"):
-        run_lib.train(config_with(sampling__batch_size=0), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"sampling\.batch_size is -1; it must not be negative"):
+        run_lib.train(config_with(sampling__batch_size=-1), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -54,6 +54,18 @@ def graph() -> dict[str, set[str]]:
     return {part: set.union(*map(imports, files)) & names - {part} for part, files in parts().items()}
 
 
+def imported_files(path: Path) -> set[Path]:
+    """The files of this project that a file imports, anywhere in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    files = (ROOT / f"{name.replace('.', '/')}.py" for name in names)
+    return {file for file in files if file.is_file()}
+
+
 def test_every_part_has_its_layer():
     layered = [part for layer in LAYERS for part in layer]
     assert len(layered) == len(set(layered))
@@ -78,6 +90,11 @@ def test_the_structure_stays_small():
     assert len(edges) <= MOST_PARTS
     assert sum(map(len, edges.values())) <= MOST_IMPORTS
     graphlib.TopologicalSorter(edges).prepare()  # raises CycleError
+
+
+def test_no_files_import_each_other_in_a_circle():
+    files = [path for each in parts().values() for path in each]
+    graphlib.TopologicalSorter({path: imported_files(path) for path in files}).prepare()  # raises CycleError
 
 
 def test_no_file_imports_another_framework():

@@ -3,9 +3,10 @@
     python main.py --config=configs/digits/ncsn.py --workdir=runs/ncsn --mode=train
     python main.py --config=configs/digits/ncsn.py --workdir=runs/ncsn --mode=eval
 
-The network is told sigma, and is trained at all noise levels between the largest and the smallest, so one model serves
-every ladder of levels. The largest is about the largest distance between two training images, and the step size is 0.2
-times the square of the smallest, as in [SE20] Sec. 3.1 and [SE19] Sec. 5. `make ncsn` compares ladders.
+The network is conditioned on sigma, and is trained at all noise levels between the largest and the smallest. So one
+model is enough for all ladders of levels. The largest is about the largest distance between two training images, and
+the step size is 0.2 times the square of the smallest, as in [SE20] Sec. 3.1 and [SE19] Sec. 5. `make ncsn` compares
+ladders.
 """
 
 from configs.default import Config

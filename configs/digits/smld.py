@@ -3,8 +3,9 @@
     python main.py --config=configs/digits/smld.py --workdir=runs/digits_smld --mode=train
     python main.py --config=configs/digits/smld.py --workdir=runs/digits_smld --mode=eval
 
-The network is the same as in configs/digits/ncsnpp.py, but it sees the number of the noise level. Samples are drawn by
-predictor-corrector. Bits/dim use the ODE whose score at any time is the model's score at the nearest level.
+The network is the same as in configs/digits/ncsnpp.py, but it is conditioned on the number of the noise level. Samples
+are drawn by predictor-corrector. Bits/dim solve the ODE whose score at any time is the model's score at the nearest
+level.
 """
 
 from configs.default import Config

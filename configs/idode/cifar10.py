@@ -13,7 +13,8 @@ Fine-tuning with the second order, with one probe as published (high_order_estim
     python main.py --config=configs/idode/cifar10.py --workdir=FINE_TUNED --mode=train \\
         --config.training.score_matching_order=2 --config.training.init_from=WORKDIR
 
-Bits/dim with uniform noise, starting at gamma = -11.8 from the noisy image itself; and the variational bound:
+The first command computes bits/dim with uniform noise, starting at gamma = -11.8 from the noisy image itself. The
+second one computes the variational bound:
 
     python main.py --config=configs/idode/cifar10.py --workdir=WORKDIR --mode=eval --eval_folder=eval_uniform \\
         --config.eval.dequantization=uniform --config.eval.start_time=0.0819672
@@ -51,7 +52,7 @@ def get_config() -> Config:
     config.optim.grad_clip = 0.0
 
     config.training.sde = "lineargammavpsde"
-    config.training.smallest_time = 1e-9  # its gamma is gamma_min in float32
+    config.training.smallest_time = 1e-9  # In float32, gamma at this time is gamma_min.
     config.training.batch_size = 128
     config.training.n_iters = 6_000_000
     config.training.likelihood_weighting = True
@@ -69,6 +70,6 @@ def get_config() -> Config:
     config.sampling.method = "ode"
     config.eval.batch_size = 256
     config.eval.dequantization = "truncated_normal"
-    config.eval.truncation = 4.0  # more than gamma_min allows (tau = 3.02), so the noise starts at gamma_min
+    config.eval.truncation = 4.0  # At gamma_min, tau is only 3.02, so the noise starts at gamma_min.
     config.eval.enable_sampling = True
     return config

@@ -23,7 +23,7 @@ def get_config() -> Config:
     config.model.embedding_type = "positional"
     config.model.scale_by_sigma = False
     config.model.parameterization = "velocity"
-    config.model.gamma_min = -7.9  # the noise has a standard deviation of a third of half a bin, as for 256 levels
+    config.model.gamma_min = -7.9  # The noise is a third of half a bin wide, as for 256 levels.
     config.model.gamma_max = 5.0
 
     config.optim.beta2 = 0.99
@@ -31,7 +31,7 @@ def get_config() -> Config:
     config.optim.decay_biases = False
 
     config.training.sde = "lineargammavpsde"
-    config.training.smallest_time = 1e-9  # its gamma is gamma_min in float32
+    config.training.smallest_time = 1e-9  # In float32, gamma at this time is gamma_min.
     config.training.likelihood_weighting = True
     config.training.importance_weighting = True
     config.training.importance_density = "velocity"
@@ -42,5 +42,5 @@ def get_config() -> Config:
     config.training.high_order_weighting = "first_order"
 
     config.eval.dequantization = "truncated_normal"
-    config.eval.truncation = 4.0  # more than gamma_min allows, so the noise starts at gamma_min
+    config.eval.truncation = 4.0  # At gamma_min, tau is smaller, so the noise starts at gamma_min.
     return config

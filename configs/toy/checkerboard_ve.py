@@ -8,10 +8,9 @@ Orders 2 and 3 need one more flag:
     python main.py --config=configs/toy/checkerboard_ve.py --workdir=runs/board3 --mode=train \
         --config.training.score_matching_order=3
 
-On one CPU core a step of order 1, 2, 3 takes about 3, 8 and 16 ms, so 20,000 steps take 1, 3 and 6 minutes. An
-evaluation takes about one minute. To continue from a first-order run, add --config.training.init_from=runs/board1 and
-increase training.n_iters. configs/toy/checkerboard_ve_published.py has the network and the batch size of [L22]. A
-perfect model has an NLL of ln 32 = 3.466 nats.
+docs/data.md has the time of a step of each order. To continue from a first-order run, add
+--config.training.init_from=runs/board1 and increase training.n_iters. configs/toy/checkerboard_ve_published.py has the
+network and the batch size of [L22]. A perfect model has an NLL of ln 32 = 3.466 nats.
 """
 
 from configs.default import Config

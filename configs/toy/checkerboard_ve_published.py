@@ -8,8 +8,7 @@ Each order is trained from scratch, as in the paper:
     python main.py --config=configs/toy/checkerboard_ve_published.py --workdir=runs/board3 --mode=train \\
         --config.training.score_matching_order=3
 
-On one CPU core a step of order 1 takes about 0.15 s and a step of order 3 about 1.2 s. docs/results has results of this
-network with smaller widths and batches only.
+docs/results/synthetic.md has results of this network with smaller widths and batches.
 """
 
 from configs.default import Config

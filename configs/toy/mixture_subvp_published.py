@@ -4,7 +4,7 @@
     python main.py --config=configs/toy/mixture_subvp_published.py --workdir=runs/mixture1 --mode=eval
 
 Each order is trained from scratch, as in the paper, with --config.training.score_matching_order=3 for the third.
-docs/results has results of this network with smaller widths and batches only.
+docs/results/synthetic.md has results of this network with smaller widths and batches.
 """
 
 from configs.default import Config

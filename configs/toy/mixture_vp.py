@@ -3,8 +3,7 @@
     python main.py --config=configs/toy/mixture_vp.py --workdir=runs/mixture1 --mode=train
     python main.py --config=configs/toy/mixture_vp.py --workdir=runs/mixture1 --mode=eval
 
-The network sees the noisy points without scaling. On one CPU core a step of order 1, 2, 3 takes about 3, 5 and 10 ms,
-so 20,000 steps take 1 to 3 minutes. A perfect model has an NLL of -0.129 nats.
+The network receives the noisy points without scaling. A perfect model has an NLL of -0.129 nats.
 """
 
 from configs.default import Config

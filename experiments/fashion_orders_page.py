@@ -1,0 +1,257 @@
+"""What `make fashion-orders` found: the bits/dim of each image, the rule, and the page docs/results/orders.md."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from build import build
+from evaluation import MeanEstimate, mean_estimate
+from experiments.fashion_orders_plan import (
+    BRANCHES,
+    CONTROLS,
+    SEEDS,
+    TITLES,
+    Plan,
+    branch_config,
+    gflop_per_step,
+    is_evaluated,
+    likelihoods,
+    long,
+    samples,
+)
+from experiments.provenance import commit, machine
+from infra.metrics import read_metrics
+from infra.workdir import Workdir
+from report.figures import colours, style_panel
+
+SMALLEST_GAP = 0.02
+"""Bits/dim. Below this gap of K there is nothing to close."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """Bits/dim of each image of one model."""
+
+    ode_x: np.ndarray
+    ode_tmin: np.ndarray
+    bound: np.ndarray
+    train_ode_tmin: np.ndarray
+    train_bound: np.ndarray
+
+    @property
+    def gap(self) -> MeanEstimate:
+        """The ODE at x_tmin minus the bound without start-time correction, paired by image."""
+        return mean_estimate(self.ode_tmin - self.bound)
+
+
+def seconds_per_step(workdir: Path) -> float:
+    """Returns the median over the records of a run, without the first record, which includes the compilation."""
+    rates = read_metrics(Workdir(workdir).train)["train"]["steps_per_second"].values
+    return 1 / float(np.median(rates[1:] if len(rates) > 1 else rates))
+
+
+def values_of(plan: Plan, branch: str, seed: int) -> Values:
+    folder = plan.folder(branch, seed)
+    return Values(
+        ode_x=per_image(folder / "eval", "bpd"),
+        ode_tmin=per_image(folder / "eval", "bpd_tmin"),
+        bound=per_image(folder / "eval_bound", "bpd_tmin"),
+        train_ode_tmin=per_image(folder / "eval_train", "bpd_tmin"),
+        train_bound=per_image(folder / "eval_train_bound", "bpd_tmin"),
+    )
+
+
+def per_image(folder: Path, part: str) -> np.ndarray:
+    """Returns the bits/dim of each image in the newest evaluation in a folder."""
+    stored = folder / newest_result(folder)[part]["values"]
+    batches = sorted(stored.glob("repeat0_batch*.npz"), key=lambda path: int(path.stem.split("batch")[1]))
+    return np.concatenate([np.load(path)["bpd"] for path in batches]).astype(np.float64)
+
+
+def newest_result(folder: Path) -> dict:
+    paths = folder.glob("step_*[0-9].json")
+    return json.loads(max(paths, key=lambda path: int(path.stem.split("_")[1])).read_text())
+
+
+# --- the rule ---
+
+
+def helps(branch: Values, first: Values, weighted: Values) -> bool:
+    """The rule, fixed beforehand.
+
+    A branch helps if it beats K (first) and C (weighted) on the ODE at x_tmin by two standard errors, paired by image,
+    if its gap is smaller than K's, and if its bound on training images is not worse than K's by two standard errors.
+    """
+    gains = [mean_estimate(control.ode_tmin - branch.ode_tmin) for control in (first, weighted)]
+    loss = mean_estimate(branch.train_bound - first.train_bound)
+    better = all(gain.mean > 2 * gain.se for gain in gains)
+    return better and branch.gap.mean < first.gap.mean and loss.mean <= 2 * loss.se
+
+
+def verdict(values: Mapping[str, Values], controls: tuple[str, str] = CONTROLS) -> str:
+    """Applies the rule to the branches, compared with the two controls, and states the result."""
+    first, weighted = (values[name] for name in controls)
+    if first.gap.mean < SMALLEST_GAP:
+        return (
+            f"The gap of {controls[0]} is {first.gap.mean:.4f} ± {first.gap.se:.4f} bits/dim, below {SMALLEST_GAP}: "
+            "there is nothing to close."
+        )
+    tested = [name for name in values if name not in (*CONTROLS, *controls, "base")]
+    helping = [name for name in tested if helps(values[name], first, weighted)]
+    gap = f"The gap of {controls[0]} is {first.gap.mean:.4f} ± {first.gap.se:.4f} bits/dim."
+    return f"{gap} By the rule, {'these help: ' + ', '.join(helping) if helping else 'no branch helps'}."
+
+
+# --- the page ---
+
+
+def results_page(plan: Plan, images: Path, arguments: str) -> str:
+    """Returns the page with the models that are evaluated so far, at least K. Writes its figure to `images`.
+
+    Args:
+        arguments: the arguments of the command, for the page.
+    """
+    names, one = ["base", *BRANCHES, *map(long, CONTROLS)], SEEDS[0]
+    cases = [(name, seed) for seed in SEEDS for name in names if seed == one or name != "base"]
+    values = {case: values_of(plan, *case) for case in cases if has_likelihoods(plan, *case)}
+    draw_figures(plan, [name for name, seed in values if seed == one], images)
+    missing = [name for name in names if (name, one) not in values]
+    return PAGE.format(
+        base=plan.base_steps,
+        steps=plan.steps,
+        images=plan.images,
+        samples=plan.samples,
+        gap=SMALLEST_GAP,
+        rows="\n".join(row(plan, *case) for case in values),
+        verdicts="\n".join(f"- {line}" for line in verdicts(plan, values)),
+        missing=f"Not finished: {', '.join(missing)}, and the second seed.\n\n" if missing else "",
+        arguments=f" {arguments}" if arguments else "",
+        commit=commit(),
+        machine=machine(),
+    )
+
+
+def has_likelihoods(plan: Plan, name: str, seed: int) -> bool:
+    return all(is_evaluated(plan.folder(name, seed) / folder) for folder in likelihoods(plan))
+
+
+def best_branch(plan: Plan) -> str:
+    """Returns the best branch of orders 2 and 3, by the ODE at x_tmin."""
+    high = [branch for branch in BRANCHES if branch not in CONTROLS]
+    return min(high, key=lambda branch: float(np.mean(values_of(plan, branch, SEEDS[0]).ode_tmin)))
+
+
+def verdicts(plan: Plan, values: Mapping[tuple[str, int], Values]) -> list[str]:
+    """Applies the rule at equal steps, with both seeds, and at equal arithmetic, as far as the models are there."""
+    one = SEEDS[0]
+    first, second = ({name: values[name, seed] for name in BRANCHES if (name, seed) in values} for seed in SEEDS)
+    lines = []
+    if all(control in first for control in CONTROLS):
+        lines.append(f"Equal steps: {verdict(first)}")
+    if len(second) > len(CONTROLS):
+        (best,) = second.keys() - {*CONTROLS}
+        lines.append(f"Equal steps, second seed, for {best}: {verdict(second)}")
+    if all((long(control), one) in values for control in CONTROLS):
+        best = best_branch(plan)
+        longer = {control: values[long(control), one] for control in CONTROLS}
+        lines.append(f"Equal arithmetic, for {best}: {verdict(longer | {best: values[best, one]})}")
+    return lines
+
+
+def row(plan: Plan, name: str, seed: int) -> str:
+    values, folder = values_of(plan, name, seed), plan.folder(name, seed)
+    against = values_of(plan, "K", seed)
+    longer = {long(control): f"{control}, as much arithmetic as the best" for control in CONTROLS}
+    title = (TITLES | longer | {"base": "the start"})[name]
+    result = newest_result(folder / "eval")
+    drawn = [folder / name for name in samples(plan)]
+    fids = [f"{newest_result(each)['samples']['fid']:.3f}" if is_evaluated(each) else "" for each in drawn]
+    cells = [
+        name,
+        title,
+        str(seed),
+        str(result["checkpoint_step"]),
+        f"{gflop_per_step(name):.1f}",
+        f"{seconds_per_step(folder):.3f}",
+        *(with_error(each) for each in (values.ode_x, values.ode_tmin, values.bound)),
+        with_error(against.ode_tmin - values.ode_tmin, "+"),
+        f"{values.gap.mean:+.4f} ± {values.gap.se:.4f}",
+        *(with_error(each) for each in (values.train_ode_tmin, values.train_bound)),
+        *fids,
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def with_error(values: np.ndarray, sign: str = "") -> str:
+    estimate = mean_estimate(values)
+    return f"{estimate.mean:{sign}.4f} ± {estimate.se:.4f}"
+
+
+def draw_figures(plan: Plan, names: list[str], images: Path) -> None:
+    """Draws the first-order test loss against steps and time, and r against the noise level."""
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    steps, seconds, residuals = figure.subplots(1, 3)
+    branches = [name for name in names if name != "base"]
+    for colour, name in zip(colours(len(branches)), branches, strict=True):
+        folder = Workdir(plan.folder(name, SEEDS[0]))
+        curves = read_metrics(folder.train).get("test", {})
+        if "first" in curves:
+            steps.plot(curves["first"].steps, curves["first"].values, color=colour, label=name)
+            seconds.plot(curves["seconds"].values, curves["first"].values, color=colour)
+        if BRANCHES[name.removesuffix("_long")].get("first_order_weighting") == "residual":
+            residuals.loglog(*measured_residuals(name, folder.path), color=colour, label=name)
+    style_panel(steps, "first-order test loss", "step", "")
+    style_panel(seconds, "the same against time", "seconds", "")
+    style_panel(residuals, "r(t) = E|u|² / d", "noise level", "")
+    steps.legend(frameon=False, fontsize=8)
+    if residuals.lines:
+        residuals.legend(frameon=False, fontsize=8)
+    images.mkdir(parents=True, exist_ok=True)
+    figure.savefig(images / "orders.png", dpi=120)
+
+
+def measured_residuals(name: str, workdir: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns noise levels, and r there as the run measured it."""
+    config = branch_config(name)
+    run = build(config)
+    table = run.load_state(workdir).residuals
+    if table is None:
+        raise ValueError(f"the run {workdir} has not measured the residual")
+    values = np.asarray(table.values())
+    t_min = config.training.smallest_time
+    t = t_min + (np.arange(len(values)) + 0.5) / len(values) * (1 - t_min)
+    return np.asarray(run.sde.alpha_sigma(t.astype(np.float32))[1]), values
+
+
+PAGE = """# Orders of score matching on FashionMNIST
+
+A first-order model (VE, configs/fashion/ncsnpp.py, {base} steps) is trained for {steps} more steps with each objective,
+at a learning rate that falls from 3e-4 to 0, without clipping. Bits/dim are of {images} test and {images} training
+images with uniform dequantization. The ODE is evaluated at x as published, and at x_tmin, where it compares with the
+bound. The gain is K's bits/dim of the ODE at x_tmin minus the branch's, so positive is better. Values after ± are
+standard errors over images; gains and gaps are paired by image. FID compares features of a classifier, of {samples}
+samples.
+
+| | objective | seed | step | GFLOP/step | s/step | ODE at x | ODE at x_tmin | bound | gain on K | gap | ODE, training images | bound, training images | FID, ODE | FID, SDE |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+{rows}
+
+## The rule, and its verdict
+
+The rule was fixed before the experiment. If K's gap, the ODE at x_tmin minus the bound, is below {gap}, there is nothing
+to close. Otherwise a branch helps if it beats K and C on the ODE at x_tmin by two standard errors, its gap is smaller
+than K's, and its bound on training images is not worse by two standard errors.
+
+{verdicts}
+
+The seconds per step are medians of runs beside other work on the same machine. So equal time is compared by the
+floating-point operations of a step, which are counted in its program.
+
+![test loss against steps and time, and r against the noise level](../images/orders.png)
+
+{missing}Command `python -m experiments.fashion_orders{arguments}`, commit {commit}, {machine}. An interrupted run resumes.
+"""  # noqa: E501

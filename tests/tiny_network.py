@@ -1,0 +1,85 @@
+"""A score network of two convolutions and a dequantizer of one, for tests of what is around the networks.
+
+The training step of the score network compiles in a tenth of the time of the smallest NCSN++, at order 3 in a
+thirtieth.
+
+    python -m tests.tiny_network --config=... --mode=...    # main.py with this network
+"""
+
+import contextlib
+from collections.abc import Iterator
+from unittest import mock
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from arrays import Batch, PerExample, append_dims
+from configs.default import Config
+from dequantization import variational
+from models.flowpp import Flowpp, flowpp_from_config
+from models.layers import conv
+from models.ncsnpp import ncsnpp_from_config
+from models.resample import FeatureMap
+from models.score import NETWORKS
+
+
+class TinyNetwork(nn.Module):
+    """Two convolutions, the first of which knows the noise level; called as an NCSN++ is."""
+
+    nf: int
+    scale_by_sigma: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch h w c"], labels: PerExample, train: bool) -> Batch:
+        level = jnp.log(labels) if self.scale_by_sigma else labels / 999
+        embedding = nn.Dense(self.nf)(level[:, None])
+        h = nn.swish(conv(self.nf)(x) + embedding[:, None, None, :])
+        h = conv(x.shape[-1], init_scale=0.0)(h)
+        return h / append_dims(labels, h) if self.scale_by_sigma else h
+
+
+def tiny_from_config(config: Config) -> TinyNetwork:
+    """Builds the network. Raises ValueError for fields that NCSN++ does not allow."""
+    network = ncsnpp_from_config(config)
+    return TinyNetwork(network.nf, network.scale_by_sigma)
+
+
+@contextlib.contextmanager
+def tiny_network() -> Iterator[None]:
+    """Puts the tiny network in the place of NCSN++."""
+    with mock.patch.dict(NETWORKS, ncsnpp=tiny_from_config):
+        yield
+
+
+class TinyFlow(Flowpp):
+    """A dequantizer whose logits are normal, with a mean and a scale from one convolution of the image."""
+
+    @nn.compact
+    def __call__(self, gaussian: FeatureMap, unit: FeatureMap, train: bool) -> tuple[FeatureMap, PerExample]:
+        mean, log_scale = jnp.split(nn.Conv(2 * gaussian.shape[-1], (3, 3))(unit - 0.5), 2, axis=-1)
+        logits = mean + jnp.exp(log_scale) * gaussian
+        log_normal = jax.scipy.stats.norm.logpdf(gaussian) - log_scale
+        slopes = jax.nn.log_sigmoid(logits) + jax.nn.log_sigmoid(-logits)
+        return jax.nn.sigmoid(logits), jnp.sum(log_normal - slopes, axis=(1, 2, 3))
+
+
+def tiny_flow_from_config(deq: Config) -> TinyFlow:
+    """Builds the dequantizer. Raises ValueError for fields that Flow++ does not allow."""
+    flow = flowpp_from_config(deq)
+    return TinyFlow(flow.filters, flow.components, flow.blocks, flow.heads)
+
+
+@contextlib.contextmanager
+def tiny_flow() -> Iterator[None]:
+    """Puts the tiny dequantizer in the place of Flow++."""
+    with mock.patch.object(variational, "flowpp_from_config", tiny_flow_from_config):
+        yield
+
+
+if __name__ == "__main__":
+    import main
+
+    with tiny_network():
+        main.app.run(main.main, flags_parser=main._parse_flags)
