@@ -81,8 +81,8 @@ def _distances(
     if of_data is None:
         return Distances(difference, returned=returned)
     model, ode = score - of_data, of_ode.score - of_data
-    squares = (weight * inner(a, b) for a, b in ((model, model), (ode, ode), (model, ode)))
-    return Distances(difference, *squares, returned)
+    score_matching, fisher, cross = (weight * inner(a, b) for a, b in ((model, model), (ode, ode), (model, ode)))
+    return Distances(difference, score_matching, fisher, cross, returned)
 
 
 def distances(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 from scipy.integrate import RK45
 
 from arrays import ReportProgress
@@ -59,7 +59,7 @@ def _evaluate(field: Field, t: Float[Array, ""], y: State) -> State:
     return field(t, y)
 
 
-def _flat(y: State) -> np.ndarray:
+def _flat(y: PyTree) -> np.ndarray:
     """Returns all entries of the state, for SciPy."""
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(y)]).astype(np.float64)
 
