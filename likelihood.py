@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from arrays import Batch, PerExample, ReportProgress, ScoreFn, as_pytree
+from arrays import Batch, PerExample, ReportProgress, Scalar, ScoreFn, as_pytree
 from coordinates import GaussianReference, ReferencePath
 from derivatives import PROBES, divergence_estimates
 from ode import Info, integrate
@@ -145,10 +145,24 @@ def reference_log_likelihood(
     """
     path = ReferencePath(reference, sde, t_min)
     field = ReferenceField(as_pytree(score_fn), probes, path)
-    first, last = (jnp.asarray(t, x.dtype) for t in (t_min, sde.t_max))
+    y, ends = _in_reference_coordinates(path, x)
     with jax.default_matmul_precision("highest"):
-        (y, change), info = solve(field, (path.normalize(x, first), _zeros(x, probes)), *path.ends(x.dtype))
-    change += path.log_det_jacobian(x, last) - path.log_det_jacobian(x, first)
+        (y, change), info = solve(field, (y, _zeros(x, probes)), *ends)
+    return _in_data_coordinates(path, y, change, info)
+
+
+@jax.jit
+def _in_reference_coordinates(path: ReferencePath, x: Batch) -> tuple[Batch, tuple[Scalar, Scalar]]:
+    """The start of a solve, x at t_min, and its interval. One program: op by op, XLA would compile dozens."""
+    return path.normalize(x, jnp.asarray(path.t_min, x.dtype)), path.ends(x.dtype)
+
+
+@jax.jit
+def _in_data_coordinates(path: ReferencePath, y: Batch, change: Float[Array, "batch k"], info: Info) -> LogLikelihood:
+    """The result of a solve that ended at y, in terms of x and t."""
+    sde = path.sde
+    first, last = (jnp.asarray(t, y.dtype) for t in (path.t_min, sde.t_max))
+    change += path.log_det_jacobian(y, last) - path.log_det_jacobian(y, first)
     prior_logp, error = _prior_and_error(lambda y: sde.prior_logp(path.unnormalize(y, last)), y, info.error_estimate)
     info = info._replace(t=path.time(info.t), error_estimate=None)
     return LogLikelihood(prior_logp, change, path.unnormalize(y, last), error, info)

@@ -40,7 +40,8 @@ def main(
     points = DATA.sample(jax.random.key(0), (num_points, 2))
     side = LIMIT * jnp.linspace(-1 + 1 / cells, 1 - 1 / cells, cells)
     grid = jnp.stack(jnp.meshgrid(side, side), axis=-1).reshape(-1, 2)
-    untrained = create_state(MODEL.init(jax.random.key(1), (2,)), OPTIMIZER)
+    params = jax.jit(MODEL.init, static_argnums=1)(jax.random.key(1), (2,))
+    untrained = create_state(params, OPTIMIZER)
     first = train(untrained, order=1, num_steps=first_steps)
     states = {"untrained": untrained} | {f"order {order}": train(first, order, more_steps) for order in ORDERS}
 

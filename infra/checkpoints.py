@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -190,7 +189,7 @@ class Checkpoints:
                 )
         table = ResidualTable(**arrays["residuals"]) if "residuals" in arrays else initial_residuals(self.like)
         state = TrainState(**arrays["state"], residuals=table)
-        if not bool(_all_finite((state.params, state.ema_params))):
+        if not _all_finite((state.params, state.ema_params)):
             raise ValueError(
                 f"{name} has parameters that are not finite: its training has diverged; remove it to use an earlier one"
             )
@@ -304,9 +303,9 @@ def _checksum_of_text(description: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(description, sort_keys=True).encode())
 
 
-@jax.jit
-def _all_finite(params: Params) -> jax.Array:
-    return jax.tree.reduce(jnp.logical_and, jax.tree.map(lambda a: jnp.isfinite(a).all(), params), jnp.asarray(True))
+def _all_finite(params: Params) -> bool:
+    """Whether all numbers are finite, checked on the host: XLA would compile a reduction for every array."""
+    return all(np.isfinite(_on_host(leaf)).all() for leaf in jax.tree.leaves(params))
 
 
 def params_digest(params: Params) -> str:

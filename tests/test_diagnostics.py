@@ -13,7 +13,7 @@ from configs.digits.smoke import get_config
 from configs.toy.smoke import get_config as points
 from dequantization.training import evaluation_dequantizer
 from evaluators.bits_per_dim import BitsPerDimEvaluator
-from infra import stop
+from infra import parallel
 from infra.workdir import EvaluationFolder, Workdir
 from tests.tiny_network import tiny_network
 
@@ -54,7 +54,7 @@ def test_diagnosis_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         if len(reports) == 2:  # before the batch, and after the first step of the first solve
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stop, "check", check)
+    monkeypatch.setattr(parallel, "check_stop", check)
     with pytest.raises(KeyboardInterrupt):
         run_lib.diagnose(config, tmp_path, "stopped")
     assert not list((tmp_path / "stopped").glob("*/*.npz"))

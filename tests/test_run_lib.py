@@ -19,7 +19,7 @@ import run_lib
 from build import build
 from configs.digits.smoke import get_config
 from evaluators.bits_per_dim import BitsPerDimEvaluator
-from infra import console, stop, training_loop
+from infra import console, parallel, stop, training_loop
 from infra.files import read_npz
 from infra.startup import count_programs
 from infra.workdir import Workdir
@@ -426,7 +426,7 @@ def test_a_request_during_a_solve_is_answered_within_it(trained, monkeypatch):
         if len(reports) == 4:  # before the batch, and after three of its eight steps
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stop, "check", check)
+    monkeypatch.setattr(parallel, "check_stop", check)
     with pytest.raises(KeyboardInterrupt):
         run_lib.evaluate(config_with(eval__enable_sampling=False), trained, "stopped")
     assert not list((trained / "stopped").glob("*/*.npz"))

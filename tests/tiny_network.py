@@ -1,4 +1,4 @@
-"""A score network of two convolutions and a dequantizer of one, for tests of what is around the networks.
+"""A score network of two convolutions, a dequantizer and a classifier of one, for tests of what is around them.
 
 The training step of the score network compiles in a tenth of the time of the smallest NCSN++, at order 3 in a
 thirtieth.
@@ -13,16 +13,18 @@ from unittest import mock
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Int
 
 from arrays import Batch, PerExample, append_dims
 from configs.default import Config
 from dequantization import variational
+from evaluators import class_training
 from models.flowpp import Flowpp, flowpp_from_config
 from models.layers import conv
 from models.ncsnpp import ncsnpp_from_config
 from models.resample import FeatureMap
 from models.score import NETWORKS
+from models.wideresnet import Logits, WideResnet
 
 
 class TinyNetwork(nn.Module):
@@ -30,11 +32,17 @@ class TinyNetwork(nn.Module):
 
     nf: int
     scale_by_sigma: bool
+    num_classes: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch h w c"], labels: PerExample, train: bool) -> Batch:
+    def __call__(
+        self, x: FeatureMap, labels: PerExample, train: bool, classes: Int[Array, " batch"] | None = None
+    ) -> Batch:
         level = jnp.log(labels) if self.scale_by_sigma else labels / 999
         embedding = nn.Dense(self.nf)(level[:, None])
+        if self.num_classes:
+            classes = jnp.full(labels.shape, self.num_classes) if classes is None else classes
+            embedding += nn.Embed(self.num_classes + 1, self.nf, name="class_embedding")(classes)
         h = nn.swish(conv(self.nf)(x) + embedding[:, None, None, :])
         h = conv(x.shape[-1], init_scale=0.0)(h)
         return h / append_dims(labels, h) if self.scale_by_sigma else h
@@ -43,7 +51,7 @@ class TinyNetwork(nn.Module):
 def tiny_from_config(config: Config) -> TinyNetwork:
     """Builds the network. Raises ValueError for fields that NCSN++ does not allow."""
     network = ncsnpp_from_config(config)
-    return TinyNetwork(network.nf, network.scale_by_sigma)
+    return TinyNetwork(network.nf, network.scale_by_sigma, network.num_classes)
 
 
 @contextlib.contextmanager
@@ -75,6 +83,23 @@ def tiny_flow_from_config(deq: Config) -> TinyFlow:
 def tiny_flow() -> Iterator[None]:
     """Puts the tiny dequantizer in the place of Flow++."""
     with mock.patch.object(variational, "flowpp_from_config", tiny_flow_from_config):
+        yield
+
+
+class TinyClassifier(WideResnet):
+    """A classifier of noisy images by their means after one convolution."""
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, sigmas: PerExample) -> Logits:
+        level = nn.Dense(4)(jnp.log(sigmas)[:, None])
+        h = nn.relu(nn.Conv(4, (3, 3))(x) + level[:, None, None, :])
+        return nn.Dense(self.num_outputs)(h.mean((1, 2)))
+
+
+@contextlib.contextmanager
+def tiny_classifier() -> Iterator[None]:
+    """Puts the tiny classifier in the place of the wide residual network."""
+    with mock.patch.object(class_training, "WideResnet", TinyClassifier):
         yield
 
 
