@@ -38,7 +38,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Array, Float
 
-from analysis.ode_score import ode_score, return_error
+from analysis.ode_score import OdeScore, ode_score, return_error
 from arrays import Batch, PerExample, ScoreFn, append_dims, as_pytree, inner
 from derivatives import exact_trace_gradient
 from evaluation import MeanEstimate, mean_estimate
@@ -74,14 +74,15 @@ class Distances(NamedTuple):
 
 @partial(jax.jit, static_argnames="sde")
 def _distances(
-    score: Batch, of_ode: Batch, of_data: Batch | None, t: PerExample, like: Batch, *, sde: SDE
+    score: Batch, of_ode: OdeScore, of_data: Batch | None, t: PerExample, x: Batch, *, sde: SDE
 ) -> Distances:
-    weight = 0.5 * sde.diffusion(t) ** 2
-    difference = weight * inner(score - of_ode, score - of_ode)
+    weight, returned = 0.5 * sde.diffusion(t) ** 2, return_error(sde, x, t, of_ode.returned)
+    difference = weight * inner(score - of_ode.score, score - of_ode.score)
     if of_data is None:
-        return Distances(difference)
-    model, ode = score - of_data, of_ode - of_data
-    return Distances(difference, weight * inner(model, model), weight * inner(ode, ode), weight * inner(model, ode))
+        return Distances(difference, returned=returned)
+    model, ode = score - of_data, of_ode.score - of_data
+    score_matching, fisher, cross = (weight * inner(a, b) for a, b in ((model, model), (ode, ode), (model, ode)))
+    return Distances(difference, score_matching, fisher, cross, returned)
 
 
 def distances(
@@ -106,16 +107,15 @@ def distances(
     of_ode = ode_score(score_fn, sde, x, t, probes, rtol=rtol, atol=atol)
     require_success(of_ode.info)
     of_data = None if data_score is None else _evaluate(as_pytree(data_score), x, t)
-    values = _distances(_evaluate(as_pytree(score_fn), x, t), of_ode.score, of_data, t, x, sde=sde)
-    returned = return_error(sde, x, t, of_ode.returned)
-    if (lost := float(jnp.mean(returned > MOST_RETURN_ERROR))) > 0:
+    values = _distances(_evaluate(as_pytree(score_fn), x, t), of_ode, of_data, t, x, sde=sde)
+    if (lost := float(np.mean(np.asarray(values.returned) > MOST_RETURN_ERROR))) > 0:
         logging.warning(
             "The paths of %.2g of the points do not return to them within %g of the noise: the distances there are "
             "wrong; use smaller tolerances",
             lost,
             MOST_RETURN_ERROR,
         )
-    return values._replace(returned=returned)
+    return values
 
 
 @jax.jit
@@ -192,24 +192,34 @@ def error_sources(
         RuntimeError: if a solve fails.
     """
     score_fn, data_score = as_pytree(score_fn), as_pytree(data_score)
-    first, second, third = _source_vectors(score_fn, data_score, x, t)
-    size = append_dims(jnp.sqrt(inner(first, first)), x)
-    sigma = append_dims(sde.alpha_sigma(t)[1], x)
-    direction = STEP * sigma * first / jnp.maximum(size, jnp.finfo(x.dtype).tiny)
-    both = jnp.concatenate([x + direction, x - direction])
-    result = ode_score(score_fn, sde, both, jnp.tile(t, 2), rtol=rtol, atol=atol)
+    points, vectors = _source_vectors(score_fn, data_score, x, t, sde=sde)
+    result = ode_score(score_fn, sde, points, jnp.tile(t, 2), rtol=rtol, atol=atol)
     require_success(result.info)
-    ahead, behind = jnp.split(result.score, 2)
-    first = size * (ahead - behind) / (2 * STEP * sigma)
-    return ErrorSources(*(jnp.ravel(sigma) ** 3 * jnp.sqrt(inner(a, a)) for a in (first, second, third)))
+    return _error_sources(result.score, vectors, t, sde=sde)
 
 
-@jax.jit
-def _source_vectors(score_fn: ScoreFn, data_score: ScoreFn, x: Batch, t: PerExample) -> tuple[Batch, Batch, Batch]:
-    """Returns e, (grad e)^T grad ln q and grad tr grad e."""
+@partial(jax.jit, static_argnames="sde")
+def _source_vectors(
+    score_fn: ScoreFn, data_score: ScoreFn, x: Batch, t: PerExample, *, sde: SDE
+) -> tuple[Float[Array, "points *dims"], tuple[Batch, Batch, Batch]]:
+    """Returns the points ahead of x and behind it along e; and e, (grad e)^T grad ln q and grad tr grad e at x."""
     error, jacobian, trace_gradient = _error_derivatives(score_fn, data_score, x, t)
     along = jnp.einsum("bij,bi->bj", jacobian, data_score(x, t).reshape(len(x), -1)).reshape(x.shape)
-    return error, along, trace_gradient
+    size, sigma = append_dims(jnp.sqrt(inner(error, error)), x), append_dims(sde.alpha_sigma(t)[1], x)
+    direction = STEP * sigma * error / jnp.maximum(size, jnp.finfo(x.dtype).tiny)
+    return jnp.concatenate([x + direction, x - direction]), (error, along, trace_gradient)
+
+
+@partial(jax.jit, static_argnames="sde")
+def _error_sources(
+    of_ode: Float[Array, "points *dims"], vectors: tuple[Batch, Batch, Batch], t: PerExample, *, sde: SDE
+) -> ErrorSources:
+    """Args: of_ode: the ODE's score at the points of `_source_vectors`."""
+    error, second, third = vectors
+    size, sigma = append_dims(jnp.sqrt(inner(error, error)), error), append_dims(sde.alpha_sigma(t)[1], error)
+    ahead, behind = jnp.split(of_ode, 2)
+    first = size * (ahead - behind) / (2 * STEP * sigma)
+    return ErrorSources(*(jnp.ravel(sigma) ** 3 * jnp.sqrt(inner(a, a)) for a in (first, second, third)))
 
 
 class TimeNodes(NamedTuple):

@@ -138,10 +138,11 @@ def check_config(config: Config) -> None:
         ValueError: for the first field that does not pass, naming the field, its value and what is allowed.
     """
     defaults = flat(get_config())
-    _check_names(flat(config), defaults)
+    values = config.to_dict()
+    _check_names(_flattened(values), defaults)
     for field, default in defaults.items():
         section, _, name = field.rpartition(".")
-        value = (config[section] if section else config).to_dict()[name]
+        value = (values[section] if section else values)[name]
         if isinstance(default, tuple):
             if not isinstance(value, tuple | list):
                 raise ValueError(f"{field} is {value!r}; it must be a tuple such as {default}")
@@ -195,7 +196,11 @@ def _in_words(interval: str, entries: str) -> str:
 
 def flat(config: Config) -> dict[str, Any]:
     """The values of all fields by their names, such as `training.batch_size`."""
+    return _flattened(config.to_dict())
+
+
+def _flattened(sections: dict[str, Any]) -> dict[str, Any]:
     values = {}
-    for name, value in config.to_dict().items():
+    for name, value in sections.items():
         values |= {f"{name}.{field}": v for field, v in value.items()} if isinstance(value, dict) else {name: value}
     return values

@@ -99,8 +99,7 @@ def dopri5(
 @jax.jit
 def _before_first_step(interval: _Interval, y0: PyTree) -> _AdaptiveSolve:
     term, controller, start = interval.term(), interval.controller(), interval.direction * interval.t0
-    slope = term.vf(start, y0, None)
-    size = _first_step_size(interval, y0, slope)
+    size, slope = _first_step(interval, y0)
     t_next, controller_state = controller.init(term, start, interval.end, y0, size, None, _DOPRI5.func, _ERROR_ORDER)
     # The solver must reuse the derivative `slope`, and not compute it again at the start of a part.
     solver_state = jnp.asarray(False), slope
@@ -108,20 +107,27 @@ def _before_first_step(interval: _Interval, y0: PyTree) -> _AdaptiveSolve:
     return _AdaptiveSolve(jnp.int32(0), start, t_next, y0, jnp.isfinite(t_next), solver_state, controller_state)
 
 
-def _first_step_size(interval: _Interval, y0: State, slope: State) -> Float[Array, ""]:
-    """The size of the first step by the rule of SciPy's RK45 (Hairer, Norsett and Wanner, Sec. II.4)."""
+def _first_step(interval: _Interval, y0: State) -> tuple[Float[Array, ""], State]:
+    """The size of the first step by the rule of SciPy's RK45 (Hairer, Norsett and Wanner, Sec. II.4), and dy/dt."""
     term, start, norm = interval.term(), interval.direction * interval.t0, diffrax.PIDController(1, 1).norm
     scaled = partial(jax.tree.map, lambda y, a: a / (interval.atol + interval.rtol * jnp.abs(y)), y0)
-    d0, d1 = norm(scaled(y0)), norm(scaled(slope))
-    h0 = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    h0 = jnp.minimum(h0, interval.end - start)
-    slope1 = term.vf(start + h0, combine(y0, h0, [1], [slope]), None)
+
+    def evaluate(point: tuple[Float[Array, ""], State], _: None) -> tuple[tuple, tuple]:
+        slope = term.vf(*point, None)
+        d0, d1 = norm(scaled(y0)), norm(scaled(slope))
+        h0 = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+        h0 = jnp.minimum(h0, interval.end - start).astype(start.dtype)
+        return (start + h0, combine(y0, h0, [1], [slope])), (slope, d1, h0)
+
+    # The second point depends on the first. A loop over both compiles the field once.
+    _, (slopes, (d1, _), (h0, _)) = jax.lax.scan(evaluate, (start, y0), length=2)
+    slope, slope1 = (jax.tree.map(lambda a, i=i: a[i], slopes) for i in range(2))
     d2 = norm(scaled(jax.tree.map(jnp.subtract, slope1, slope))) / h0
     largest = jnp.maximum(d1, d2)
     # If the field is not finite at the trial point, it may be finite before it, so the solver begins with a small step.
     unknown = (largest <= 1e-15) | ~jnp.isfinite(largest)
     h1 = jnp.where(unknown, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / largest) ** (1 / 5))
-    return jnp.minimum(100 * h0, h1).astype(start.dtype)
+    return jnp.minimum(100 * h0, h1).astype(start.dtype), slope
 
 
 @jax.jit

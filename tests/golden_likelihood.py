@@ -1,5 +1,6 @@
 """Check of golden likelihood_*.npz files: bits/dim, latents, start-time corrections and sampler updates."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def check_likelihood(path: Path) -> Iterator[Result]:
             yield Result("bpd, published protocol", relative_error(bits, data["bpd"]), 1e-3)
             error = relative_error(result.latent, data["latent"], scale=_size(data["latent"]))
             yield Result("latent, published protocol", error, _latent_tolerance(config))
-    offset = _published_offset(score_fn, x, data["offset_noise"], t_min)
+    offset = _published_offset(score_fn, x, jnp.asarray(data["offset_noise"]), t_min)
     yield Result("offset_nats", relative_error(offset, data["offset_nats"], scale=_size(data["offset_nats"])), 1e-3)
     yield from _sampler_updates(score_fn, data)
 
@@ -54,32 +55,40 @@ def _latent_tolerance(config: Config) -> float:
     return 1e-2 if config.model.embedding_type == "fourier" else 1e-3
 
 
-def _published_offset(score_fn: NetworkScore, x: jax.Array, noise: np.ndarray, t_min: float) -> np.ndarray:
+@functools.partial(jax.jit, static_argnums=3)
+def _published_offset(score_fn: NetworkScore, x: jax.Array, noise: jax.Array, t_min: float) -> jax.Array:
     """Returns the correction with E ln p(x_{t_min} | x) in closed form, in place of a drawn value."""
-    draw = np.asarray(start_correction(score_fn, score_fn.model.sde, x, jnp.asarray(noise), t_min))
-    return draw + 0.5 * (np.sum(noise**2, axis=(1, 2, 3)) - num_dims(x))
+    draw = start_correction(score_fn, score_fn.model.sde, x, noise, t_min)
+    return draw + 0.5 * (jnp.sum(noise**2, axis=(1, 2, 3)) - num_dims(x))
 
 
 def _sampler_updates(score_fn: NetworkScore, data: Any) -> Iterator[Result]:
-    x, t = jnp.asarray(data["sampler_x"]), jnp.asarray(data["sampler_t"])
-    score = jax.jit(lambda x, t: score_fn(x, t))(x, t)
+    inputs = ("sampler_x", "sampler_t", "predictor_noise", "corrector_noise", "snr")
+    draws = {key: data[key] for key in inputs if key in data}
+    for name, value in _updates(score_fn, draws, tuple(data.files)).items():
+        yield Result(name, relative_error(value, data[name], scale=_size(data[name])), 1e-3)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _updates(score_fn: NetworkScore, draws: dict[str, jax.Array], names: tuple[str, ...]) -> dict[str, jax.Array]:
+    """Returns the score, and the updates of all predictors and correctors among the names, in one program."""
+    x, t, sde = draws["sampler_x"], draws["sampler_t"], score_fn.model.sde
+    score = score_fn(x, t)
     got = {"score": score}
 
     def keep(name: str, update: tuple[jax.Array, jax.Array]) -> None:
         got[f"{name}_x"], got[f"{name}_x_mean"] = update
 
     for name, predictor in PREDICTORS.items():
-        if f"{name}_x" in data:
-            settings = (lambda x, t: score, score_fn.model.sde, x, t, jnp.asarray(data["predictor_noise"]), NUM_SCALES)
+        if f"{name}_x" in names:
+            settings = (lambda x, t: score, sde, x, t, draws["predictor_noise"], NUM_SCALES)
             keep(name, predictor(*settings))
-            if f"{name}_pflow_x" in data:
+            if f"{name}_pflow_x" in names:
                 got[f"{name}_pflow_x"] = predictor(*settings, probability_flow=True)[0]
     for name, corrector in CORRECTORS.items():
-        if f"{name}_x" in data:
-            noise, snr = jnp.asarray(data["corrector_noise"]), float(data["snr"])
-            keep(name, corrector(lambda x, t: score, score_fn.model.sde, x, t, noise, NUM_SCALES, snr))
-    for name, value in got.items():
-        yield Result(name, relative_error(value, data[name], scale=_size(data[name])), 1e-3)
+        if f"{name}_x" in names:
+            keep(name, corrector(lambda x, t: score, sde, x, t, draws["corrector_noise"], NUM_SCALES, draws["snr"]))
+    return got
 
 
 def _size(values: np.ndarray) -> float:

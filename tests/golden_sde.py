@@ -1,9 +1,11 @@
 """Check of golden sde_*.npz files."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,7 +27,7 @@ def check_sde(path: Path) -> Iterator[Result]:
     got, truth = _sde_values(name, data["t"], data["x"]), sde_closed_forms.quantities(name, data["t"], data["x"])
     expanded = ("vp" in name) & (sde_closed_forms.beta_integral(data["t"]) <= 2e-3)
     size = {"discrete_drift": np.abs(data["x"]).max()}
-    for quantity, value in got.items():
+    for quantity, value in jax.tree.map(np.asarray, got).items():
         yield Result(f"{quantity} (float64)", relative_error(value, truth[quantity]), 1e-5)
         golden = data[quantity]
         loose = 1e-4 if quantity == "discrete_diffusion" and name == "vesde" else 1e-5
@@ -36,12 +38,12 @@ def check_sde(path: Path) -> Iterator[Result]:
     yield from _check_quantiles(name, data)
 
 
-def _sde_values(name: str, t: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray]:
+@functools.partial(jax.jit, static_argnums=0)
+def _sde_values(name: str, times: jax.Array, points: jax.Array) -> dict[str, jax.Array]:
     sde = SDES[name]()
-    times, points = jnp.asarray(t), jnp.asarray(x)
     mean, std = sde.marginal(points, times)
     step_drift, step_diffusion = sde.discretize(points, times, 1000)
-    values = {
+    return {
         "mean": mean,
         "std": std,
         "drift": sde.drift(points, times),
@@ -50,7 +52,6 @@ def _sde_values(name: str, t: np.ndarray, x: np.ndarray) -> dict[str, np.ndarray
         "discrete_drift": step_drift,
         "discrete_diffusion": step_diffusion,
     }
-    return {quantity: np.asarray(value) for quantity, value in values.items()}
 
 
 def _check_quantiles(name: str, data: Any) -> Iterator[Result]:
