@@ -132,9 +132,9 @@ def adams_step(field: Field, node: Node, dt: Float[Array, ""], number: Int[Array
     The derivative is evaluated at the predicted state, which differs from the corrected one by the error of a step.
     """
     past = jnp.minimum(number, 2)
-    predicted = combine(node.y, dt, jnp.asarray(ADAMS_BASHFORTH)[past], node.slopes)
+    predicted = combine(node.y, dt, jnp.asarray(ADAMS_BASHFORTH, dt.dtype)[past], node.slopes)
     slope = field(node.t + dt, predicted)
-    return combine(node.y, dt, jnp.asarray(ADAMS_MOULTON)[past], [slope, *node.slopes]), slope
+    return combine(node.y, dt, jnp.asarray(ADAMS_MOULTON, dt.dtype)[past], [slope, *node.slopes]), slope
 
 
 def adams_path(field: Field, y0: State, times: Float[Array, " n"]) -> State:
