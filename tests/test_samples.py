@@ -247,7 +247,7 @@ def test_a_run_leaves_snapshots_of_its_kept_checkpoints(trained):
 def test_the_report_shows_snapshots(trained):
     page = (trained / "report.html").read_text()
     assert "Samples during training" in page
-    assert all(f"{weights} weights, steps 6, 12" in page for weights in ("averaged", "last"))
+    assert all(f"{kind} parameters, steps 6, 12" in page for kind in ("averaged", "raw"))
     first, second = read_run(trained).snapshots
     assert (first.ema.step, second.raw.step) == (6, 12)
     rows = np.asarray(snapshot_grid([first.raw, second.raw], per_row=4))
