@@ -32,13 +32,15 @@ from datasets import source_from_config
 from experiments.provenance import commit, machine
 from infra.files import write_atomic
 from infra.workdir import Workdir
-from losses import ESTIMATORS, Noise, Objective
+from losses import Noise, Objective
 from models.score import Params
 
 SIGMAS = (0.02, 0.2, 2.0, 20.0)
 BATCH, BATCHES = 64, 16
 FRACTIONS = (1.0, 0.5, 0.25, 0.125)
 TERMS = ("second_frob", "second_trace", "third")
+ESTIMATORS = ("published", "unbiased")
+"""The estimators that have all of these terms."""
 
 
 class Model(NamedTuple):
