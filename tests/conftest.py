@@ -28,6 +28,7 @@ gc.set_threshold(50_000)  # tracing makes many objects, few of which can be free
 
 SLOW = {
     "test_baselines",
+    "test_batch_size",
     "test_bits_per_dim",
     "test_bound_likelihood",
     "test_checkpoints",
