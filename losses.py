@@ -377,7 +377,7 @@ def _residual_first_terms(
         constant_score: the same field, without a gradient for its parameters.
     """
     value, tangent, trace_gradient = probe_trace_gradient(constant_score, xt, noise.probe)
-    u, d = noise.z + value, num_dims(xt)
+    u, d = noise.z + value, float(num_dims(xt))  # as an integer, d^2 of large images has more than 32 bits
     residual = stop_gradient(third_order_residual(sigma**2 * trace_gradient, sigma * tangent, u, noise.probe))
     direction = 2 * sigma**2 * residual / d**2
 

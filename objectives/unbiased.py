@@ -52,7 +52,7 @@ def unbiased_second_order_frob(spread_probes: Sequence[Batch], spread_u: Batch, 
         u: z + sigma s-bar.
     """
     squares = sum(inner(spread, spread) for spread in spread_probes) / len(spread_probes)
-    return (squares - 2 * inner(u, spread_u) + inner(u, u) ** 2) / num_dims(u) ** 2
+    return (squares - 2 * inner(u, spread_u) + inner(u, u) ** 2) / float(num_dims(u)) ** 2
 
 
 def unbiased_second_order_trace(spread_probes: Sequence[Batch], u: Batch, probes: tuple[Batch, Batch]) -> PerExample:
@@ -62,7 +62,7 @@ def unbiased_second_order_trace(spread_probes: Sequence[Batch], u: Batch, probes
     the square of one estimate also contains the off-diagonal part of J. Arguments as in `unbiased_second_order_frob`.
     """
     first, second = (inner(v, spread) - inner(u, u) for v, spread in zip(probes, spread_probes, strict=True))
-    return first * second / num_dims(u) ** 2
+    return first * second / float(num_dims(u)) ** 2
 
 
 def unbiased_third_order(
@@ -88,4 +88,4 @@ def unbiased_third_order(
         gradient + append_dims(inner(u, u) - inner(v, spread), u) * u - 2 * spread_u_bar
         for gradient, v, spread in zip(trace_gradients, probes, spread_probes_bar, strict=True)
     )
-    return inner(first, second) / num_dims(u) ** 3
+    return inner(first, second) / float(num_dims(u)) ** 3  # d^3 of an image is too large for 32 bits

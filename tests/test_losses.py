@@ -7,7 +7,7 @@ import pytest
 
 from arrays import append_dims
 from derivatives import exact_trace_gradient
-from losses import Objective, exact_second_order_trace
+from losses import Objective, Residual, exact_second_order_trace
 from sde_lib import SDES, VESDE, VPSDE, SubVPSDE
 from sources.densities import paper_mixture
 from tests.analytic import DISTINCT_SDES, asymmetric_mixture
@@ -282,3 +282,26 @@ def test_half_sum_and_weights():
 def test_impossible_objectives_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Objective(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"order": 3},
+        {"order": 3, "residual_first": True},
+        {"order": 3, "estimator": "unbiased", "high_order_weighting": "residual"},
+        {"order": 2, "estimator": "squared_trace"},
+        {"order": 2, "estimator": "unbiased_trace"},
+    ],
+)
+def test_losses_of_large_images_can_be_traced(fields):
+    """The powers of d = 256 x 256 x 3 in the losses are too large for integers of 32 bits."""
+    objective, shape = Objective(**fields), (2, 256, 256, 3)
+
+    def losses(x0, key):
+        noise = objective.draw_noise(key, VPSDE(), shape)
+        residual = Residual(jnp.ones(2), jnp.ones(())) if objective.needs_residual else None
+        return objective.losses(lambda x, t: -x, VPSDE(), x0, noise, residual)
+
+    shapes = jax.eval_shape(losses, jax.ShapeDtypeStruct(shape, jnp.float32), jax.random.key(0))
+    assert {each.shape for each in shapes.values()} == {(2,)}
