@@ -50,7 +50,7 @@ def main() -> None:
     plan = Plan(a.runs, a.base_steps, a.steps, a.images, a.samples, extra)
 
     def write_page() -> None:
-        write_atomic(a.out, results_page(plan, a.out.parent.parent / "images", shlex.join(sys.argv[1:])))
+        write_atomic(a.out, results_page(plan, a.out.parent.parent / "images"))
 
     if not a.page_only:
         run_all(plan, write_page)

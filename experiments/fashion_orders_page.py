@@ -109,12 +109,8 @@ def verdict(values: Mapping[str, Values], controls: tuple[str, str] = CONTROLS) 
 # --- the page ---
 
 
-def results_page(plan: Plan, images: Path, arguments: str) -> str:
-    """Returns the page with the models that are evaluated so far, at least K. Writes its figure to `images`.
-
-    Args:
-        arguments: the arguments of the command, for the page.
-    """
+def results_page(plan: Plan, images: Path) -> str:
+    """Returns the page with the models that are evaluated so far, at least K. Writes its figure to `images`."""
     names, one = ["base", *BRANCHES, *map(long, CONTROLS)], SEEDS[0]
     cases = [(name, seed) for seed in SEEDS for name in names if seed == one or name != "base"]
     values = {case: values_of(plan, *case) for case in cases if has_likelihoods(plan, *case)}
@@ -129,10 +125,16 @@ def results_page(plan: Plan, images: Path, arguments: str) -> str:
         rows="\n".join(row(plan, *case) for case in values),
         verdicts="\n".join(f"- {line}" for line in verdicts(plan, values)),
         missing=f"Not finished: {', '.join(missing)}, and the second seed.\n\n" if missing else "",
-        arguments=f" {arguments}" if arguments else "",
+        solver=max(solver_error(plan, *case) for case in values),
+        arguments=plan.arguments,
         commit=commit(),
         machine=machine(),
     )
+
+
+def solver_error(plan: Plan, name: str, seed: int) -> float:
+    """Returns the size of the estimated error of the ODE's bits/dim at x_tmin, by the solver."""
+    return abs(newest_result(plan.folder(name, seed) / "eval")["bpd_tmin"]["errors"]["solver_error"])
 
 
 def has_likelihoods(plan: Plan, name: str, seed: int) -> bool:
@@ -192,20 +194,22 @@ def with_error(values: np.ndarray, sign: str = "") -> str:
 
 
 def draw_figures(plan: Plan, names: list[str], images: Path) -> None:
-    """Draws the first-order test loss against steps and time, and r against the noise level."""
+    """Draws the first-order test loss against steps and arithmetic, and r against the noise level."""
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    steps, seconds, residuals = figure.subplots(1, 3)
+    steps, arithmetic, residuals = figure.subplots(1, 3)
     branches = [name for name in names if name != "base"]
     for colour, name in zip(colours(len(branches)), branches, strict=True):
         folder = Workdir(plan.folder(name, SEEDS[0]))
         curves = read_metrics(folder.train).get("test", {})
         if "first" in curves:
-            steps.plot(curves["first"].steps, curves["first"].values, color=colour, label=name)
-            seconds.plot(curves["seconds"].values, curves["first"].values, color=colour)
+            done = np.asarray(curves["first"].steps)
+            steps.plot(done, curves["first"].values, "o-", color=colour, label=name, markersize=4)
+            teraflop = done * gflop_per_step(name) / 1000
+            arithmetic.plot(teraflop, curves["first"].values, "o-", color=colour, markersize=4)
         if BRANCHES[name.removesuffix("_long")].get("first_order_weighting") == "residual":
             residuals.loglog(*measured_residuals(name, folder.path), color=colour, label=name)
     style_panel(steps, "first-order test loss", "step", "")
-    style_panel(seconds, "the same against time", "seconds", "")
+    style_panel(arithmetic, "the same against arithmetic", "TFLOP", "")
     style_panel(residuals, "r(t) = E|u|² / d", "noise level", "")
     steps.legend(frameon=False, fontsize=8)
     if residuals.lines:
@@ -233,8 +237,8 @@ A first-order model (VE, configs/fashion/ncsnpp.py, {base} steps) is trained for
 at a learning rate that falls from 3e-4 to 0, without clipping. Bits/dim are of {images} test and {images} training
 images with uniform dequantization. The ODE is evaluated at x as published, and at x_tmin, where it compares with the
 bound. The gain is K's bits/dim of the ODE at x_tmin minus the branch's, so positive is better. Values after ± are
-standard errors over images; gains and gaps are paired by image. FID compares features of a classifier, of {samples}
-samples.
+standard errors over images; gains and gaps are paired by image. By the solver's own estimate, its error in the bits/dim
+of the ODE at x_tmin is at most {solver:.4f}. FID compares features of a classifier, of {samples} samples.
 
 | | objective | seed | step | GFLOP/step | s/step | ODE at x | ODE at x_tmin | bound | gain on K | gap | ODE, training images | bound, training images | FID, ODE | FID, SDE |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
@@ -251,7 +255,7 @@ than K's, and its bound on training images is not worse by two standard errors.
 The seconds per step are medians of runs beside other work on the same machine. So equal time is compared by the
 floating-point operations of a step, which are counted in its program.
 
-![test loss against steps and time, and r against the noise level](../images/orders.png)
+![test loss against steps and arithmetic, and r against the noise level](../images/orders.png)
 
-{missing}Command `python -m experiments.fashion_orders{arguments}`, commit {commit}, {machine}. An interrupted run resumes.
+{missing}Command `python -m experiments.fashion_orders {arguments}`, commit {commit}, {machine}. An interrupted run resumes.
 """  # noqa: E501

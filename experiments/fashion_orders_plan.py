@@ -49,6 +49,14 @@ class Plan:
     extra: tuple[str, ...] = ()
     """More settings for all calls."""
 
+    @property
+    def arguments(self) -> str:
+        """The arguments of the command, without the folder."""
+        sizes = (f"--{name}={getattr(self, name)}" for name in ("base_steps", "steps", "images", "samples"))
+        return " ".join(
+            [*sizes, *(["--set"] if self.extra else []), *(e.removeprefix("--config.") for e in self.extra)]
+        )
+
     def folder(self, branch: str, seed: int) -> Path:
         return self.runs / "base" if branch == "base" else self.runs / f"{branch}_seed{seed}"
 
