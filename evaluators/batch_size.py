@@ -12,6 +12,7 @@ from jaxtyping import Array
 import datasets
 from arrays import Batch
 from build import Run
+from configs.usage import unrecorded
 from infra.cost import GIGA, device_memory, peak_bytes
 from likelihood import TimeField
 from models.score import Params
@@ -44,13 +45,14 @@ def choose_batch_sizes(run: Run) -> None:
         ValueError: if one image per device does not fit.
     """
     settings, sampling = run.config.eval, run.config.sampling
-    if settings.batch_size == 0:
-        source = datasets.source_from_config(run.config, settings.bpd_dataset)
-        images = min(len(source), settings.max_examples or len(source))
-        settings.batch_size = largest_batch(likelihood_memory(run), run.mesh.size, images, "eval.batch_size")
-    if sampling.batch_size == 0:
-        images = settings.num_samples
-        sampling.batch_size = largest_batch(score_memory(run), run.mesh.size, images, "sampling.batch_size")
+    with unrecorded(run.config):  # reading a size to replace it does not give it an effect
+        if settings.batch_size == 0:
+            source = datasets.source_from_config(run.config, settings.bpd_dataset)
+            images = min(len(source), settings.max_examples or len(source))
+            settings.batch_size = largest_batch(likelihood_memory(run), run.mesh.size, images, "eval.batch_size")
+        if sampling.batch_size == 0:
+            images = settings.num_samples
+            sampling.batch_size = largest_batch(score_memory(run), run.mesh.size, images, "sampling.batch_size")
 
 
 def largest_batch(memory: Memory, devices: int, images: int, field: str) -> int:

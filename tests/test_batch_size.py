@@ -7,6 +7,7 @@ import pytest
 import run_lib
 from build import Run, build
 from configs.digits.smoke import get_config
+from configs.usage import record_reads
 from evaluators import batch_size
 from evaluators.batch_size import MOST, SHARE, Memory, choose_batch_sizes, largest_batch, likelihood_memory
 from likelihood import TimeField
@@ -62,6 +63,14 @@ def test_only_sizes_of_zero_are_replaced():
     choose_batch_sizes(build(config, for_training=False))
     assert config.eval.batch_size == 8  # 6 images on 4 devices
     assert config.sampling.batch_size == given
+
+
+def test_looking_at_a_size_does_not_count_as_using_it():
+    """Otherwise an evaluation without samples would not warn that sampling.batch_size has no effect."""
+    config = get_config()
+    recorder = record_reads(config, ["sampling.batch_size"])
+    choose_batch_sizes(build(config, for_training=False))
+    assert not recorder.read & {"sampling.batch_size", "eval.batch_size"}
 
 
 def test_an_evaluation_chooses(monkeypatch, tmp_path):
