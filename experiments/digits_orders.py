@@ -11,7 +11,6 @@ same command again to resume.
 """
 
 import argparse
-import json
 import math
 import shlex
 import subprocess
@@ -23,6 +22,7 @@ import numpy as np
 
 from evaluation import MeanEstimate, mean_estimate
 from experiments.provenance import commit, machine
+from experiments.run_results import newest_result, seconds_per_step
 from infra.files import write_atomic
 
 SEEDS = (1, 2, 3)
@@ -79,13 +79,6 @@ def steps_of(folder: Path, name: str) -> int:
     return round(MORE_STEPS * ratio / 100) * 100
 
 
-def seconds_per_step(workdir: Path) -> float:
-    """Returns the median over the records of a run, without the first record, which includes the compilation."""
-    records = [json.loads(line) for line in (workdir / "train" / "metrics.jsonl").read_text().splitlines()]
-    rates = [r["steps_per_second"] for r in records if r["split"] == "train"][1:]
-    return 1 / float(np.median(rates))
-
-
 def call(mode: str, workdir: Path, *settings: str) -> None:
     """Calls main.py, unless the training that it asks for is complete."""
     command = ["main.py", "--config=configs/digits/ncsnpp.py", f"--workdir={workdir}", f"--mode={mode}", *settings]
@@ -107,15 +100,10 @@ def slug(name: str) -> str:
 
 def bits_per_dim_of_images(workdir: Path) -> np.ndarray:
     """Returns the bits/dim of each test image in the newest evaluation of a run."""
-    result = newest_result(workdir)
+    result = newest_result(workdir / "eval")
     folder = workdir / "eval" / result["bpd"]["values"]
     parts = sorted(folder.glob("repeat0_batch*.npz"), key=lambda p: int(p.stem.split("batch")[1]))
     return np.concatenate([np.load(p)["bpd"] for p in parts])
-
-
-def newest_result(workdir: Path) -> dict:
-    paths = (workdir / "eval").glob("step_*[0-9].json")  # excludes the *_seconds.json files
-    return json.loads(max(paths, key=lambda p: int(p.stem.split("_")[1])).read_text())
 
 
 def results_page(runs: Path, seconds: float) -> str:
@@ -123,7 +111,7 @@ def results_page(runs: Path, seconds: float) -> str:
     values = {name: [bits_per_dim_of_images(f) for f in each] for name, each in folders.items()}
     rows = []
     for name, each in folders.items():
-        steps = sorted({newest_result(f)["checkpoint_step"] for f in each})
+        steps = sorted({newest_result(f / "eval")["checkpoint_step"] for f in each})
         over_seeds = [float(np.mean(v)) for v in values[name]]
         cells = [
             "order 1 (the start)" if name == "base" else name,

@@ -1,7 +1,6 @@
 """What `make fashion-orders` found: the bits/dim of each image, the rule, and the page docs/results/orders.md."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from experiments.fashion_orders_plan import (
     samples,
 )
 from experiments.provenance import commit, machine
+from experiments.run_results import newest_result, seconds_per_step
 from infra.metrics import read_metrics
 from infra.workdir import Workdir
 from report.figures import colours, style_panel
@@ -48,12 +48,6 @@ class Values:
         return mean_estimate(self.ode_tmin - self.bound)
 
 
-def seconds_per_step(workdir: Path) -> float:
-    """Returns the median over the records of a run, without the first record, which includes the compilation."""
-    rates = read_metrics(Workdir(workdir).train)["train"]["steps_per_second"].values
-    return 1 / float(np.median(rates[1:] if len(rates) > 1 else rates))
-
-
 def values_of(plan: Plan, branch: str, seed: int) -> Values:
     folder = plan.folder(branch, seed)
     return Values(
@@ -70,11 +64,6 @@ def per_image(folder: Path, part: str) -> np.ndarray:
     stored = folder / newest_result(folder)[part]["values"]
     batches = sorted(stored.glob("repeat0_batch*.npz"), key=lambda path: int(path.stem.split("batch")[1]))
     return np.concatenate([np.load(path)["bpd"] for path in batches]).astype(np.float64)
-
-
-def newest_result(folder: Path) -> dict:
-    paths = folder.glob("step_*[0-9].json")
-    return json.loads(max(paths, key=lambda path: int(path.stem.split("_")[1])).read_text())
 
 
 # --- the rule ---

@@ -1,0 +1,22 @@
+"""Reads the results of a run from its folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from infra.metrics import read_metrics
+from infra.workdir import Workdir
+
+
+def seconds_per_step(workdir: Path) -> float:
+    """Returns the median over the records of a run, without the first record, which includes the compilation."""
+    rates = read_metrics(Workdir(workdir).train)["train"]["steps_per_second"].values
+    return 1 / float(np.median(rates[1:] if len(rates) > 1 else rates))
+
+
+def newest_result(folder: Path) -> dict[str, Any]:
+    """Returns the result of the newest checkpoint in the folder of an evaluation."""
+    paths = folder.glob("step_*[0-9].json")  # excludes the *_seconds.json files
+    return json.loads(max(paths, key=lambda path: int(path.stem.split("_")[1])).read_text())
