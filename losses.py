@@ -262,7 +262,7 @@ def _score_and_terms(
     every = objective.every
     if len(x0) % every:
         raise ValueError(
-            f"a batch of {len(x0)} cannot be divided into groups of {every} examples, of which one has orders 2 and 3; "
+            f"orders 2 and 3 are computed for one of every {every} examples, but the batch has {len(x0)}; "
             f"use a multiple of {every}"
         )
 

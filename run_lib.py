@@ -177,7 +177,7 @@ def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | 
 
 
 def initial_state(run: Run) -> TrainState:
-    """Returns the state at `training.init_from`. The parts that `training.init_reset` names are those of a new run.
+    """Returns the state at `training.init_from`. The parts that `training.init_reset` names start as in a new run.
 
     Raises:
         FileNotFoundError: if there is no checkpoint.

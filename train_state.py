@@ -378,7 +378,7 @@ RESETTABLE = ("step", "opt", "ema")
 
 
 def reset_parts(state: TrainState, fresh: TrainState, parts: str) -> TrainState:
-    """Returns the state with these parts replaced by those of `fresh`, to start a new run from an old one.
+    """Returns the state with these parts taken from `fresh`, to start a new run from an old one.
 
     The warm-up of the learning rate follows the step: it starts again when the step is reset, and only then. A reset
     EMA starts from the parameters.

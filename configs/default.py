@@ -263,7 +263,7 @@ def _sampling() -> ConfigDict:
     # step size of langevin, and of annealed_langevin at the last noise level; at a larger level it grows with the
     # square of the level
     sampling.step_size = 2e-5
-    sampling.batch_size = 256  # images drawn together, over all devices; 0: as many as fit by an estimate
+    sampling.batch_size = 256  # images drawn together, over all devices; 0: the largest batch that fits, estimated
     return sampling
 
 
@@ -277,7 +277,7 @@ def _eval() -> ConfigDict:
     evaluate.checkpoint = ""
     # checkpoint that --mode=train_deq trains a dequantizer for, in units of training.snapshot_freq; 0 means the newest
     evaluate.ckpt_id = 0
-    evaluate.batch_size = 1024  # images evaluated together, over all devices; 0: as many as fit by an estimate
+    evaluate.batch_size = 1024  # images evaluated together, over all devices; 0: the largest batch that fits, estimated
     evaluate.enable_loss = False  # compute the mean training loss over the test images
     evaluate.enable_bpd = True  # compute bits/dim of images, or the likelihood of points
     evaluate.enable_sampling = False  # draw samples and compute FID, IS and KID

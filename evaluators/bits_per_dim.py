@@ -237,7 +237,7 @@ def summary(repeats: list[list[Values]]) -> dict[str, Any]:
 def _error_of_mean(errors: dict[str, np.ndarray]) -> dict[str, float | None]:
     """Estimates the error of the mean in bits/dim: the bias due to the solver, the standard error due to the others.
 
-    Returns None if there is no estimate, for example with a single probe.
+    Returns None without an estimate, for example with a single probe.
     """
     means = {
         name: float(error.mean()) if name == "solver_error" else float(np.sqrt(np.sum(error**2)) / error.size)

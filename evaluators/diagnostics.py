@@ -42,8 +42,8 @@ class DiagnosticsEvaluator:
 
     They are means over the first `eval.diagnose_images` images of `eval.bpd_dataset`:
 
-    - `bpd`: bits/dim with the data as x_t at each of several start times ([L22] Fig. 6). Solver and probes are those of
-      --mode=eval, so the first start time, training.smallest_time, gives the same number;
+    - `bpd`: bits/dim with the data as x_t at each of several start times ([L22] Fig. 6). Solver and probes are the
+      same as in --mode=eval, so the first start time, training.smallest_time, gives the same number;
     - `difference`: l_Diff(t) = g^2 / 2 E|s - grad ln p_t|^2 ([L22] Fig. 7), the distance between the model's score and
       the score of the ODE's own density, as a product of two estimates with independent probes, which is unbiased;
     - `first`: the first-order loss |sigma s + z|^2 / d;

@@ -157,9 +157,9 @@ difference from the first order at equal steps, paired by seed or by point.
 At equal steps, the second order of denoising score matching has a smaller KL than the first, by about two standard
 errors of three seeds. With the same weight, the second order of Meng et al. diverges for some seeds. A likely reason is
 that its target for the Jacobian contains the square of the model's own score, so errors of the score can grow. With a
-tenth of the weight, its KL is about that of the first order. Training on the likelihood through the solver has finished
-for one seed only. Its KL is larger than that of the first order for this seed, and each step takes about a hundred
-times as long.
+tenth of the weight, its KL is about equal to the KL of the first order. Training on the likelihood through the solver
+has finished for one seed only. With this seed it has a larger KL than the first order, and each step takes about a
+hundred times as long.
 
 Command `make baselines`, {machine}, commits {commits}. The times were measured
 on a machine shared with much other work, so they are rough. An interrupted run resumes.

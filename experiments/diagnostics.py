@@ -2,7 +2,7 @@
 
 The floor is what the same code measures for an exact score, whose true distance and bias are 0: the score of a mixture
 of ten Gaussians, one for the training images of each digit. Networks are rougher in time than this score. For them, the
-error of the solver is measured as the change with twice as many steps.
+error of the solver is measured as the change when the number of steps is doubled.
 
     python -m experiments.diagnostics --runs=runs
 
@@ -45,7 +45,7 @@ MODELS = {"order 1": "order1", "order 1, 800 more steps": "order1_more", "order 
 """Folders of the models, by their names on the page. The last two continue from the first by equally many steps."""
 
 FINER = "diagnose_96_steps"
-"""The folder of the diagnosis with twice as many steps. It lies in the workdir of order 1."""
+"""The folder of the diagnosis with 96 instead of 48 steps. It lies in the workdir of order 1."""
 
 IMAGES = 64
 """Images behind the floor."""
@@ -218,7 +218,7 @@ def page(
     one, weight, dims = found["order 1"], nodes_of(run).weight, int(np.prod(run.data_shape))
 
     def compared(name: str) -> list[np.ndarray]:
-        """Returns the values of each model, and the values of the third model minus those of the second."""
+        """Returns the values of each model, and the difference between the third and the second model."""
         each = [per_image(runs / MODELS[model], diagnosis, name) for model, diagnosis in found.items()]
         return [*each, each[2] - each[1]]
 
@@ -274,7 +274,7 @@ means over the first {images} test images, with two probes. The models see the s
 column "order 3 - (+800)" is paired by image. ± is the standard error over images; the bands in the figure are plus and
 minus two standard errors. Each model was trained once. Each row of a table is a noise level.
 
-"Exact" is the floor of the measurement: the same code with as many steps, for the exact score of a known density. The
+"Exact" is the floor of the measurement: the same code and the same steps, with the exact score of a known density. The
 true value of this column is 0. The density is a mixture of ten Gaussians, one for each digit, with the means and
 covariances of the training images, and the {images} images are samples of it.
 

@@ -244,13 +244,13 @@ def _style(panel: Axes, n: int) -> None:
 PAGE = """# Sample quality against network evaluations
 
 This page has FID and KID of samples from the first-order digits model of the demo (VE, configs/digits/ncsnpp.py, 4000
-steps, averaged parameters), compared with the {real} training images. The features are those of the classifier trained
-on the digits, so the values are only comparable with each other. FID falls with the number of samples, so each column
-compares equal numbers of samples. ± is the jackknife error over {groups} parts of the samples for FID, and the error
-of `evaluation.kernel_distance` for KID. The number after a sampler's name is its budget of network evaluations. SDE
-means `sampling.eta=1`. The fast samplers clip denoised images to the data's range, except where the name says "not
-clipped". The adaptive solver and predictor-corrector sampling (1000 steps, reverse diffusion and Langevin, snr 0.16)
-follow the published code.
+steps, averaged parameters), compared with the {real} training images. A classifier trained on the digits computes the
+features, so the values are only comparable with each other. FID falls with the number of samples, so each column
+compares equal numbers of samples. ± is the jackknife error over {groups} parts of the samples for FID, and the error of
+`evaluation.kernel_distance` for KID. The number after a sampler's name is its budget of network evaluations. SDE means
+`sampling.eta=1`. The fast samplers clip denoised images to the data's range, except where the name says "not clipped".
+The adaptive solver and predictor-corrector sampling (1000 steps, reverse diffusion and Langevin, snr 0.16) follow the
+published code.
 
 {table}
 

@@ -2,10 +2,10 @@
 
 A run on the digits with its usual records, test losses and checkpoints pauses regularly, half-way between two test
 losses. In each pause, the same compiled step is called alone, on one batch, as often as in the part of the run before.
-The overhead is the time of the part divided by the time of the calls alone, minus 1. Test losses are no overhead, so
-their time is subtracted and printed separately. Times are printed for the clock and for the processor; other programs
-on the machine disturb processor time less. Processor time is meaningful only if steps run on the CPU. Choose the number
-of parts so that they contain whole intervals between checkpoints; by default, five parts contain one.
+The overhead is the time of the part divided by the time of the calls alone, minus 1. Test losses do not count as
+overhead, so their time is subtracted and printed separately. Times are printed for the clock and for the processor;
+other programs on the machine disturb processor time less. Processor time is meaningful only if steps run on the CPU.
+Choose the number of parts so that they contain whole intervals between checkpoints; by default, five parts contain one.
 
     python -m experiments.loop_overhead
     python -m experiments.loop_overhead --order=3 --parts=4

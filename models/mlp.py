@@ -27,9 +27,9 @@ class MLP(nn.Module):
     the output is minus the noise divided by sigma. Points are divided by sqrt(1 + sigma^2), so that inputs and
     derivatives have the same scale at all noise levels.
 
-    With `published`, the network is that of the paper's experiments, with three differences. It embeds the time t
-    itself. No nonlinearity acts on the joined features of time and point. Weights and biases start uniform in
-    +-1/sqrt(fan in), the default of PyTorch's linear layers.
+    `published` gives the network of the paper's experiments. It has three differences. It embeds the time t itself. No
+    nonlinearity acts on the joined features of time and point. Weights and biases start uniform in +-1/sqrt(fan in),
+    the default of PyTorch's linear layers.
 
     Raises:
         ValueError: if inputs are not points, [batch, d].

@@ -10,7 +10,7 @@ from sources import archives
 from sources.splits import Split, write_splits
 
 VARIANTS = {"old": "downsampled_imagenet", "new": "imagenet_resized"}
-"""Versions of ImageNet: that of the papers, and a newer one, which is smoother and has fewer bits/dim."""
+"""Versions of ImageNet: the papers use "old"; "new" has smoother images with fewer bits/dim."""
 
 EMNIST_VARIANTS = {
     "balanced": (47, 0),

@@ -1,7 +1,7 @@
 """Runs main.py with several lists of arguments, each in a process of its own.
 
-Most of the time of a refused command is that of its imports. Here all processes are forks of one that has imported
-everything, but in which JAX has not looked at its devices yet.
+A refused command spends most of its time on imports. So one process imports everything, and forks for each list of
+arguments. It forks before JAX has looked at its devices.
 """
 
 import gc

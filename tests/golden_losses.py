@@ -104,7 +104,7 @@ class _Batch(NamedTuple):
     x0: jax.Array
     noise: Noise
     first_weight: jax.Array
-    """The first order's weight of each example, relative to the one that the compiled objective has."""
+    """The first order's weight of each example, divided by the weight in the compiled objective."""
 
 
 # It runs only a few times, so nearly all of the time is spent compiling.

@@ -100,7 +100,7 @@ def train_records(workdir: Path) -> list[dict[str, Any]]:
 
 
 def test_a_released_checkpoint_goes_on_at_order_3(continued: Path, own: Path, tmp_path: Path) -> None:
-    """The losses, the first above all, are those of the original parameters on the same batch and noise."""
+    """The first losses are computed with the original parameters, on the same batch and noise."""
     run_lib.train(config_with(training__score_matching_order=3, training__init_from=str(own)), tmp_path / "run")
     records, want = train_records(continued), train_records(tmp_path / "run")
     assert [record["step"] for record in records] == [FIRST_STEP + 1, FIRST_STEP + 2]
@@ -154,7 +154,7 @@ def test_a_released_file_is_evaluated_directly(released_file: Path, own: Path, c
 def test_a_released_checkpoint_is_continued_and_its_last_step_evaluated(released_file: Path, tmp_path: Path) -> None:
     """As the README does it: some steps of order 3 from a file in the released format, with the published eval fields.
 
-    The configuration names the checkpoint at which the run starts, but the result is that of the last step.
+    The configuration names the checkpoint at which the run starts, but the last step is evaluated.
     """
     config = config_with(
         training__score_matching_order=3,

@@ -4,8 +4,8 @@
     python main.py --config=configs/digits/ddpm.py --workdir=runs/digits_ddpm --mode=eval
 
 The network is a small DDPM++. Samples are drawn by ancestral sampling. Bits/dim solve the ODE with the model's score,
-which is defined at all times. The solve starts at the time of the second level, because the model was not trained with
-less noise than that of the first level.
+which is defined at all times. The solve starts at the time of the second level, because the model was not trained below
+the noise of the first level.
 """
 
 from configs.default import Config
