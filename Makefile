@@ -44,8 +44,9 @@ demo: setup
 	$(BOARD) --workdir=runs/board3 --mode=eval
 	@$(BIN)/python main.py --workdir=runs/board3 --compare=runs/board1 --mode=report
 
+# The tests start many processes. They share the bytecode, even where the environment says to write none.
 test: setup-dev
-	$(BIN)/python -m pytest -n 2
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
 
 # Runs ruff, pyright and the fast tests, for the loop between two edits. It takes a few minutes.
 check: lint

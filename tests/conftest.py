@@ -23,6 +23,7 @@ import pytest
 from tests.type_checks import check_annotations
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_disable_most_optimizations", True)  # see `OPTIMIZED`
 check_annotations()  # before a test imports one of the modules
 gc.set_threshold(50_000)  # tracing makes many objects, few of which can be freed
 
@@ -75,6 +76,19 @@ SLOW = {
     "test_waiting",
 }
 """Files whose tests compile much, or run main.py. `make check` leaves them out."""
+
+
+OPTIMIZED = {"test_run_lib"}
+"""Files whose programs are compiled with LLVM's optimisations, as those of the processes that tests start.
+
+Without them, programs compile in a third of the time. But a loop that differentiates convolutions runs 8 times longer.
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def optimizations(request: pytest.FixtureRequest) -> None:
+    """Chooses how the programs of a file are compiled."""
+    jax.config.update("jax_disable_most_optimizations", request.path.stem not in OPTIMIZED)
 
 
 @pytest.fixture

@@ -55,7 +55,11 @@ def _latent_tolerance(config: Config) -> float:
     return 1e-2 if config.model.embedding_type == "fourier" else 1e-3
 
 
-@functools.partial(jax.jit, static_argnums=3)
+RUN_ONCE = {"xla_backend_optimization_level": 0}
+"""LLVM's optimisations would take longer than they save."""
+
+
+@functools.partial(jax.jit, static_argnums=3, compiler_options=RUN_ONCE)
 def _published_offset(score_fn: NetworkScore, x: jax.Array, noise: jax.Array, t_min: float) -> jax.Array:
     """Returns the correction with E ln p(x_{t_min} | x) in closed form, in place of a drawn value."""
     draw = start_correction(score_fn, score_fn.model.sde, x, noise, t_min)
@@ -69,7 +73,7 @@ def _sampler_updates(score_fn: NetworkScore, data: Any) -> Iterator[Result]:
         yield Result(name, relative_error(value, data[name], scale=_size(data[name])), 1e-3)
 
 
-@functools.partial(jax.jit, static_argnums=2)
+@functools.partial(jax.jit, static_argnums=2, compiler_options=RUN_ONCE)
 def _updates(score_fn: NetworkScore, draws: dict[str, jax.Array], names: tuple[str, ...]) -> dict[str, jax.Array]:
     """Returns the score, and the updates of all predictors and correctors among the names, in one program."""
     x, t, sde = draws["sampler_x"], draws["sampler_t"], score_fn.model.sde
