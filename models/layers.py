@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from arrays import PerExample
+from models import cpu_convolution  # noqa: F401  # changes how JAX lowers convolutions for CPUs
 from models.resample import AnySize, FeatureMap, SameSize, Taps, conv_downsample, downsample, upsample, upsample_conv
 
 Embedding: TypeAlias = Float[Array, "batch embedding"]

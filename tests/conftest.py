@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 # JAX reads these when it first looks at its devices. The programs of the tests are small, so most optimisations would
-# take longer than they save. Without LLVM's optimisations (level 0), loops with convolutions are many times slower. The
-# older code generator of fusions, and one module for each program, compile in two thirds of the time.
+# take longer than they save. The older code generator of fusions, and one module for each program, compile in two
+# thirds of the time. Without LLVM's optimisations, programs compile in a third of the time.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
@@ -23,7 +23,7 @@ import pytest
 from tests.type_checks import check_annotations
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)  # see `OPTIMIZED`
+jax.config.update("jax_disable_most_optimizations", True)
 check_annotations()  # before a test imports one of the modules
 gc.set_threshold(50_000)  # tracing makes many objects, few of which can be freed
 
@@ -76,19 +76,6 @@ SLOW = {
     "test_waiting",
 }
 """Files whose tests compile much, or run main.py. `make check` leaves them out."""
-
-
-OPTIMIZED = {"test_run_lib"}
-"""Files whose programs are compiled with LLVM's optimisations, as those of the processes that tests start.
-
-Without them, programs compile in a third of the time. But a loop that differentiates convolutions runs 8 times longer.
-"""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def optimizations(request: pytest.FixtureRequest) -> None:
-    """Chooses how the programs of a file are compiled."""
-    jax.config.update("jax_disable_most_optimizations", request.path.stem not in OPTIMIZED)
 
 
 @pytest.fixture
