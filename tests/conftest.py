@@ -9,7 +9,7 @@ from pathlib import Path
 # take longer than they save. The older code generator of fusions, and one module for each program, compile in two
 # thirds of the time. Without LLVM's optimisations, programs compile in a third of the time.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=1"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -23,7 +23,6 @@ import pytest
 from tests.type_checks import check_annotations
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_disable_most_optimizations", True)
 check_annotations()  # before a test imports one of the modules
 gc.set_threshold(50_000)  # tracing makes many objects, few of which can be freed
 
