@@ -31,7 +31,7 @@ from configs.default import Config
 from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
 from objectives.baselines import meng_from_config, ode_likelihood_from_config
 from objectives.bound import prior_divergence, reconstruction
-from objectives.discrete import discrete_from_config
+from objectives.discrete import DiscreteObjective, discrete_from_config
 from objectives.objective import Noise, Residual, TrainingObjective
 from objectives.sliced import SLICED, sliced_from_config
 from objectives.times import NEEDS_LIKELIHOOD_WEIGHTING, TimeDistribution, times_from_config, with_density
@@ -160,6 +160,10 @@ class Objective(TrainingObjective):
     def needs_two_probes(self) -> bool:
         """Whether the estimator of orders 2 and 3 takes two probes per example."""
         return self.order > 1 and self.estimator in ("unbiased", "unbiased_trace") and not self.exact
+
+    @property
+    def needs_jacobian(self) -> bool:
+        return self.exact
 
     @property
     def every(self) -> int:
@@ -525,13 +529,15 @@ def exact_third_order(
     return mean_square(error)
 
 
-def denoising_from_config(config: Config) -> Objective:
-    """Builds denoising score matching as config.training describes it.
+def denoising_from_config(config: Config) -> Objective | DiscreteObjective:
+    """Builds denoising score matching as config.training describes it, in continuous or discrete time.
 
     Raises:
         ValueError: for a field whose value is not allowed.
     """
     training, data = config.training, config.data
+    if not training.continuous:
+        return discrete_from_config(config)
     if training.bits_per_dim and data.uniform_dequantization:
         raise ValueError(
             "training.bits_per_dim is True, which needs levels without noise: set data.uniform_dequantization to False"
@@ -577,4 +583,4 @@ def objective_from_config(config: Config) -> TrainingObjective:
     name = config.training.objective
     if name not in OBJECTIVES:
         raise ValueError(f"training.objective is {name!r}; known: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](config) if config.training.continuous or name in SLICED else discrete_from_config(config)
+    return OBJECTIVES[name](config)
