@@ -55,7 +55,7 @@ class _Interval(NamedTuple):
     def scaled_norm(self, values: State, y: State) -> Float[Array, ""]:
         """The root mean square of values relative to the tolerance at y."""
         scaled = jax.tree.map(lambda a, y: a / (self.atol + self.rtol * jnp.abs(y)), values, y)
-        return diffrax.PIDController(1, 1).norm(scaled)
+        return jnp.asarray(diffrax.PIDController(1, 1).norm(scaled))
 
     def controller(self) -> diffrax.PIDController:
         """The step-size rules of SciPy's RK45."""
@@ -114,17 +114,17 @@ def dopri5(
 
 
 @jax.jit
-def _before_first_step(interval: _Interval, y0: State) -> _AdaptiveSolve:
+def _before_first_step(interval: _Interval, y0: PyTree) -> _AdaptiveSolve:
     start = interval.direction * interval.t0
     state = _controller_state(interval, y0, start)
     slope = jax.tree.map(jnp.zeros_like, y0)
     return _AdaptiveSolve(jnp.int32(-2), start, start, y0, slope, jnp.zeros_like(start), jnp.asarray(True), state)
 
 
-def _controller_state(interval: _Interval, y: State, t: Float[Array, ""]) -> PyTree:
+def _controller_state(interval: _Interval, y: PyTree, t: Float[Array, ""]) -> PyTree:
     """The state of the step size control before the first step."""
     term = diffrax.ODETerm(lambda t, y, _: y)  # the controller would use it only to choose the first step
-    return interval.controller().init(term, t, t, y, jnp.zeros_like(t), None, diffrax.Dopri5.func, _ERROR_ORDER)[1]
+    return interval.controller().init(term, t, t, y, jnp.zeros_like(t), None, lambda *_: y, _ERROR_ORDER)[1]
 
 
 @jax.jit

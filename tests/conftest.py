@@ -7,9 +7,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 # JAX reads these when it first looks at its devices. The programs of the tests are small, so most optimisations would
-# take longer than they save. Without LLVM's optimisations (level 0), they compile in a third of the time. With the older
-# code generator of fusions, and one module for each program, in two thirds of that. Version 0.11 has only the new code
-# generator, and ends the process at a flag that it does not know.
+# take longer than they save. Without LLVM's optimisations (level 0), they compile in a third of the time; with the
+# older code generator of fusions, and one module for each program, in two thirds of that. Version 0.11 has only the new
+# code generator, and ends the process at a flag that it does not know.
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     f"{' --xla_cpu_use_fusion_emitters=false' if version('jaxlib').startswith('0.10.') else ''}"
