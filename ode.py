@@ -18,7 +18,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, as_pytree, in_parts
-from solvers.dormand_prince import dopri5
 from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, with_worst_example
 
 METHODS = ("dopri5", "scipy", "rk4", "adams")
@@ -78,6 +77,8 @@ def integrate(
     if method in FIXED_STEP:
         return _fixed_steps(field, y0, start, end, num_steps, method, progress)
     if method == "dopri5":
+        from solvers.dormand_prince import dopri5  # diffrax takes half a second to import
+
         return dopri5(field, y0, start, end, rtol, atol, max_steps, progress)
     from solvers.scipy_rk45 import scipy_rk45  # SciPy's solvers take a quarter of a second to import
 

@@ -50,7 +50,7 @@ from infra.published_checkpoints import write_published_checkpoint
 from infra.results import Results
 from infra.selftest import HEADER as CHECK_HEADER
 from infra.selftest import check, checkpoint_bytes, collective, devices, disk, state_bytes
-from infra.startup import Startup
+from infra.startup import EarlyProgram, Startup
 from infra.training_loop import (
     Call,
     Callback,
@@ -98,6 +98,8 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
         if new and init_state is not None:
             workdir.write_start(config.training.init_from, int(init_state.step))
         end = last_step(config.training, workdir)
+        checkpoints.check_network()
+        programs = first_program(run, checkpoints.newest() or (int(init_state.step) if init_state else 0), end)
         state = resume_or_init(run, checkpoints, init_state)
         field = "n_iters_from_start" if config.training.n_iters_from_start else "n_iters"
         _check_not_beyond(int(state.step), end, f"training.{field}", workdir)
@@ -116,7 +118,7 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
                 warn_after_first_call(config, "train"),
             ]
             if not parallel.stop_requested():
-                training_loop(score_training(run, train_source, end), state, config.training, callbacks)
+                training_loop(score_training(run, train_source, end, programs), state, config.training, callbacks)
     parallel.check_stop()
     if jax.process_index() == 0:
         _write_report(path)
@@ -200,22 +202,44 @@ def last_step(training: Config, workdir: Workdir) -> int:
     return start + training.n_iters_from_start if training.n_iters_from_start else training.n_iters
 
 
-def score_training(run: Run, source: Source, end: int | None = None) -> Training:
-    """Returns the training of the score model on this source, to step `end` (default: training.n_iters)."""
-    training = run.config.training
+def first_program(run: Run, step: int, last: int) -> dict[int, EarlyProgram]:
+    """Starts to compile the first call of a training from `step` to step `last`.
+
+    Returns the program by the number of steps of the call; nothing if no step is left.
+    """
+    if step >= last:
+        return {}
+    steps = datasets.end_of_call(step, last, _ends_of_calls(run.config.training)) - step
+    return {steps: EarlyProgram(run.train_steps(), *run.step_shapes(steps))}
+
+
+def _ends_of_calls(training: Config) -> tuple[int, int]:
+    """Compiled calls end at the multiples of these. Checkpoints are kept permanently at multiples of snapshot_freq."""
+    return training.n_jitted_steps, training.snapshot_freq
+
+
+def score_training(
+    run: Run, source: Source, end: int | None = None, programs: Mapping[int, EarlyProgram] | None = None
+) -> Training:
+    """Returns the training of the score model on this source, to step `end` (default: training.n_iters).
+
+    Args:
+        programs: from `first_program`. Calls with other numbers of steps are compiled when they are made.
+    """
+    training, early = run.config.training, programs or {}
     last = training.n_iters if end is None else end
     train_steps, key = run.train_steps(), run.key(TRAIN_KEY)
 
     def calls(first_step: int) -> Iterator[tuple[int, TrainingBatches]]:
-        # Checkpoints are kept permanently at multiples of snapshot_freq, so calls end there, too.
-        every = (training.n_jitted_steps, training.snapshot_freq)
+        every, with_labels = _ends_of_calls(training), run.config.data.num_classes > 0
         for step, batches in datasets.training_calls(
-            source, training.batch_size, run.config.seed, first_step, last, every, run.config.data.num_classes > 0
+            source, training.batch_size, run.config.seed, first_step, last, every, with_labels
         ):
             yield step, jax.tree.map(lambda rows: parallel.global_array(run.mesh, rows, axis=1), batches)
 
     def update(state: TrainState, batches: TrainingBatches) -> tuple[TrainState, Metrics]:
-        return train_steps(state, batches, key)
+        steps = len(jax.tree.leaves(batches)[0])
+        return early.get(steps, train_steps)(state, batches, key)
 
     return Training(f"order {training.score_matching_order}", last, calls, update)
 

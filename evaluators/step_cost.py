@@ -63,15 +63,8 @@ def cost_without_device(run: Run) -> dict[str, Any]:
 
 def traced_step(run: Run) -> tuple[dict[str, Any], jax.stages.Lowered]:
     """Traces the training steps of a run, without a compilation. Returns what `traced_cost` knows, and the program."""
-    steps, key = run.config.training.n_jitted_steps, run.key(TRAIN_KEY)
-    shape = (steps, run.config.training.batch_size, *run.data_shape)
-    dtype = np.uint8 if run.density is None else np.float32
-    arguments = (
-        run.training_state(),
-        jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.along_batch(run.mesh, axis=1)),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(run.mesh)),
-    )
-    cost, _, lowered = traced_cost(run.train_steps(), arguments, steps, run.mesh.size)
+    steps = run.config.training.n_jitted_steps
+    cost, _, lowered = traced_cost(run.train_steps(), run.step_shapes(steps), steps, run.mesh.size)
     return cost, lowered
 
 

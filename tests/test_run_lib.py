@@ -391,8 +391,8 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(tmp_path):
 def test_a_request_during_a_step_is_answered_after_it(trained, tmp_path, monkeypatch):
     update = run_lib.score_training
 
-    def score_training(run, source, end):
-        training = update(run, source, end)
+    def score_training(*arguments):
+        training = update(*arguments)
 
         def update_and_request(state, batches):
             if int(state.step) == 6:

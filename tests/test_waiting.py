@@ -83,8 +83,7 @@ def test_a_wait_ends_the_process_at_its_limit(monkeypatch):
 
 
 def test_a_call_that_takes_too_long_is_left_behind(monkeypatch):
-    left, ended = threading.Event(), []
-    monkeypatch.setattr(waiting, "_left_behind", left)
+    ended = []
     assert waiting.within(10, "the sum", lambda: 1 + 1) == 2
     with pytest.raises(ZeroDivisionError):
         waiting.within(10, "the quotient", lambda: 1 / 0)
@@ -100,7 +99,6 @@ def test_a_call_that_takes_too_long_is_left_behind(monkeypatch):
 
 def test_a_collective_names_the_process_that_does_not_come(tmp_path, monkeypatch):
     """Of three processes, this one and the third came, and their sum never ends."""
-    monkeypatch.setattr(waiting, "_left_behind", threading.Event())
     release = threading.Event()
     monkeypatch.setattr(selftest, "_sum_over_devices", release.wait)
     monkeypatch.setattr(selftest.jax, "process_count", lambda: 3)
