@@ -44,7 +44,7 @@ from ml_collections import ConfigDict, config_flags
 from configs.checks import flat
 from configs.default import Config, get_config
 from configs.usage import record_reads
-from infra import stop  # Modules with JAX are imported later, so that --help and signals need not wait.
+from infra import memory, stop  # Modules with JAX are imported later, so that --help and signals need not wait.
 
 CONTROL = ("encode", "decode", "interpolate", "inpaint", "colorize", "restore", "classes")
 """The modes for latent codes and conditional samples."""
@@ -106,6 +106,7 @@ def main(argv: Sequence[str]) -> int:
         return _complain("--num_processes and --process_id need --coordinator; without it, each process runs alone")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
+    memory.reuse_freed_memory()
     with stop.on_signals():
         return _leave(_run_and_report(str(_MODE.value), Path(_WORKDIR.value or "").expanduser().absolute()))
 

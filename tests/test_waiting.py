@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 
+import jax
 import pytest
 
 import run_lib
@@ -13,6 +14,7 @@ from configs.toy.smoke import get_config as toy
 from infra import selftest, stop, waiting
 from infra.cost import NOT_COMPILED
 from infra.rendezvous import meet
+from infra.startup import EarlyProgram
 
 
 def free_address() -> str:
@@ -95,6 +97,29 @@ def test_a_call_that_takes_too_long_is_left_behind(monkeypatch):
     waiting.leave(3)
     assert ended == [3]
     release.set()
+
+
+def test_a_program_is_compiled_while_the_caller_continues(monkeypatch):
+    release, threads = threading.Event(), []
+
+    def compiled(lowered):
+        assert release.wait(10)
+        threads.append(threading.current_thread())
+        if len(threads) > 1:
+            raise RuntimeError("no memory to compile")
+        return lambda number: number + 1
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    function = jax.jit(lambda number: number + 1)
+    program = EarlyProgram(function, 0)
+    assert threads == []
+    release.set()
+    assert program(1) == 2
+    assert program(2) == 3
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
+    with pytest.raises(RuntimeError, match="no memory to compile"):
+        EarlyProgram(function, 0)(1)
 
 
 def test_a_collective_names_the_process_that_does_not_come(tmp_path, monkeypatch):
