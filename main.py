@@ -106,7 +106,6 @@ def main(argv: Sequence[str]) -> int:
         return _complain("--num_processes and --process_id need --coordinator; without it, each process runs alone")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
-    memory.reuse_freed_memory()
     with stop.on_signals():
         return _leave(_run_and_report(str(_MODE.value), Path(_WORKDIR.value or "").expanduser().absolute()))
 
@@ -252,4 +251,5 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
 
 
 if __name__ == "__main__":
+    memory.use_huge_pages()
     app.run(main, flags_parser=_parse_flags)

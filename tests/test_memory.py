@@ -1,5 +1,6 @@
-"""Freed memory is used again. The settings are those of a process, so each case is a process of its own."""
+"""main.py runs with huge pages."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,33 +9,24 @@ from pathlib import Path
 import pytest
 
 PROGRAM = """
-import resource, sys, threading
-import numpy as np
-from infra.memory import reuse_freed_memory
-if sys.argv[1] == "reuse":
-    reuse_freed_memory()
-faults = []
-def fill():
-    for _ in range(2):
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        np.ones(10_000_000, np.float32)
-        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-thread = threading.Thread(target=fill)
-thread.start()
-thread.join()
-print(*faults)
+import json, os, sys
+from infra.memory import use_huge_pages
+print(os.getpid())
+sys.stdout.flush()
+use_huge_pages()
+print(json.dumps([os.getpid(), os.environ["GLIBC_TUNABLES"], sys.argv, sys.flags.utf8_mode]))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the settings are those of glibc")
-@pytest.mark.parametrize("mode", ["reuse", "default"])
-def test_a_freed_array_is_cleared_by_the_system_only_with_the_usual_settings(mode):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
-    command = [sys.executable, "-c", PROGRAM, mode]
-    said = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=clean, cwd=Path(__file__).parent.parent
-    )
-    first, second = map(int, said.stdout.split())
-    pages = 40_000_000 // (os.sysconf("SC_PAGE_SIZE") * 512)  # if the system uses huge pages
-    assert first >= pages
-    assert (second < pages) == (mode == "reuse")
+@pytest.mark.skipif(sys.platform != "linux", reason="the setting is one of glibc")
+@pytest.mark.parametrize("given", [None, "glibc.malloc.hugetlb=0"])
+def test_a_program_starts_again_once_with_the_same_arguments(given):
+    environment = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    environment |= {} if given is None else {"GLIBC_TUNABLES": given}
+    command = [sys.executable, "-X", "utf8", "-c", PROGRAM, "--a=b c", ""]
+    root = Path(__file__).parent.parent
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=root)
+    *starts, end = said.stdout.splitlines()
+    assert len(starts) == (2 if given is None else 1)
+    expected = [int(starts[0]), given or "glibc.malloc.hugetlb=1", ["-c", "--a=b c", ""], 1]
+    assert json.loads(end) == expected, "the same process, arguments and options of Python"
