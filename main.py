@@ -44,7 +44,7 @@ from ml_collections import ConfigDict, config_flags
 from configs.checks import flat
 from configs.default import Config, get_config
 from configs.usage import record_reads
-from infra import memory, stop  # Modules with JAX are imported later, so that --help and signals need not wait.
+from infra import stop  # Modules with JAX are imported later, so that --help and signals need not wait.
 
 CONTROL = ("encode", "decode", "interpolate", "inpaint", "colorize", "restore", "classes")
 """The modes for latent codes and conditional samples."""
@@ -251,5 +251,4 @@ def _unknown_field(argv: Sequence[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    memory.use_huge_pages()
     app.run(main, flags_parser=_parse_flags)
