@@ -89,6 +89,12 @@ class TrainingObjective(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} does not say how its times are distributed")
 
 
+def split_groups(a: Array, every: int) -> tuple[Array, Array]:
+    """Divides the rows of an array into the first of each group of `every` rows, and the others."""
+    groups = a.reshape(-1, every, *a.shape[1:])
+    return groups[:, 0], groups[:, 1:].reshape(-1, *a.shape[1:])
+
+
 def require_first_order(training: Config) -> None:
     """Raises ValueError if order 2 or 3 is set, because only denoising score matching has these orders."""
     order, name = training.score_matching_order, training.objective

@@ -22,6 +22,7 @@ LAYERS = (
     ("objectives",),  # other objectives, and the code that all objectives share
     ("coordinates", "evaluation", "models"),  # changes of variables; FID, IS, KID; networks
     ("derivatives", "sde_lib", "solvers"),  # exact and estimated derivatives; SDEs in closed form; ODEs
+    ("linear_sde",),  # the base class of SDEs
     ("arrays", "configs"),
 )
 """From the parts that know most to those that know least. A part imports only from lower layers."""
