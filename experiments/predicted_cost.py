@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import run_lib
 from configs.default import Config
 from configs.ve import cifar10_ncsnpp_continuous, cifar10_ncsnpp_deep_continuous
 from configs.vp import cifar10_ddpmpp_continuous, cifar10_ddpmpp_deep_continuous
+from evaluators.step_cost import cost
 from experiments.predicted_cost_page import PAGE, front_figure, front_rows, tables
 from infra import stop
 from infra.files import write_atomic
@@ -86,7 +86,7 @@ def main() -> None:
             config = NETWORKS[group.network][1]()
             config.cost.device = "h100"
             config.cost.orders, config.cost.batch_sizes, config.cost.memory = group[1:]
-            run_lib.cost(config, arguments.workdir / group.network)
+            cost(config, arguments.workdir / group.network)
     rows = {title: Workdir(arguments.workdir / name).read_costs() for name, (title, _) in NETWORKS.items()}
     if len(front_rows(rows["NCSN++ (VE)"])) > 1:
         write_atomic(arguments.plot, figure_png(front_figure(rows["NCSN++ (VE)"])))
