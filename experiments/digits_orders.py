@@ -22,7 +22,7 @@ import numpy as np
 from evaluation import MeanEstimate, mean_estimate
 from experiments.pages import Page, wrapped
 from experiments.provenance import commit, note_commit, noted_commits, origin
-from experiments.run_results import newest_result, seconds_per_step
+from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
 
 PAGE = Page(Path("docs/results/digits.md"), ("results", "gradients", "provenance"))
 
@@ -99,20 +99,16 @@ def slug(name: str) -> str:
     return name.replace(", ", "-").replace(" ", "_")
 
 
-def bits_per_dim_of_images(workdir: Path) -> np.ndarray:
-    """Returns the bits/dim of each test image in the newest evaluation of a run."""
-    result = newest_result(workdir / "eval")
-    folder = workdir / "eval" / result["bpd"]["values"]
-    parts = sorted(folder.glob("repeat0_batch*.npz"), key=lambda p: int(p.stem.split("batch")[1]))
-    return np.concatenate([np.load(p)["bpd"] for p in parts])
-
-
 def page_parts(runs: Path) -> dict[str, str]:
     folders = {name: [runs / f"seed{seed}" / slug(name) for seed in SEEDS] for name in ("base", *BRANCHES)}
-    values = {name: [bits_per_dim_of_images(f) for f in each] for name, each in folders.items()}
+    evaluated = {name: [folder / "eval" for folder in each] for name, each in folders.items()}
+    values = {
+        name: [bits_per_dim_of_images(folder / newest_result(folder)["bpd"]["values"]) for folder in each]
+        for name, each in evaluated.items()
+    }
     rows = []
     for name, each in folders.items():
-        steps = sorted({newest_result(f / "eval")["checkpoint_step"] for f in each})
+        steps = sorted({newest_result(folder)["checkpoint_step"] for folder in evaluated[name]})
         over_seeds = [float(np.mean(v)) for v in values[name]]
         cells = [
             "order 1 (the start)" if name == "base" else name,

@@ -24,7 +24,7 @@ from experiments.fashion_orders_plan import (
 )
 from experiments.pages import Page, wrapped
 from experiments.provenance import commit, origin
-from experiments.run_results import newest_result, seconds_per_step
+from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
 from infra.metrics import read_metrics
 from infra.workdir import Workdir
 from report.figures import colours, style_panel
@@ -64,9 +64,7 @@ def values_of(plan: Plan, branch: str, seed: int) -> Values:
 
 def per_image(folder: Path, part: str) -> np.ndarray:
     """Returns the bits/dim of each image in the newest evaluation in a folder."""
-    stored = folder / newest_result(folder)[part]["values"]
-    batches = sorted(stored.glob("repeat0_batch*.npz"), key=lambda path: int(path.stem.split("batch")[1]))
-    return np.concatenate([np.load(path)["bpd"] for path in batches]).astype(np.float64)
+    return bits_per_dim_of_images(folder / newest_result(folder)[part]["values"])
 
 
 # --- the rule ---

@@ -25,6 +25,7 @@ from configs.default import Config
 from datasets import source_from_config
 from experiments.pages import Page, wrapped
 from experiments.provenance import commit, note_commit, noted_commits, origin
+from experiments.run_results import bits_per_dim_of_images
 from infra.files import write_atomic
 from losses import ORDERS, TERMS, Noise, Objective
 from models.score import Params
@@ -108,10 +109,7 @@ def bits_per_dim(config: Config, model: Path, workdir: Path) -> np.ndarray:
     run_lib.evaluate(config, workdir, "eval")
     results = [path for path in (workdir / "eval").glob("*.json") if not path.stem.endswith("_seconds")]
     stored = workdir / "eval" / json.loads(results[0].read_text())["bpd"]["values"]
-    batches = range(len(list(stored.glob("repeat0_batch*.npz"))))
-    return np.stack(
-        [np.concatenate([np.load(stored / f"repeat{r}_batch{n}.npz")["bpd"] for n in batches]) for r in range(REPEATS)]
-    ).astype(np.float64)
+    return np.stack([bits_per_dim_of_images(stored, repeat) for repeat in range(REPEATS)])
 
 
 def with_error(values: np.ndarray, digits: str = ".2g") -> str:
