@@ -29,10 +29,11 @@ from configs.default import Config
 from derivatives import PROBES, Field
 from objectives.baselines import meng_from_config, ode_likelihood_from_config
 from objectives.bound import bound_terms
-from objectives.discrete import discrete_from_config
+from objectives.discrete import DiscreteObjective, discrete_from_config
 from objectives.exact import exact_terms
 from objectives.objective import Noise, Residual, TrainingObjective, split_groups
 from objectives.published import constant_score, published_terms, residual_first_terms
+from objectives.residuals import HIGH_ORDER_WEIGHTINGS, WEIGHTINGS, variance_weights
 from objectives.sliced import SLICED, sliced_from_config
 from objectives.times import NEEDS_LIKELIHOOD_WEIGHTING, TimeDistribution, times_from_config, with_density
 from objectives.trace import TRACE_ESTIMATORS
@@ -40,11 +41,6 @@ from objectives.unbiased import unbiased_terms
 from sde_lib import SDE
 
 ORDERS = (1, 2, 3)
-WEIGHTINGS = ("constant", "residual")
-"""Weights by noise level: the published constants, or one over the variance of each term's error."""
-
-HIGH_ORDER_WEIGHTINGS = (*WEIGHTINGS, "first_order")
-"""The weightings of orders 2 and 3. "first_order": the first order's weights, with its likelihood weighting ([Z23])."""
 
 
 class Term(NamedTuple):
@@ -160,6 +156,10 @@ class Objective(TrainingObjective):
     def needs_two_probes(self) -> bool:
         """Whether the estimator of orders 2 and 3 takes two probes per example."""
         return self.order > 1 and self.estimator in ("unbiased", "unbiased_trace") and not self.exact
+
+    @property
+    def needs_jacobian(self) -> bool:
+        return self.exact
 
     @property
     def every(self) -> int:
@@ -299,9 +299,8 @@ def term_weights(
 ) -> dict[str, PerExample]:
     """Returns the weight of each term at each time, for the terms with a weight other than 1.
 
-    Weights that follow the residual come from generalised least squares (ours), which divides each squared error by
-    its variance. The variance is known if u given x_t is N(0, r I). The weights of the first order are proportional to
-    1 / r, with mean 1 over all times. The weights of orders 2 and 3 are relative to the weight of the first order.
+    Weights that follow the residual divide each squared error by its variance; see `variance_weights`. Those of the
+    first order are proportional to 1 / r, with mean 1 over all times.
     """
     weights = {}
     if residual is not None and objective.first_order_weighting == "residual":
@@ -311,12 +310,7 @@ def term_weights(
     elif residual is None or objective.high_order_weighting == "constant":
         return weights
     else:
-        r = residual.value
-        unbiased = {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d / (2 * r**2)}
-        relative = {
-            "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": 1 / (2 * r**2)},
-            "exact": {"second_frob": d / (2 * r), "third": 1 / (2 * r**2 * d)},
-        }.get("exact" if objective.exact else objective.estimator, unbiased)
+        relative = variance_weights("exact" if objective.exact else objective.estimator, residual.value, d)
     first = likelihood_weight(sde, objective, t) * weights.get("first", 1.0)
     return weights | {name: first * weight for name, weight in relative.items()}
 
@@ -344,13 +338,15 @@ def likelihood_weight(sde: SDE, objective: Objective, t: PerExample) -> PerExamp
     return weight * objective.times.total(sde) / (2 * math.log(2)) if objective.level_values else weight
 
 
-def denoising_from_config(config: Config) -> Objective:
-    """Builds denoising score matching as config.training describes it.
+def denoising_from_config(config: Config) -> Objective | DiscreteObjective:
+    """Builds denoising score matching as config.training describes it, in continuous or discrete time.
 
     Raises:
         ValueError: for a field whose value is not allowed.
     """
     training, data = config.training, config.data
+    if not training.continuous:
+        return discrete_from_config(config)
     if training.bits_per_dim and data.uniform_dequantization:
         raise ValueError(
             "training.bits_per_dim is True, which needs levels without noise: set data.uniform_dequantization to False"
@@ -396,4 +392,4 @@ def objective_from_config(config: Config) -> TrainingObjective:
     name = config.training.objective
     if name not in OBJECTIVES:
         raise ValueError(f"training.objective is {name!r}; known: {', '.join(OBJECTIVES)}")
-    return OBJECTIVES[name](config) if config.training.continuous or name in SLICED else discrete_from_config(config)
+    return OBJECTIVES[name](config)

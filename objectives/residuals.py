@@ -9,6 +9,12 @@ from jaxtyping import Array, Float
 from arrays import PerExample
 from objectives.objective import Residual
 
+WEIGHTINGS = ("constant", "residual")
+"""Weights by noise level: the published constants, or one over the variance of each term's error."""
+
+HIGH_ORDER_WEIGHTINGS = (*WEIGHTINGS, "first_order")
+"""The weightings of orders 2 and 3. "first_order": the first order's weights, with its likelihood weighting ([Z23])."""
+
 RESIDUAL_BINS, RESIDUAL_MEMORY = 64, 0.999
 """The number of parts of a `ResidualTable`, and the factor that multiplies its sums in each step."""
 
@@ -56,3 +62,19 @@ class ResidualTable(NamedTuple):
         """The density of times for orders 2 and 3: half the objective's, and half in proportion to 1 / r."""
         inverse = 1 / self.values()
         return 0.5 + 0.5 * inverse / jnp.mean(inverse)
+
+
+def variance_weights(estimator: str, r: PerExample, d: int) -> dict[str, PerExample]:
+    """Returns the weights of the terms of orders 2 and 3, relative to the weight of the first order.
+
+    They come from generalised least squares (ours), which divides each squared error by its variance. The variance is
+    known if u given x_t is N(0, r I).
+
+    Args:
+        estimator: "published", "exact", or an unbiased one.
+    """
+    unbiased = {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d / (2 * r**2)}
+    return {
+        "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": 1 / (2 * r**2)},
+        "exact": {"second_frob": d / (2 * r), "third": 1 / (2 * r**2 * d)},
+    }.get(estimator, unbiased)
