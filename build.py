@@ -18,8 +18,14 @@ from infra import parallel
 from infra.checkpoints import Checkpoints, abstract_state, load_state
 from infra.workdir import Workdir
 from losses import objective_from_config
-from models.mlp import POINT_NETWORKS
-from models.score import NETWORKS, NetworkScore, Params, ScoreModel, score_model_from_config
+from models.score import (
+    IMAGE_NETWORKS,
+    POINT_NETWORKS,
+    NetworkScore,
+    Params,
+    ScoreModel,
+    score_model_from_config,
+)
 from samplers.sampler import Sampler
 from sampling import PredictorCorrector, pc_from_config, sampler_from_config
 from sde_lib import SDE
@@ -217,6 +223,7 @@ def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True
         _check_classes(config)
         model = score_model_from_config(config)
         objective = _trainer(config, mesh, model, training_preprocess(config)).objective
+        _check_derivatives(config, objective.needs_jacobian)
         if for_training:
             _check_noise_level(config.training, model.sde)
             _check_training(config, objective.every, mesh.size)
@@ -301,14 +308,18 @@ def _check_classes(config: Config) -> None:
 
 def _check_kind_of_data(config: Config) -> None:
     """Raises ValueError for points with settings that are for images, or the reverse."""
-    points, training, name = has_points(config), config.training, config.model.name
-    kind, fitting = ("points", "mlp") if points else ("images", "ncsnpp")
-    if name in NETWORKS and points != (name in POINT_NETWORKS):
+    points, name = has_points(config), config.model.name
+    kind, fitting, others = ("points", "mlp", IMAGE_NETWORKS) if points else ("images", "ncsnpp", POINT_NETWORKS)
+    if name in others:
         raise ValueError(f"model.name is {name!r}, but {config.data.dataset} has {kind}: set it to {fitting!r}")
-    if training.exact_derivatives and not points:
+    if config.training.exact_derivatives and not points:
         raise ValueError("training.exact_derivatives is True, but images have too many dimensions: set it to False")
-    if training.objective in ("implicit", "meng", "ode_likelihood") and not points:
+
+
+def _check_derivatives(config: Config, needs_jacobian: bool) -> None:
+    """Raises ValueError if the objective needs the whole Jacobian, but the data are images."""
+    if needs_jacobian and not has_points(config):
         raise ValueError(
-            f"training.objective is {training.objective!r}, which needs the whole Jacobian, but images have too many "
-            "dimensions: set it to 'denoising', 'sliced' or 'sliced_vr'"
+            f"training.objective is {config.training.objective!r}, which needs the whole Jacobian, but images have too "
+            "many dimensions: set it to 'denoising', 'sliced' or 'sliced_vr'"
         )

@@ -25,7 +25,7 @@ from infra.published_checkpoints import read_published_checkpoint
 from infra.waiting import waiting
 from infra.workdir import Workdir
 from models.score import Params
-from train_state import ResidualTable, TrainState
+from train_state import TrainState
 
 
 def abstract_state(state: TrainState, sharding: Sharding | TrainState) -> TrainState:
@@ -46,11 +46,11 @@ CHECKSUMS = "checksums"
 """The key in a checkpoint's description that holds the CRC-32 of each array, by its path, and of the description."""
 
 
-def initial_residuals(like: TrainState) -> ResidualTable | None:
+def initial_residuals(like: TrainState) -> Any:
     """The residuals of a state shaped as `like` whose checkpoint has none."""
     if like.residuals is None:
         return None
-    return jax.tree.map(lambda a, shape: jax.device_put(a, shape.sharding), ResidualTable.start(), like.residuals)
+    return jax.tree.map(lambda a, shape: jax.device_put(a, shape.sharding), like.residuals.start(), like.residuals)
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
@@ -174,7 +174,8 @@ class Checkpoints:
                 raise DamagedCheckpointError(
                     f"{name} is damaged: {len(changed)} of its arrays have changed on the disk"
                 )
-        table = ResidualTable(**arrays["residuals"]) if "residuals" in arrays else initial_residuals(self.like)
+        stored = arrays.get("residuals")
+        table = residuals._replace(**stored) if residuals is not None and stored else initial_residuals(self.like)
         state = TrainState(**arrays["state"], residuals=table)
         if not _all_finite((state.params, state.ema_params)):
             raise ValueError(

@@ -13,8 +13,8 @@ from arrays import Batch, PerExample, append_dims
 from configs.default import Config
 from models.layers import NONLINEARITIES, positional_embedding
 
-POINT_NETWORKS = ("mlp", "mlp_published")
-"""The values of config.model.name for points: our network, and the network of the paper."""
+MLPS = ("mlp", "mlp_published")
+"""The values of config.model.name for the networks in this file: ours, and the network of the paper."""
 
 TIMES_PER_UNIT = 999
 """Labels are times multiplied by this number."""

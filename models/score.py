@@ -13,7 +13,7 @@ from arrays import Batch, PerExample
 from configs.default import Config
 from models.conditioning import Conditioning, conditioning
 from models.ddpm import ddpm_from_config
-from models.mlp import POINT_NETWORKS, mlp_from_config
+from models.mlp import MLPS, mlp_from_config
 from models.ncsn import ncsn_from_config
 from models.ncsnpp import ncsnpp_from_config
 from models.ncsnv2 import NETWORKS as NCSNV2_NETWORKS
@@ -43,15 +43,17 @@ class ScoreNetwork(Protocol):
     def apply(self, variables: Any, *args: Any, **kwargs: Any) -> Any: ...
 
 
-NETWORKS: dict[str, Callable[[Config], ScoreNetwork]] = {
+IMAGE_NETWORKS: dict[str, Callable[[Config], ScoreNetwork]] = {
     "ncsnpp": ncsnpp_from_config,
     "ddpm": ddpm_from_config,
     "ncsn": ncsn_from_config,
     **dict.fromkeys(NCSNV2_NETWORKS, ncsnv2_from_config),
     "vdm": vdm_from_config,
-    **dict.fromkeys(POINT_NETWORKS, mlp_from_config),
 }
-"""The builders of networks, by config.model.name."""
+"""The builders of networks for images, by config.model.name."""
+
+POINT_NETWORKS: dict[str, Callable[[Config], ScoreNetwork]] = dict.fromkeys(MLPS, mlp_from_config)
+"""The builders of networks for points, by config.model.name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,7 @@ def build_network(config: Config) -> ScoreNetwork:
     Raises:
         ValueError: if model.name is unknown, or a field has a value that is not allowed.
     """
-    if config.model.name not in NETWORKS:
-        raise ValueError(f"model.name is {config.model.name!r}; known: {', '.join(NETWORKS)}")
-    return NETWORKS[config.model.name](config)
+    networks = IMAGE_NETWORKS | POINT_NETWORKS
+    if config.model.name not in networks:
+        raise ValueError(f"model.name is {config.model.name!r}; known: {', '.join(networks)}")
+    return networks[config.model.name](config)

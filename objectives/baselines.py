@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 from arrays import Batch, PerExample, Scalar, ScoreFn, append_dims, mean_square, num_dims
 from configs.default import Config
 from derivatives import exact_divergence, exact_jacobian
-from objectives.objective import Residual, TrainingObjective, require_first_order
+from objectives.objective import Residual, TrainingObjective, require_continuous_time, require_first_order
 from objectives.times import TimeDistribution, times_from_config
 from sde_lib import SDE
 
@@ -39,6 +39,10 @@ class MengObjective(TrainingObjective):
     times: TimeDistribution
     second_weight: float = 1.0
     likelihood_weighting: bool = False
+
+    @property
+    def needs_jacobian(self) -> bool:
+        return True
 
     def draw_noise(
         self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
@@ -97,6 +101,10 @@ class OdeLikelihoodObjective(TrainingObjective):
 
     t_min: float = 1e-5
     num_steps: int = 20
+
+    @property
+    def needs_jacobian(self) -> bool:
+        return True
 
     def draw_noise(
         self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
@@ -159,6 +167,7 @@ def meng_from_config(config: Config) -> MengObjective:
         ValueError: for a field whose value is not allowed.
     """
     training = config.training
+    require_continuous_time(training)
     require_first_order(training)
     if not training.reduce_mean:
         raise ValueError(
@@ -173,5 +182,6 @@ def ode_likelihood_from_config(config: Config) -> OdeLikelihoodObjective:
     Raises:
         ValueError: for a field whose value is not allowed.
     """
+    require_continuous_time(config.training)
     require_first_order(config.training)
     return OdeLikelihoodObjective(config.training.smallest_time, config.training.likelihood_steps)

@@ -76,8 +76,6 @@ def discrete_from_config(config: Config) -> DiscreteObjective:
         ValueError: if config.training has a setting that is not available in discrete time.
     """
     training = config.training
-    if training.objective != "denoising":
-        raise ValueError(f"training.objective is {training.objective!r}, which needs training.continuous=True")
     if training.score_matching_order > 1:
         raise ValueError(
             f"training.score_matching_order is {training.score_matching_order}; orders 2 and 3 need "

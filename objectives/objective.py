@@ -75,6 +75,11 @@ class TrainingObjective(abc.ABC):
         return 1
 
     @property
+    def needs_jacobian(self) -> bool:
+        """Whether it computes the whole Jacobian of the score, which is for data of few dimensions only."""
+        return False
+
+    @property
     def needs_residual(self) -> bool:
         """Whether weights follow the residual."""
         return False
@@ -87,6 +92,18 @@ class TrainingObjective(abc.ABC):
     def quantiles(self, sde: SDE, t: PerExample) -> PerExample:
         """Returns the distribution function of times, at these times. Only for objectives with `needs_residual`."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its times are distributed")
+
+
+def split_groups(a: Array, every: int) -> tuple[Array, Array]:
+    """Divides the rows of an array into the first of each group of `every` rows, and the others."""
+    groups = a.reshape(-1, every, *a.shape[1:])
+    return groups[:, 0], groups[:, 1:].reshape(-1, *a.shape[1:])
+
+
+def require_continuous_time(training: Config) -> None:
+    """Raises ValueError if training is in discrete time, which this objective does not have."""
+    if not training.continuous:
+        raise ValueError(f"training.objective is {training.objective!r}, which needs training.continuous=True")
 
 
 def require_first_order(training: Config) -> None:

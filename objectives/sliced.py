@@ -83,6 +83,10 @@ class SlicedObjective(TrainingObjective):
     likelihood_weighting: bool = False
     reduce_mean: bool = True
 
+    @property
+    def needs_jacobian(self) -> bool:
+        return not self.num_projections
+
     def draw_noise(
         self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
     ) -> SlicedNoise:
@@ -141,4 +145,4 @@ def sliced_from_config(config: Config) -> SlicedObjective:
 
 
 SLICED = ("implicit", "sliced", "sliced_vr")
-"""The values of training.objective for the objectives in this file. They also train in discrete time."""
+"""The values of training.objective for the objectives in this file."""

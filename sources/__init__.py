@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.checks import check_config
 from configs.default import Config
 from sources.catalogue import CATALOGUE, load_entry, prepare_entry
 from sources.densities import DENSITIES
@@ -20,7 +21,7 @@ from sources.npz import load_npz
 from sources.points import draw_points
 from sources.source import MemorySource, Source
 
-__all__ = ["MemorySource", "Source", "check_levels", "prepare_from_config", "source_from_config"]
+__all__ = ["MemorySource", "Source", "check_levels", "prepare", "source_from_config"]
 
 
 def load_digits(split: str) -> MemorySource:
@@ -113,9 +114,14 @@ def _check_fields(data: Config) -> None:
             raise ValueError(f"data.{field} is {data[field]}; it must lie between {least} and {most}")
 
 
-def prepare_from_config(config: Config) -> str:
-    """Prepares the data set of config.data; see `prepare_entry`."""
-    return prepare_entry(config.data)
+def prepare(config: Config) -> None:
+    """Converts a published data set from the files at `data.archive`, once; see sources/published.py.
+
+    Raises:
+        FileNotFoundError, ValueError: if a file is missing, is not the published one, or is damaged.
+    """
+    check_config(config)
+    print(prepare_entry(config.data))
 
 
 def check_levels(source: Source, levels: int) -> None:

@@ -19,7 +19,7 @@ from evaluators.latents import EncodeEvaluator
 from infra.files import read_npz
 from infra.workdir import Workdir
 from models.ncsnpp import ncsnpp_from_config
-from models.score import NETWORKS
+from models.score import IMAGE_NETWORKS
 from report.run_files import read_run
 from sources import load_digits
 from tests.tiny_network import tiny_classifier, tiny_network
@@ -150,7 +150,7 @@ def test_classes_are_drawn_with_a_trained_classifier(workdir, judge):
 
 def test_the_network_is_told_classes(monkeypatch):
     """NCSN++ itself: the score depends on the class, and any class has a number of its own."""
-    monkeypatch.setitem(NETWORKS, "ncsnpp", ncsnpp_from_config)
+    monkeypatch.setitem(IMAGE_NETWORKS, "ncsnpp", ncsnpp_from_config)
     run = build(config_with(data__num_classes=10))
     rng = np.random.default_rng(0)
     params = jax.tree.map(

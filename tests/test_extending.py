@@ -1,21 +1,29 @@
-"""A new SDE and a new sampler, each defined and registered as docs/extending.md describes, without any other change."""
+"""A new SDE, sampler, objective and network, each defined and registered as docs/extending.md describes.
+
+Each is a class and an entry of one table, without any other change."""
 
 import dataclasses
 import math
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+import losses
 import sampling
 import sde_lib
-from arrays import Batch, ReportProgress, ScoreFn
+from arrays import Batch, PerExample, ReportProgress, ScoreFn, append_dims, mean_square
 from build import Run, build
 from configs.default import Config
 from configs.toy.smoke import get_config
 from likelihood import ode_log_likelihood
+from models.score import POINT_NETWORKS
+from objectives.objective import Residual, TrainingObjective, require_first_order
+from objectives.times import TimeDistribution, times_from_config
 from samplers.sampler import DataRange, ImageKeys, Sampler, Samples, denoise
 from sde_lib import SDE, Times, sde_from_config
 from tests.analytic import asymmetric_mixture, gaussian
@@ -155,3 +163,104 @@ def test_the_new_sampler_is_listed_for_a_mistyped_name(monkeypatch):
     monkeypatch.setitem(sampling.SAMPLERS, "euler", euler_from_config)
     with pytest.raises(ValueError, match=r"sampling.method must be one of .*annealed_langevin, euler, got 'eulr'"):
         build(config_with(sampling__method="eulr")).sampler()
+
+
+# A new objective
+
+
+class OppositeNoise(NamedTuple):
+    """Times, and the noise of the first example of each pair."""
+
+    t: PerExample
+    z: Batch
+
+
+@dataclasses.dataclass(frozen=True)
+class OppositeObjective(TrainingObjective):
+    """First-order denoising score matching, averaged over the noise z and the opposite noise -z of each example."""
+
+    times: TimeDistribution
+
+    def draw_noise(
+        self, key: Array, sde: SDE, shape: tuple[int, ...], density: Float[Array, " bins"] | None = None
+    ) -> OppositeNoise:
+        del density
+        t_key, z_key = jax.random.split(key)
+        return OppositeNoise(self.times.draw(t_key, sde, shape[0]), jax.random.normal(z_key, shape))
+
+    def losses(
+        self, score_fn: ScoreFn, sde: SDE, x0: Batch, noise: OppositeNoise, residual: Residual | None = None
+    ) -> dict[str, PerExample]:
+        del residual
+        mean, sigma = sde.marginal(x0, noise.t)
+        factor = append_dims(sigma, x0)
+
+        def error(z: Batch) -> PerExample:
+            return mean_square(factor * score_fn(mean + factor * z, noise.t) + z)
+
+        loss = (error(noise.z) + error(-noise.z)) / 2
+        return {"total": loss, "first": loss}
+
+
+def opposite_from_config(config: Config) -> OppositeObjective:
+    require_first_order(config.training)
+    return OppositeObjective(times_from_config(config.training))
+
+
+def one_step(run: Run) -> dict[str, Any]:
+    """Returns the metrics of a step of training on points."""
+    x = jax.random.normal(jax.random.key(0), (64, 2))
+    after, metrics = jax.jit(run.trainer.train_step)(run.fresh_state(), x, jax.random.key(1))
+    assert after.step == 1
+    return metrics
+
+
+def test_the_new_objective_has_the_expectation_of_denoising(monkeypatch):
+    monkeypatch.setitem(losses.OBJECTIVES, "opposite", opposite_from_config)
+    config = config_with(training__objective="opposite")
+    run, n = build(config), 20_000
+    x0 = asymmetric_mixture(2).sample(jax.random.key(2), (n, 2))
+    score_fn = gaussian(np.zeros(2), np.eye(2)).score_fn(run.sde)  # not the score of the data
+    values = {}
+    for name in ("opposite", "denoising"):
+        config.training.objective = name
+        objective = losses.objective_from_config(config)
+        noise = objective.draw_noise(jax.random.key(3), run.sde, x0.shape)
+        values[name] = np.asarray(objective.losses(score_fn, run.sde, x0, noise)["total"], np.float64)
+    error = math.hypot(*(value.std() / math.sqrt(n) for value in values.values()))
+    assert abs(values["opposite"].mean() - values["denoising"].mean()) < 5 * error
+    assert values["opposite"].std() < values["denoising"].std()
+
+
+def test_a_run_with_the_new_objective(monkeypatch):
+    monkeypatch.setitem(losses.OBJECTIVES, "opposite", opposite_from_config)
+    metrics = one_step(build(config_with(training__objective="opposite")))
+    assert metrics["first"] == metrics["total"] > 0
+    assert metrics["grad_norm"] > 0
+    with pytest.raises(ValueError, match=r"score_matching_order is 2, but it is for training\.objective=denoising"):
+        build(config_with(training__objective="opposite", training__score_matching_order=2))
+
+
+# A new network
+
+
+class LinearNetwork(nn.Module):
+    """The noise as a linear function of the point, with a matrix that depends linearly on the time."""
+
+    scale_by_sigma: bool = False
+
+    @nn.compact
+    def __call__(self, x: Batch, labels: PerExample, train: bool = False) -> Batch:
+        del train
+        matrix = nn.Dense(x.shape[1] ** 2)(labels[:, None] / 999).reshape(-1, x.shape[1], x.shape[1])
+        return jnp.einsum("bij,bj->bi", matrix, x)
+
+
+def test_a_run_with_the_new_network(monkeypatch):
+    monkeypatch.setitem(POINT_NETWORKS, "linear", lambda config: LinearNetwork())
+    run = build(config_with(model__name="linear"))
+    metrics = one_step(run)
+    assert np.isfinite(metrics["total"])
+    assert metrics["grad_norm"] > 0
+    with pytest.raises(ValueError, match=r"model.name is 'liner'; known: .*mlp_published, linear"):
+        build(config_with(model__name="liner"))

@@ -23,7 +23,7 @@ from models.flowpp import Flowpp, flowpp_from_config
 from models.layers import conv
 from models.ncsnpp import ncsnpp_from_config
 from models.resample import FeatureMap
-from models.score import NETWORKS
+from models.score import IMAGE_NETWORKS
 from models.wideresnet import Logits, WideResnet
 
 
@@ -57,7 +57,7 @@ def tiny_from_config(config: Config) -> TinyNetwork:
 @contextlib.contextmanager
 def tiny_network() -> Iterator[None]:
     """Puts the tiny network in the place of NCSN++."""
-    with mock.patch.dict(NETWORKS, ncsnpp=tiny_from_config):
+    with mock.patch.dict(IMAGE_NETWORKS, ncsnpp=tiny_from_config):
         yield
 
 
