@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs.checks import check_config
 from configs.default import Config
 from configs.usage import record_reads, unrecorded
-from datasets import PointPreprocess, Preprocess, has_points, training_preprocess
+from datasets import PointPreprocess, Preprocess, batch_shapes, has_points, training_preprocess
 from infra import parallel
 from infra.checkpoints import Checkpoints, abstract_state, load_state
 from infra.workdir import Workdir
@@ -152,6 +152,13 @@ class Run:
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         )
+
+    def step_shapes(self, steps: int) -> tuple[TrainState, Any, jax.ShapeDtypeStruct]:
+        """The shapes, dtypes and placement of the arguments of `train_steps` for this many steps."""
+        batches = batch_shapes(self.config, self.data_shape, steps, parallel.along_batch(self.mesh, axis=1))
+        key = self.key(TRAIN_KEY)
+        placed_key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(self.mesh))
+        return self.training_state(), batches, placed_key
 
     def load_state(self, path: Path) -> TrainState:
         """Loads the state from a published checkpoint file, one step's folder, or the newest checkpoint of a run.

@@ -14,6 +14,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 
 from arrays import Batch, LabelledBatch, append_dims
@@ -126,11 +127,25 @@ def training_calls(
     batches = training_batches(source, batch_size, seed, first_step, last_step, with_labels)
     step = first_step
     while step < last_step:
-        end = min(last_step, *((step // steps + 1) * steps for steps in every))
+        end = end_of_call(step, last_step, every)
         with waiting(f"the training images of steps {step} to {end} from {source.description}"):
             stacked = jax.tree.map(lambda *each: np.stack(each), *(next(batches) for _ in range(step, end)))
         yield end, stacked
         step = end
+
+
+def end_of_call(step: int, last_step: int, every: Sequence[int]) -> int:
+    """Returns the step at the end of the compiled call that begins at `step`. `every` is as in `training_calls`."""
+    return min(last_step, *((step // steps + 1) * steps for steps in every))
+
+
+def batch_shapes(config: Config, data_shape: tuple[int, ...], steps: int, sharding: Sharding) -> Any:
+    """Returns the shapes and dtypes of global training batches, stacked along a first axis of steps."""
+    size, dtype = config.training.batch_size, jnp.float32 if has_points(config) else jnp.uint8
+    images = jax.ShapeDtypeStruct((steps, size, *data_shape), dtype, sharding=sharding)
+    if not config.data.num_classes:
+        return images
+    return LabelledBatch(images, jax.ShapeDtypeStruct((steps, size), jnp.int32, sharding=sharding))
 
 
 class EvaluationBatch(NamedTuple):

@@ -26,8 +26,8 @@ from jaxtyping import Array, Float
 from arrays import Batch, PerExample, ReportProgress, Scalar, ScoreFn, as_pytree
 from coordinates import GaussianReference, ReferencePath
 from derivatives import PROBES, divergence_estimates
-from ode import Info, integrate
 from sde_lib import SDE
+from solvers.ode import Info, integrate
 
 Probes: TypeAlias = Float[Array, "k batch *dims"]
 
@@ -55,7 +55,7 @@ class LogLikelihood(NamedTuple):
 
     NaN for adaptive methods. The mean over many examples estimates the bias."""
     info: Info
-    """Cost and success of the solve. See `ode.require_success`."""
+    """Cost and success of the solve. See `Info.require_success`."""
 
     @property
     def divergence(self) -> PerExample:
@@ -255,7 +255,7 @@ def ode_log_likelihood(
 
     Raises:
         ValueError: unknown method, or as in `ode.integrate`. A failed solve does not raise, but its numbers are not
-            likelihoods: pass `info` to `ode.require_success`.
+            likelihoods: call `info.require_success()`.
     """
     if method not in METHODS:
         raise ValueError(f"unknown likelihood method {method!r}; known: {', '.join(METHODS)}")

@@ -9,9 +9,8 @@ gradient.
 Every term is a pure function that returns one number for each example and takes its noise as an argument.
 `Objective.losses` computes the terms, and `weighted_total` adds them up.
 
-Orders 2 and 3 have three forms: exact, for few dimensions; the published estimates with one probe; and unbiased
-estimates of the exact form with two probes, which are ours (`objectives/unbiased.py`). The published estimates have
-(u.v)^2 where the exact form has |u|^2. The probe multiplies the standard deviation by about sqrt(d).
+Orders 2 and 3 have several forms, each with its formulas in a file of objectives/: exact.py, for few dimensions;
+published.py, the paper's estimates with one probe; and unbiased.py and trace.py, the estimates with |u|^2 as target.
 
 Sources: [L22] Lu et al., ICML 2022; [S21b] Song et al., NeurIPS 2021.
 """
@@ -23,28 +22,25 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.lax import stop_gradient
 from jaxtyping import Array, Float
 
-from arrays import Batch, Factor, PerExample, ScoreFn, append_dims, inner, level_values, mean_square, num_dims
+from arrays import Batch, PerExample, ScoreFn, append_dims, level_values, mean_square, num_dims
 from configs.default import Config
-from derivatives import PROBES, Field, exact_jacobian, exact_trace_gradient, probe_trace_gradient
+from derivatives import PROBES, Field
 from objectives.baselines import meng_from_config, ode_likelihood_from_config
-from objectives.bound import prior_divergence, reconstruction
+from objectives.bound import bound_terms
 from objectives.discrete import DiscreteObjective, discrete_from_config
-from objectives.objective import Noise, Residual, TrainingObjective
+from objectives.exact import exact_terms
+from objectives.objective import Noise, Residual, TrainingObjective, split_groups
+from objectives.published import constant_score, published_terms, residual_first_terms
+from objectives.residuals import HIGH_ORDER_WEIGHTINGS, WEIGHTINGS, variance_weights
 from objectives.sliced import SLICED, sliced_from_config
 from objectives.times import NEEDS_LIKELIHOOD_WEIGHTING, TimeDistribution, times_from_config, with_density
-from objectives.trace import squared_trace, unbiased_trace
+from objectives.trace import TRACE_ESTIMATORS
 from objectives.unbiased import unbiased_terms
 from sde_lib import SDE
 
 ORDERS = (1, 2, 3)
-WEIGHTINGS = ("constant", "residual")
-"""Weights by noise level: the published constants, or one over the variance of each term's error."""
-
-HIGH_ORDER_WEIGHTINGS = (*WEIGHTINGS, "first_order")
-"""The weightings of orders 2 and 3. "first_order": the first order's weights, with its likelihood weighting ([Z23])."""
 
 
 class Term(NamedTuple):
@@ -93,7 +89,7 @@ class Objective(TrainingObjective):
     third_weight: float = 1.0
     exact: bool = False
     residual_first: bool = False
-    """Compute the third order as `_residual_first_terms` does, for less memory; values and gradients are the same."""
+    """Compute the third order as `residual_first_terms` does, for less memory; values and gradients are the same."""
     estimator: str = "published"
     first_order_weighting: str = "constant"
     high_order_weighting: str = "constant"
@@ -233,25 +229,13 @@ class Objective(TrainingObjective):
         terms = {"first": first_order(score, sde, self, noise)} | terms
         if noise.time_weight is not None:
             terms = {name: noise.time_weight * value for name, value in terms.items()}
-        terms = self._bound_terms(sde, x0, noise) | terms
+        if self.level_values:
+            terms = bound_terms(sde, x0, noise.z_start, self.t_min, jnp.asarray(self.level_values)) | terms
         if not self.needs_residual:
             residual = None
         weights = term_weights(sde, self, noise.t, residual, num_dims(x0))
         known = {} if residual is None else {"residual": mean_square(score + noise.z)}
         return {"total": weighted_total(terms, self, weights)} | terms | known
-
-    def _bound_terms(self, sde: SDE, x0: Batch, noise: Noise) -> dict[str, PerExample]:
-        """Computes the terms of the bound that have no gradient, in bits/dim."""
-        if not self.level_values:
-            return {}
-        if noise.z_start is None:
-            raise ValueError("losses in bits/dim need noise at the start; draw the noise for their objective")
-        values = jnp.asarray(self.level_values)
-        nats = {
-            "reconstruction": reconstruction(sde, x0, noise.z_start, self.t_min, values),
-            "prior": prior_divergence(sde, x0, sde.prior_sigma),
-        }
-        return {name: value / (num_dims(x0) * math.log(2)) for name, value in nats.items()}
 
 
 def _score_and_terms(
@@ -270,12 +254,8 @@ def _score_and_terms(
             f"use a multiple of {every}"
         )
 
-    def of_each_group(a: Array, first: bool) -> Array:
-        groups = a.reshape(-1, every, *a.shape[1:])
-        return groups[:, 0] if first else groups[:, 1:].reshape(-1, *a.shape[1:])
-
     def with_orders(a: Array) -> Array:
-        return of_each_group(a, first=True)
+        return split_groups(a, every)[0]
 
     t, own_xt, own_sigma = with_orders(noise.t), with_orders(xt), with_orders(sigma)
     own_noise = jax.tree.map(with_orders, noise)
@@ -284,14 +264,14 @@ def _score_and_terms(
         return lambda x: own_sigma * score_fn(x, t)
 
     if objective.order == 3 and objective.residual_first:
-        constant = scaled(_constant(score_fn))
-        score, terms = _residual_first_terms(scaled(score_fn), constant, own_xt, own_sigma, own_noise)
+        constant = scaled(constant_score(score_fn))
+        score, terms = residual_first_terms(scaled(score_fn), constant, own_xt, own_sigma, own_noise)
     else:
-        higher_orders = _exact_terms if objective.exact else ESTIMATORS[objective.estimator]
+        higher_orders = exact_terms if objective.exact else ESTIMATORS[objective.estimator]
         score, terms = higher_orders(scaled(score_fn), own_xt, own_sigma, objective.order, own_noise)
     if every == 1:
         return score, terms
-    rest_xt, rest_t, rest_sigma = (of_each_group(a, first=False) for a in (xt, noise.t, sigma))
+    rest_xt, rest_t, rest_sigma = (split_groups(a, every)[1] for a in (xt, noise.t, sigma))
     rest = (rest_sigma * score_fn(rest_xt, rest_t)).reshape(-1, every - 1, *x0.shape[1:])
     score = jnp.concatenate([score[:, None], rest], axis=1).reshape(x0.shape)
     only_first = jnp.zeros(every).at[0].set(every)[None]
@@ -319,9 +299,8 @@ def term_weights(
 ) -> dict[str, PerExample]:
     """Returns the weight of each term at each time, for the terms with a weight other than 1.
 
-    Weights that follow the residual come from generalised least squares (ours), which divides each squared error by
-    its variance. The variance is known if u given x_t is N(0, r I). The weights of the first order are proportional to
-    1 / r, with mean 1 over all times. The weights of orders 2 and 3 are relative to the weight of the first order.
+    Weights that follow the residual divide each squared error by its variance; see `variance_weights`. Those of the
+    first order are proportional to 1 / r, with mean 1 over all times.
     """
     weights = {}
     if residual is not None and objective.first_order_weighting == "residual":
@@ -331,100 +310,13 @@ def term_weights(
     elif residual is None or objective.high_order_weighting == "constant":
         return weights
     else:
-        r = residual.value
-        unbiased = {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d / (2 * r**2)}
-        relative = {
-            "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": 1 / (2 * r**2)},
-            "exact": {"second_frob": d / (2 * r), "third": 1 / (2 * r**2 * d)},
-        }.get("exact" if objective.exact else objective.estimator, unbiased)
+        relative = variance_weights("exact" if objective.exact else objective.estimator, residual.value, d)
     first = likelihood_weight(sde, objective, t) * weights.get("first", 1.0)
     return weights | {name: first * weight for name, weight in relative.items()}
 
 
-def _probe_terms(
-    scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
-) -> tuple[Batch, dict[str, PerExample]]:
-    """sigma times the score, and the terms of orders 2 and 3 as Hutchinson estimates ([L22] App. G)."""
-    if order == 2:
-        score, jacobian_probe = jax.jvp(scaled_score, (xt,), (noise.probe,))
-        trace_gradient = None
-    else:
-        score, jacobian_probe, trace_gradient = probe_trace_gradient(scaled_score, xt, noise.probe)
-    # scaled_score already holds one factor of sigma
-    jacobian_probe = sigma * jacobian_probe
-    terms = _second_order_terms(score, jacobian_probe, noise)
-    if trace_gradient is not None:
-        u = noise.z + stop_gradient(score)
-        terms["third"] = third_order(sigma**2 * trace_gradient, stop_gradient(jacobian_probe), u, noise.probe)
-    return score, terms
-
-
-def _second_order_terms(score: Batch, jacobian_probe: Batch, noise: Noise) -> dict[str, PerExample]:
-    """The terms of order 2. Args: score: sigma s. jacobian_probe: sigma^2 J v."""
-    u = noise.z + stop_gradient(score)
-    return {
-        "second_frob": second_order_frob(jacobian_probe, u, noise.probe),
-        "second_trace": second_order_trace(jacobian_probe, u, noise.probe),
-    }
-
-
-def _residual_first_terms(
-    scaled_score: Field, constant_score: Field, xt: Batch, sigma: Factor, noise: Noise
-) -> tuple[Batch, dict[str, PerExample]]:
-    """The values and gradients of `_probe_terms` of order 3, without a reverse pass inside the one for the gradient.
-
-    The third term is the mean square of a residual r, so its gradient is that of <w, sigma^2 grad_x (v.Jv)> with the
-    constant w = 2 r / d, and <w, grad_x (v.Jv)> = v.D^2 field [v, w] is a forward derivative along v and then w. The
-    gradient runs through forward derivatives only, all of which can be recomputed block by block, as with model.remat.
-
-    Args:
-        constant_score: the same field, without a gradient for its parameters.
-    """
-    value, tangent, trace_gradient = probe_trace_gradient(constant_score, xt, noise.probe)
-    u, d = noise.z + value, float(num_dims(xt))  # as an integer, d^2 of large images has more than 32 bits
-    residual = stop_gradient(third_order_residual(sigma**2 * trace_gradient, sigma * tangent, u, noise.probe))
-    direction = 2 * sigma**2 * residual / d**2
-
-    def along_probe(x: Batch) -> tuple[Batch, Batch]:
-        return jax.jvp(scaled_score, (x,), (noise.probe,))
-
-    (score, jacobian_probe), (_, second_derivative) = jax.jvp(along_probe, (xt,), (direction,))
-    terms = _second_order_terms(score, sigma * jacobian_probe, noise)
-    gradient_carrier = inner(noise.probe, second_derivative)
-    terms["third"] = mean_square(residual) + (gradient_carrier - stop_gradient(gradient_carrier))
-    return score, terms
-
-
-def _constant(score_fn: ScoreFn) -> ScoreFn:
-    """The score function without a gradient for the parameters in it, if it is a pytree that holds them."""
-    return jax.tree.map(lambda leaf: stop_gradient(leaf) if isinstance(leaf, jax.Array) else leaf, score_fn)
-
-
-TRACE_ESTIMATORS = {"squared_trace": squared_trace, "unbiased_trace": unbiased_trace}
-"""Estimators of the second order that use only its trace."""
-
-ESTIMATORS = {"published": _probe_terms, "unbiased": unbiased_terms, **TRACE_ESTIMATORS}
+ESTIMATORS = {"published": published_terms, "unbiased": unbiased_terms, **TRACE_ESTIMATORS}
 """Estimators of orders 2 and 3 with probes, by training.high_order_estimator."""
-
-
-def _exact_terms(
-    scaled_score: Field, xt: Batch, sigma: Factor, order: int, noise: Noise
-) -> tuple[Batch, dict[str, PerExample]]:
-    """sigma times the score, and the terms of orders 2 and 3 from the whole Jacobian ([L22] Theorems 4.1 and 4.3)."""
-    if order == 2:
-        score, jacobian = exact_jacobian(scaled_score, xt)
-        trace_gradient = None
-    else:
-        score, jacobian, trace_gradient = exact_trace_gradient(scaled_score, xt)
-    batch, d = len(xt), num_dims(xt)
-    flat_sigma = sigma.reshape(batch, 1)
-    u = (noise.z + stop_gradient(score)).reshape(batch, d)
-    jacobian = flat_sigma[..., None] * jacobian
-    terms = {"second_frob": exact_second_order(jacobian, u)}
-    if trace_gradient is not None:
-        trace_gradient = flat_sigma**2 * trace_gradient.reshape(batch, d)
-        terms["third"] = exact_third_order(trace_gradient, stop_gradient(jacobian), u)
-    return score, terms
 
 
 def first_order(scaled_score: Batch, sde: SDE, objective: Objective, noise: Noise) -> PerExample:
@@ -444,89 +336,6 @@ def likelihood_weight(sde: SDE, objective: Objective, t: PerExample) -> PerExamp
         return jnp.ones_like(t)
     weight = objective.times.likelihood_weight(sde, t)
     return weight * objective.times.total(sde) / (2 * math.log(2)) if objective.level_values else weight
-
-
-def second_order_frob(jacobian_probe: Batch, u: Batch, probe: Batch) -> PerExample:
-    """|sigma^2 J v + v - (u.v) u|^2 / d^2: the columns of the Jacobian, along a probe ([L22] Eqn. 172).
-
-    Args:
-        jacobian_probe: sigma^2 J v.
-        u: z + sigma s-bar.
-        probe: v.
-    """
-    target = append_dims(inner(u, probe), u) * u - probe
-    return mean_square(jacobian_probe - target) / num_dims(u)
-
-
-def second_order_trace(jacobian_probe: Batch, u: Batch, probe: Batch) -> PerExample:
-    """(sigma^2 v.J v + |v|^2 - (u.v)^2)^2 / d^2: the Jacobian's trace ([L22] Eqn. 173). Arguments as above."""
-    trace = inner(probe, jacobian_probe)
-    target = inner(u, probe) ** 2 - inner(probe, probe)
-    return ((trace - target) / num_dims(u)) ** 2
-
-
-def third_order(trace_gradient: Batch, jacobian_probe_bar: Batch, u: Batch, probe: Batch) -> PerExample:
-    """The gradient of the Jacobian's trace, over d^3 ([L22] Eqn. 174).
-
-    |sigma^3 grad(v.J v) + (u.v)^2 u - (sigma^2 v.J-bar v + |v|^2) u - 2 (u.v) (sigma^2 J-bar v + v)|^2 / d^3
-
-    Arguments as in `third_order_residual`.
-    """
-    return mean_square(third_order_residual(trace_gradient, jacobian_probe_bar, u, probe))
-
-
-def third_order_residual(trace_gradient: Batch, jacobian_probe_bar: Batch, u: Batch, probe: Batch) -> Batch:
-    """The vector of `third_order` whose mean square is the term: the one between the bars there, over d.
-
-    Args:
-        trace_gradient: sigma^3 grad_x (v.J v).
-        jacobian_probe_bar: sigma^2 J-bar v.
-        u: z + sigma s-bar.
-        probe: v.
-    """
-    along = inner(u, probe)
-    spread = inner(probe, jacobian_probe_bar) + inner(probe, probe)
-    error = (
-        trace_gradient
-        + append_dims(along**2 - spread, u) * u
-        - 2 * append_dims(along, u) * (jacobian_probe_bar + probe)
-    )
-    return error / num_dims(u)
-
-
-def exact_second_order(jacobian: Float[Array, "batch d d"], u: Float[Array, "batch d"]) -> PerExample:
-    """|sigma^2 J + I - u u^T|_F^2 / d^2: the Jacobian of the score ([L22] Theorem 4.1).
-
-    Args:
-        jacobian: sigma^2 J.
-        u: z + sigma s-bar.
-    """
-    identity = jnp.eye(u.shape[1], dtype=u.dtype)[None]
-    return mean_square(jacobian + identity - u[:, :, None] * u[:, None, :])
-
-
-def exact_second_order_trace(jacobian: Float[Array, "batch d d"], u: Float[Array, "batch d"]) -> PerExample:
-    """(sigma^2 tr J + d - |u|^2)^2 / d: the Jacobian's trace ([L22] Corollary 4.2). Arguments as above."""
-    d = u.shape[1]
-    return (jnp.trace(jacobian, axis1=1, axis2=2) + d - inner(u, u)) ** 2 / d
-
-
-def exact_third_order(
-    trace_gradient: Float[Array, "batch d"], jacobian_bar: Float[Array, "batch d d"], u: Float[Array, "batch d"]
-) -> PerExample:
-    """The gradient of the Jacobian's trace ([L22] Theorem 4.3).
-
-    |sigma^3 grad tr J + |u|^2 u - (sigma^2 tr J-bar + d) u - 2 (sigma^2 J-bar + I) u|^2 / d
-
-    Args:
-        trace_gradient: sigma^3 grad_x tr J.
-        jacobian_bar: sigma^2 J-bar.
-        u: z + sigma s-bar.
-    """
-    spread = jacobian_bar + jnp.eye(u.shape[1], dtype=u.dtype)[None]
-    trace = jnp.trace(spread, axis1=1, axis2=2)
-    error = trace_gradient + (inner(u, u) - trace)[:, None] * u - 2 * jnp.einsum("bij,bj->bi", spread, u)
-    return mean_square(error)
 
 
 def denoising_from_config(config: Config) -> Objective | DiscreteObjective:

@@ -150,6 +150,8 @@ def _run(mode: str, workdir: Path) -> None:
         parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds)
     parallel.check_devices()
     import run_lib
+    import sources
+    from evaluators import export, fid, selftest, step_cost, unused_fields
 
     parallel.check_stop()
     if _CONFIG.value is not None:
@@ -169,19 +171,19 @@ def _run(mode: str, workdir: Path) -> None:
     elif mode == "diagnose":
         run_lib.diagnose(_CONFIG.value, workdir, _EVAL_FOLDER.value, _DEQ_FOLDER.value)
     elif mode == "export":
-        run_lib.export(_CONFIG.value, workdir, _DEQ_FOLDER.value)
+        export.export(_CONFIG.value, workdir, _DEQ_FOLDER.value)
     elif mode == "prepare":
-        run_lib.prepare(_CONFIG.value)
+        sources.prepare(_CONFIG.value)
     elif mode == "stats":
-        run_lib.stats(_CONFIG.value)
+        fid.stats(_CONFIG.value)
     elif mode == "cost":
-        run_lib.cost(_CONFIG.value, workdir)
+        step_cost.cost(_CONFIG.value, workdir)
     elif mode == "selftest":
-        run_lib.selftest(_CONFIG.value, workdir)
+        selftest.selftest(_CONFIG.value, workdir)
     else:
         run_lib.report(workdir, [Path(other).expanduser() for other in _COMPARE.value or []])
     if _CONFIG.value is not None:
-        run_lib.warn_unused(_CONFIG.value, mode)
+        unused_fields.warn_unused(_CONFIG.value, mode)
 
 
 def _expand_home(config: Config) -> None:

@@ -1,11 +1,11 @@
-"""Training and evaluation: what the modes of main.py do, given a configuration and the folder of a run.
+"""Training and evaluation, given a configuration and the folder of a run: the modes of main.py that the method needs.
 
-infra/workdir.py describes the folder.
+infra/workdir.py describes the folder. The other modes are beside the code that they call: step_cost.py, selftest.py,
+fid.py (stats) and export.py in evaluators/, and prepare in sources/.
 """
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,42 +15,22 @@ from absl import logging
 
 import datasets
 from build import TRAIN_KEY, Run, build
-from configs.checks import check_config
 from configs.default import Config
-from configs.usage import unused_fields
 from datasets import Source
-from dequantization.noise import dequantizer_from_config
-from dequantization.training import DequantizerTraining, dequantizer_state, evaluation_dequantizer, score_params
+from dequantization.training import DequantizerTraining, evaluation_dequantizer, score_params
 from evaluators import MODES, Evaluator, evaluators_from_config
-from evaluators.assets import assets
 from evaluators.batch_size import choose_batch_sizes
 from evaluators.chosen import chosen_states, training_metadata
 from evaluators.class_training import ClassifierTraining, classifier_folder
 from evaluators.diagnostics import DiagnosticsEvaluator
-from evaluators.estimators import estimator_from_config
-from evaluators.fid import prepare_statistics
 from evaluators.loss import LossEvaluator
 from evaluators.snapshots import Snapshots
-from evaluators.step_cost import case_cost, cost_without_device
+from evaluators.unused_fields import warn_after_first_call
 from infra import parallel
-from infra.ahead_of_time import ENDED
 from infra.checkpoints import Checkpoints, params_digest
-from infra.cost import (
-    HEADERS,
-    NOT_COMPILED,
-    all_cases,
-    cells,
-    device_memory,
-    fitting_text,
-    program_identity,
-)
-from infra.gpus import gpu_by_name, mesh_of
 from infra.metrics import MetricsWriter
-from infra.published_checkpoints import write_published_checkpoint
 from infra.results import Results
-from infra.selftest import HEADER as CHECK_HEADER
-from infra.selftest import check, checkpoint_bytes, collective, devices, disk, state_bytes
-from infra.startup import Startup
+from infra.startup import EarlyProgram, Startup
 from infra.training_loop import (
     Call,
     Callback,
@@ -65,9 +45,7 @@ from infra.training_loop import (
 )
 from infra.workdir import EvaluationFolder, Workdir
 from report.comparison import comparison_table
-from report.formatting import text_table
 from report.run_files import read_run
-from sources import prepare_from_config
 from train_state import TrainingBatches, TrainState, reset_parts
 
 
@@ -98,6 +76,8 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
         if new and init_state is not None:
             workdir.write_start(config.training.init_from, int(init_state.step))
         end = last_step(config.training, workdir)
+        checkpoints.check_network()
+        programs = first_program(run, checkpoints.newest() or (int(init_state.step) if init_state else 0), end)
         state = resume_or_init(run, checkpoints, init_state)
         field = "n_iters_from_start" if config.training.n_iters_from_start else "n_iters"
         _check_not_beyond(int(state.step), end, f"training.{field}", workdir)
@@ -116,45 +96,11 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
                 warn_after_first_call(config, "train"),
             ]
             if not parallel.stop_requested():
-                training_loop(score_training(run, train_source, end), state, config.training, callbacks)
+                training_loop(score_training(run, train_source, end, programs), state, config.training, callbacks)
     parallel.check_stop()
     if jax.process_index() == 0:
         _write_report(path)
         logging.info("Report: %s", workdir.report)
-
-
-def warn_unused(config: Config, mode: str) -> None:
-    """Warns once about each field that was given on the command line but has not been read, and says why.
-
-    Does nothing for a configuration whose reads are not recorded, see `configs.usage.record_reads`.
-    """
-    for field, setting in unused_fields(config, lambda changed: _build_settings(changed, mode)):
-        logging.warning("--config.%s has no effect with %s", field, setting or f"the other settings of --mode={mode}")
-
-
-def _build_settings(config: Config, mode: str) -> None:
-    """Builds all objects of a mode, except data, networks of evaluators, and checkpoints."""
-    run = build(config, for_training=mode not in ("eval", "diagnose", "export"))
-    if mode == "train":
-        _ = run.trainer, config.training.init_from and config.training.init_reset
-        Snapshots(run, Workdir(Path()))
-    elif mode == "eval":
-        if config.eval.enable_loss:
-            _ = run.trainer
-        if config.eval.enable_sampling:
-            run.sampler()
-        if config.eval.enable_bpd:
-            estimator_from_config(config)
-            dequantizer_from_config(config, run.sde)
-        if config.eval.end_ckpt:
-            _ = config.eval.begin_ckpt
-    elif mode == "cost":
-        _ = config.cost.num_devices if config.cost.device else config.cost.measure_steps
-
-
-def warn_after_first_call(config: Config, mode: str) -> Callback:
-    """Returns a callback that calls `warn_unused` after a training call, when all needed fields have been read."""
-    return lambda call: warn_unused(config, mode)
 
 
 def _check_not_beyond(step: int, end: int, field: str, workdir: Workdir) -> None:
@@ -200,22 +146,44 @@ def last_step(training: Config, workdir: Workdir) -> int:
     return start + training.n_iters_from_start if training.n_iters_from_start else training.n_iters
 
 
-def score_training(run: Run, source: Source, end: int | None = None) -> Training:
-    """Returns the training of the score model on this source, to step `end` (default: training.n_iters)."""
-    training = run.config.training
+def first_program(run: Run, step: int, last: int) -> dict[int, EarlyProgram]:
+    """Starts to compile the first call of a training from `step` to step `last`.
+
+    Returns the program by the number of steps of the call; nothing if no step is left.
+    """
+    if step >= last:
+        return {}
+    steps = datasets.end_of_call(step, last, _ends_of_calls(run.config.training)) - step
+    return {steps: EarlyProgram(run.train_steps(), *run.step_shapes(steps))}
+
+
+def _ends_of_calls(training: Config) -> tuple[int, int]:
+    """Compiled calls end at the multiples of these. Checkpoints are kept permanently at multiples of snapshot_freq."""
+    return training.n_jitted_steps, training.snapshot_freq
+
+
+def score_training(
+    run: Run, source: Source, end: int | None = None, programs: Mapping[int, EarlyProgram] | None = None
+) -> Training:
+    """Returns the training of the score model on this source, to step `end` (default: training.n_iters).
+
+    Args:
+        programs: from `first_program`. Calls with other numbers of steps are compiled when they are made.
+    """
+    training, early = run.config.training, programs or {}
     last = training.n_iters if end is None else end
     train_steps, key = run.train_steps(), run.key(TRAIN_KEY)
 
     def calls(first_step: int) -> Iterator[tuple[int, TrainingBatches]]:
-        # Checkpoints are kept permanently at multiples of snapshot_freq, so calls end there, too.
-        every = (training.n_jitted_steps, training.snapshot_freq)
+        every, with_labels = _ends_of_calls(training), run.config.data.num_classes > 0
         for step, batches in datasets.training_calls(
-            source, training.batch_size, run.config.seed, first_step, last, every, run.config.data.num_classes > 0
+            source, training.batch_size, run.config.seed, first_step, last, every, with_labels
         ):
             yield step, jax.tree.map(lambda rows: parallel.global_array(run.mesh, rows, axis=1), batches)
 
     def update(state: TrainState, batches: TrainingBatches) -> tuple[TrainState, Metrics]:
-        return train_steps(state, batches, key)
+        steps = len(jax.tree.leaves(batches)[0])
+        return early.get(steps, train_steps)(state, batches, key)
 
     return Training(f"order {training.score_matching_order}", last, calls, update)
 
@@ -404,149 +372,9 @@ def evaluate_checkpoint(
     logging.info("Results: %s", results.path)
 
 
-def export(config: Config, path: Path, deq_folder: str = "deq") -> Path:
-    """Writes a checkpoint in the published format, from which the published code can resume, and returns its path.
-
-    The state is that at `eval.checkpoint`, or the run's newest. With `eval.dequantizer`, the state of the dequantizer
-    that evaluation would use is written instead.
-
-    Raises:
-        FileNotFoundError: if there is no checkpoint.
-        ValueError, OSError: for bad input, before anything is written.
-    """
-    run, workdir = build(config, for_training=False), Workdir(path)
-    if config.eval.dequantizer:
-        state = dequantizer_state(run, Workdir(path / deq_folder))
-        name, ema_rate = "dequantizer", config.deq.ema_rate
-    else:
-        state = run.load_state(Path(config.eval.checkpoint or path))
-        name, ema_rate = "checkpoint", config.model.ema_rate
-    workdir.prepare()
-    file = workdir.exported / f"{name}_{int(state.step)}"
-    if jax.process_index() == 0:
-        write_published_checkpoint(file, state, lr=config.optim.lr, ema_rate=ema_rate)
-    logging.info("Exported step %d to %s", int(state.step), file)
-    return file
-
-
 def num_parameters(state: TrainState) -> int:
     """Returns the number of parameters of the network."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
-
-
-def prepare(config: Config) -> None:
-    """Converts a published data set from the files at `data.archive`, once; see sources/published.py.
-
-    Raises:
-        FileNotFoundError, ValueError: if a file is missing, is not the published one, or is damaged.
-    """
-    check_config(config)
-    print(prepare_from_config(config))
-
-
-def stats(config: Config) -> None:
-    """Measures the real images that samples are compared with, and prints the FIDs of real images for reference.
-
-    Raises:
-        FileNotFoundError, ValueError: if the data, the network or the statistics are missing, before any work.
-    """
-    check_config(config)
-    print(json.dumps(prepare_statistics(config), indent=1))
-
-
-def cost(config: Config, path: Path) -> None:
-    """Measures the cost of a training step for each case in `cost`, prints a table, and writes it to the workdir.
-
-    Each row is written as soon as it is known. Rows of the same program on the same devices are not measured again.
-    The last lines name, for each order, the largest batch that fits `cost.memory_gb`. With `cost.device`, the programs
-    are compiled for that GPU, but not run.
-
-    Raises:
-        ValueError, OSError: for bad input, before anything is measured or written.
-    """
-    fields = config.cost
-    gpu = gpu_by_name(fields.device) if fields.device else None
-    mesh = mesh_of(gpu, fields.num_devices) if gpu else None
-    sizes = fields.batch_sizes or (config.training.batch_size,)
-    runs = {case: build(case.applied_to(config), mesh) for case in all_cases(fields.orders, sizes, fields.memory)}
-    workdir, rows = Workdir(path), []
-    known = {json.dumps(row["program"]): row for row in workdir.read_costs()}
-    workdir.prepare()
-    # All cases start from the same state, so it is computed once. A copy on the host survives donation by the steps.
-    state = functools.cache(lambda: jax.device_get(next(iter(runs.values())).fresh_state()))
-    for case, run in runs.items():
-        program = program_identity(run.config, run.mesh, 0 if gpu else fields.measure_steps)
-        row = known.get(json.dumps(program))
-        if row is None:
-            logging.info("Measuring order %d, batch size %d, memory setting %s", *case)
-            measured = cost_without_device(run) if gpu else case_cost(run, state, fields.measure_steps)
-            row = case._asdict() | {"program": program} | measured
-            if row.get("error") != ENDED:
-                known[json.dumps(program)] = row
-            if jax.process_index() == 0:
-                workdir.write_costs(list(known.values()))
-        rows.append(row | case._asdict())  # A known row of the same program may have the name of another setting.
-        logging.info("%s", ", ".join(f"{name} {cell}" for name, cell in zip(HEADERS, cells(rows[-1]), strict=True)))
-    print(text_table(HEADERS, [cells(row) for row in rows]))
-    limit = fields.memory_gb or (gpu.usable_gb if gpu else device_memory())
-    for order in fields.orders:
-        print(fitting_text(order, rows, limit))
-
-
-def selftest(config: Config, path: Path) -> None:
-    """Checks devices, disk, one training step, and the files that the configuration needs; prints a table.
-
-    The step is the one that `--mode=cost` measures. Its compilation may take `cost.selftest_seconds`. If it takes
-    longer, the memory of the step is not known.
-
-    Raises:
-        ValueError: for a configuration that is not allowed, or if a check fails, after the table.
-        OSError: if nothing can be written to the workdir.
-    """
-    run, workdir = build(config), Workdir(path)
-    workdir.prepare()
-    shapes, training = run.abstract_state(), config.training
-    needed = checkpoint_bytes(shapes, training.n_iters, training.snapshot_freq)
-    wanted = [
-        ("devices", devices),
-        ("collective", lambda: collective(path)),
-        ("disk", lambda: disk(path, needed)),
-        *assets(run),
-        ("step", lambda: _step_in_words(run, state_bytes(shapes))),
-    ]
-    failed = []
-    for number, (name, measure) in enumerate(wanted):
-        if name == "step" and "collective" in failed:
-            continue  # The step would wait for the processes that are missing.
-        row = check(name, measure)
-        failed += [] if row.passed else [name]
-        if jax.process_index() == 0:
-            print(row.line if number else f"{CHECK_HEADER}\n{row.line}", flush=True)
-    if failed:
-        raise ValueError(f"{len(failed)} of {len(wanted)} checks failed: {', '.join(failed)}; see the table")
-
-
-def _step_in_words(run: Run, size: int) -> str:
-    """Describes the cost of a training step of this configuration, and the time of the whole run at this rate."""
-    fields, training = run.config.cost, run.config.training
-    row = case_cost(
-        run, lambda: jax.device_get(run.fresh_state()), min(fields.measure_steps, 3), fields.selftest_seconds
-    )
-    order = f"order {training.score_matching_order}, batch {training.batch_size}"
-    parts = [order, f"{row['gflop']:.4g} GFLOP", f"state {size / 1e9:.3g} GB"] if "gflop" in row else [order]
-    if "total_gb" in row:
-        parts.append(f"needs {row['total_gb']:.3g} of {fields.memory_gb or device_memory():.3g} GB")
-    if "step_seconds" in row:
-        seconds = row["step_seconds"]
-        parts.append(f"{seconds:.3g} s/step, {seconds * training.n_iters / 3600:.3g} h for {training.n_iters} steps")
-    text = ", ".join(parts)
-    if row.get("error") == NOT_COMPILED:
-        limit = f"--config.cost.selftest_seconds={fields.selftest_seconds:g}"
-        estimate = f"{row['estimated_gb']:.3g} of {fields.memory_gb or device_memory():.3g} GB by an upper estimate"
-        return f"{text}, {estimate}; not compiled within {limit}, and a larger value shows its memory and time"
-    if "error" in row:
-        raise RuntimeError(f"{text}: {row['error']}")
-    return text
 
 
 def report(path: Path, others: Sequence[Path] = ()) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import flax.struct
 import jax
@@ -15,7 +15,8 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from arrays import Batch, LabelledBatch, PerExample
 from configs.default import Config
 from models.score import Params, ScoreModel
-from objectives.objective import Draws, Residual, TrainingObjective
+from objectives.objective import Draws, TrainingObjective
+from objectives.residuals import ResidualTable
 
 Metrics = dict[str, Array]
 TrainingBatch: TypeAlias = UInt8[Array, "batch height width channel"] | Float[Array, "batch d"] | LabelledBatch
@@ -27,54 +28,6 @@ TrainingBatches: TypeAlias = (
 
 NUM_LARGEST = 3
 """The number of examples with the largest losses whose times a step reports."""
-
-RESIDUAL_BINS, RESIDUAL_MEMORY = 64, 0.999
-"""The number of parts of a `ResidualTable`, and the factor that multiplies its sums in each step."""
-
-
-class ResidualTable(NamedTuple):
-    """A running estimate of r(t) = E|u|^2 / d by noise level, over equal parts of `TrainingObjective.quantiles`.
-
-    Each step multiplies both sums by `RESIDUAL_MEMORY`, so that they forget old batches. They begin as one batch with
-    r = 1, as for a score of 0.
-    """
-
-    total: Float[Array, " bins"]
-    """The sum of |u|^2 / d over the examples in each part, divided by the number of examples in a batch."""
-    number: Float[Array, " bins"]
-    """The number of these examples, divided by the number of examples in a batch."""
-
-    @classmethod
-    def start(cls) -> "ResidualTable":
-        """Returns the table before the first step: one batch with r = 1."""
-        # Without the dtype the arrays are weakly typed, and the second training step compiles again.
-        total, number = (jnp.full(RESIDUAL_BINS, 1 / RESIDUAL_BINS, jnp.float32) for _ in range(2))
-        return cls(total, number)
-
-    @classmethod
-    def of_batch(cls, quantiles: PerExample, residual: PerExample) -> "ResidualTable":
-        """Returns the sums over one batch."""
-        part = jnp.minimum((quantiles * RESIDUAL_BINS).astype(jnp.int32), RESIDUAL_BINS - 1)
-        member = jax.nn.one_hot(part, RESIDUAL_BINS)
-        return cls(jnp.mean(member * residual[:, None], axis=0), jnp.mean(member, axis=0))
-
-    def updated(self, batch: "ResidualTable") -> "ResidualTable":
-        """Returns the table after one more batch."""
-        return jax.tree.map(lambda old, new: RESIDUAL_MEMORY * old + new, self, batch)
-
-    def values(self) -> Float[Array, " bins"]:
-        """r in each part."""
-        return self.total / self.number
-
-    def at(self, quantiles: PerExample) -> Residual:
-        """r, interpolated linearly between the middles of the parts."""
-        middles = (jnp.arange(RESIDUAL_BINS) + 0.5) / RESIDUAL_BINS
-        return Residual(jnp.interp(quantiles, middles, self.values()), 1 / jnp.mean(1 / self.values()))
-
-    def density(self) -> Float[Array, " bins"]:
-        """The density of times for orders 2 and 3: half the objective's, and half in proportion to 1 / r."""
-        inverse = 1 / self.values()
-        return 0.5 + 0.5 * inverse / jnp.mean(inverse)
 
 
 class TrainState(flax.struct.PyTreeNode):

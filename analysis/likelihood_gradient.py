@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from arrays import Batch, ReportProgress, Scalar, ScoreFn, as_pytree, inner
 from likelihood import GaussianReference, Probes, ReferenceField, ReferencePath
-from ode import Node, adams_path, adams_step
 from sde_lib import SDE
+from solvers.ode import Node, adams_path, adams_step
 
 Scores = Float[Array, "k batch *dims"]
 """An estimate of the score for each probe."""

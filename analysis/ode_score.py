@@ -28,8 +28,8 @@ from jaxtyping import Array, Float
 from arrays import Batch, PerExample, ScoreFn, append_dims, as_pytree, inner, num_dims
 from derivatives import UNROLLED_DIMS, Field, divergence_estimates, exact_divergence
 from likelihood import Probes
-from ode import Info, integrate
 from sde_lib import SDE
+from solvers.ode import Info, integrate
 
 
 class OdeScore(NamedTuple):
@@ -43,7 +43,7 @@ class OdeScore(NamedTuple):
 
     If it is far from x, the score belongs to another point. See `return_error`."""
     info: Info
-    """Cost and success of both solves. See `ode.require_success`."""
+    """Cost and success of both solves. See `Info.require_success`."""
 
 
 LEAST_NOISE = 1e-3
@@ -284,7 +284,7 @@ def likelihood_by_start(
         probes: for div h, fixed for the solve and the same for all start times. None: the exact divergence.
 
     Returns:
-        The log-likelihoods, and the report of the solve. See `ode.require_success`.
+        The log-likelihoods, and the report of the solve. See `Info.require_success`.
 
     Raises:
         ValueError: a start outside (0, T).

@@ -43,7 +43,6 @@ from arrays import Batch, PerExample, ScoreFn, append_dims, as_pytree, inner
 from derivatives import exact_trace_gradient
 from evaluation import MeanEstimate, mean_estimate
 from likelihood import Probes, ode_log_likelihood
-from ode import require_success
 from sde_lib import SDE
 from sources.marginals import Marginals
 
@@ -105,7 +104,7 @@ def distances(
         RuntimeError: if a solve fails.
     """
     of_ode = ode_score(score_fn, sde, x, t, probes, rtol=rtol, atol=atol)
-    require_success(of_ode.info)
+    of_ode.info.require_success()
     of_data = None if data_score is None else _evaluate(as_pytree(data_score), x, t)
     values = _distances(_evaluate(as_pytree(score_fn), x, t), of_ode, of_data, t, x, sde=sde)
     if (lost := float(np.mean(np.asarray(values.returned) > MOST_RETURN_ERROR))) > 0:
@@ -194,7 +193,7 @@ def error_sources(
     score_fn, data_score = as_pytree(score_fn), as_pytree(data_score)
     points, vectors = _source_vectors(score_fn, data_score, x, t, sde=sde)
     result = ode_score(score_fn, sde, points, jnp.tile(t, 2), rtol=rtol, atol=atol)
-    require_success(result.info)
+    result.info.require_success()
     return _error_sources(result.score, vectors, t, sde=sde)
 
 
@@ -356,7 +355,7 @@ def kl_identity(
     first, last = (jnp.full(num_points, t, jnp.asarray(nodes.t).dtype) for t in (t_min, sde.t_max))
     x, x_end = sampler(first), sampler(last)
     result = ode_log_likelihood(score_fn, sde, x, None, t_min=t_min, rtol=rtol, atol=atol)
-    require_success(result.info)
+    result.info.require_success()
     data_score = partial(density.score, sde)
     curves = distance_curves(score_fn, sde, sampler, nodes, num_points, data_score=data_score, rtol=rtol, atol=atol)
     return KLIdentity(

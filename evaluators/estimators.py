@@ -18,8 +18,8 @@ from coordinates import TAIL_DENSITY, GaussianReference
 from datasets import SPLITS, Source
 from infra import parallel
 from likelihood import METHODS, PROBE_KINDS, Probes, draw_probes, ode_log_likelihood
-from ode import FIXED_STEP, Info, check_processes
 from sde_lib import SDE
+from solvers.ode import FIXED_STEP, Info, check_processes
 
 
 class Estimate(NamedTuple):

@@ -12,6 +12,7 @@ import numpy as np
 from absl import logging
 
 import datasets
+from configs.checks import check_config
 from configs.default import Config
 from datasets import MemorySource, Source
 from evaluation import frechet_distance, inception_score, kernel_distance
@@ -203,6 +204,16 @@ def self_test(
     check_statistics(statistics, extractor)
     fid = frechet_distance(same.mu, same.sigma, statistics.mu, statistics.sigma)
     return {"same": {"fid": fid, "n": same.n}, "other": evaluate_samples(other, extractor, statistics)}
+
+
+def stats(config: Config) -> None:
+    """Measures the real images that samples are compared with, and prints the FIDs of real images for reference.
+
+    Raises:
+        FileNotFoundError, ValueError: if the data, the network or the statistics are missing, before any work.
+    """
+    check_config(config)
+    print(json.dumps(prepare_statistics(config), indent=1))
 
 
 def prepare_statistics(config: Config) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values, draw_in_rounds
 from evaluators.estimators import Estimate, as_float64, estimator_from_config, evaluation_source, fetch_and_check
 from infra import parallel
-from infra.workdir import DATA, DensityGrid, EvaluationFolder, PointCloud
+from infra.artefacts import DensityGrid, PointCloud
+from infra.workdir import DATA, EvaluationFolder
 from models.score import Params
 from samplers.sampler import image_keys
 

@@ -9,9 +9,10 @@ from absl import logging
 from build import Run
 from evaluators.samples import draw_images
 from infra import parallel
+from infra.artefacts import ImageGrid, Snapshot
 from infra.checkpoints import params_digest
 from infra.console import progress
-from infra.workdir import PER_GRID, ImageGrid, Snapshot, Workdir
+from infra.workdir import PER_GRID, Workdir
 from samplers.few_step import DPMSolverSampler
 from samplers.sampler import Sampler
 from train_state import TrainState

@@ -1,29 +1,79 @@
-"""The cost of a training step of a run, on the devices of this machine or on GPUs that it does not have."""
+"""--mode=cost: the cost of a training step, on the devices of this machine or on GPUs that it does not have."""
 
+import functools
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from build import TRAIN_KEY, Run, build
 from configs.default import Config
 from infra import parallel
-from infra.ahead_of_time import predicted_cost
+from infra.ahead_of_time import ENDED, predicted_cost
+from infra.console import text_table
 from infra.cost import (
+    HEADERS,
     NOT_COMPILED,
     OUT_OF_MEMORY,
+    all_cases,
+    cells,
     device_memory,
     error_text,
+    fitting_text,
     peak_memory,
     program_cost,
+    program_identity,
     step_seconds,
     traced_cost,
 )
 from infra.gpus import gpu_by_name, mesh_of
+from infra.workdir import Workdir
 from train_state import TrainState
+
+
+def cost(config: Config, path: Path) -> None:
+    """Measures the cost of a training step for each case in `cost`, prints a table, and writes it to the workdir.
+
+    Each row is written as soon as it is known. Rows of the same program on the same devices are not measured again.
+    The last lines name, for each order, the largest batch that fits `cost.memory_gb`. With `cost.device`, the programs
+    are compiled for that GPU, but not run.
+
+    Raises:
+        ValueError, OSError: for bad input, before anything is measured or written.
+    """
+    fields = config.cost
+    gpu = gpu_by_name(fields.device) if fields.device else None
+    mesh = mesh_of(gpu, fields.num_devices) if gpu else None
+    sizes = fields.batch_sizes or (config.training.batch_size,)
+    runs = {case: build(case.applied_to(config), mesh) for case in all_cases(fields.orders, sizes, fields.memory)}
+    workdir, rows = Workdir(path), []
+    known = {json.dumps(row["program"]): row for row in workdir.read_costs()}
+    workdir.prepare()
+    # All cases start from the same state, so it is computed once. A copy on the host survives donation by the steps.
+    state = functools.cache(lambda: jax.device_get(next(iter(runs.values())).fresh_state()))
+    for case, run in runs.items():
+        program = program_identity(run.config, run.mesh, 0 if gpu else fields.measure_steps)
+        row = known.get(json.dumps(program))
+        if row is None:
+            logging.info("Measuring order %d, batch size %d, memory setting %s", *case)
+            measured = cost_without_device(run) if gpu else case_cost(run, state, fields.measure_steps)
+            row = case._asdict() | {"program": program} | measured
+            if row.get("error") != ENDED:
+                known[json.dumps(program)] = row
+            if jax.process_index() == 0:
+                workdir.write_costs(list(known.values()))
+        rows.append(row | case._asdict())  # A known row of the same program may have the name of another setting.
+        logging.info("%s", ", ".join(f"{name} {cell}" for name, cell in zip(HEADERS, cells(rows[-1]), strict=True)))
+    print(text_table(HEADERS, [cells(row) for row in rows]))
+    limit = fields.memory_gb or (gpu.usable_gb if gpu else device_memory())
+    for order in fields.orders:
+        print(fitting_text(order, rows, limit))
 
 
 def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, limit: float = math.inf) -> dict[str, Any]:
@@ -63,15 +113,8 @@ def cost_without_device(run: Run) -> dict[str, Any]:
 
 def traced_step(run: Run) -> tuple[dict[str, Any], jax.stages.Lowered]:
     """Traces the training steps of a run, without a compilation. Returns what `traced_cost` knows, and the program."""
-    steps, key = run.config.training.n_jitted_steps, run.key(TRAIN_KEY)
-    shape = (steps, run.config.training.batch_size, *run.data_shape)
-    dtype = np.uint8 if run.density is None else np.float32
-    arguments = (
-        run.training_state(),
-        jax.ShapeDtypeStruct(shape, dtype, sharding=parallel.along_batch(run.mesh, axis=1)),
-        jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=parallel.replicated(run.mesh)),
-    )
-    cost, _, lowered = traced_cost(run.train_steps(), arguments, steps, run.mesh.size)
+    steps = run.config.training.n_jitted_steps
+    cost, _, lowered = traced_cost(run.train_steps(), run.step_shapes(steps), steps, run.mesh.size)
     return cost, lowered
 
 

@@ -16,7 +16,6 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from likelihood import ode_log_likelihood
-from ode import require_success
 from sde_lib import VPSDE
 from sources.densities import GaussianMixture
 
@@ -40,7 +39,7 @@ def main(out: Path, num_points: int = 400) -> float:
 
     # No probes: the divergence is exact, from d derivatives of the score. With probes, it would be estimated.
     result = ode_log_likelihood(score_fn, sde, x, None, t_min=T_MIN, rtol=1e-6, atol=1e-6)
-    require_success(result.info)
+    result.info.require_success()
 
     # The solve uses the points as x at T_MIN, so they are compared with the density at that time.
     exact = DATA.log_density(sde, x, jnp.full(num_points, T_MIN))

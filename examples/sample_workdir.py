@@ -25,7 +25,6 @@ from infra.image_grid import save_grid
 from infra.workdir import Workdir
 from likelihood import bits_per_dim, draw_probes, ode_log_likelihood
 from models.score import NetworkScore
-from ode import require_success
 from samplers.few_step import DPMSolverSampler
 from samplers.sampler import image_keys
 
@@ -74,7 +73,7 @@ def image_bits(run: Run, score_fn: NetworkScore, count: int) -> np.ndarray:
     # Two random probes for each image estimate the divergence of the ODE without bias.
     probes = draw_probes(probe_key, "rademacher", noisy.x.shape, num_probes=2)
     result = ode_log_likelihood(score_fn, run.sde, noisy.x, probes, t_min=dequantizer.t_min, method="adams_log")
-    require_success(result.info)
+    result.info.require_success()
 
     nats = result.terms | {"dequantization": noisy.log_q}
     bins = {"levels": dequantizer.bins_per_unit, "unit_scale": dequantizer.unit_scale}

@@ -20,7 +20,6 @@ from likelihood import GaussianReference, ode_log_likelihood
 from losses import ORDERS, Objective
 from models.mlp import MLP
 from models.score import NetworkScore, ScoreModel
-from ode import require_success
 from report.density_figures import density_maps
 from sde_lib import VESDE
 from sources.densities import Checkerboard
@@ -86,7 +85,7 @@ def log_likelihood(score_fn: NetworkScore, x: jax.Array) -> np.ndarray:
     data = GaussianReference(std=2.3)
     solver = {"method": "adams_log", "num_steps": 48, "reference": data}
     result = ode_log_likelihood(score_fn, SDE, x, None, t_min=T_MIN, **solver)
-    require_success(result.info)
+    result.info.require_success()
     return np.asarray(result.logp)
 
 

@@ -21,13 +21,16 @@ from jaxtyping import Float
 
 from build import build
 from evaluation import mean_estimate
-from experiments.provenance import commit, machine
+from experiments.pages import Page, wrapped
+from experiments.provenance import commit, origin
 from experiments.reproduce import config_of, seconds_per_step, train
 from experiments.synthetic import PROBLEMS, SEEDS, TEST_POINTS
 from experiments.synthetic_measurements import density_of
-from infra.files import read_npz, write_atomic, write_npz
+from infra.files import read_npz, write_npz
 from infra.startup import use_compilation_cache
 from likelihood import GaussianReference, ode_log_likelihood
+
+PAGE = Page(Path("docs/results/baselines.md"), ("results", "provenance"))
 
 PROBLEM = next(problem for problem in PROBLEMS if problem.name == "mixture_ve")
 BASE_STEPS, MORE_STEPS = 2000, 600
@@ -50,7 +53,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/baselines"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/baselines.md"), help="page to write")
+    parser.add_argument("--out", type=Path, default=PAGE.path, help="page to write")
     arguments = parser.parse_args()
     use_compilation_cache()
     try:
@@ -59,8 +62,7 @@ def main() -> None:
                 train_and_evaluate(name, seed, arguments.runs / f"seed{seed}")
     except KeyboardInterrupt:
         sys.exit("Interrupted. Run the same command again to resume.")
-    write_atomic(arguments.out, results_page(arguments.runs))
-    print(arguments.out.read_text())
+    PAGE.write(page_parts(arguments.runs), arguments.out)
 
 
 def train_and_evaluate(name: str, seed: int, folder: Path) -> None:
@@ -102,7 +104,7 @@ def evaluate(workdir: Path, step: int, settings: dict[str, Any]) -> None:
     write_npz(path, kl=values, seconds_per_step=np.array(seconds_per_step(workdir)), commit=np.array(commit()))
 
 
-def results_page(runs: Path) -> str:
+def page_parts(runs: Path) -> dict[str, str]:
     folders = {"order 1 (the start)": "base", **{name: slug(name) for name in OBJECTIVES}}
     found = {
         name: {seed: read_npz(path) for seed in SEEDS if (path := runs / f"seed{seed}" / folder / "kl.npz").exists()}
@@ -117,15 +119,9 @@ def results_page(runs: Path) -> str:
         milliseconds = f"{1000 * float(np.mean([one['seconds_per_step'] for one in each.values()])):.1f}"
         cells = [name, ", ".join(map(str, each)), *_kl_cells(values, compared), milliseconds]
         rows.append(f"| {' | '.join(cells)} |")
-    commits = ", ".join(sorted({str(one["commit"]) for each in found.values() for one in each.values()}))
-    return PAGE.format(
-        rows="\n".join(rows),
-        base=BASE_STEPS,
-        more=MORE_STEPS,
-        points=TEST_POINTS,
-        commits=commits,
-        machine=machine(),
-    )
+    commits = {str(one["commit"]) for each in found.values() for one in each.values()}
+    results = RESULTS.format(rows="\n".join(rows), base=BASE_STEPS, more=MORE_STEPS, points=TEST_POINTS)
+    return {"results": wrapped(results), "provenance": wrapped(origin("make baselines", commits))}
 
 
 def _kl_cells(values: Float[np.ndarray, "seeds points"], first: Float[np.ndarray, "seeds points"]) -> list[str]:
@@ -142,8 +138,7 @@ def _kl_cells(values: Float[np.ndarray, "seeds points"], first: Float[np.ndarray
     ]
 
 
-PAGE = """# The paper's alternatives to high-order score matching
-
+RESULTS = """
 A first-order model is trained for {base} steps on the mixture in one dimension (VE, configs/toy/mixture_ve.py with the
 widths of experiments/synthetic.py). Training continues from it for {more} steps with each objective. The numbers are
 estimates of KL(q || p) in nats on {points} points, where q is the density of the data and p the density of the model's
@@ -152,18 +147,7 @@ difference from the first order at equal steps, paired by seed or by point.
 
 | objective | seeds | KL, nats | above order 1 | ms for a step |
 | --- | --- | --- | --- | --- |
-{rows}
-
-At equal steps, the second order of denoising score matching has a smaller KL than the first, by about two standard
-errors of three seeds. With the same weight, the second order of Meng et al. diverges for some seeds. A likely reason is
-that its target for the Jacobian contains the square of the model's own score, so errors of the score can grow. With a
-tenth of the weight, its KL is about equal to the KL of the first order. Training on the likelihood through the solver
-has finished for one seed only. With this seed it has a larger KL than the first order, and each step takes about a
-hundred times as long.
-
-Command `make baselines`, {machine}, commits {commits}. The times were measured
-on a machine shared with much other work, so they are rough. An interrupted run resumes.
-"""
+{rows}"""
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from evaluation import mean_estimate
 from evaluators.cache import Values
 from evaluators.diagnostics import BY_TIME, errors_at_time, start_times
 from evaluators.estimators import as_float64
-from experiments.provenance import commit, machine
+from experiments.pages import Page, wrapped
+from experiments.provenance import commit, origin
 from infra.files import read_npz, write_atomic, write_npz
 from infra.startup import use_compilation_cache
 from likelihood import GaussianReference, ode_log_likelihood, to_bits_per_dim
@@ -40,6 +41,8 @@ from report.diagnostics_figures import diagnostics_figure
 from report.figures import figure_png
 from report.run_files import read_runs
 from sources.densities import GaussianMixture
+
+PAGE = Page(Path("docs/results/diagnostics.md"), ("results", "provenance"))
 
 MODELS = {"order 1": "order1", "order 1, 800 more steps": "order1_more", "order 3": "order3"}
 """Folders of the models, by their names on the page. The last two continue from the first by equally many steps."""
@@ -68,7 +71,13 @@ def main() -> None:
     results, finer = diagnoses(arguments.runs), finer_diagnosis(arguments.runs)
     models = {name: result["diagnostics"] for name, result in results.items()}
     write_atomic(arguments.docs / "images" / "diagnostics.png", figure_png(diagnostics_figure(models)))
-    write_atomic(arguments.docs / "results" / "diagnostics.md", page(run, arguments.runs, results, finer, floor))
+    took = ", ".join(f"{seconds(arguments.runs / MODELS[name], each):.0f} s ({name})" for name, each in models.items())
+    provenance = (
+        f"{origin('make diagnostics', {str(floor['commit']), commit()})} The diagnoses took {took}, and the floor took "
+        f"{float(floor['seconds']):.0f} s."
+    )
+    texts = {"results": results_part(run, arguments.runs, results, finer, floor), "provenance": wrapped(provenance)}
+    PAGE.write(texts, arguments.docs / "results" / PAGE.path.name)
 
 
 def once(path: Path, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -211,7 +220,7 @@ def table(places: Sequence[float], columns: Sequence[np.ndarray], digits: Sequen
     return "\n".join(lines)
 
 
-def page(
+def results_part(
     run: Run, runs: Path, results: Mapping[str, Mapping[str, Any]], finer: Mapping[str, Any] | None, floor: Values
 ) -> str:
     found = {name: result["diagnostics"] for name, result in results.items()}
@@ -225,8 +234,11 @@ def page(
     bpd, difference = compared("bpd"), compared("difference")
     integrals = [to_bits_per_dim(each @ weight, dims) for each in (*difference, floor["difference"])]
     noise = one["log_noise_level"]
-    return PAGE.format(
+    first_steps, last_steps = (results[name]["checkpoint_step"] for name in ("order 1", "order 3"))
+    text = RESULTS.format(
         images=one["n"],
+        first_steps=f"{first_steps:,}",
+        more_steps=last_steps - first_steps,
         steps=one["score_steps"],
         solver=SOLVER_NOT_MEASURED if finer is None else solver_section(runs, finer, difference[0], noise),
         bpd=table(one["start_log_noise_level"], [*bpd, floor["bpd"]], (4, 4, 4, 4, 5)),
@@ -234,11 +246,8 @@ def page(
         first=table(noise, compared("first"), (4, 4, 4, 4)),
         trace=table(noise, [*compared("trace_bias"), floor["trace_bias"]], (3, 3, 3, 3, 3)),
         integrals=" | ".join(shown(each, 4, "+" if k >= len(MODELS) else "") for k, each in enumerate(integrals)),
-        seconds=", ".join(f"{seconds(runs / MODELS[name], each):.0f} s ({name})" for name, each in found.items()),
-        floor_seconds=f"{float(floor['seconds']):.0f}",
-        commit=commit(),
-        machine=machine(),
     )
+    return wrapped(text)
 
 
 def solver_section(runs: Path, finer: Mapping[str, Any], difference: np.ndarray, noise: Sequence[float]) -> str:
@@ -265,14 +274,14 @@ measured as the change of l_Diff of order 1 with {steps} steps instead, for {ima
 SOLVER_NOT_MEASURED = """\
 A network is rougher in time than the exact score of the mixture. The error of its solves has not been measured yet."""
 
-PAGE = """# The demo's models by noise level
-
+RESULTS = """
 This page has the results of `--mode=diagnose` for the demo's two digits models (VE, configs/digits/ncsnpp.py): order 1
-after 4,000 steps, and order 3, which continues from it for 800 steps of batch 32. "+800" is order 1 continued for as
-many steps of the same batch size, to separate the effect of the order from the effect of more steps. All values are
-means over the first {images} test images, with two probes. The models see the same images, noise and probes, and the
-column "order 3 - (+800)" is paired by image. ± is the standard error over images; the bands in the figure are plus and
-minus two standard errors. Each model was trained once. Each row of a table is a noise level.
+after {first_steps} steps, and order 3, which continues from it for {more_steps} steps of batch 32. "+{more_steps}" is
+order 1 continued for as many steps of the same batch size, to separate the effect of the order from the effect of more
+steps. All values are means over the first {images} test images, with two probes. The models see the same images, noise
+and probes, and the column "order 3 - (+{more_steps})" is paired by image. ± is the standard error over images; the
+bands in the figure are plus and minus two standard errors. Each model was trained once. Each row of a table is a noise
+level.
 
 "Exact" is the floor of the measurement: the same code and the same steps, with the exact score of a known density. The
 true value of this column is 0. The density is a mixture of ten Gaussians, one for each digit, with the means and
@@ -286,7 +295,7 @@ The images are used as x_t at the start time of the solve. The first row is what
 images. The column "exact" has the error of the solve: its bits/dim, with the exact divergence, minus the bits/dim in
 closed form.
 
-| ln(sigma / alpha) at the start | order 1 | +800 | order 3 | order 3 - (+800) | exact |
+| ln(sigma / alpha) at the start | order 1 | +{more_steps} | order 3 | order 3 - (+{more_steps}) | exact |
 |---|---|---|---|---|---|
 {bpd}
 
@@ -294,7 +303,7 @@ closed form.
 
 l_Diff(t) = g^2 / 2 E|s - grad ln p_t|^2 in nats per unit of time, unbiased by two probes, with {steps} steps from t.
 
-| ln(sigma / alpha) | order 1 | +800 | order 3 | order 3 - (+800) | exact |
+| ln(sigma / alpha) | order 1 | +{more_steps} | order 3 | order 3 - (+{more_steps}) | exact |
 |---|---|---|---|---|---|
 {difference}
 
@@ -302,7 +311,7 @@ l_Diff(t) = g^2 / 2 E|s - grad ln p_t|^2 in nats per unit of time, unbiased by t
 
 The integrals over time, in bits/dim:
 
-| order 1 | +800 | order 3 | order 3 - (+800) | exact |
+| order 1 | +{more_steps} | order 3 | order 3 - (+{more_steps}) | exact |
 |---|---|---|---|---|
 | {integrals} |
 
@@ -310,31 +319,15 @@ The integrals over time, in bits/dim:
 
 The first-order loss is |sigma s + z|^2 / d. Its smallest value is not 0.
 
-| ln(sigma / alpha) | order 1 | +800 | order 3 | order 3 - (+800) |
+| ln(sigma / alpha) | order 1 | +{more_steps} | order 3 | order 3 - (+{more_steps}) |
 |---|---|---|---|---|
 {first}
 
 The trace's bias is (sigma^2 tr J + d - |sigma s + z|^2) / d, which has the mean 0 for the exact score.
 
-| ln(sigma / alpha) | order 1 | +800 | order 3 | order 3 - (+800) | exact |
+| ln(sigma / alpha) | order 1 | +{more_steps} | order 3 | order 3 - (+{more_steps}) | exact |
 |---|---|---|---|---|---|
 {trace}
-
-## What the numbers say
-
-- 800 steps of the third order lower l_Diff, but 800 more steps of the first order lower it as much: the two integrals
-  differ by less than the standard error. So the additional steps lower l_Diff, and the order makes no measurable
-  difference.
-- Bits/dim from the smallest start time are better after first-order steps. Bits/dim from ln(sigma / alpha) = -2.6 or
-  above are better after third-order steps. The bias of the trace is lower after third-order steps at small noise, and
-  lower after first-order steps at large noise.
-- l_Diff is far above the floor at most noise levels. At ln(sigma / alpha) of -2.6 and -1.1, the probes add noise of 2
-  to 4 to a mean of 64 images. The 0.035 of the exact score at large noise is the difference between the prior and the
-  data with the largest noise.
-
-Command `make diagnostics`, {machine}, commit {commit} for this page. The diagnoses are from commits shortly before it.
-They took {seconds} on a machine that much other work shared. Each took two minutes of CPU time, including the
-compilation. The floor took {floor_seconds} s. An interrupted run resumes with the next time of a batch of images.
 """
 
 

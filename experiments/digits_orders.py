@@ -15,15 +15,16 @@ import math
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 
 from evaluation import MeanEstimate, mean_estimate
-from experiments.provenance import commit, machine
-from experiments.run_results import newest_result, seconds_per_step
-from infra.files import write_atomic
+from experiments.pages import Page, wrapped
+from experiments.provenance import commit, note_commit, noted_commits, origin
+from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
+
+PAGE = Page(Path("docs/results/digits.md"), ("results", "gradients", "provenance"))
 
 SEEDS = (1, 2, 3)
 BASE_STEPS, MORE_STEPS = 3000, 1000
@@ -40,13 +41,11 @@ EQUAL_TIME = "order 1, as long as order 3"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/digits_orders"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/digits.md"), help="page to write")
+    parser.add_argument("--out", type=Path, default=PAGE.path, help="page to write")
     arguments = parser.parse_args()
-    started = time.time()
     for seed in SEEDS:
         run_seed(seed, arguments.runs / f"seed{seed}")
-    write_atomic(arguments.out, results_page(arguments.runs, time.time() - started))
-    print(arguments.out.read_text())
+    PAGE.write(page_parts(arguments.runs), arguments.out)
 
 
 def run_seed(seed: int, folder: Path) -> None:
@@ -86,6 +85,8 @@ def call(mode: str, workdir: Path, *settings: str) -> None:
         return
     print("python", shlex.join(command), flush=True)
     subprocess.run([sys.executable, *command], check=True)
+    if mode == "train":
+        note_commit(workdir)
 
 
 def finished(workdir: Path, settings: tuple[str, ...]) -> bool:
@@ -98,20 +99,16 @@ def slug(name: str) -> str:
     return name.replace(", ", "-").replace(" ", "_")
 
 
-def bits_per_dim_of_images(workdir: Path) -> np.ndarray:
-    """Returns the bits/dim of each test image in the newest evaluation of a run."""
-    result = newest_result(workdir / "eval")
-    folder = workdir / "eval" / result["bpd"]["values"]
-    parts = sorted(folder.glob("repeat0_batch*.npz"), key=lambda p: int(p.stem.split("batch")[1]))
-    return np.concatenate([np.load(p)["bpd"] for p in parts])
-
-
-def results_page(runs: Path, seconds: float) -> str:
+def page_parts(runs: Path) -> dict[str, str]:
     folders = {name: [runs / f"seed{seed}" / slug(name) for seed in SEEDS] for name in ("base", *BRANCHES)}
-    values = {name: [bits_per_dim_of_images(f) for f in each] for name, each in folders.items()}
+    evaluated = {name: [folder / "eval" for folder in each] for name, each in folders.items()}
+    values = {
+        name: [bits_per_dim_of_images(folder / newest_result(folder)["bpd"]["values"]) for folder in each]
+        for name, each in evaluated.items()
+    }
     rows = []
     for name, each in folders.items():
-        steps = sorted({newest_result(f / "eval")["checkpoint_step"] for f in each})
+        steps = sorted({newest_result(folder)["checkpoint_step"] for folder in evaluated[name]})
         over_seeds = [float(np.mean(v)) for v in values[name]]
         cells = [
             "order 1 (the start)" if name == "base" else name,
@@ -126,9 +123,7 @@ def results_page(runs: Path, seconds: float) -> str:
     timed = gain(values[EQUAL_TIME], values["order 3, equal steps"])
     noise_seed = SEEDS[0]
     noise = [gradient_noise(folders[name][0], noise_seed) for name in ("base", EQUAL_TIME)]
-    return PAGE.format(
-        noise_seed=noise_seed,
-        noise="\n\n".join(noise),
+    results = RESULTS.format(
         rows="\n".join(rows),
         paired=paired,
         timed=timed,
@@ -136,11 +131,15 @@ def results_page(runs: Path, seconds: float) -> str:
         more=MORE_STEPS,
         batch=CONTINUED_BATCH,
         seeds=", ".join(map(str, SEEDS)),
-        commit=commit(),
-        minutes=round(seconds / 60),
-        machine=machine(),
         images=len(values["base"][0]),
     )
+    gradients = GRADIENTS.format(noise_seed=noise_seed, noise="\n\n".join(f"```\n{each}\n```" for each in noise))
+    commits = noted_commits(folder for each in folders.values() for folder in each)
+    return {
+        "results": wrapped(results),
+        "gradients": wrapped(gradients),
+        "provenance": wrapped(origin("make digits-orders", {*commits, commit()})),
+    }
 
 
 def gradient_noise(workdir: Path, seed: int) -> str:
@@ -162,8 +161,7 @@ def of_seeds(means: list[float]) -> str:
     return f"{estimate.mean:.4f} ± {0.0 if math.isnan(estimate.se) else estimate.se:.4f}"
 
 
-PAGE = """# Orders of score matching on handwritten digits
-
+RESULTS = """
 This page has bits/dim of the ODE on the {images} test images of scikit-learn's digits (8x8, 17 levels), with uniform
 dequantization and one probe. A first-order model (VE, configs/digits/ncsnpp.py, {base} steps at batch 64) is trained
 for {more} more steps at batch {batch} with each order, and with the first order for the time that the third order
@@ -175,27 +173,13 @@ took. The seeds are {seeds}.
 
 The difference between the bits/dim of the first and the third order, paired by image, is {paired} at
 equal steps and {timed} at equal time. A positive difference means that the third order is better.
+"""
 
-## Why
-
+GRADIENTS = """
 These tables show the gradient of each term for seed {noise_seed}, at the start and after the longest first-order
 training (`python -m experiments.gradient_noise`):
 
-```
 {noise}
-```
-
-The published normalisation divides the terms by up to d^3. In 64 dimensions, the gradients of the first second-order
-term and of the third-order term are a hundredth of the first order's gradient or less. For all practical purposes,
-order 3 is therefore order 2 here. The gradient of the second-order trace has about the size of the first order's
-gradient. At the start, both point in a similar direction, so the trace adds little information, and its noise adds to
-the noise of the first order. Later, the signal of the trace is small against its noise, too. At the same learning
-rate, the result is a noisier first-order step. The runs of the paper start from first-order models trained for a
-hundred times as long. For such models, the error that first-order steps can still remove is small. That case is not
-tested here.
-
-Command `make digits-orders`, commit {commit}, {machine}. The last call took {minutes} minutes; an interrupted run
-resumes. The times were measured on a shared machine, so only their ratios are meaningful.
 """
 
 

@@ -29,11 +29,13 @@ from arrays import Batch, PerExample, append_dims
 from build import TRAIN_KEY, Run, build
 from configs.default import Config
 from datasets import source_from_config
-from experiments.provenance import commit, machine
-from infra.files import write_atomic
+from experiments.pages import Page, wrapped
+from experiments.provenance import commit, origin
 from infra.workdir import Workdir
 from losses import Noise, Objective
 from models.score import Params
+
+PAGE = Page(Path("docs/results/estimators.md"), ("noise", "fractions", "provenance"))
 
 SIGMAS = (0.02, 0.2, 2.0, 20.0)
 BATCH, BATCHES = 64, 16
@@ -162,16 +164,17 @@ def fraction_rows(model: Model, batches: int = 24) -> list[str]:
     return rows
 
 
-def page(each: list[Model]) -> str:
+def page_parts(each: list[Model]) -> dict[str, str]:
     rows = "\n".join(row for model in each for row in noise_rows(model))
-    return PAGE.format(
-        rows=rows, draws=BATCH * BATCHES, fractions="\n".join(fraction_rows(each[0])), batch=BATCH,
-        model=each[0].name, commit=commit(), machine=machine(),
-    )  # fmt: skip
+    fractions = FRACTIONS_OF_BATCH.format(rows="\n".join(fraction_rows(each[0])), batch=BATCH, model=each[0].name)
+    return {
+        "noise": wrapped(NOISE.format(rows=rows, draws=BATCH * BATCHES)),
+        "fractions": wrapped(fractions),
+        "provenance": wrapped(origin("make estimators", [commit()])),
+    }
 
 
-PAGE = """# Noise of the estimators of orders 2 and 3
-
+NOISE = """
 The published estimators (`training.high_order_estimator=published`) use one probe v, and (u.v)^2 in place of |u|^2. The
 unbiased ones use two probes and |u|^2. Each entry is the standard deviation of the derivative of a term with respect to
 the size of an error that it sees: theta I in sigma^2 J + I for order 2, and theta (1, ..., 1) in sigma^3 grad tr J for
@@ -182,21 +185,15 @@ draws.
 | d | model | sigma | r | term | published: predicted | measured | unbiased: predicted | measured | sqrt(d) | ratio |
 |---|---|---|---|---|---|---|---|---|---|---|
 {rows}
+"""
 
-For a trained model, u is neither normal nor isotropic: its size varies with x_t. This part of the noise belongs to the
-data and not to the probe, so the measured ratio can be well below sqrt(d).
-
-## Orders 2 and 3 on a part of the batch
-
+FRACTIONS_OF_BATCH = """
 The gradient of order 3 on a batch of {batch}, unbiased, for {model}: the square root of the trace of its covariance,
 and its time. `training.high_order_fraction` sets the part.
 
 | part of the batch | noise of the gradient | seconds |
 |---|---|---|
-{fractions}
-
-Command `make estimators`, commit {commit}, {machine}. The times were measured on a shared machine, so only their ratios
-are meaningful.
+{rows}
 """
 
 
@@ -204,10 +201,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--digits", type=Path, default=Path("runs/order1"), help="a run of the demo's first order")
     parser.add_argument("--fashion", type=Path, default=Path("runs/fashion_orders/base"), help="a run on FashionMNIST")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/estimators.md"), help="page to write")
+    parser.add_argument("--out", type=Path, default=PAGE.path, help="page to write")
     arguments = parser.parse_args()
-    write_atomic(arguments.out, page(models(arguments.digits, arguments.fashion)))
-    print(arguments.out.read_text())
+    PAGE.write(page_parts(models(arguments.digits, arguments.fashion)), arguments.out)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments.fashion_orders_page import best_branch, results_page
+from experiments.fashion_orders_page import PAGE, best_branch, page_parts
 from experiments.fashion_orders_plan import (
     BRANCHES,
     CONTROLS,
@@ -31,14 +31,13 @@ from experiments.fashion_orders_plan import (
     long,
     samples,
 )
-from infra.files import write_atomic
 from infra.workdir import Workdir
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("runs/fashion_orders"), help="folder of the runs")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/orders.md"), help="page to write")
+    parser.add_argument("--out", type=Path, default=PAGE.path, help="page to write")
     parser.add_argument("--base_steps", type=int, default=12_000, help="steps of the first-order model")
     parser.add_argument("--steps", type=int, default=2000, help="steps of each branch")
     parser.add_argument("--images", type=int, default=256, help="test images and training images for bits/dim")
@@ -50,12 +49,11 @@ def main() -> None:
     plan = Plan(a.runs, a.base_steps, a.steps, a.images, a.samples, extra)
 
     def write_page() -> None:
-        write_atomic(a.out, results_page(plan, a.out.parent.parent / "images"))
+        PAGE.write(page_parts(plan, a.out.parent.parent / "images"), a.out)
 
     if not a.page_only:
         run_all(plan, write_page)
     write_page()
-    print(a.out.read_text())
 
 
 def run_all(plan: Plan, after_each: Callable[[], None]) -> None:

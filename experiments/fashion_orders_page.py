@@ -22,11 +22,14 @@ from experiments.fashion_orders_plan import (
     long,
     samples,
 )
-from experiments.provenance import commit, machine
-from experiments.run_results import newest_result, seconds_per_step
+from experiments.pages import Page, wrapped
+from experiments.provenance import commit, origin
+from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
 from infra.metrics import read_metrics
 from infra.workdir import Workdir
 from report.figures import colours, style_panel
+
+PAGE = Page(Path("docs/results/orders.md"), ("results", "provenance"))
 
 SMALLEST_GAP = 0.02
 """Bits/dim. Below this gap of K there is nothing to close."""
@@ -61,9 +64,7 @@ def values_of(plan: Plan, branch: str, seed: int) -> Values:
 
 def per_image(folder: Path, part: str) -> np.ndarray:
     """Returns the bits/dim of each image in the newest evaluation in a folder."""
-    stored = folder / newest_result(folder)[part]["values"]
-    batches = sorted(stored.glob("repeat0_batch*.npz"), key=lambda path: int(path.stem.split("batch")[1]))
-    return np.concatenate([np.load(path)["bpd"] for path in batches]).astype(np.float64)
+    return bits_per_dim_of_images(folder / newest_result(folder)[part]["values"])
 
 
 # --- the rule ---
@@ -98,14 +99,14 @@ def verdict(values: Mapping[str, Values], controls: tuple[str, str] = CONTROLS) 
 # --- the page ---
 
 
-def results_page(plan: Plan, images: Path) -> str:
-    """Returns the page with the models that are evaluated so far, at least K. Writes its figure to `images`."""
+def page_parts(plan: Plan, images: Path) -> dict[str, str]:
+    """Returns the page's parts with the models evaluated so far, at least K. Writes its figure to `images`."""
     names, one = ["base", *BRANCHES, *map(long, CONTROLS)], SEEDS[0]
     cases = [(name, seed) for seed in SEEDS for name in names if seed == one or name != "base"]
     values = {case: values_of(plan, *case) for case in cases if has_likelihoods(plan, *case)}
     draw_figures(plan, [name for name, seed in values if seed == one], images)
     missing = [name for name in names if (name, one) not in values]
-    return PAGE.format(
+    text = RESULTS.format(
         base=plan.base_steps,
         steps=plan.steps,
         images=plan.images,
@@ -113,12 +114,11 @@ def results_page(plan: Plan, images: Path) -> str:
         gap=SMALLEST_GAP,
         rows="\n".join(row(plan, *case) for case in values),
         verdicts="\n".join(f"- {line}" for line in verdicts(plan, values)),
-        missing=f"Not finished: {', '.join(missing)}, and the second seed.\n\n" if missing else "",
+        missing=f"Not finished: {', '.join(missing)}, and the second seed." if missing else "",
         solver=max(solver_error(plan, *case) for case in values),
-        arguments=plan.arguments,
-        commit=commit(),
-        machine=machine(),
     )
+    command = f"python -m experiments.fashion_orders {plan.arguments}".strip()
+    return {"results": wrapped(text), "provenance": wrapped(origin(command, [commit()]))}
 
 
 def solver_error(plan: Plan, name: str, seed: int) -> float:
@@ -220,8 +220,7 @@ def measured_residuals(name: str, workdir: Path) -> tuple[np.ndarray, np.ndarray
     return np.asarray(run.sde.alpha_sigma(t.astype(np.float32))[1]), values
 
 
-PAGE = """# Orders of score matching on FashionMNIST
-
+RESULTS = """
 A first-order model (VE, configs/fashion/ncsnpp.py, {base} steps) is trained for {steps} more steps with each objective,
 at a learning rate that falls from 3e-4 to 0, without clipping. Bits/dim are of {images} test and {images} training
 images with uniform dequantization. The ODE is evaluated at x as published, and at x_tmin, where it compares with the
@@ -246,5 +245,5 @@ floating-point operations of a step, which are counted in its program.
 
 ![test loss against steps and arithmetic, and r against the noise level](../images/orders.png)
 
-{missing}Command `python -m experiments.fashion_orders {arguments}`, commit {commit}, {machine}. An interrupted run resumes.
+{missing}
 """  # noqa: E501

@@ -33,11 +33,14 @@ from evaluation import frechet_distance, kernel_distance
 from evaluators.cache import params_digest
 from evaluators.extractor import Features, Images, extract_features
 from evaluators.fid import Comparison, comparison_from_config
-from experiments.provenance import commit, machine
+from experiments.pages import Page, wrapped
+from experiments.provenance import commit, note_commit, noted_commits, origin
 from infra.files import read_npz, write_atomic
 from infra.startup import use_compilation_cache
 from report.figures import COLOURS, figure_png
 from report.formatting import MISSING
+
+PAGE = Page(Path("docs/results/samples.md"), ("results", "provenance"))
 
 BUDGETS = (10, 20, 50)
 FAST: dict[str, dict[str, Any]] = {
@@ -58,6 +61,9 @@ ABLATION: dict[str, dict[str, Any]] = {
     "DPM-Solver++ 2, ODE, not clipped": FAST["DPM-Solver++ 2, ODE"] | {"max_nfe": 20, "clip_denoised": False},
 }
 FOLDERS = {"adaptive, ODE": "ode", "predictor-corrector, SDE": "pc2000"}
+ROUNDS = "samples-*/round*.npz"
+"""The files of samples in an evaluation folder."""
+
 GROUPS = 16
 """The number of parts of the samples. The jackknife leaves out one part at a time."""
 
@@ -85,7 +91,7 @@ def main() -> None:
     parser.add_argument(
         "--at", type=int, nargs="+", default=[10_000], metavar="N", help="compare the first N samples of each sampler"
     )
-    parser.add_argument("--out", type=Path, default=Path("docs/results/samples.md"), help="page to write")
+    parser.add_argument("--out", type=Path, default=PAGE.path, help="page to write")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/fid_nfe.png"), help="figure to write")
     arguments = parser.parse_args()
     use_compilation_cache()
@@ -95,12 +101,13 @@ def main() -> None:
             if not arguments.only or arguments.only in label:
                 draw(arguments.workdir, label, settings, arguments.num_samples)
     comparison = comparison_from_config(get_config())
-    digest = newest_digest(arguments.workdir)
+    step, digest = newest_model(arguments.workdir)
     drawn = {label: measured(arguments.workdir, label, s, digest, comparison) for label, s in samplers.items()}
     found = {label: each for label, each in drawn.items() if each is not None}
     write_atomic(arguments.plot, figure_png(plot(found, comparison, min(arguments.at))))
-    write_atomic(arguments.out, page(found, comparison, arguments.at))
-    print(arguments.out.read_text())
+    commits = {*noted_commits(arguments.workdir / folder_of(label) for label in found), commit()}
+    results = results_part(found, comparison, arguments.at, step)
+    PAGE.write({"results": results, "provenance": wrapped(origin("make fid-nfe", commits))}, arguments.out)
 
 
 def all_samplers() -> dict[str, dict[str, Any]]:
@@ -115,17 +122,22 @@ def folder_of(label: str) -> str:
 
 
 def draw(workdir: Path, label: str, settings: Mapping[str, Any], num_samples: int) -> None:
-    """Runs the evaluation of one sampler. Samples that exist are not drawn again."""
+    """Runs the evaluation of one sampler, and notes the commit. Samples that exist are not drawn again."""
     print(f"{label}: {folder_of(label)}", flush=True)
     config: Config = get_config()
     config.sampling.update(settings)
     config.eval.update(enable_bpd=False, enable_sampling=True, num_samples=num_samples)
-    run_lib.evaluate(config, workdir.absolute(), folder_of(label))
+    folder = workdir.absolute() / folder_of(label)
+    before = set(folder.glob(ROUNDS))
+    run_lib.evaluate(config, workdir.absolute(), folder.name)
+    if set(folder.glob(ROUNDS)) != before:
+        note_commit(folder)
 
 
-def newest_digest(workdir: Path) -> str:
-    """Returns the digest of the averaged parameters at the newest checkpoint of a run."""
-    return params_digest(build(get_config()).load_state(workdir).ema_params)
+def newest_model(workdir: Path) -> tuple[int, str]:
+    """Returns the step of the newest checkpoint of a run, and the digest of its averaged parameters."""
+    state = build(get_config()).load_state(workdir)
+    return int(state.step), params_digest(state.ema_params)
 
 
 def measured(
@@ -174,17 +186,17 @@ def fid(pool: np.ndarray, comparison: Comparison) -> float:
     return frechet_distance(pool.mean(axis=0), np.cov(pool, rowvar=False), real.mu, real.sigma)
 
 
-def page(found: Mapping[str, Drawn], comparison: Comparison, at: Sequence[int]) -> str:
+def results_part(found: Mapping[str, Drawn], comparison: Comparison, at: Sequence[int], step: int) -> str:
     headers = ["sampler", "NFE", *(f"FID of {n:,}" for n in at), "KID of all", "drawn", "ms for each"]
     rows = [row(each, comparison, at) for each in found.values()]
-    return PAGE.format(
+    text = RESULTS.format(
         table="\n".join(f"| {' | '.join(cells)} |" for cells in (headers, ["---"] * len(headers), *rows)),
         best="; ".join(best_of(found, comparison, n) for n in at if sum(d.n >= n for d in found.values()) > 1),
-        commit=commit(),
-        machine=machine(),
+        step=step,
         real=comparison.statistics.n,
         groups=GROUPS,
     )
+    return wrapped(text)
 
 
 def best_of(found: Mapping[str, Drawn], comparison: Comparison, n: int) -> str:
@@ -241,9 +253,8 @@ def _style(panel: Axes, n: int) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-PAGE = """# Sample quality against network evaluations
-
-This page has FID and KID of samples from the first-order digits model of the demo (VE, configs/digits/ncsnpp.py, 4000
+RESULTS = """
+This page has FID and KID of samples from the first-order digits model of the demo (VE, configs/digits/ncsnpp.py, {step}
 steps, averaged parameters), compared with the {real} training images. A classifier trained on the digits computes the
 features, so the values are only comparable with each other. FID falls with the number of samples, so each column
 compares equal numbers of samples. ± is the jackknife error over {groups} parts of the samples for FID, and the error of
@@ -257,13 +268,6 @@ published code.
 The best FID is {best}.
 
 ![FID against evaluations](../images/fid_nfe.png)
-
-Samples from the ODE keep the errors that the score makes at large noise. A more accurate solve does not help, as the
-adaptive solver and the fast solver without clipping show. The noise of the SDE removes these errors again, and clipping
-to the range of the data keeps them small. Neither the SDE nor clipping is enough alone.
-
-Command `make fid-nfe`, commit {commit}, {machine}. An interrupted run resumes. The times were measured on a machine
-shared with other work, so they are not comparable.
 """
 
 

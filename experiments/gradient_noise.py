@@ -20,8 +20,8 @@ from ml_collections import config_flags
 
 from build import TRAIN_KEY, Run, build
 from datasets import BatchOrder, source_from_config
+from infra.console import text_table
 from losses import TERMS
-from report.formatting import text_table
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "A run; its newest checkpoint is used.")

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from datasets import MemorySource, Source, training_batches
-from report.formatting import text_table
+from infra.console import text_table
 from sources.splits import Split, read_split, write_splits
 from sources.tfds_folders import TfdsSet, load_raw_records, load_tfds
 from tests.tfds_folder import encoded, raw_example, write_tfds, write_tfrecords

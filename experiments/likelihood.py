@@ -24,10 +24,9 @@ from ml_collections import config_flags
 from arrays import Batch, num_dims
 from build import EVAL_KEY, build
 from datasets import preprocess_from_config, source_from_config
+from infra.console import text_table
 from likelihood import GaussianReference, LogLikelihood, Probes, draw_probes, ode_log_likelihood
 from models.score import NetworkScore, score_model_from_config
-from ode import require_success
-from report.formatting import text_table
 from tests.golden_common import golden_config, golden_params
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration of the run.")
@@ -118,7 +117,7 @@ def with_noise_images(problem: Problem) -> Problem:
 def solve(problem: Problem, **settings: Any) -> LogLikelihood:
     score_fn, x, probes, t_min, reference = problem
     result = ode_log_likelihood(score_fn, score_fn.model.sde, x, probes, t_min=t_min, reference=reference, **settings)
-    require_success(jax.block_until_ready(result.info))
+    jax.block_until_ready(result.info).require_success()
     return result
 
 

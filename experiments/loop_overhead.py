@@ -26,9 +26,9 @@ import configs.digits.ncsnpp
 import run_lib
 from configs.default import Config
 from experiments.toy_step import Seconds, now
+from infra.console import text_table
 from infra.metrics import MetricsWriter
 from infra.training_loop import Call, Callback, Training, record_test_loss, training_loop
-from report.formatting import text_table
 
 Test = Callable[[Any], Mapping[str, float] | None]
 

@@ -29,12 +29,15 @@ from experiments.ncsn_cases import (
     TRAINING_SEEDS,
     Case,
 )
-from experiments.provenance import commit, machine
+from experiments.pages import Page, wrapped
+from experiments.provenance import commit, origin
 from infra.files import read_npz, write_atomic
 from infra.image_grid import image_grid, image_png
 from report.figures import COLOURS, captioned, figure_png, style_panel
 from report.formatting import MISSING
 from sources.densities import far_modes
+
+PAGE = Page(Path("docs/results/ncsn.md"), ("points", "digits", "provenance"))
 
 SHOWN = 36
 """The number of images in a grid."""
@@ -44,7 +47,7 @@ def write_page(runs: Path, docs: Path) -> None:
     """Writes the page and its figures into the folder of the documentation. Parts without results are left out."""
     pictures = docs / "images"
     write_atomic(pictures / "ncsn_points.png", figure_png(points_figure(runs)))
-    text = POINTS_SECTION.format(
+    points = POINTS_SECTION.format(
         points=POINTS,
         point_rows=table(point_row(runs, c) for c in (*POINT_CASES, *LONG_CASES) if drawn(runs / "exact", c)),
         sampling_seeds=len(SAMPLING_SEEDS),
@@ -53,17 +56,13 @@ def write_page(runs: Path, docs: Path) -> None:
     if all(image_path(runs, case).exists() for case in IMAGE_CASES):
         for name, cases in GRIDS.items():
             write_atomic(pictures / f"ncsn_digits_{name}.png", grids(runs, cases))
-        text += digits_section(runs)
+        digits = digits_section(runs)
     else:
-        text += "\nThe part with digits has not been run yet.\n"
-    text += FOOTER.format(
-        minutes=f"{total_seconds(runs) / 60:.0f}",
-        commits=", ".join(sorted({str(a["commit"]) for a in archives(runs)})),
-        page_commit=commit(),
-        machine=machine(),
-    )
-    write_atomic(docs / "results" / "ncsn.md", text)
-    print(text)
+        digits = "The part with digits has not been run yet."
+    commits = {commit(), *(str(each["commit"]) for each in archives(runs))}
+    provenance = f"{origin('make ncsn', commits)} Training and sampling took {total_seconds(runs) / 60:.0f} minutes."
+    texts = {"points": wrapped(points), "digits": wrapped(digits), "provenance": wrapped(provenance)}
+    PAGE.write(texts, docs / "results" / PAGE.path.name)
 
 
 def digits_section(runs: Path) -> str:
@@ -187,16 +186,7 @@ def total_seconds(runs: Path) -> float:
     return sum(float(archive["seconds"]) for archive in archives(runs))
 
 
-POINTS_SECTION = """# Langevin dynamics with and without annealing
-
-This page repeats the experiments of NCSN [SE19] at a small scale. Langevin dynamics takes steps along the score with
-noise (`sampling.method=langevin`). It mixes slowly between modes that lie far apart. Annealed Langevin dynamics
-(`sampling.method=annealed_langevin`) goes through a ladder of noise levels, from one at which there is a single mode to
-a small one. Ladders are compared at equal numbers of steps in total. All start from the same prior N(0, sigma_max^2)
-and have the step size 0.2 sigma^2 at the noise level sigma.
-
-## Two modes of unequal weights
-
+POINTS_SECTION = """
 The data are two Gaussians with standard deviation 1 at a distance of 14, with weights 0.2 and 0.8. The noise levels
 lie between 20 and 0.5 (VE). The table has the fraction of {points} samples that is nearer to the mode of weight 0.2. ±
 is the standard error over seeds: {sampling_seeds} seeds of the sampler for the exact score, and {training_seeds} seeds
@@ -208,12 +198,7 @@ of training and sampling for the network (configs/toy/far_modes_ve.py).
 
 ![Samples of the two modes](../images/ncsn_points.png)
 
-The numbers in the figure are the weights of the samples. The start is symmetric. At one noise level, each mode keeps
-the half of the samples that are nearer to it, so Langevin dynamics gets the weights wrong, although each mode has the
-right shape. With three or more levels the weight is 0.21 to 0.22. For the exact score, it exceeds 0.2 by three to five
-standard errors. The likely cause is the finite number of steps: samples stop moving between the modes at a noise level
-at which the weights do not match the data yet. `make ncsn` also runs ladders with 10,000 steps. The last step
-removes the noise of the smallest level, and makes the modes narrower than in the data.
+The numbers in the figure are the weights of the samples.
 """
 
 DIGITS_SECTION = """
@@ -249,9 +234,4 @@ noise, as in [SE19]. [SE20] takes that step.
 {smallest_rows}
 
 ![Digits by the smallest noise level](../images/ncsn_digits_smallest.png)
-"""
-
-FOOTER = """
-Command `make ncsn`, commits {commits} (samples) and {page_commit} (this page), {machine}.
-Training and sampling took {minutes} minutes on a machine shared with other work. An interrupted run resumes.
 """

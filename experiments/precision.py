@@ -9,7 +9,7 @@ noise and probes. If the script is interrupted, run the same command again to re
 import argparse
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -23,10 +23,14 @@ from arrays import Batch
 from build import TRAIN_KEY, Run, build
 from configs.default import Config
 from datasets import source_from_config
-from experiments.provenance import commit, machine
+from experiments.pages import Page, wrapped
+from experiments.provenance import commit, note_commit, noted_commits, origin
+from experiments.run_results import bits_per_dim_of_images
 from infra.files import write_atomic
 from losses import ORDERS, TERMS, Noise, Objective
 from models.score import Params
+
+PAGE = Page(Path("docs/results/precision.md"), ("results", "provenance"))
 
 DTYPES = ("float32", "bfloat16")
 BATCH, DRAWS, REPEATS = 64, 16, 2
@@ -94,6 +98,7 @@ def measured_draws(runs: Mapping[str, Run], params: Params, path: Path) -> list[
     for number in range(len(rows), DRAWS):
         rows.append(draw_row(runs, gradients, params, number))
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+        note_commit(path.parent)
     return rows
 
 
@@ -104,10 +109,7 @@ def bits_per_dim(config: Config, model: Path, workdir: Path) -> np.ndarray:
     run_lib.evaluate(config, workdir, "eval")
     results = [path for path in (workdir / "eval").glob("*.json") if not path.stem.endswith("_seconds")]
     stored = workdir / "eval" / json.loads(results[0].read_text())["bpd"]["values"]
-    batches = range(len(list(stored.glob("repeat0_batch*.npz"))))
-    return np.stack(
-        [np.concatenate([np.load(stored / f"repeat{r}_batch{n}.npz")["bpd"] for n in batches]) for r in range(REPEATS)]
-    ).astype(np.float64)
+    return np.stack([bits_per_dim_of_images(stored, repeat) for repeat in range(REPEATS)])
 
 
 def with_error(values: np.ndarray, digits: str = ".2g") -> str:
@@ -132,23 +134,20 @@ def loss_rows(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def page(rows: list[dict], values: Mapping[str, np.ndarray]) -> str:
-    """Returns the text of docs/results/precision.md."""
+def page_parts(rows: list[dict], values: Mapping[str, np.ndarray], commits: Iterable[str]) -> dict[str, str]:
     true, other = (values[dtype].mean(0) for dtype in DTYPES)
     by_repeat = np.mean(values["bfloat16"] - values["float32"], axis=1)
-    return PAGE.format(
+    results = RESULTS.format(
         losses=loss_rows(rows), draws=len(rows), batch=BATCH, images=len(true), repeats=REPEATS,
         true=with_error(true, ".4f"), other=with_error(other, ".4f"), change=with_error(other - true, "+.5f"),
         absolute=f"{np.mean(np.abs(other - true)):.2g}",
-        by_repeat=" and ".join(f"{value:+.5f}" for value in by_repeat), commit=commit(), machine=machine(),
+        by_repeat=" and ".join(f"{value:+.5f}" for value in by_repeat),
     )  # fmt: skip
+    return {"results": wrapped(results), "provenance": wrapped(origin("make precision", commits))}
 
 
-PAGE = """# The effect of bfloat16
-
-`model.dtype=bfloat16` computes the feature maps of the network with 16 bits. Parameters, moments of feature maps,
-losses and gradients keep 32 bits. Derivatives with respect to the input pass through the network, so they are rounded
-as its feature maps are. These are the differences for the first-order digits model of the demo, trained in float32.
+RESULTS = """
+These are the differences for the first-order digits model of the demo, trained in float32.
 Both precisions have the same parameters, images, noise and probes.
 
 ## Losses and their gradients
@@ -171,10 +170,6 @@ images.
 | {true} | {other} | {change} | {absolute} |
 
 The change with each draw of the noise: {by_repeat}.
-
-One model, trained with one seed. Command `make precision`, commit {commit}, {machine}.
-On CPUs, XLA converts to 32 bits for each operation and may keep the extra bits between operations, so GPUs and TPUs may
-round more often. A model trained with bfloat16 can be evaluated with float32.
 """
 
 
@@ -182,14 +177,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/order1"), help="a run of the demo's first order")
     parser.add_argument("--runs", type=Path, default=Path("runs/precision"), help="folder of the measurements")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/precision.md"), help="page to write")
+    parser.add_argument("--out", type=Path, default=PAGE.path, help="page to write")
     arguments = parser.parse_args()
     runs = {dtype: build(config_with(dtype)) for dtype in DTYPES}
     params = runs["float32"].load_state(arguments.model).ema_params
     rows = measured_draws(runs, params, arguments.runs / "draws.jsonl")
     values = {dtype: bits_per_dim(run.config, arguments.model, arguments.runs / dtype) for dtype, run in runs.items()}
-    write_atomic(arguments.out, page(rows, values))
-    print(arguments.out.read_text())
+    PAGE.write(page_parts(rows, values, {*noted_commits([arguments.runs]), commit()}), arguments.out)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import run_lib
 from configs.default import Config
 from configs.ve import cifar10_ncsnpp_continuous, cifar10_ncsnpp_deep_continuous
 from configs.vp import cifar10_ddpmpp_continuous, cifar10_ddpmpp_deep_continuous
-from experiments.predicted_cost_page import front_figure, front_rows, with_tables
+from evaluators.step_cost import cost
+from experiments.predicted_cost_page import PAGE, front_figure, front_rows, tables
 from infra import stop
 from infra.files import write_atomic
 from infra.workdir import Workdir
@@ -77,7 +77,7 @@ GROUPS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, default=Path("runs/predicted"), help="folder for the rows")
-    parser.add_argument("--out", type=Path, default=Path("docs/results/cost.md"), help="page with the tables")
+    parser.add_argument("--out", type=Path, default=PAGE.path, help="page with the tables")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/cost_pareto.png"), help="picture of the front")
     parser.add_argument("--table-only", action="store_true", help="only show the rows that exist")
     arguments = parser.parse_args()
@@ -86,11 +86,11 @@ def main() -> None:
             config = NETWORKS[group.network][1]()
             config.cost.device = "h100"
             config.cost.orders, config.cost.batch_sizes, config.cost.memory = group[1:]
-            run_lib.cost(config, arguments.workdir / group.network)
+            cost(config, arguments.workdir / group.network)
     rows = {title: Workdir(arguments.workdir / name).read_costs() for name, (title, _) in NETWORKS.items()}
     if len(front_rows(rows["NCSN++ (VE)"])) > 1:
         write_atomic(arguments.plot, figure_png(front_figure(rows["NCSN++ (VE)"])))
-    write_atomic(arguments.out, with_tables(arguments.out.read_text(), rows))
+    PAGE.write({"predicted costs": tables(rows)}, arguments.out)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,22 @@
 """The tables and the picture of docs/results/cost.md that show costs predicted for a GPU."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.pages import Page
 from report.figures import COLOURS
 from report.formatting import MISSING
 
 Row: TypeAlias = Mapping[str, Any]
 """A row that `--mode=cost` writes."""
 
+PAGE = Page(Path("docs/results/cost.md"), ("predicted costs",))
+
 NONE = "none"
-BEGIN, END = "<!-- predicted costs: begin -->", "<!-- predicted costs: end -->"
-"""The lines of the page between which the tables stand."""
 
 
 class Bound(NamedTuple):
@@ -31,21 +33,15 @@ BOUNDS = (Bound(11, 1.05, "with accumulation", True), Bound(20, 1.35, "without a
 """The goals for order 3 of NCSN++ with batch 128."""
 
 
-def with_tables(page: str, networks: Mapping[str, Sequence[Row]]) -> str:
-    """Returns the page with new tables.
+def tables(networks: Mapping[str, Sequence[Row]]) -> str:
+    """Returns the tables, and the line that shows the picture.
 
     Args:
         networks: the rows of each network, by its title. The first network is that of the picture.
-
-    Raises:
-        ValueError: if the page lacks a line that marks the place of the tables.
     """
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page lacks the line {BEGIN!r} or {END!r}")
     rows = next(iter(networks.values()))
     picture = ["![Memory against arithmetic](../images/cost_pareto.png)", ""] if len(front_rows(rows)) > 1 else []
-    parts = [BEGIN, "", *picture, *front_table(rows), "", *network_table(networks), "", END]
-    return page.partition(BEGIN)[0] + "\n".join(parts) + page.partition(END)[2]
+    return "\n".join([*picture, *front_table(rows), "", *network_table(networks)])
 
 
 def front_rows(rows: Sequence[Row], batch_size: int = 128) -> list[Row]:

@@ -2,9 +2,12 @@
 
 import platform
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
+
+from infra.files import write_atomic
 
 
 def commit() -> str:
@@ -20,3 +23,24 @@ def commit() -> str:
 def machine() -> str:
     """Describes this machine by its kind of device and processor, and by the version of jax."""
     return f"{jax.devices()[0].device_kind} ({platform.machine()}), jax {jax.__version__}"
+
+
+def note_commit(folder: Path) -> None:
+    """Adds the current commit to those noted in the folder of a run."""
+    write_atomic(folder / "commits.txt", "\n".join(sorted({*noted_commits([folder]), commit()})))
+
+
+def noted_commits(folders: Iterable[Path]) -> set[str]:
+    """Returns the commits noted in the folders of runs."""
+    files = (folder / "commits.txt" for folder in folders)
+    return {line for file in files if file.exists() for line in file.read_text().split()}
+
+
+def origin(command: str, commits: Iterable[str]) -> str:
+    """Returns the sentence on a page that says where its numbers come from.
+
+    Args:
+        commits: those of the runs, and that of the page if it computes numbers itself.
+    """
+    names = sorted(set(commits))
+    return f"Command `{command}`, commit{'s' if len(names) > 1 else ''} {', '.join(names)}, {machine()}."

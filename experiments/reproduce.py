@@ -43,7 +43,6 @@ from experiments.synthetic_measurements import (
 from infra.files import read_npz, write_atomic, write_npz
 from infra.startup import use_compilation_cache
 from likelihood import GaussianReference, ode_log_likelihood
-from ode import require_success
 from report.run_files import read_metrics
 
 
@@ -114,7 +113,7 @@ def study_floor(problem: Problem, folder: Path) -> None:
     reference = GaussianReference(0.0, float(jnp.std(x)))
     solver = {"method": config.ode_solver, "num_steps": config.ode_steps, "reference": reference}
     result = ode_log_likelihood(exact, run.sde, x, None, t_min=t_min, **solver)
-    require_success(result.info)
+    result.info.require_success()
     kl = mean_estimate(np.asarray(density.log_density_of_data(x) - result.logp, np.float64))
     measured = {"kl": kl._asdict(), **distances_of(run, exact)[0], **entropies_of(run, exact), **sde_of(run, exact)}
     write_atomic(path, json.dumps(measured, indent=1))

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from analysis.score_distances import DistanceCurve, TimeNodes
 from evaluation import MeanEstimate, mean_estimate
 from evaluators.points import grid_points
-from experiments.provenance import machine
+from experiments.pages import Page, wrapped
+from experiments.provenance import origin
 from experiments.synthetic import (
     BRANCHES,
     ENTROPY_POINTS,
@@ -30,6 +31,8 @@ from report.density_figures import density_curves, density_maps
 from report.figures import figure_png
 from sources.densities import DENSITIES
 
+PAGE = Page(Path("docs/results/synthetic.md"), ("setup", "provenance", "problems"))
+
 LABELS = {
     "order1": "order 1",
     "order2": "order 2",
@@ -40,9 +43,6 @@ LABELS = {
 
 FLOOR = "exact score"
 """The label of the measurements with the score of the data in place of a model's."""
-
-ACCOUNT = "## What it shows\n"
-"""The first line of the hand-written part of the page, which is kept."""
 
 Models = dict[str, list[dict[str, Any]]]
 """The results of each model for all seeds, by the name of the model."""
@@ -61,39 +61,31 @@ def write_page(problems: Sequence[Problem], runs: Path, docs: Path) -> None:
         for kind, figure in problem_figures(problem, folders).items():
             write_atomic(docs / "images" / f"synthetic_{problem.name}_{kind}.png", figure_png(figure))
         sections.append(section(problem, folders))
-    path = docs / "results" / "synthetic.md"
-    write_atomic(path, "\n".join([header(problems, took), *sections, account(path)]))
-
-
-def account(path: Path) -> str:
-    """Returns the hand-written part of an existing page, or an empty one."""
-    text = path.read_text() if path.exists() else ""
-    return ACCOUNT + text.split(ACCOUNT, 1)[1] if ACCOUNT in text else ACCOUNT
+    minutes, cpu = (sum(each[kind] for each in took) / 60 for kind in ("wall", "cpu"))
+    commits = {each["commit"] for each in took}
+    provenance = f"{origin('make reproduce', commits)} It took {minutes:.0f} minutes, {cpu:.0f} of CPU time."
+    texts = {"setup": setup(problems), "provenance": wrapped(provenance), "problems": wrapped("\n".join(sections))}
+    PAGE.write(texts, docs / "results" / PAGE.path.name)
 
 
 # --- text ---
 
 
-def header(problems: Sequence[Problem], took: list[dict[str, Any]]) -> str:
+def setup(problems: Sequence[Problem]) -> str:
     sizes = "\n".join(
         f"| {p.title} | {p.steps:,} | {p.batch_size} | {_widths(p.branch)} and {_widths(p.trunk)} | "
         f"{DENSITIES[p.dataset].entropy:.3f} |"
         for p in problems
     )
-    commits = ", ".join(sorted({t["commit"] for t in took}))
-    minutes, cpu = (sum(t[kind] for t in took) / 60 for kind in ("wall", "cpu"))
-    return HEADER.format(
+    text = SETUP.format(
         sizes=sizes,
         test=f"{TEST_POINTS:,}",
         times=NUM_TIMES,
         points=POINTS_AT_TIME,
         entropy_points=f"{ENTROPY_POINTS:,}",
-        commits=commits,
-        device=machine(),
-        minutes=f"{minutes:.0f}",
-        cpu=f"{cpu:.0f}",
         tolerance=TOLERANCE,
     )
+    return wrapped(text)
 
 
 def _widths(widths: Sequence[int]) -> str:
@@ -278,8 +270,7 @@ def paths_figure(models: dict[str, dict[str, np.ndarray]]) -> Figure:
     return trajectories(next(iter(models.values()))["t"], panels)
 
 
-HEADER = """# The paper's synthetic experiments
-
+SETUP = """
 Does a diffusion ODE get closer to the data when its score is trained with second and third-order denoising score
 matching? As in the paper, a model of each order is trained from scratch, with exact derivatives and the weights of the
 paper, for the same number of steps. In addition, one model of order 3 continues from the first order's half-way
@@ -319,10 +310,6 @@ are integrals over time in nats, from {times} times with {points} points each, w
 
 ± is the standard error over seeds. The row "exact score" has the score of the data in place of a model's score. It is
 the floor of each measurement, which comes from the solvers and the prior.
-
-Command `make reproduce`, commit {commits}, {device}:
-{minutes} minutes, {cpu} of CPU time. Other work shared the machine, so only the ratios of ms/step are meaningful, and
-they are rough.
 """
 
 PATHS = """

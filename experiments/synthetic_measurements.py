@@ -30,7 +30,6 @@ from experiments.synthetic import (
 )
 from likelihood import GaussianReference, ode_log_likelihood
 from losses import Objective
-from ode import require_success
 from sources.densities import Density
 from sources.marginals import Marginals, marginals_of, sample_at
 
@@ -145,7 +144,7 @@ def density_on_grid(run: Run, score_fn: ScoreFn, problem: Problem) -> np.ndarray
         num_steps=50,
         reference=GaussianReference(0.0, 0.6 if dims == 1 else 2.3),
     )
-    require_success(result.info)
+    result.info.require_success()
     return np.exp(np.asarray(result.logp, np.float64))
 
 
@@ -155,5 +154,5 @@ def excess_by_start(run: Run, score_fn: ScoreFn) -> np.ndarray:
     assert density.log_density_of_data is not None
     x = density.sample(jax.random.key(9), (STARTING_POINTS, density.dims))
     logp, info = likelihood_by_start(score_fn, run.sde, x, STARTS, rtol=START_TOLERANCE, atol=START_TOLERANCE)
-    require_success(info)
+    info.require_success()
     return np.asarray(density.log_density_of_data(x), np.float64) - np.asarray(logp, np.float64)

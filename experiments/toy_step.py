@@ -27,9 +27,9 @@ import run_lib
 from build import TRAIN_KEY, Run, build
 from configs.default import Config
 from infra import parallel
+from infra.console import text_table
 from infra.metrics import MetricsWriter
 from losses import ORDERS
-from report.formatting import text_table
 from tests.golden_common import load_config
 
 

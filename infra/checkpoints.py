@@ -25,7 +25,7 @@ from infra.published_checkpoints import read_published_checkpoint
 from infra.waiting import waiting
 from infra.workdir import Workdir
 from models.score import Params
-from train_state import ResidualTable, TrainState
+from train_state import TrainState
 
 
 def abstract_state(state: TrainState, sharding: Sharding | TrainState) -> TrainState:
@@ -46,11 +46,11 @@ CHECKSUMS = "checksums"
 """The key in a checkpoint's description that holds the CRC-32 of each array, by its path, and of the description."""
 
 
-def initial_residuals(like: TrainState) -> ResidualTable | None:
+def initial_residuals(like: TrainState) -> Any:
     """The residuals of a state shaped as `like` whose checkpoint has none."""
     if like.residuals is None:
         return None
-    return jax.tree.map(lambda a, shape: jax.device_put(a, shape.sharding), ResidualTable.start(), like.residuals)
+    return jax.tree.map(lambda a, shape: jax.device_put(a, shape.sharding), like.residuals.start(), like.residuals)
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
@@ -162,12 +162,7 @@ class Checkpoints:
             ValueError: if it belongs to another network, naming the first difference, or has parameters that are not
                 finite.
         """
-        name = self._name(step)
-        description = self._read(step, description=ocp.args.JsonRestore())
-        checksums = description.pop(CHECKSUMS, None)
-        if checksums is not None and checksums.get(_DESCRIPTION) != _checksum_of_text(description):
-            raise DamagedCheckpointError(f"{name} is damaged: its description has changed since it was written")
-        _check_same_network(description, self.description, name)
+        name, (description, checksums) = self._name(step), self._description(step)
         arrays = {"state": self._read(step, state=ocp.args.StandardRestore(_stored(self.like)))}
         residuals = self.like.residuals
         if residuals is not None and (self._manager.directory / str(step) / "residuals").is_dir():
@@ -179,13 +174,32 @@ class Checkpoints:
                 raise DamagedCheckpointError(
                     f"{name} is damaged: {len(changed)} of its arrays have changed on the disk"
                 )
-        table = ResidualTable(**arrays["residuals"]) if "residuals" in arrays else initial_residuals(self.like)
+        stored = arrays.get("residuals")
+        table = residuals._replace(**stored) if residuals is not None and stored else initial_residuals(self.like)
         state = TrainState(**arrays["state"], residuals=table)
         if not _all_finite((state.params, state.ema_params)):
             raise ValueError(
                 f"{name} has parameters that are not finite: its training has diverged; remove it to use an earlier one"
             )
         return state
+
+    def _description(self, step: int) -> tuple[dict[str, Any], dict[str, int] | None]:
+        """Returns the description and the checksums of a checkpoint. Raises the errors of `restore`."""
+        description = self._read(step, description=ocp.args.JsonRestore())
+        checksums = description.pop(CHECKSUMS, None)
+        if checksums is not None and checksums.get(_DESCRIPTION) != _checksum_of_text(description):
+            raise DamagedCheckpointError(
+                f"{self._name(step)} is damaged: its description has changed since it was written"
+            )
+        _check_same_network(description, self.description, self._name(step))
+        return description, checksums
+
+    def check_network(self) -> None:
+        """Raises ValueError if the newest checkpoint belongs to another network. Does not read its arrays."""
+        newest = self.newest()
+        if newest is not None:
+            with contextlib.suppress(DamagedCheckpointError):  # `resume` uses an earlier checkpoint.
+                self._description(newest)
 
     def resume(self) -> TrainState | None:
         """The newest state that can be read, or None if there is no checkpoint yet.

@@ -1,8 +1,9 @@
-"""The output of a running program: progress bars and log lines."""
+"""The output of a running program: progress bars, log lines and tables."""
 
 import logging
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -26,6 +27,14 @@ def progress(total: int, description: str, unit: str, initial: int = 0) -> tqdm:
         disable=jax.process_index() != 0,
         file=sys.stderr,
     )
+
+
+def text_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Formats a table in plain ASCII, its columns aligned to the right."""
+    cells = [[cell.replace("±", "+-").replace("\N{EN DASH}", "-") for cell in row] for row in (headers, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def log_to_file(path: Path) -> None:

@@ -1,8 +1,10 @@
-"""Files that are either complete or absent: written under a temporary name, then renamed."""
+"""Files that are either complete or absent: written under a temporary name, then renamed; and their readers."""
 
 import io
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -40,3 +42,21 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
                 return dict(arrays)
         except Exception as error:  # For damaged bytes, NumPy, zipfile and zlib raise many kinds of errors.
             raise ValueError(f"cannot read {path} as an .npz file: {error}") from error
+
+
+def read_json(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """Reads the object in a JSON file.
+
+    Returns None if the file does not exist or cannot be read. If it cannot be read, the reason is added to `problems`.
+    """
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        problems.append(f"cannot read {path} as JSON: {error}")
+        return None
+    if not isinstance(content, dict):
+        problems.append(f"cannot read {path}: it holds {type(content).__name__} instead of an object")
+        return None
+    return content

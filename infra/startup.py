@@ -2,12 +2,15 @@
 
 import functools
 import os
+import threading
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
+
+from infra.waiting import Background
 
 COMPILATION_CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 """The compilation cache of all runs. JAX names its files by program, version and kind of device or processor."""
@@ -30,8 +33,31 @@ def process_start() -> float:
     return time.monotonic() - max(uptime - after_boot, 0.0)
 
 
+class EarlyProgram:
+    """The program of a jitted function, which a thread compiles while the caller prepares the arguments.
+
+    The first call waits for the program, and raises the exception of a compilation that failed.
+    """
+
+    def __init__(self, function: jax.stages.Wrapped, *shapes: Any):
+        """Traces the function in the thread of the caller, and starts to compile it or to load it from the cache.
+
+        Only one thread can run Python code at a time, so tracing in another thread would save no time.
+
+        Args:
+            shapes: the shapes, dtypes and shardings of the arguments. All calls must have arguments like these.
+        """
+        self._compiled = Background("compilation", function.lower(*shapes).compile)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._compiled.result()(*arguments)
+
+
 class Programs(NamedTuple):
-    """Counts of the programs that JAX has prepared since `count_programs` was first called in this process."""
+    """Counts of the programs that JAX has prepared since `count_programs` was first called in this process.
+
+    Seconds are those of all threads. The programs of `EarlyProgram` are compiled while other work is done.
+    """
 
     prepared: int
     """Programs compiled or loaded from the persistent compilation cache."""
@@ -62,21 +88,31 @@ class _Counter:
 
     def __init__(self) -> None:
         self.programs = Programs(0, 0, 0.0, 0.0)
+        self._lock = threading.Lock()
         jax.monitoring.register_event_duration_secs_listener(self._took)
         jax.monitoring.register_event_listener(self._happened)
 
     def _took(self, event: str, duration_secs: float, **_: str | int) -> None:
-        programs = self.programs
         if event == "/jax/core/compile/backend_compile_duration":
-            self.programs = programs._replace(
-                prepared=programs.prepared + 1, prepare_seconds=programs.prepare_seconds + duration_secs
-            )
+            self._add(prepared=1, prepare_seconds=duration_secs)
         elif event in ("/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration"):
-            self.programs = programs._replace(trace_seconds=programs.trace_seconds + duration_secs)
+            self._add(trace_seconds=duration_secs)
 
     def _happened(self, event: str, **_: str | int) -> None:
         if event == "/jax/compilation_cache/cache_hits":
-            self.programs = self.programs._replace(loaded=self.programs.loaded + 1)
+            self._add(loaded=1)
+
+    def _add(
+        self, prepared: int = 0, loaded: int = 0, trace_seconds: float = 0.0, prepare_seconds: float = 0.0
+    ) -> None:
+        with self._lock:  # Programs are compiled in several threads.
+            before = self.programs
+            self.programs = Programs(
+                prepared=before.prepared + prepared,
+                loaded=before.loaded + loaded,
+                trace_seconds=before.trace_seconds + trace_seconds,
+                prepare_seconds=before.prepare_seconds + prepare_seconds,
+            )
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Waits for other processes, disks and compilers. Each wait has a time limit, and names what it waits for.
 
 A wait inside compiled code or a system call cannot be interrupted by an exception. So `waiting` watches the wait from a
-thread, which ends the process at the limit. `within` runs a call in a thread and leaves it behind at the limit.
+thread, which ends the process at the limit. `Background` runs a call in a thread; `within` leaves it behind at a limit.
 
 This module does not import JAX.
 """
@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 from absl import logging
 
@@ -39,7 +39,7 @@ class _Wait(NamedTuple):
 
 _waits: dict[int, _Wait] = {}
 _numbers = itertools.count()
-_started, _left_behind = threading.Event(), threading.Event()
+_started = threading.Event()
 
 
 @contextlib.contextmanager
@@ -81,6 +81,50 @@ def end_process(message: str) -> None:
     os._exit(FAILED)
 
 
+class Background(Generic[Result]):
+    """A call that runs in a thread of its own, while the thread that started it continues.
+
+    If an error ends the process before the call, `leave` does not wait for the call.
+    """
+
+    def __init__(self, what: str, call: Callable[[], Result], *, daemon: bool = False):
+        """Starts the call.
+
+        Args:
+            what: the name of the thread.
+            daemon: a process that does not end by `leave` abandons the call, too. Python may crash if the call runs
+                compiled code at that moment.
+        """
+        self._outcome: list[tuple[bool, Result | BaseException]] = []
+
+        def run() -> None:
+            try:
+                self._outcome.append((True, call()))
+            except BaseException as error:
+                self._outcome.append((False, error))
+
+        self._thread = _CallThread(target=run, daemon=daemon, name=what)
+        self._thread.start()
+
+    def ended(self, seconds: float | None = None) -> bool:
+        """Waits up to this many seconds, or without a limit, and returns whether the call has ended."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> Result:
+        """Waits for the end of the call. Returns its result, or raises its exception."""
+        self.ended()
+        succeeded, result = self._outcome[0]
+        if not succeeded:
+            assert isinstance(result, BaseException)
+            raise result
+        return result  # type: ignore[return-value]
+
+
+class _CallThread(threading.Thread):
+    """The thread of a `Background` call, so that `leave` finds those that still run."""
+
+
 def within(seconds: float, what: str, call: Callable[[], Result]) -> Result:
     """Returns the result of the call, which runs in a thread, and raises its exceptions.
 
@@ -91,34 +135,19 @@ def within(seconds: float, what: str, call: Callable[[], Result]) -> Result:
         TimeoutError: at the limit. The call continues in its thread, so the process must end by `leave`.
         KeyboardInterrupt: after a request to stop, with the same consequence.
     """
-    outcome: list[tuple[bool, Result | BaseException]] = []
-
-    def run() -> None:
-        try:
-            outcome.append((True, call()))
-        except BaseException as error:
-            outcome.append((False, error))
-
-    thread = threading.Thread(target=run, daemon=True, name=what)
-    thread.start()
+    background = Background(what, call, daemon=True)
     deadline = time.monotonic() + seconds
-    while thread.is_alive() and time.monotonic() < deadline and not stop.requested():
-        thread.join(min(0.1, max(0.0, deadline - time.monotonic())))
-    if not outcome:
-        _left_behind.set()
+    while not background.ended(min(0.1, max(0.0, deadline - time.monotonic()))):
         if stop.requested():
             raise KeyboardInterrupt
-        raise TimeoutError(f"{what} took longer than {seconds:g} s")
-    succeeded, result = outcome[0]
-    if not succeeded:
-        assert isinstance(result, BaseException)
-        raise result
-    return result  # type: ignore[return-value]
+        if time.monotonic() >= deadline:
+            raise TimeoutError(f"{what} took longer than {seconds:g} s")
+    return background.result()
 
 
 def leave(code: int) -> int:
-    """Returns the exit code. If a call that `within` gave up still runs, ends the process with the code at once."""
-    if _left_behind.is_set():
+    """Returns the exit code, or ends the process with it at once if a call of `Background` or `within` still runs."""
+    if any(isinstance(thread, _CallThread) for thread in threading.enumerate()):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from configs.default import Config
 from models.ladder import Ladder, ladder_from_config
 from models.layers import NONLINEARITIES, AttnBlockpp, Embedding, Normalization, ResnetBlockDDPMpp, conv
-from models.ncsnpp import NCSNpp, apply_with_remat, check_scale_by_sigma
+from models.ncsnpp import NCSNpp, apply_with_remat, check_scale_by_sigma, u_net_fields
 from models.normalization import NORMALIZATIONS, PUBLISHED_GROUPS, check_normalization
 from models.resample import AnySize, FeatureMap, Projected, SameSize, Taps
 
@@ -72,20 +72,7 @@ def ddpm_from_fields(model: Config, centered: bool, ladder: Ladder | None = None
 
     As in the published code, model.embedding_type has no effect.
     """
-    return DDPM(
-        nf=model.nf,
-        ch_mult=tuple(model.ch_mult),
-        num_res_blocks=model.num_res_blocks,
-        attn_resolutions=tuple(model.attn_resolutions),
-        nonlinearity=model.nonlinearity,
-        normalization=model.normalization,
-        dropout=model.dropout,
-        resamp_with_conv=model.resamp_with_conv,
-        conditional=model.conditional,
-        scale_by_sigma=model.scale_by_sigma,
-        ladder=ladder,
-        centered=centered,
-    )
+    return DDPM(**u_net_fields(model, centered, ladder), normalization=model.normalization)
 
 
 def ddpm_from_config(config: Config) -> DDPM:

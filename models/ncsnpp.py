@@ -314,14 +314,8 @@ def ncsnpp_from_fields(model: Config, centered: bool, ladder: Ladder | None = No
         if model[field] != only:
             raise ValueError(f"model.{field} is {model[field]!r}; it must be {only!r}")
     return NCSNpp(
-        nf=model.nf,
-        ch_mult=tuple(model.ch_mult),
-        num_res_blocks=model.num_res_blocks,
-        attn_resolutions=tuple(model.attn_resolutions),
-        nonlinearity=model.nonlinearity,
-        dropout=model.dropout,
+        **u_net_fields(model, centered, ladder),
         resblock_type=model.resblock_type,
-        resamp_with_conv=model.resamp_with_conv,
         fir_kernel=tuple(model.fir_kernel) if model.fir else None,
         skip_rescale=model.skip_rescale,
         progressive=model.progressive,
@@ -329,11 +323,14 @@ def ncsnpp_from_fields(model: Config, centered: bool, ladder: Ladder | None = No
         progressive_combine=model.progressive_combine,
         embedding_type=model.embedding_type,
         fourier_scale=model.fourier_scale,
-        conditional=model.conditional,
         init_scale=model.init_scale,
-        scale_by_sigma=model.scale_by_sigma,
-        ladder=ladder,
-        centered=centered,
         dtype=model.dtype,
         remat=str(REMAT_SYNONYMS.get(model.remat, model.remat)),
     )
+
+
+def u_net_fields(model: Config, centered: bool, ladder: Ladder | None) -> dict[str, Any]:
+    """Returns the fields of config.model that NCSN++ and DDPM have in common, as fields of the network."""
+    names = ("nf", "num_res_blocks", "nonlinearity", "dropout", "resamp_with_conv", "conditional", "scale_by_sigma")
+    tuples = {name: tuple(model[name]) for name in ("ch_mult", "attn_resolutions")}
+    return {name: model[name] for name in names} | tuples | {"ladder": ladder, "centered": centered}

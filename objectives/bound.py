@@ -5,11 +5,31 @@
 Both terms here depend on the SDE only, so they have no gradient.
 """
 
+import math
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, inner, num_dims
 from sde_lib import SDE
+
+
+def bound_terms(
+    sde: SDE, x0: Batch, z_start: Batch | None, t_min: float, values: Float[Array, " levels"]
+) -> dict[str, PerExample]:
+    """Returns both terms in bits/dim, by their names in `losses.TERMS`.
+
+    Args:
+        z_start: the standard normal noise of x_tmin.
+        values: the data of each grey level.
+    """
+    if z_start is None:
+        raise ValueError("losses in bits/dim need noise at the start; draw the noise for their objective")
+    nats = {
+        "reconstruction": reconstruction(sde, x0, z_start, t_min, values),
+        "prior": prior_divergence(sde, x0, sde.prior_sigma),
+    }
+    return {name: value / (num_dims(x0) * math.log(2)) for name, value in nats.items()}
 
 
 def reconstruction(sde: SDE, x0: Batch, z: Batch, t_min: float, values: Float[Array, " levels"]) -> PerExample:

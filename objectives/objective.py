@@ -94,6 +94,12 @@ class TrainingObjective(abc.ABC):
         raise NotImplementedError(f"{type(self).__name__} does not say how its times are distributed")
 
 
+def split_groups(a: Array, every: int) -> tuple[Array, Array]:
+    """Divides the rows of an array into the first of each group of `every` rows, and the others."""
+    groups = a.reshape(-1, every, *a.shape[1:])
+    return groups[:, 0], groups[:, 1:].reshape(-1, *a.shape[1:])
+
+
 def require_continuous_time(training: Config) -> None:
     """Raises ValueError if training is in discrete time, which this objective does not have."""
     if not training.continuous:

@@ -47,3 +47,7 @@ def _trace(
     u = noise.z + stop_gradient(score)
     ends = [spread[0], spread[-1]], u, (probes[0], probes[-1])
     return score, {"second_trace": unbiased_second_order_trace(*ends)}
+
+
+TRACE_ESTIMATORS = {"squared_trace": squared_trace, "unbiased_trace": unbiased_trace}
+"""Estimators of the second order that use only its trace."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+from infra.console import text_table
 from report.fields import Field, Result, field, run_and_file
-from report.formatting import estimate, text_table, whole_number, with_error
+from report.formatting import estimate, whole_number, with_error
 
 
 def comparison_table(results: Iterable[Result]) -> str:

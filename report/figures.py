@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw, ImageFont
 
+from infra.artefacts import ImageGrid
 from infra.image_grid import image_grid
 from infra.metrics import MetricCurve, RunCurves
-from infra.workdir import ImageGrid
 from losses import TERMS
 
 COLOURS = ("#2563a8", "#d1600a", "#2f855a", "#8a4fb0", "#b83250", "#5a6472")

@@ -1,4 +1,4 @@
-"""Numbers as text for people, and tables as plain text."""
+"""Numbers as text for people."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -55,11 +55,3 @@ def duration(seconds: float | None) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
-
-
-def text_table(headers: Row, rows: Sequence[Row]) -> str:
-    """Formats a table in plain ASCII, its columns aligned to the right."""
-    cells = [[cell.replace("±", "+-").replace(MISSING, "-") for cell in row] for row in (headers, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -5,9 +5,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from infra.artefacts import Artefact, DensityGrid, ImageGrid, PointCloud, Snapshot, read_all
+from infra.files import read_json
 from infra.metrics import RunCurves, read_metrics, value_at
 from infra.results import evaluations, seconds_file
-from infra.workdir import DATA, Artefact, DensityGrid, ImageGrid, PointCloud, Snapshot, Workdir, read_all, read_json
+from infra.workdir import DATA, Workdir
 
 
 @dataclasses.dataclass(frozen=True)

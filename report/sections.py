@@ -7,8 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL.Image import Image
 
+from infra.artefacts import ImageGrid
 from infra.image_grid import image_grid, image_png
-from infra.workdir import ImageGrid
 from report.content import Block, Gallery, Note, Plot, Table
 from report.density_figures import density_figure, point_figure
 from report.diagnostics_figures import diagnostics_figure

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-import ode
 from arrays import Batch, ReportProgress, ScoreFn, as_pytree
 from configs.default import Config
 from samplers.sampler import (
@@ -21,6 +20,7 @@ from samplers.sampler import (
     denoise_at,
 )
 from sde_lib import SDE
+from solvers import ode
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class ODESampler(Sampler):
     ) -> tuple[Batch, int]:
         settings = {"method": self.method, "rtol": self.rtol, "atol": self.atol}
         x, info = ode.integrate(_ProbabilityFlow(self.sde, score_fn), x, start, end, **settings, progress=progress)
-        ode.require_success(info)
+        info.require_success()
         return x, int(info.nfe)
 
 

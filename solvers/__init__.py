@@ -1,1 +1,1 @@
-"""The methods of ode.py that use a library (diffrax, SciPy), and the code that all methods share."""
+"""Methods that solve ODEs. `solvers.ode.integrate` is the entrance to all of them."""

@@ -36,6 +36,14 @@ class Info(NamedTuple):
     too rough for the steps, as for networks that resolve time finely, it has the size of the error. If dy/dt is smooth,
     it has the size of the error for "adams", and is several times larger for "rk4"."""
 
+    def require_success(self) -> None:
+        """Raises RuntimeError if the solve failed, with the time and the probable example; on the host only."""
+        if not bool(self.success):
+            raise RuntimeError(
+                f"the ODE solve failed at t = {float(self.t):.6g} after {int(self.steps)} steps; example "
+                f"{int(self.worst_example)} has the largest derivative there, or one that is not finite"
+            )
+
 
 def combine(y: PyTree, dt: Float[Array, ""], weights: Iterable[float | Array], slopes: Iterable[PyTree]) -> PyTree:
     """y plus dt times the weighted sum of slopes."""

@@ -4,6 +4,7 @@ A source holds the images of one split as unsigned bytes, with levels 0 .. level
 To add a source, write a function like `load_digits` and name it in SOURCES.
 """
 
+import importlib.util
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from configs.checks import check_config
 from configs.default import Config
 from sources.catalogue import CATALOGUE, load_entry, prepare_entry
 from sources.densities import DENSITIES
@@ -19,19 +21,34 @@ from sources.npz import load_npz
 from sources.points import draw_points
 from sources.source import MemorySource, Source
 
-__all__ = ["MemorySource", "Source", "check_levels", "prepare_from_config", "source_from_config"]
+__all__ = ["MemorySource", "Source", "check_levels", "prepare", "source_from_config"]
 
 
 def load_digits(split: str) -> MemorySource:
     """Loads scikit-learn's handwritten digits: 1797 images of 8x8 with 17 levels; one in five is a test image."""
-    import sklearn.datasets  # Imported here, because it takes a second, and other data sets do not need it.
-
-    digits: Any = sklearn.datasets.load_digits()
-    order = np.random.default_rng(0).permutation(len(digits.images))
+    pixels, classes = _all_digits()
+    order = np.random.default_rng(0).permutation(len(pixels))
     test_size = len(order) // 5
     chosen = order[:test_size] if split == "test" else order[test_size:]
-    images = digits.images[chosen].astype(np.uint8)[..., None]
-    return MemorySource(images, f"digits (scikit-learn), {split}", digits.target[chosen])
+    images = pixels[chosen].astype(np.uint8).reshape(-1, 8, 8, 1)
+    return MemorySource(images, f"digits (scikit-learn), {split}", classes[chosen])
+
+
+def _all_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Returns the pixels of scikit-learn's digits, 64 for each image, and their classes.
+
+    Reads scikit-learn's file if it is where it has always been, because the import of scikit-learn takes a second.
+    """
+    package = importlib.util.find_spec("sklearn")
+    if package is not None and package.origin is not None:
+        file = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
+        if file.is_file():
+            rows = np.loadtxt(file, delimiter=",").astype(int)
+            return rows[:, :-1], rows[:, -1]
+    import sklearn.datasets
+
+    digits: Any = sklearn.datasets.load_digits()
+    return digits.data, digits.target
 
 
 def _npz(data: Config, split: str) -> Source:
@@ -97,9 +114,14 @@ def _check_fields(data: Config) -> None:
             raise ValueError(f"data.{field} is {data[field]}; it must lie between {least} and {most}")
 
 
-def prepare_from_config(config: Config) -> str:
-    """Prepares the data set of config.data; see `prepare_entry`."""
-    return prepare_entry(config.data)
+def prepare(config: Config) -> None:
+    """Converts a published data set from the files at `data.archive`, once; see sources/published.py.
+
+    Raises:
+        FileNotFoundError, ValueError: if a file is missing, is not the published one, or is damaged.
+    """
+    check_config(config)
+    print(prepare_entry(config.data))
 
 
 def check_levels(source: Source, levels: int) -> None:

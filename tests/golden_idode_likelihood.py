@@ -22,7 +22,6 @@ from derivatives import probe_divergence
 from evaluators.bits_per_dim import importance_weighted
 from likelihood import LogLikelihood, bits_per_dim, ode_log_likelihood
 from models.score import NetworkScore, score_model_from_config
-from ode import require_success
 from tests.golden_common import Result, golden_params, relative_error
 from tests.golden_idode import Conditioned, golden_idode_config
 
@@ -46,7 +45,7 @@ def check_idode_likelihood(path: Path) -> Iterator[Result]:
     result = ode_log_likelihood(
         score_fn, model.sde, noisy.x, probes[None], t_min=dequantizer.t_min, method="dopri5", rtol=3e-6, atol=3e-6
     )
-    require_success(result.info)
+    result.info.require_success()
     yield from _constants(dequantizer, data, noisy, num_dims(noisy.x))
     yield from _bits(dequantizer, data, noisy, result, num_dims(noisy.x))
     yield from _point(score_fn, data, Conditioned(model.network, data["conditioning"]))

@@ -15,7 +15,6 @@ from configs.default import Config
 from datasets import preprocess_from_config
 from likelihood import bits_per_dim, ode_log_likelihood
 from models.score import NetworkScore, score_model_from_config
-from ode import require_success
 from samplers.predictor_corrector import CORRECTORS, PREDICTORS
 from tests.golden_common import Result, golden_config, golden_params, relative_error
 
@@ -32,7 +31,7 @@ def check_likelihood(path: Path) -> Iterator[Result]:
     for method, tolerance in (("scipy", 1e-5), ("dopri5", 3e-6)):
         solve = {"t_min": t_min, "method": method, "rtol": tolerance, "atol": tolerance}
         result = ode_log_likelihood(score_fn, score_fn.model.sde, x, jnp.asarray(data["hutchinson"])[None], **solve)
-        require_success(result.info)
+        result.info.require_success()
         bits = bits_per_dim(result.terms, num_dims=num_dims(x), levels=256, unit_scale=scale)["bpd"]
         yield Result(f"bpd, {method}", float(np.abs(bits - data["bpd_tol1e-7"]).max()), 5e-3)
         if method == "scipy":

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import run_lib
 from configs.toy.smoke import get_config
 from evaluators import step_cost
 from infra import ahead_of_time, gpus, parallel
@@ -68,7 +67,7 @@ def test_missing_packages_are_named(monkeypatch, tmp_path):
     config = get_config()
     config.cost.device = "h100"
     with pytest.raises(ValueError, match=r"needs JAX's packages for CUDA.*requirements-gpu\.txt"):
-        run_lib.cost(config, tmp_path / "run")
+        step_cost.cost(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -92,10 +91,10 @@ def test_rows_of_a_gpu_say_so_and_are_kept(monkeypatch, tmp_path, capsys):
         return {"gflop": 2.0, "temporary_gb": 60.0, "total_gb": 65.0, "compile_seconds": 1.0}
 
     monkeypatch.setattr(step_cost, "predicted_cost", predicted)
-    monkeypatch.setattr(run_lib, "mesh_of", lambda gpu, count: parallel.device_mesh())
+    monkeypatch.setattr(step_cost, "mesh_of", lambda gpu, count: parallel.device_mesh())
     config = get_config()
     config.cost.device, config.cost.orders, config.cost.memory = "h100", (1, 3), ("none",)
     for _ in range(2):
-        run_lib.cost(config, tmp_path)
+        step_cost.cost(config, tmp_path)
     assert asked == [1, 3, 1]  # a row that the compiler gave no answer for is measured again
     assert "order 3: none of the batches fits 63.7 GB" in capsys.readouterr().out

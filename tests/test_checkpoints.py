@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from configs.digits.smoke import get_config
 from infra import parallel
 from infra.checkpoints import Checkpoints, DamagedCheckpointError, abstract_state
-from train_state import ResidualTable, TrainState, create_state, optimizer_from_config, reset_parts
+from objectives.residuals import ResidualTable
+from train_state import TrainState, create_state, optimizer_from_config, reset_parts
 
 # Orbax abandons reads of a damaged checkpoint. They warn when they are garbage-collected, perhaps in another test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

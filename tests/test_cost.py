@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-import run_lib
 from build import TRAIN_KEY, build
 from configs.toy.smoke import get_config as points_config
 from evaluators import step_cost
@@ -27,7 +26,7 @@ def config_with(**fields):
 def costs(tmp_path_factory):
     """The rows of a measurement of points, and its workdir."""
     workdir = tmp_path_factory.mktemp("cost")
-    run_lib.cost(config_with(cost__memory=("none",)), workdir)
+    step_cost.cost(config_with(cost__memory=("none",)), workdir)
     return Workdir(workdir).read_costs(), workdir
 
 
@@ -67,13 +66,13 @@ def test_known_rows_are_not_measured_again(costs, monkeypatch, capsys):
         measured.append(run.config.training.score_matching_order)
         return {"error": "out of memory"}
 
-    monkeypatch.setattr(run_lib, "case_cost", case_cost)
-    run_lib.cost(config_with(cost__memory=("none",), cost__orders=(2, 3), cost__memory_gb=1e-9), workdir)
+    monkeypatch.setattr(step_cost, "case_cost", case_cost)
+    step_cost.cost(config_with(cost__memory=("none",), cost__orders=(2, 3), cost__memory_gb=1e-9), workdir)
     assert measured == []
     table = capsys.readouterr().out
     assert f"{rows[1]['temporary_gb']:.4g}" in table
     assert "order 2: none of the batches fits 0.0 GB" in table
-    run_lib.cost(config_with(cost__memory=("none",), cost__orders=(2, 3), training__batch_size=128), workdir)
+    step_cost.cost(config_with(cost__memory=("none",), cost__orders=(2, 3), training__batch_size=128), workdir)
     assert measured == [2, 3]
     assert "out of memory" in capsys.readouterr().out
     assert len(Workdir(workdir).read_costs()) == 5
@@ -84,7 +83,7 @@ def test_a_full_device_is_a_row(tmp_path, monkeypatch):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.")
 
     monkeypatch.setattr(step_cost, "step_seconds", step_seconds)
-    run_lib.cost(config_with(cost__memory=("none", "training.accumulation_steps=1"), cost__orders=(1,)), tmp_path)
+    step_cost.cost(config_with(cost__memory=("none", "training.accumulation_steps=1"), cost__orders=(1,)), tmp_path)
     rows = json.loads((tmp_path / "cost.json").read_text())["rows"]
     (row,) = rows  # both settings lead to the same program
     assert row["error"] == "out of memory"
@@ -108,7 +107,7 @@ def test_a_full_device_is_a_row(tmp_path, monkeypatch):
 )
 def test_nonsense_is_refused_before_anything_is_written(fields, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        run_lib.cost(config_with(**fields), tmp_path / "run")
+        step_cost.cost(config_with(**fields), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

@@ -19,6 +19,7 @@ from coordinates import GaussianReference
 from dequantization.noise import Bins
 from dequantization.training import evaluation_dequantizer
 from dequantization.variational import DequantizerTrainer, VariationalDequantizer
+from evaluators.export import export
 from infra.workdir import Workdir
 from models.flowpp import Flowpp
 from sde_lib import SDES, VPSDE
@@ -191,7 +192,7 @@ def test_evaluation_with_the_dequantizer(trained):
 def test_an_exported_dequantizer_is_used_like_a_released_one(trained, tmp_path):
     """Round trip through the published format, and the fields that choose the file."""
     config = config_with(eval__dequantizer=True)
-    path = run_lib.export(config, trained)
+    path = export(config, trained)
     assert path.parent == trained / "exported"
     assert path.name.startswith("dequantizer_")
     config = config_with(eval__dequantizer=True, eval__dequantizer_checkpoint=str(path))

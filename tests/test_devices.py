@@ -15,6 +15,7 @@ import run_lib
 from build import Run, build
 from configs.digits.smoke import get_config as digits
 from configs.toy.smoke import get_config as toy
+from evaluators.export import export
 from evaluators.loss import LossEvaluator
 from infra import parallel
 from infra.workdir import Workdir
@@ -79,7 +80,7 @@ def test_an_evaluation_is_not_refused_because_of_fields_of_training(fields, tmp_
     with pytest.raises(ValueError, match="|".join(fields)):
         run_lib.train(config, tmp_path)
     config.eval.enable_sampling = False
-    for evaluate in (lambda: run_lib.evaluate(config, tmp_path, "eval"), lambda: run_lib.export(config, tmp_path)):
+    for evaluate in (lambda: run_lib.evaluate(config, tmp_path, "eval"), lambda: export(config, tmp_path)):
         with pytest.raises(FileNotFoundError, match="no checkpoint in"):
             evaluate()
 

@@ -8,7 +8,7 @@ import pytest
 
 from configs.fashion.ncsnpp import get_config
 from experiments import fashion_orders, fashion_orders_page
-from experiments.fashion_orders_page import Values, best_branch, helps, results_page, verdict
+from experiments.fashion_orders_page import Values, best_branch, helps, page_parts, verdict
 from experiments.fashion_orders_plan import BRANCHES, Plan, likelihoods, samples
 from losses import objective_from_config
 
@@ -101,10 +101,10 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
         """Writes the first page and the one after V2, the fifth branch."""
         number = len(calls) - 1
         if number in (1, 5):
-            pages.append(results_page(plan, tmp_path / "images"))
+            pages.append(page_parts(plan, tmp_path / "images")["results"])
 
     fashion_orders.run_all(plan, after_each)
-    pages.append(results_page(plan, tmp_path / "images"))
+    pages.append(page_parts(plan, tmp_path / "images")["results"])
     assert best_branch(plan) == "V2"
     assert calls == [
         ("base", 1, 3),

@@ -9,7 +9,6 @@ import pytest
 from arrays import Batch, PerExample
 from infra.parallel import along_batch, device_mesh
 from likelihood import METHODS, GaussianReference, LogLikelihood, bits_per_dim, draw_probes, ode_log_likelihood
-from ode import require_success
 from sde_lib import SDE, SDES, VPSDE
 from sources.marginals import sample_at
 from tests.analytic import DISTINCT_SDES, GaussianMixture, asymmetric_mixture, correlated_gaussian, gaussian
@@ -61,7 +60,7 @@ def test_exact_for_known_densities(name, density, method):
     x = jnp.asarray(np.concatenate([data_at(part, sde, t_min, SHAPE) for part in parts]))
     solve = {"t_min": t_min, "method": method, "num_steps": 80, "rtol": 1e-6, "atol": 1e-6}
     result = ode_log_likelihood(partial(density.score, sde), sde, x, None, **solve)
-    require_success(result.info)
+    result.info.require_success()
     errors = np.asarray(bits_error(density, sde, x, result, t_min))
     assert np.max(np.abs(errors)) < 1e-4
     np.testing.assert_allclose(result.prior_logp, jax.jit(sde.prior_logp)(result.latent), rtol=1e-6)
@@ -171,7 +170,7 @@ def score_that_breaks(x, t):
 def test_failure_names_time_and_example(method):
     result = ode_log_likelihood(score_that_breaks, VP, jnp.ones(SHAPE), None, t_min=1e-3, method=method)
     with pytest.raises(RuntimeError, match=r"at t = 0\.[45]\d* after \d+ steps; example 2 "):
-        require_success(result.info)
+        result.info.require_success()
 
 
 def test_new_parameters_trace_nothing_anew():
@@ -183,7 +182,7 @@ def test_new_parameters_trace_nothing_anew():
 
     def solve(weight: float) -> int:
         score_fn = jax.tree_util.Partial(score, jnp.float32(weight))
-        require_success(ode_log_likelihood(score_fn, VP, jnp.ones(SHAPE), None, t_min=1e-3).info)
+        ode_log_likelihood(score_fn, VP, jnp.ones(SHAPE), None, t_min=1e-3).info.require_success()
         return len(traces)
 
     assert solve(1.0) == solve(1.5)
@@ -229,7 +228,7 @@ def test_over_several_devices(method):
     one = ode_log_likelihood(VP_SCORE, VP, x, probes, t_min=1e-3, method=method)
     shards = jax.device_put(x, along_batch(mesh)), jax.device_put(probes, along_batch(mesh, axis=1))
     many = ode_log_likelihood(VP_SCORE, VP, *shards, t_min=1e-3, method=method)
-    require_success(many.info)
+    many.info.require_success()
     np.testing.assert_allclose(many.logp, one.logp, rtol=1e-4, atol=1e-3)
     assert many.latent.sharding.is_equivalent_to(shards[0].sharding, 2)
 

@@ -7,7 +7,8 @@ import pytest
 
 from arrays import append_dims
 from derivatives import exact_trace_gradient
-from losses import Objective, Residual, exact_second_order_trace
+from losses import Objective, Residual
+from objectives.exact import exact_second_order_trace
 from sde_lib import SDES, VESDE, VPSDE, SubVPSDE
 from sources.densities import paper_mixture
 from tests.analytic import DISTINCT_SDES, asymmetric_mixture

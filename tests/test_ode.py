@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from arrays import as_pytree
-from ode import FIXED_STEP, METHODS, Info, integrate, require_success
+from solvers.ode import FIXED_STEP, METHODS, Info, integrate
 
 # A damped rotation by example, with the integral of its first component: known in closed form.
 RATES = np.array([0.5, 1.0, 3.0])
@@ -29,11 +29,11 @@ def spiral_solution(t: float) -> dict:
 @pytest.mark.parametrize("method", METHODS)
 def test_reaches_the_closed_form_forward_and_back(method):
     y, info = integrate(spiral, START, 0.0, 1.5, method=method, num_steps=200)
-    require_success(info)
+    info.require_success()
     # The tolerance bounds the error of a step; a few dozen of them add up.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), y, spiral_solution(1.5))
     back, info = integrate(spiral, y, 1.5, 0.0, method=method, num_steps=200)
-    require_success(info)
+    info.require_success()
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=4e-4), back, START)
 
 
@@ -159,7 +159,7 @@ def test_failure_is_data_and_named_on_request(method, field, worst_example):
     assert float(info.t) == pytest.approx(0.5, abs=0.06)
     assert int(info.worst_example) == worst_example
     with pytest.raises(RuntimeError, match=rf"at t = 0\.\d+ after \d+ steps; example {worst_example} "):
-        require_success(info)
+        info.require_success()
 
 
 @pytest.mark.parametrize("method", ["dopri5", "scipy"])

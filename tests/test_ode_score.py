@@ -24,8 +24,8 @@ from analysis.score_distances import (
 )
 from arrays import Batch, PerExample, append_dims, as_pytree
 from likelihood import GaussianReference, Probes, draw_probes, ode_log_likelihood
-from ode import Info, require_success
 from sde_lib import SDE, SDES, VESDE, VPSDE
+from solvers.ode import Info
 from sources.densities import GaussianMixture, paper_mixture
 from tests.analytic import asymmetric_mixture
 
@@ -84,7 +84,7 @@ def test_with_probes_it_is_the_gradient_of_their_likelihood_and_unbiased():
         x = np.concatenate([np.random.default_rng(0).normal(0, 0.6, (few, 2)), np.tile([0.3, -0.2], (2 + n, 1))])
         x = jnp.asarray(x.reshape(-1, 1, 2, 1))
         path = ode_score_path(of_images, VP, x, np.array([T_MIN, 0.3, 1.0]), probes, rtol=1e-6, atol=1e-6)
-        require_success(path.info)
+        path.info.require_success()
         solve = {"t_min": T_MIN, "method": "rk4_log", "num_steps": 150}
         expected = log_likelihood_gradient(of_images, VP, x[:few], probes[:, :few], **solve)
         assert_close(np.asarray(path.score[0, :few]), expected)
@@ -146,7 +146,7 @@ def test_kl_identity_gradient_and_distances():
 
         # the likelihood against the start of the solve
         logp, info = likelihood_by_start(score_fn, VE, x, np.array([T_MIN, 0.3]), **solve)
-        require_success(info)
+        info.require_success()
         same = ode_log_likelihood(score_fn, VE, jnp.tile(x, (2, 1)), None, t_min=T_MIN, **solve).logp
         np.testing.assert_allclose(logp[0], same[: count // 2], atol=1e-4)
         logp, _ = likelihood_by_start(score_of(density, VE, 0.0), VE, x, np.array([T_MIN, 0.3]), **solve)
@@ -286,7 +286,7 @@ def test_a_failed_solve_names_time_and_example():
     total = _total(forward, back, start, VE)
     assert (int(total.worst_example), int(total.nfe)) == (1, 1 + 6)
     with pytest.raises(RuntimeError, match=r"failed at t = 0\.7 .* example 1"):
-        require_success(total)
+        total.require_success()
     total = _total(forward, info([True] * 2, [0.5, 0.0], [-1, -1]), start, VE)
     assert bool(total.success)
     assert int(total.worst_example) == -1

@@ -12,10 +12,9 @@ import pytest
 import scipy.io
 from PIL import Image
 
-import run_lib
 from configs.default import get_config
 from configs.vp.imagenet32_ddpmpp_continuous import get_config as imagenet_config
-from sources import MemorySource, source_from_config
+from sources import MemorySource, prepare, source_from_config
 from sources.published import CIFAR10, check_file
 
 RNG = np.random.default_rng(0)
@@ -60,7 +59,7 @@ def cifar10_archive(path, per_batch=3):
 
 
 def prepared(config):
-    run_lib.prepare(config)
+    prepare(config)
     sources = {}
     for split in SPLITS:
         source = source_from_config(config, split)
@@ -142,10 +141,10 @@ def test_emnist(tmp_path, variant, first, classes):
         assert source.description.startswith(f"EMNIST {variant}, {split}, images ")
     config.data.variant = "digits"
     with pytest.raises(ValueError, match=r"gzip.zip has no emnist-digits-train-images-idx3-ubyte.gz"):
-        run_lib.prepare(config)
+        prepare(config)
     config.data.variant = ""
     with pytest.raises(ValueError, match=r"data.variant is ''; for EMNIST it must be one of balanced, letters"):
-        run_lib.prepare(config)
+        prepare(config)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,7 @@ def test_idx_files_are_checked(tmp_path, number, content, message):
     files, _ = mnist_files(tmp_path)
     files[number].write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        run_lib.prepare(config_for("MNIST", tmp_path, tmp_path, *files, image_size=28, num_channels=1))
+        prepare(config_for("MNIST", tmp_path, tmp_path, *files, image_size=28, num_channels=1))
     assert not (tmp_path / "data").exists()
 
 
@@ -188,7 +187,7 @@ def test_fashion_mnist_from_debian(tmp_path):
     assert set(np.bincount(train.labels)) == {6000}
     config.data.update(dataset="MNIST", archive_sha256=sha256(*PACKAGE.iterdir()))
     with pytest.raises(ValueError, match=r"is train-images-idx3-ubyte.gz of FashionMNIST, .*; set data.dataset to F"):
-        run_lib.prepare(config)
+        prepare(config)
 
 
 def test_a_known_file_of_another_data_set_is_refused(tmp_path, monkeypatch):
@@ -199,7 +198,7 @@ def test_a_known_file_of_another_data_set_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr("sources.published.KNOWN_FILES", {dataset: known})
         config = config_for(wrong, tmp_path, tmp_path, *files, image_size=28, num_channels=1)
         with pytest.raises(ValueError, match=f"of {dataset}, not .* of {wrong}; set data.dataset to {dataset}"):
-            run_lib.prepare(config)
+            prepare(config)
 
 
 def test_svhn_files_are_checked(tmp_path):
@@ -214,10 +213,10 @@ def test_svhn_files_are_checked(tmp_path):
         for path, arrays in zip(paths, (bad, good), strict=True):
             scipy.io.savemat(str(path), arrays)
         with pytest.raises(ValueError, match=message):
-            run_lib.prepare(config_for("SVHN", tmp_path, tmp_path, *paths))
+            prepare(config_for("SVHN", tmp_path, tmp_path, *paths))
     paths[0].write_bytes(b"no file of MATLAB's")
     with pytest.raises(ValueError, match=r"Cannot read .*train_32x32.mat as a MATLAB file"):
-        run_lib.prepare(config_for("SVHN", tmp_path, tmp_path, *paths))
+        prepare(config_for("SVHN", tmp_path, tmp_path, *paths))
 
 
 def test_batches_of_imagenet_are_checked(tmp_path):
@@ -241,10 +240,10 @@ def test_batches_of_imagenet_are_checked(tmp_path):
                 np.savez(buffer, allow_pickle=False, **arrays)
                 archive.writestr(f"{member}.npz", buffer.getvalue())
         with pytest.raises(ValueError, match=message):
-            run_lib.prepare(imagenet_for(tmp_path, "new", *paths))
+            prepare(imagenet_for(tmp_path, "new", *paths))
     paths[0].write_bytes(b"no archive")
     with pytest.raises(ValueError, match=r"Cannot read .*train_npz.zip as a .zip file"):
-        run_lib.prepare(imagenet_for(tmp_path, "new", *paths))
+        prepare(imagenet_for(tmp_path, "new", *paths))
 
 
 def test_svhn(tmp_path):
@@ -315,7 +314,7 @@ def test_both_versions_of_imagenet(tmp_path):
 def test_corrupt_image_in_an_archive_is_named(tmp_path, spoil):
     config = imagenet_for(tmp_path, "old", *old_imagenet(tmp_path, spoil)[0])
     with pytest.raises(ValueError, match=r"train_32x32/0002.png in .*train_32x32.tar"):
-        run_lib.prepare(config)
+        prepare(config)
     with pytest.raises(FileNotFoundError):
         source_from_config(config, "train")
 
@@ -326,23 +325,23 @@ def test_what_is_not_the_published_file_is_refused(tmp_path):
     config = config_for("CIFAR10", tmp_path, archive)
     config.data.archive_sha256 = ""
     with pytest.raises(ValueError, match=f"is not the published file.*{sha256(archive)}.*data.archive_sha256"):
-        run_lib.prepare(config)
+        prepare(config)
     assert not (tmp_path / "data").exists()
     check_file(archive, CIFAR10, "cifar-10-binary.tar.gz", {sha256(archive)})
     # The hash is accepted, but the file is cut short.
     archive.write_bytes(archive.read_bytes()[:5000])
     config.data.archive_sha256 = sha256(archive)
     with pytest.raises(ValueError, match=r"is damaged, or not CIFAR10"):
-        run_lib.prepare(config)
+        prepare(config)
     config.data.archive = ""
     with pytest.raises(ValueError, match=r"data.archive is empty; for CIFAR10 set it to .*cifar-10-binary.tar.gz"):
-        run_lib.prepare(config)
+        prepare(config)
     config.data.archive = str(tmp_path / "data")
     with pytest.raises(FileNotFoundError, match=r"there is no cifar-10-binary.tar.gz in"):
-        run_lib.prepare(config)
+        prepare(config)
     config.data.dataset = "digits"
     with pytest.raises(ValueError, match=r"data.dataset is 'digits'; --mode=prepare prepares CIFAR10"):
-        run_lib.prepare(config)
+        prepare(config)
 
 
 def test_missing_data_say_what_to_supply(tmp_path):
@@ -356,7 +355,7 @@ def test_damaged_prepared_data_are_named(tmp_path):
     archive = tmp_path / "cifar.tar.gz"
     cifar10_archive(archive)
     config = config_for("CIFAR10", tmp_path, archive)
-    run_lib.prepare(config)
+    prepare(config)
     path = tmp_path / "data" / CIFAR10.name / "train_images.npy"
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match=r"CIFAR10 is damaged .*prepare the data again"):

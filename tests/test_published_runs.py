@@ -16,6 +16,7 @@ import run_lib
 from build import Run, build
 from configs.default import Config
 from configs.digits.smoke import get_config
+from evaluators.export import export
 from infra.published_checkpoints import write_published_checkpoint
 from infra.workdir import Workdir
 from tests.forked_main import run_main
@@ -76,14 +77,14 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_export_is_a_published_checkpoint(own: Path) -> None:
     """Round trip: the exported file is read as the same state, and holds what the published code reads."""
     run = build(config_with())
-    path = run_lib.export(config_with(), own)
+    path = export(config_with(), own)
     assert path == own / "exported" / f"checkpoint_{FIRST_STEP}"
     for a, b in zip(jax.tree.leaves(run.load_state(path)), jax.tree.leaves(run.load_state(own)), strict=True):
         np.testing.assert_array_equal(a, b)
     content: Any = msgpack_restore(path.read_bytes())
     assert (float(content["lr"]), float(content["ema_rate"])) == (config_with().optim.lr, config_with().model.ema_rate)
     with pytest.raises(FileNotFoundError, match="no dequantizer in"):
-        run_lib.export(config_with(eval__dequantizer=True), own)
+        export(config_with(eval__dequantizer=True), own)
 
 
 @pytest.fixture(scope="module")

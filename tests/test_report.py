@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from infra.console import text_table
 from infra.files import write_npz
 from infra.image_grid import image_grid, save_grid
 from infra.metrics import MetricCurve, read_metrics
@@ -21,7 +22,7 @@ from losses import TERMS
 from report.comparison import comparison_table
 from report.content import Table
 from report.figures import TITLES, captioned, loss_figure, seconds_figure
-from report.formatting import duration, number, text_table, with_error
+from report.formatting import duration, number, with_error
 from report.page import render, write_report
 from report.run_files import read_run
 

@@ -21,7 +21,7 @@ from configs.digits.smoke import get_config
 from evaluators.bits_per_dim import BitsPerDimEvaluator
 from infra import console, parallel, stop, training_loop
 from infra.files import read_npz
-from infra.startup import count_programs
+from infra.startup import EarlyProgram, count_programs
 from infra.workdir import Workdir
 from report.run_files import read_run
 from tests.forked_main import run_main
@@ -291,7 +291,7 @@ def test_impossible_configurations_are_refused(field, value, message):
         build(config_with(**{field: value}))
 
 
-def test_calls_of_several_steps_end_at_the_checkpoints_to_keep():
+def test_calls_of_several_steps_end_at_the_checkpoints_to_keep(monkeypatch):
     """Whatever they are cut to: each multiple of snapshot_freq, and where an interruption stopped."""
     run = build(config_with(training__n_jitted_steps=4, training__snapshot_freq=6, training__n_iters=21))
     source = datasets.source_from_config(run.config, "train")
@@ -305,6 +305,18 @@ def test_calls_of_several_steps_end_at_the_checkpoints_to_keep():
 
     assert ends(0) == [4, 6, 8, 12, 16, 18, 20, 21]
     assert ends(6) == ends(0)[2:]
+
+    shapes = []
+
+    class UncompiledProgram(EarlyProgram):
+        def __init__(self, function, state, batches, key):
+            shapes.append(batches.shape)
+
+    monkeypatch.setattr(run_lib, "EarlyProgram", UncompiledProgram)
+    starts = [list(run_lib.first_program(run, step, 21)) for step in (0, 4, 20)]
+    assert starts == [[4], [2], [1]], "the program is that of the first call"
+    assert shapes == [(steps, 16, 8, 8, 1) for (steps,) in starts]
+    assert run_lib.first_program(run, 21, 21) == {}
 
 
 def test_fewer_steps_than_were_trained_are_refused(trained):
@@ -354,7 +366,8 @@ def test_a_folder_without_a_run_gets_no_report(trained, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_checkpoint_of_another_network_is_refused(trained):
+def test_a_checkpoint_of_another_network_is_refused(trained, monkeypatch):
+    monkeypatch.delattr(run_lib, "first_program")  # It is refused before anything is compiled.
     before = (trained / "config.json").read_bytes()
     with pytest.raises(ValueError, match=r"another network: model.nf is 8 there, but 16 in the configuration"):
         run_lib.train(config_with(model__nf=16), trained)
@@ -391,8 +404,8 @@ def test_stopped_by_a_signal_it_saves_and_goes_on(tmp_path):
 def test_a_request_during_a_step_is_answered_after_it(trained, tmp_path, monkeypatch):
     update = run_lib.score_training
 
-    def score_training(run, source, end):
-        training = update(run, source, end)
+    def score_training(*arguments):
+        training = update(*arguments)
 
         def update_and_request(state, batches):
             if int(state.step) == 6:

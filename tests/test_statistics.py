@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import run_lib
 from configs.digits.smoke import get_config
 from evaluation import frechet_distance
 from evaluators.extractor import Features
 from evaluators.features import EXTRACTORS
-from evaluators.fid import comparison_from_config, evaluate_samples, prepare_statistics
+from evaluators.fid import comparison_from_config, evaluate_samples, prepare_statistics, stats
 from evaluators.statistics import load_statistics
 from sources import source_from_config
 
@@ -66,11 +65,11 @@ def test_statistics_of_either_split(config, tmp_path, split, other):
 
 
 def test_statistics_are_printed_and_kept(config, tmp_path, capsys):
-    run_lib.stats(config)
+    stats(config)
     first = json.loads(capsys.readouterr().out)
     (path,) = tmp_path.glob("*.npz")
     before = path.read_bytes()
-    run_lib.stats(config)
+    stats(config)
     assert json.loads(capsys.readouterr().out) == first
     assert path.read_bytes() == before
     found = comparison_from_config(config).statistics
@@ -126,7 +125,7 @@ def test_points_are_not_measured(config):
     with pytest.raises(
         ValueError, match=r"data\.dataset is 'checkerboard', which has points, but FID, IS and KID compare"
     ):
-        run_lib.stats(config)
+        stats(config)
 
 
 def test_a_classifier_needs_labels(config, tmp_path):

@@ -20,8 +20,9 @@ LAYERS = (
     ("likelihood", "sampling"),  # the ODE's likelihood; samplers by name
     ("losses", "samplers"),  # the three orders of score matching; the updates of samplers
     ("objectives",),  # other objectives, and the code that all objectives share
-    ("coordinates", "evaluation", "models", "ode"),  # changes of variables; FID, IS, KID; networks; ODEs
-    ("derivatives", "sde_lib", "solvers"),  # exact and estimated derivatives; SDEs in closed form; methods for ODEs
+    ("coordinates", "evaluation", "models"),  # changes of variables; FID, IS, KID; networks
+    ("derivatives", "sde_lib", "solvers"),  # exact and estimated derivatives; SDEs in closed form; ODEs
+    ("linear_sde",),  # the base class of SDEs
     ("arrays", "configs"),
 )
 """From the parts that know most to those that know least. A part imports only from lower layers."""

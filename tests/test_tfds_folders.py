@@ -317,7 +317,7 @@ tarfile.open(sys.argv[2]).extractall(extracted, filter="data")
 config = get_config()
 config.data.dir = sys.argv[1]
 with mock.patch.object(tfds.download.DownloadManager, "download_and_extract", lambda *_: extracted):
-    run_lib.prepare(config)
+    prepare(config)
 """
 
 

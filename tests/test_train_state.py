@@ -17,8 +17,9 @@ from losses import Objective
 from models.layers import ResnetBlockDDPMpp, conv
 from models.ncsnpp import NCSNpp, apply_with_remat
 from models.score import ScoreModel
+from objectives.residuals import ResidualTable
 from sde_lib import VPSDE
-from train_state import ResidualTable, create_state, optimizer_from_config, schedules_at
+from train_state import create_state, optimizer_from_config, schedules_at
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ def test_fields_of_dataclasses_are_checked():
 
 
 def test_checks_hold_under_jit():
-    with pytest.raises(TypeCheckError, match=r"parameters of sde_lib\.SDE\.marginal"):
+    with pytest.raises(TypeCheckError, match=r"parameters of linear_sde\.SDE\.marginal"):
         jax.eval_shape(VPSDE().marginal, jnp.ones((3, 2)), jnp.ones(4))
 
 

@@ -12,14 +12,8 @@ import pytest
 from jaxtyping import Array
 
 from arrays import Batch, PerExample, ScoreFn, append_dims
-from losses import (
-    Noise,
-    Objective,
-    Residual,
-    second_order_trace,
-    term_weights,
-    third_order,
-)
+from losses import Noise, Objective, Residual, term_weights
+from objectives.published import second_order_trace, third_order
 from objectives.unbiased import unbiased_second_order_trace, unbiased_third_order
 from sde_lib import SDE, VESDE, VPSDE
 from tests.analytic import asymmetric_mixture

@@ -9,6 +9,7 @@ from build import build
 from configs.digits.smoke import get_config
 from configs.toy.smoke import get_config as toy_config
 from configs.usage import alternatives, record_reads, recorder_of, unrecorded
+from evaluators.unused_fields import _build_settings, warn_unused
 
 
 def test_reads_are_recorded_but_conversions_and_checks_are_not():
@@ -56,10 +57,10 @@ def test_the_setting_that_disables_a_field_is_named(name, caplog):
     config = get_config()
     config.update_from_flattened_dict(settings)
     record_reads(config, [field, *settings])
-    run_lib._build_settings(config, mode)
+    _build_settings(config, mode)
     with caplog.at_level("WARNING"):
-        run_lib.warn_unused(config, mode)
-        run_lib.warn_unused(config, mode)
+        warn_unused(config, mode)
+        warn_unused(config, mode)
     said = [record.getMessage() for record in caplog.records if f".{field} " in record.getMessage()]
     (message,) = said
     assert message.startswith(f"--config.{field} has no effect with {reason}")

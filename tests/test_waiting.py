@@ -5,14 +5,16 @@ import socket
 import threading
 import time
 
+import jax
 import pytest
 
-import run_lib
 from configs.digits.smoke import get_config as digits
 from configs.toy.smoke import get_config as toy
-from infra import selftest, stop, waiting
+from evaluators import selftest
+from infra import machine_checks, stop, waiting
 from infra.cost import NOT_COMPILED
 from infra.rendezvous import meet
+from infra.startup import EarlyProgram
 
 
 def free_address() -> str:
@@ -83,8 +85,7 @@ def test_a_wait_ends_the_process_at_its_limit(monkeypatch):
 
 
 def test_a_call_that_takes_too_long_is_left_behind(monkeypatch):
-    left, ended = threading.Event(), []
-    monkeypatch.setattr(waiting, "_left_behind", left)
+    ended = []
     assert waiting.within(10, "the sum", lambda: 1 + 1) == 2
     with pytest.raises(ZeroDivisionError):
         waiting.within(10, "the quotient", lambda: 1 / 0)
@@ -98,31 +99,53 @@ def test_a_call_that_takes_too_long_is_left_behind(monkeypatch):
     release.set()
 
 
+def test_a_program_is_compiled_while_the_caller_continues(monkeypatch):
+    release, threads = threading.Event(), []
+
+    def compiled(lowered):
+        assert release.wait(10)
+        threads.append(threading.current_thread())
+        if len(threads) > 1:
+            raise RuntimeError("no memory to compile")
+        return lambda number: number + 1
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compiled)
+    function = jax.jit(lambda number: number + 1)
+    program = EarlyProgram(function, 0)
+    assert threads == []
+    release.set()
+    assert program(1) == 2
+    assert program(2) == 3
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
+    with pytest.raises(RuntimeError, match="no memory to compile"):
+        EarlyProgram(function, 0)(1)
+
+
 def test_a_collective_names_the_process_that_does_not_come(tmp_path, monkeypatch):
     """Of three processes, this one and the third came, and their sum never ends."""
-    monkeypatch.setattr(waiting, "_left_behind", threading.Event())
     release = threading.Event()
-    monkeypatch.setattr(selftest, "_sum_over_devices", release.wait)
-    monkeypatch.setattr(selftest.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(machine_checks, "_sum_over_devices", release.wait)
+    monkeypatch.setattr(machine_checks.jax, "process_count", lambda: 3)
     (tmp_path / ".selftest").mkdir()
     for number, age in ((1, 1000), (2, 0)):  # the mark of the second is from an earlier run
         mark = tmp_path / ".selftest" / str(number)
         mark.write_text("")
         os.utime(mark, (time.time() - age, time.time() - age))
     with pytest.raises(TimeoutError, match=r"the sum over 4 devices took longer than 0.5 s; no sign of process 1$"):
-        selftest.collective(tmp_path, seconds=0.5)
+        machine_checks.collective(tmp_path, seconds=0.5)
     release.set()
 
 
 def test_checks_of_this_machine(tmp_path):
-    assert selftest.devices().startswith("4 x cpu, memory of ")
-    assert "sum over 4 devices is right" in selftest.collective(tmp_path)
-    assert "MB/s" in selftest.disk(tmp_path, 10**6)
+    assert machine_checks.devices().startswith("4 x cpu, memory of ")
+    assert "sum over 4 devices is right" in machine_checks.collective(tmp_path)
+    assert "MB/s" in machine_checks.disk(tmp_path, 10**6)
     with pytest.raises(OSError, match=r"GB free; checkpoints need 1000000000.00 GB; free some space"):
-        selftest.disk(tmp_path, 10**18)
+        machine_checks.disk(tmp_path, 10**18)
     assert list(tmp_path.iterdir()) == [tmp_path / ".selftest"]
     assert not stop.requested()
-    failed = selftest.check("disk", lambda: selftest.disk(tmp_path / "none", 1))
+    failed = machine_checks.check("disk", lambda: machine_checks.disk(tmp_path / "none", 1))
     assert not failed.passed
     assert failed.line.startswith("disk                  FAILED")
 
@@ -130,9 +153,9 @@ def test_checks_of_this_machine(tmp_path):
 def test_the_self_test_prints_a_line_for_each_check(tmp_path, monkeypatch, capsys):
     """The cost of the training step is given here. tests/test_cost.py measures one."""
     costs = {"gflop": 2.0, "estimated_gb": 0.5, "total_gb": 0.4, "step_seconds": 0.1}
-    monkeypatch.setattr(run_lib, "case_cost", lambda *_: costs)
+    monkeypatch.setattr(selftest, "case_cost", lambda *_: costs)
     config = toy()
-    run_lib.selftest(config, tmp_path / "good")
+    selftest.selftest(config, tmp_path / "good")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0] for line in lines[1:]] == [
         "devices",
@@ -144,11 +167,11 @@ def test_the_self_test_prints_a_line_for_each_check(tmp_path, monkeypatch, capsy
     ]
     assert all(" ok " in line for line in lines[1:])
     assert "0.1 s/step, 0.00167 h for 60 steps" in lines[-1]
-    monkeypatch.setattr(run_lib, "case_cost", lambda *_: {"gflop": 2.0, "estimated_gb": 0.5, "error": NOT_COMPILED})
+    monkeypatch.setattr(selftest, "case_cost", lambda *_: {"gflop": 2.0, "estimated_gb": 0.5, "error": NOT_COMPILED})
     config = digits()
     config.data.dataset, config.data.path = "npz", str(tmp_path / "none.npz")
     with pytest.raises(ValueError, match=r"3 of 7 checks failed: train data, test data, features .classifier.; see"):
-        run_lib.selftest(config, tmp_path / "bad")
+        selftest.selftest(config, tmp_path / "bad")
     said = capsys.readouterr().out
     assert "0.5 of" in said
     assert "not compiled within --config.cost.selftest_seconds=60" in said

@@ -5,7 +5,8 @@ a field is a pytree itself (`jax.tree_util.Partial`, a registered dataclass) wit
 leaves. Then it is an argument of the compiled functions here, and new weights do not compile anything. A plain function
 works too, and is compiled once for each function object.
 
-The methods with fixed steps are here. solvers/ has those that use a library: diffrax on the devices, SciPy on the host.
+The methods with fixed steps are here. The other files have those that use a library: diffrax on the devices, SciPy on
+the host.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, as_pytree, in_parts
-from solvers.dormand_prince import dopri5
 from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, with_worst_example
 
 METHODS = ("dopri5", "scipy", "rk4", "adams")
@@ -57,7 +57,7 @@ def integrate(
 
     Returns:
         y at the time at which the solve stopped, and the report of the solve. A failed solve does not raise, so that
-        this function works under jit. Pass the second result to `require_success` on the host.
+        this function works under jit. Call `Info.require_success` on the host.
 
     Raises:
         ValueError: unknown method, a tolerance or number of steps that is not positive, an odd number for "adams", or
@@ -78,6 +78,8 @@ def integrate(
     if method in FIXED_STEP:
         return _fixed_steps(field, y0, start, end, num_steps, method, progress)
     if method == "dopri5":
+        from solvers.dormand_prince import dopri5  # diffrax takes half a second to import
+
         return dopri5(field, y0, start, end, rtol, atol, max_steps, progress)
     from solvers.scipy_rk45 import scipy_rk45  # SciPy's solvers take a quarter of a second to import
 
@@ -90,15 +92,6 @@ def check_processes(method: str, field: str) -> None:
         raise ValueError(
             f"{field} asks for SciPy's solver, which runs on the host of a single process, but there are "
             f"{jax.process_count()}: use dopri5, the same method on the devices"
-        )
-
-
-def require_success(info: Info) -> None:
-    """Raises RuntimeError if the solve failed, with the time and the probable example; on the host only."""
-    if not bool(info.success):
-        raise RuntimeError(
-            f"the ODE solve failed at t = {float(info.t):.6g} after {int(info.steps)} steps; example "
-            f"{int(info.worst_example)} has the largest derivative there, or one that is not finite"
         )
 
 
