@@ -1,4 +1,4 @@
-"""Dormand-Prince 5(4) on the device, with diffrax's control of the step size, by the rules of SciPy's RK45."""
+"""Dormand-Prince 5(4) on the device, by diffrax's steps, with the step-size rules of SciPy's RK45."""
 
 from functools import partial
 from typing import NamedTuple
@@ -6,10 +6,9 @@ from typing import NamedTuple
 import diffrax
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from arrays import ReportProgress, append_dims, in_parts
+from arrays import ReportProgress, in_parts
 from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, with_worst_example
 
 
@@ -17,17 +16,13 @@ class _AdaptiveSolve(NamedTuple):
     """The state of an adaptive solve between two parts. Times are multiplied by the direction, so they increase."""
 
     steps: Int[Array, ""]
-    """Attempted steps. Before the first, -2 until the derivative at the start is known, then -1 until the first step is
-    chosen."""
+    """Attempted steps."""
     t: Float[Array, ""]
     t_next: Float[Array, ""]
     """The end of the step to attempt."""
     y: PyTree
-    slope: PyTree
-    """The derivative at (t, y)."""
-    trial: Float[Array, ""]
-    """The length of the Euler step that chooses the first step."""
     healthy: Bool[Array, ""]
+    solver_state: PyTree
     controller_state: PyTree
 
 
@@ -48,14 +43,11 @@ class _Interval(NamedTuple):
     def end(self) -> Float[Array, ""]:
         return self.direction * self.t1
 
-    def slope(self, t: Float[Array, ""], y: State) -> State:
-        """The derivative in the direction of the solve."""
-        return jax.tree.map(lambda a: self.direction.astype(a.dtype) * a, self.field(self.direction * t, y))
+    def term(self) -> diffrax.ODETerm:
+        return diffrax.ODETerm(lambda s, y, _: jax.tree.map(self._directed, self.field(self.direction * s, y)))
 
-    def scaled_norm(self, values: State, y: State) -> Float[Array, ""]:
-        """The root mean square of values relative to the tolerance at y."""
-        scaled = jax.tree.map(lambda a, y: a / (self.atol + self.rtol * jnp.abs(y)), values, y)
-        return jnp.asarray(diffrax.PIDController(1, 1).norm(scaled))
+    def _directed(self, slope: Array) -> Array:
+        return self.direction.astype(slope.dtype) * slope
 
     def controller(self) -> diffrax.PIDController:
         """The step-size rules of SciPy's RK45."""
@@ -74,17 +66,8 @@ class _Interval(NamedTuple):
         )
 
 
-_TABLEAU, _ERROR_ORDER = diffrax.Dopri5.tableau, 5
+_DOPRI5, _ERROR_ORDER = diffrax.Dopri5(), 5
 """The method, and the order of the error estimate of its embedded formula, which the step size control uses."""
-
-_NUM_SLOPES = len(_TABLEAU.b_error)
-_NONE, _EULER = np.zeros(_NUM_SLOPES), np.eye(_NUM_SLOPES)[0]
-_WEIGHTS = np.stack([_NONE, _EULER, *(np.pad(a, (0, _NUM_SLOPES - len(a))) for a in _TABLEAU.a_lower)])
-"""The weights of the derivatives in the state of each evaluation: at the start, after an Euler step, in six stages."""
-_TIMES = np.array([0, 1, *_TABLEAU.c])
-"""The time of each evaluation, as a part of the step."""
-_INTO = np.array([0, 1, *range(1, _NUM_SLOPES)])
-"""The place of each evaluation among the derivatives of the step."""
 
 
 def dopri5(
@@ -97,7 +80,7 @@ def dopri5(
     max_steps: int,
     progress: ReportProgress | None,
 ) -> tuple[State, Info]:
-    """Takes steps in our own loop, so that a solve can be watched and stopped between them."""
+    """Takes diffrax's steps in our own loop, so that a solve can be watched and stopped between steps."""
     interval = _Interval(field, t0, t1, rtol, atol)
     solve = _before_first_step(interval, y0)
     first, length = solve.t, interval.end - solve.t
@@ -115,113 +98,78 @@ def dopri5(
 
 @jax.jit
 def _before_first_step(interval: _Interval, y0: PyTree) -> _AdaptiveSolve:
-    start = interval.direction * interval.t0
-    state = _controller_state(interval, y0, start)
-    slope = jax.tree.map(jnp.zeros_like, y0)
-    return _AdaptiveSolve(jnp.int32(-2), start, start, y0, slope, jnp.zeros_like(start), jnp.asarray(True), state)
+    term, controller, start = interval.term(), interval.controller(), interval.direction * interval.t0
+    size, slope = _first_step(interval, y0)
+    t_next, controller_state = controller.init(term, start, interval.end, y0, size, None, _DOPRI5.func, _ERROR_ORDER)
+    # The solver must reuse the derivative `slope`, and not compute it again at the start of a part.
+    solver_state = jnp.asarray(False), slope
+    t_next = jnp.minimum(t_next, interval.end)
+    return _AdaptiveSolve(jnp.int32(0), start, t_next, y0, jnp.isfinite(t_next), solver_state, controller_state)
 
 
-def _controller_state(interval: _Interval, y: PyTree, t: Float[Array, ""]) -> PyTree:
-    """The state of the step size control before the first step."""
-    term = diffrax.ODETerm(lambda t, y, _: y)  # the controller would use it only to choose the first step
-    return interval.controller().init(term, t, t, y, jnp.zeros_like(t), None, lambda *_: y, _ERROR_ORDER)[1]
+def _first_step(interval: _Interval, y0: State) -> tuple[Float[Array, ""], State]:
+    """The size of the first step by the rule of SciPy's RK45 (Hairer, Norsett and Wanner, Sec. II.4), and dy/dt."""
+    term, start, norm = interval.term(), interval.direction * interval.t0, diffrax.PIDController(1, 1).norm
+    scaled = partial(jax.tree.map, lambda y, a: a / (interval.atol + interval.rtol * jnp.abs(y)), y0)
+
+    def evaluate(point: tuple[Float[Array, ""], State], _: None) -> tuple[tuple, tuple]:
+        slope = term.vf(*point, None)
+        d0, d1 = norm(scaled(y0)), norm(scaled(slope))
+        h0 = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+        h0 = jnp.minimum(h0, interval.end - start).astype(start.dtype)
+        return (start + h0, combine(y0, h0, [1], [slope])), (slope, d1, h0)
+
+    # The second point depends on the first. A loop over both compiles the field once.
+    _, (slopes, (d1, _), (h0, _)) = jax.lax.scan(evaluate, (start, y0), length=2)
+    slope, slope1 = (jax.tree.map(lambda a, i=i: a[i], slopes) for i in range(2))
+    d2 = norm(scaled(jax.tree.map(jnp.subtract, slope1, slope))) / h0
+    largest = jnp.maximum(d1, d2)
+    # If the field is not finite at the trial point, it may be finite before it, so the solver begins with a small step.
+    unknown = (largest <= 1e-15) | ~jnp.isfinite(largest)
+    h1 = jnp.where(unknown, jnp.maximum(1e-6, h0 * 1e-3), (0.01 / largest) ** (1 / 5))
+    return jnp.minimum(100 * h0, h1).astype(start.dtype), slope
 
 
 @jax.jit
 def _steps_until(interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Array, ""] | int) -> _AdaptiveSolve:
     """Attempts steps until the end of the interval, or until `most_steps` have been attempted in total."""
+    term, controller, end = interval.term(), interval.controller(), interval.end
+    nearly_end = end - 100 * jnp.finfo(end.dtype).eps * jnp.abs(end)
 
     def unfinished(solve: _AdaptiveSolve) -> Bool[Array, ""]:
-        return (solve.steps < most_steps) & (solve.t < interval.end) & solve.healthy
+        return (solve.steps < most_steps) & (solve.t < end) & solve.healthy
 
-    def advance(solve: _AdaptiveSolve) -> _AdaptiveSolve:
-        # What begins a solve evaluates the field in the same loop as the stages of a step, so that it is compiled once.
-        phase = jnp.minimum(solve.steps + 2, 2)
-        slopes, y = _evaluate(interval, solve, phase)
-        after = [partial(rule, interval) for rule in (_with_trial, _with_first_step, _with_step)]
-        return jax.lax.switch(phase, after, solve, slopes, y)._replace(steps=solve.steps + 1)
+    def attempt(solve: _AdaptiveSolve) -> _AdaptiveSolve:
+        y, error, _, solver_state, solved = _DOPRI5.step(
+            term, solve.t, solve.t_next, solve.y, None, solve.solver_state, made_jump=False
+        )
+        error = jax.tree.map(lambda a: jnp.where(jnp.isnan(a), jnp.inf, a), error)
+        accepted, t, t_next, _, controller_state, controlled = controller.adapt_step_size(
+            solve.t,
+            solve.t_next,
+            solve.y,
+            y,
+            None,
+            error,
+            _ERROR_ORDER,
+            solve.controller_state,  # pyright: ignore[reportArgumentType]
+        )
+        t = jnp.minimum(t, end)
+        # A rejected step near the end must become shorter, too.
+        t_next = jnp.where(t_next > nearly_end, jnp.where(accepted, end, t + 0.5 * (end - t)), t_next)
+        y, solver_state = jax.tree.map(
+            lambda new, old: jnp.where(accepted, new, old), (y, solver_state), (solve.y, solve.solver_state)
+        )
+        successful = diffrax.RESULTS.successful
+        healthy = (~accepted | (solved == successful)) & (controlled == successful)
+        return _AdaptiveSolve(solve.steps + 1, t, t_next, y, healthy, solver_state, controller_state)  # pyright: ignore[reportArgumentType]
 
-    return jax.lax.while_loop(unfinished, advance, solve)
-
-
-def _evaluate(interval: _Interval, solve: _AdaptiveSolve, phase: Int[Array, ""]) -> tuple[State, State]:
-    """Evaluates the field at the start (phase 0), after the Euler step (1) or in the stages of a step (2).
-
-    Returns:
-        the derivatives on a new first axis, and the state at which the last of them was evaluated.
-    """
-    length = jnp.where(phase == 1, solve.trial, solve.t_next - solve.t)
-    weights, times = (jnp.asarray(a, length.dtype) for a in (_WEIGHTS, _TIMES))
-
-    def stage(i: Int[Array, ""], carry: tuple[State, State]) -> tuple[State, State]:
-        slopes, _ = carry
-        y = combine(solve.y, length, [1], [_weighted(weights[i], slopes)])
-        t = jnp.where(times[i] == 1, solve.t_next, solve.t + times[i] * length)
-        slope = interval.slope(t, y)
-        return jax.tree.map(lambda all, new: all.at[jnp.asarray(_INTO)[i]].set(new), slopes, slope), y
-
-    def only_first(slope: Array) -> Array:
-        return jnp.zeros((_NUM_SLOPES, *slope.shape), slope.dtype).at[0].set(slope)
-
-    last = jnp.where(phase == 2, len(_WEIGHTS), phase + 1)
-    return jax.lax.fori_loop(phase, last, stage, (jax.tree.map(only_first, solve.slope), solve.y))
-
-
-def _weighted(weights: Float[Array, " k"], slopes: State) -> State:
-    """The weighted sum over the first axis of the derivatives, in full precision on every device."""
-    return jax.tree.map(lambda a: jnp.sum(append_dims(weights, a) * a, axis=0), slopes)
-
-
-def _with_trial(interval: _Interval, solve: _AdaptiveSolve, slopes: State, y: State) -> _AdaptiveSolve:
-    """Begins with the length of the Euler step of SciPy's RK45 (Hairer, Norsett and Wanner, Sec. II.4)."""
-    slope = jax.tree.map(lambda a: a[0], slopes)
-    d0, d1 = interval.scaled_norm(y, y), interval.scaled_norm(slope, y)
-    trial = jnp.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
-    trial = jnp.minimum(trial, interval.end - solve.t).astype(solve.t.dtype)
-    return solve._replace(slope=slope, trial=trial, t_next=solve.t + trial)
-
-
-def _with_first_step(interval: _Interval, solve: _AdaptiveSolve, slopes: State, _: State) -> _AdaptiveSolve:
-    """Chooses the first step by the derivatives at both ends of the Euler step, as SciPy's RK45."""
-    change = jax.tree.map(lambda a: a[1] - a[0], slopes)
-    d1 = interval.scaled_norm(solve.slope, solve.y)
-    largest = jnp.maximum(d1, interval.scaled_norm(change, solve.y) / solve.trial)
-    # If the field is not finite at the trial point, it may be finite before it, so the solver begins with a small step.
-    unknown = (largest <= 1e-15) | ~jnp.isfinite(largest)
-    size = jnp.where(unknown, jnp.maximum(1e-6, solve.trial * 1e-3), (0.01 / largest) ** (1 / 5))
-    size = jnp.minimum(100 * solve.trial, size).astype(solve.t.dtype)
-    t_next = jnp.minimum(solve.t + size, interval.end)
-    return solve._replace(t_next=t_next, healthy=jnp.isfinite(t_next))
-
-
-def _with_step(interval: _Interval, solve: _AdaptiveSolve, slopes: State, y: State) -> _AdaptiveSolve:
-    """Accepts or rejects the step to y, and chooses the next."""
-    end, length = interval.end, solve.t_next - solve.t
-    nearly_end = end - 100 * jnp.finfo(end.dtype).eps * jnp.abs(end)
-    error = _weighted(length * jnp.asarray(_TABLEAU.b_error, length.dtype), slopes)
-    error = jax.tree.map(lambda a: jnp.where(jnp.isnan(a), jnp.inf, a), error)
-    accepted, t, t_next, _, controller_state, controlled = interval.controller().adapt_step_size(
-        solve.t, solve.t_next, solve.y, y, None, error, _ERROR_ORDER, solve.controller_state
-    )
-    t = jnp.minimum(t, end)
-    # A rejected step near the end must become shorter, too.
-    t_next = jnp.where(t_next > nearly_end, jnp.where(accepted, end, t + 0.5 * (end - t)), t_next)
-    new, old = (y, jax.tree.map(lambda a: a[-1], slopes)), (solve.y, solve.slope)
-    y, slope = jax.tree.map(partial(jnp.where, accepted), new, old)
-    return solve._replace(
-        t=t,
-        t_next=t_next,
-        y=y,
-        slope=slope,
-        healthy=controlled == diffrax.RESULTS.successful,
-        controller_state=controller_state,
-    )
+    return jax.lax.while_loop(unfinished, attempt, solve)
 
 
 @jax.jit
 def _end(interval: _Interval, solve: _AdaptiveSolve) -> tuple[PyTree, Info]:
-    steps, t = jnp.maximum(solve.steps, 0), interval.direction * solve.t
     solved = solve.healthy & (solve.t >= interval.end) & is_finite(solve.y)
     # Six new stages in each step, one at the start, and one to choose the first step.
-    nfe = 6 * steps + jnp.minimum(solve.steps, 0) + 2
-    return solve.y, Info(nfe, steps, solved, t, jnp.asarray(NO_EXAMPLE))
+    nfe, t = 6 * solve.steps + 2, interval.direction * solve.t
+    return solve.y, Info(nfe, solve.steps, solved, t, jnp.asarray(NO_EXAMPLE))

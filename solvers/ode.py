@@ -103,31 +103,15 @@ class Node(NamedTuple):
     slopes: tuple[PyTree, PyTree, PyTree]
 
 
-# The weight of the newest derivative in the state of each stage but the last, and its weight in the step.
-RK4_STAGES = np.array([[1 / 2, 1 / 6], [1 / 2, 1 / 3], [1, 1 / 3], [1, 1 / 6]])
-
-
 def rk4_step(field: Field, node: Node, dt: Float[Array, ""], number: Int[Array, ""]) -> tuple[PyTree, PyTree]:
-    """Returns the next state and derivative of the classical fourth-order Runge-Kutta method.
-
-    The last stage evaluates the field at the next state. It is the only stage of a step of no length.
-    """
+    """Returns the next state and derivative of the classical fourth-order Runge-Kutta method."""
     del number
-    stages, last = jnp.asarray(RK4_STAGES, dt.dtype), len(RK4_STAGES) - 1
-
-    def stage(i: Int[Array, ""], carry: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
-        _, slope, mean = carry
-        ahead, weight = stages[i]
-        mean = jax.tree.map(lambda mean, k: mean + weight * k, mean, slope)
-        direction = jax.tree.map(lambda mean, k: jnp.where(i == last, mean, ahead * k), mean, slope)
-        y = combine(node.y, dt, [1], [direction])
-        return y, field(node.t + ahead * dt, y), mean
-
-    # A loop over the stages compiles the field once.
-    zero = jax.tree.map(lambda k: jnp.zeros(k.shape, jnp.result_type(k, dt)), node.slopes[0])
-    first = jnp.where(dt == 0, last, 0)
-    y, slope, _ = jax.lax.fori_loop(first, last + 1, stage, (node.y, node.slopes[0], zero))
-    return y, slope
+    half, k1 = node.t + dt / 2, node.slopes[0]
+    k2 = field(half, combine(node.y, dt, [1 / 2], [k1]))
+    k3 = field(half, combine(node.y, dt, [1 / 2], [k2]))
+    k4 = field(node.t + dt, combine(node.y, dt, [1], [k3]))
+    y = combine(node.y, dt, [1 / 6, 1 / 3, 1 / 3, 1 / 6], [k1, k2, k3, k4])
+    return y, field(node.t + dt, y)
 
 
 # Weights of the derivatives, newest first. Row n is for n previous steps, so that the order rises to its final value.
@@ -218,16 +202,21 @@ def _fixed_steps(
     def advance(solve: _FixedSolve, _: int, last: int) -> _FixedSolve:
         return _steps_until(grid, solve, last, method=method)
 
-    solve = in_parts(advance, _before_first_step(grid, y0), num_steps, progress)
+    solve = in_parts(advance, _before_first_step(grid, y0, method=method), num_steps, progress)
     y, info = _end(grid, solve, method=method)
     return y, with_worst_example(field, info, y, t1 - t0)
 
 
-@jax.jit
-def _before_first_step(grid: _Grid, y0: PyTree) -> _FixedSolve:
-    # `_steps_until` evaluates the field at y0 in a step of no length, so that the field is compiled only once.
-    zero = jax.tree.map(jnp.zeros_like, y0)
-    return _FixedSolve(jnp.int32(-1), Node(grid.t0, y0, (zero,) * 3), y0)
+@partial(jax.jit, static_argnames="method")
+def _before_first_step(grid: _Grid, y0: PyTree, *, method: str) -> _FixedSolve:
+    _, evaluations, stride = FIXED_STEP[method]
+    if evaluations == 1:
+        # `_steps_until` evaluates the field at y0 in a step of no length, so that the field is compiled only once.
+        zero = jax.tree.map(jnp.zeros_like, y0)
+        return _FixedSolve(jnp.int32(-1), Node(grid.t0, y0, (zero,) * 3), y0)
+    slope = grid.field(grid.t0, y0)
+    sampled = combine(y0, stride * grid.dt, [_gregory_weight(0, grid.num_steps // stride)], [slope])
+    return _FixedSolve(jnp.int32(0), Node(grid.t0, y0, (slope,) * 3), sampled)
 
 
 @partial(jax.jit, static_argnames="method")
