@@ -46,7 +46,8 @@ def buffer_gb(assignment: str) -> dict[str, float]:
         ValueError: if the text names no buffer for temporary values.
     """
     temporary = total = None
-    for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*)", assignment, re.MULTILINE):
+    # XLA of jax 0.11 writes a page after the size.
+    for size, kind in re.findall(r"^allocation \d+: size (\d+), (?:page \d+, )?(.*)", assignment, re.MULTILINE):
         if kind.startswith("preallocated-temp"):
             temporary = (temporary or 0) + int(size)
         elif "parameter" in kind or "maybe-live-out" in kind:
