@@ -1,6 +1,7 @@
 """The memory of programs for a GPU that is not there. XLA's compiler for GPUs is not installed here."""
 
 import multiprocessing
+import re
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def test_another_process_finds_the_memory_of_the_compiled_program():
     assert cost["gflop"] == 300
     assert cost["compile_seconds"] > 0
     expected = memory_gb(lowered(300).compile())
-    assert expected["temporary_gb"] >= 300 * 300 * 4 / 1e9
+    assert expected["temporary_gb"] >= 300 * 4 / 1e9  # jax 0.11 does not store sin(weight)
     assert {name: cost[name] for name in expected} == expected
 
 
@@ -47,7 +48,8 @@ def test_an_error_in_the_other_process_is_a_row(tmp_path):
     assert receive.recv() == {"error": "failed: size is 3"}
 
 
-def test_buffers_of_arguments_and_results_count_once():
+@pytest.mark.parametrize("page", ["", "page 0, "], ids=["jax 0.10", "jax 0.11"])
+def test_buffers_of_arguments_and_results_count_once(page: str):
     text = """BufferAssignment:
 allocation 0: size 4000, parameter 1, shape |f32[1000]| at ShapeIndex {}, maybe-live-out:
  value: <7 copy.2 @0> (size=4000,offset=0): f32[1000]{0}
@@ -57,6 +59,7 @@ allocation 3: size 64, constant:
 allocation 4: size 8, thread-local:
 allocation 5: size 300000, preallocated-temp:
 """
+    text = re.sub(r"(size \d+, )", rf"\1{page}", text)
     assert buffer_gb(text) == pytest.approx({"temporary_gb": 3e-4, "total_gb": 3.04516e-4})
     with pytest.raises(ValueError, match="format has changed"):
         buffer_gb("BufferAssignment:\nallocation 0: size 4000, parameter 1, shape |f32[1000]|:\n")
