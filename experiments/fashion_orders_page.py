@@ -106,6 +106,8 @@ def page_parts(plan: Plan, images: Path) -> dict[str, str]:
     values = {case: values_of(plan, *case) for case in cases if has_likelihoods(plan, *case)}
     draw_figures(plan, [name for name, seed in values if seed == one], images)
     missing = [name for name in names if (name, one) not in values]
+    if sum(seed != one for _, seed in values) <= len(CONTROLS):
+        missing.append("the second seed")
     text = RESULTS.format(
         base=plan.base_steps,
         steps=plan.steps,
@@ -114,7 +116,7 @@ def page_parts(plan: Plan, images: Path) -> dict[str, str]:
         gap=SMALLEST_GAP,
         rows="\n".join(row(plan, *case) for case in values),
         verdicts="\n".join(f"- {line}" for line in verdicts(plan, values)),
-        missing=f"Not finished: {', '.join(missing)}, and the second seed." if missing else "",
+        missing=f"Not finished: {', '.join(missing)}." if missing else "",
         solver=max(solver_error(plan, *case) for case in values),
     )
     command = f"python -m experiments.fashion_orders {plan.arguments}".strip()
