@@ -73,7 +73,8 @@ def test_training_leaves_what_the_run_needs(trained):
     assert steps[-1] == 12
     start, first = lines[:2]
     assert start["split"] == "start", "how long it took to the first step"
-    assert 0 < start["trace_seconds"] + start["compile_seconds"] <= start["first_step_seconds"]
+    assert 0 < start["trace_seconds"] <= start["first_step_seconds"]
+    assert start["compile_seconds"] > 0  # of all threads, so together with tracing it may exceed the time on the clock
     assert start["programs"] >= start["programs_from_cache"] > -1
     assert {"total", "first", "grad_norm", "seconds", "steps_per_second"} <= first.keys()
     kept = sorted(int(p.name) for p in (trained / "checkpoints").iterdir() if p.name.isdigit())
