@@ -8,7 +8,7 @@ ROOT = Path(__file__).parent.parent
 LOADED = """
 import sys
 import main, run_lib
-import scipy.io, sklearn.datasets  # what sources import when they are asked for
+import diffrax, scipy.io, sklearn.datasets  # what solvers and sources import when they are asked for
 print(sorted({name.split(".")[0] for name in sys.modules}))
 """
 
