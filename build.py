@@ -241,7 +241,6 @@ def _trainer(config: Config, mesh: Mesh, model: ScoreModel, preprocess: Preproce
         preprocess=preprocess,
         ema_rate=config.model.ema_rate,
         accumulation_steps=config.training.accumulation_steps,
-        unroll_parts=mesh.devices.flat[0].platform == "cpu",
         gradient_sharding=parallel.replicated(mesh) if config.training.shard_state else None,
         ema_warmup=config.model.ema_warmup,
         matmul_precision=precision,

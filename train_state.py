@@ -155,8 +155,6 @@ class Trainer:
     """Maps images as integer levels, or points, to the data that the network sees."""
     ema_rate: float
     accumulation_steps: int = 1
-    unroll_parts: bool = False
-    """Unroll the loop over the parts of a batch: for CPUs, where XLA's gradients of convolutions are slow in loops."""
     gradient_sharding: Sharding | None = None
     """Placement of the gradient. It keeps the placement of a divided optimizer state away from the network's arrays."""
     ema_warmup: bool = False
@@ -172,7 +170,7 @@ class Trainer:
         Metrics are means over the steps that did not fail. `failed` and `largest_times` have a row for each step.
         """
         if len(jax.tree.leaves(images)[0]) == 1:
-            # No loop for a single step, see `unroll_parts`.
+            # A single step needs no loop.
             return self.train_step(state, jax.tree.map(lambda a: a[0], images), key)
         state, metrics = jax.lax.scan(lambda s, batch: self.train_step(s, batch, key), state, images)
         kept, weights = {}, 1 - metrics["failed"]
@@ -237,15 +235,13 @@ class Trainer:
             total: Params, part: tuple[Batch, Draws, Array | None, Array]
         ) -> tuple[Params, tuple[Metrics, ResidualTable | None]]:
             x0, noise, classes, key = part
-            if self.unroll_parts:
-                x0 = _once_known(x0, total)
             gradient, metrics, table = self.loss_gradient(params, x0, noise, key, residuals, classes)
             return jax.tree.map(jnp.add, total, gradient), (metrics, table)
 
         batches = jax.tree.map(self._split, (x0, noise, classes))
         parts = (*batches, jax.random.split(dropout_key, self.accumulation_steps))
         zeros = jax.tree.map(jnp.zeros_like, params)
-        total, (metrics, table) = jax.lax.scan(accumulate, zeros, parts, unroll=self.unroll_parts)
+        total, (metrics, table) = jax.lax.scan(accumulate, zeros, parts)
         worst = largest(metrics.pop("largest_losses").ravel(), metrics.pop("largest_times").ravel())
         metrics, table = jax.tree.map(lambda a: jnp.mean(a, axis=0), (metrics, table))
         return jax.tree.map(lambda g: g / self.accumulation_steps, total), metrics | worst, table
@@ -302,16 +298,6 @@ class Trainer:
         """
         groups = a.reshape(-1, self.accumulation_steps, self.objective.every, *a.shape[1:])
         return groups.swapaxes(0, 1).reshape(self.accumulation_steps, -1, *a.shape[1:])
-
-
-def _once_known(x0: Batch, total: Params) -> Batch:
-    """Returns x0, or NaN if the total is not finite, computed after the total.
-
-    Otherwise XLA computes unrolled parts at the same time, and needs the memory of the whole batch. An optimization
-    barrier in its place has no effect on CPUs.
-    """
-    probe = sum(leaf.ravel()[0] for leaf in jax.tree.leaves(total))
-    return x0 + jnp.where(jnp.isfinite(probe), 0.0, jnp.nan)
 
 
 def not_finite(metrics: Metrics) -> Bool[Array, ""]:
