@@ -194,9 +194,10 @@ def draw_figures(plan: Plan, names: list[str], images: Path) -> None:
         curves = read_metrics(folder.train).get("test", {})
         if "first" in curves:
             done = np.asarray(curves["first"].steps)
-            steps.plot(done, curves["first"].values, "o-", color=colour, label=name, markersize=4)
+            line = "s--" if name.endswith("_long") else "o-"  # A longer control may have the colour of its control.
+            steps.plot(done, curves["first"].values, line, color=colour, label=name, markersize=4)
             teraflop = done * gflop_per_step(name) / 1000
-            arithmetic.plot(teraflop, curves["first"].values, "o-", color=colour, markersize=4)
+            arithmetic.plot(teraflop, curves["first"].values, line, color=colour, markersize=4)
         if BRANCHES[name.removesuffix("_long")].get("first_order_weighting") == "residual":
             residuals.loglog(*measured_residuals(name, folder.path), color=colour, label=name)
     style_panel(steps, "first-order test loss", "step", "")
