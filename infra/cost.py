@@ -118,7 +118,7 @@ def contraction_flop(jaxpr: Any, *, repeat_loops: bool = True) -> float:
     counts agree within 3 %.
 
     Args:
-        repeat_loops: count the body of a loop as often as it runs, instead of once. Unrolled loops count in full.
+        repeat_loops: count the body of a loop as often as it runs, instead of once.
     """
     total = 0.0
     for equation in jaxpr.eqns:
@@ -130,8 +130,7 @@ def contraction_flop(jaxpr: Any, *, repeat_loops: bool = True) -> float:
         elif name == "dot_general":
             contracted = params["dimension_numbers"][0][0]
             total += 2.0 * math.prod(shapes[-1]) * math.prod(shapes[0][axis] for axis in contracted)
-        unrolled = params.get("unroll") == params.get("length")
-        repeats = params["length"] if name == "scan" and (repeat_loops or unrolled) else 1
+        repeats = params["length"] if name == "scan" and repeat_loops else 1
         inner = (contraction_flop(part, repeat_loops=repeat_loops) for part in _inner_programs(params))
         total += repeats * sum(inner)
     return total

@@ -56,7 +56,7 @@ class EarlyProgram:
 class Programs(NamedTuple):
     """Counts of the programs that JAX has prepared since `count_programs` was first called in this process.
 
-    Seconds are those of all threads. The programs of `EarlyProgram` are compiled while other work is done.
+    The seconds of all threads are added up. The programs of `EarlyProgram` are compiled while other work is done.
     """
 
     prepared: int
@@ -102,17 +102,11 @@ class _Counter:
         if event == "/jax/compilation_cache/cache_hits":
             self._add(loaded=1)
 
-    def _add(
-        self, prepared: int = 0, loaded: int = 0, trace_seconds: float = 0.0, prepare_seconds: float = 0.0
-    ) -> None:
+    def _add(self, **amounts: float) -> None:
+        """Adds amounts to the fields of the counts."""
         with self._lock:  # Programs are compiled in several threads.
-            before = self.programs
-            self.programs = Programs(
-                prepared=before.prepared + prepared,
-                loaded=before.loaded + loaded,
-                trace_seconds=before.trace_seconds + trace_seconds,
-                prepare_seconds=before.prepare_seconds + prepare_seconds,
-            )
+            before = self.programs._asdict()
+            self.programs = self.programs._replace(**{name: before[name] + amount for name, amount in amounts.items()})
 
 
 @functools.cache
