@@ -32,7 +32,7 @@ class Page:
     def write(self, texts: Mapping[str, str], path: Path | None = None) -> None:
         """Writes the parts into the page at `path`, by default the one in docs/, and prints them.
 
-        If there is no page, it gets these parts only.
+        If the page does not exist yet, a page with only these parts is written.
 
         Raises:
             ValueError: for other parts than `parts`, or if the page lacks the marks of a part.

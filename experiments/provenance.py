@@ -40,7 +40,7 @@ def origin(command: str, commits: Iterable[str]) -> str:
     """Returns the sentence on a page that says where its numbers come from.
 
     Args:
-        commits: those of the runs, and that of the page if it computes numbers itself.
+        commits: the commits of the runs, and the commit of the page if it computes numbers itself.
     """
     names = sorted(set(commits))
     return f"Command `{command}`, commit{'s' if len(names) > 1 else ''} {', '.join(names)}, {machine()}."

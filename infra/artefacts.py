@@ -1,4 +1,4 @@
-"""What evaluations draw and store as .npz files: images, points, densities, snapshots. workdir.py has the places."""
+"""The .npz files of evaluations: images, points, densities and snapshots. workdir.py says where they are."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax._src.lax.convolution import _conv_general_dilated_lower as lower  # there is no public name
+from jax._src.lax.convolution import _conv_general_dilated_lower as lower  # JAX has no public name for it
 from jax.interpreters import mlir
 
 
@@ -18,7 +18,7 @@ def _lower_transposed(ctx: Any, lhs: Any, rhs: Any, **params: Any) -> Any:
     """Lowers a convolution for a CPU, with transposes of its arguments and result if they have another order."""
     numbers = params["dimension_numbers"]
     rank = len(numbers.lhs_spec)
-    # A spec lists the axes of batch, channels and space, for a kernel those of out, in and space.
+    # The spec of an image lists its axes in the order batch, channels, space; of a kernel: out, in, space.
     image, kernel = (0, rank - 1, *range(1, rank - 1)), (rank - 1, rank - 2, *range(rank - 2))
     wanted = lax.ConvDimensionNumbers(image, kernel, image)
     if numbers == wanted or params["feature_group_count"] > 1 or params["batch_group_count"] > 1:
