@@ -20,7 +20,7 @@ from datasets import Source
 from dequantization.training import DequantizerTraining, evaluation_dequantizer, score_params
 from evaluators import MODES, Evaluator, evaluators_from_config
 from evaluators.batch_size import choose_batch_sizes
-from evaluators.chosen import chosen_states, training_metadata
+from evaluators.chosen import chosen_states, last_step, training_metadata
 from evaluators.class_training import ClassifierTraining, classifier_folder
 from evaluators.diagnostics import DiagnosticsEvaluator
 from evaluators.loss import LossEvaluator
@@ -138,12 +138,6 @@ def initial_state(run: Run) -> TrainState:
             "number of further steps, raise n_iters, or reset the step with training.init_reset=step"
         )
     return state
-
-
-def last_step(training: Config, workdir: Workdir) -> int:
-    """Returns the step at which training ends: `n_iters`, or `n_iters_from_start` steps after the start of the run."""
-    start = workdir.read_start()["step"]
-    return start + training.n_iters_from_start if training.n_iters_from_start else training.n_iters
 
 
 def first_program(run: Run, step: int, last: int) -> dict[int, EarlyProgram]:
@@ -311,7 +305,7 @@ def control(config: Config, path: Path, mode: str, eval_folder: str = "eval") ->
     Raises:
         FileNotFoundError, ValueError, OSError, RuntimeError: as in `evaluate`.
     """
-    run = build(config)
+    run = build(config, for_training=False)
     _check_eval_folder(eval_folder)
     choose_batch_sizes(run)
     evaluate_with(run, [MODES[mode](run, Workdir(path))], Workdir(path), eval_folder)

@@ -29,7 +29,7 @@ def selftest(config: Config, path: Path) -> None:
     run, workdir = build(config), Workdir(path)
     workdir.prepare()
     shapes, training = run.abstract_state(), config.training
-    needed = checkpoint_bytes(shapes, training.n_iters, training.snapshot_freq)
+    needed = checkpoint_bytes(shapes, _num_steps(training), training.snapshot_freq)
     wanted = [
         ("devices", devices),
         ("collective", lambda: collective(path)),
@@ -49,6 +49,11 @@ def selftest(config: Config, path: Path) -> None:
         raise ValueError(f"{len(failed)} of {len(wanted)} checks failed: {', '.join(failed)}; see the table")
 
 
+def _num_steps(training: Config) -> int:
+    """The number of steps of a new run."""
+    return training.n_iters_from_start or training.n_iters
+
+
 def _step_in_words(run: Run, size: int) -> str:
     """Describes the cost of a training step of this configuration, and the time of the whole run at this rate."""
     fields, training = run.config.cost, run.config.training
@@ -61,7 +66,8 @@ def _step_in_words(run: Run, size: int) -> str:
         parts.append(f"needs {row['total_gb']:.3g} of {fields.memory_gb or device_memory():.3g} GB")
     if "step_seconds" in row:
         seconds = row["step_seconds"]
-        parts.append(f"{seconds:.3g} s/step, {seconds * training.n_iters / 3600:.3g} h for {training.n_iters} steps")
+        steps = _num_steps(training)
+        parts.append(f"{seconds:.3g} s/step, {seconds * steps / 3600:.3g} h for {steps} steps")
     text = ", ".join(parts)
     if row.get("error") == NOT_COMPILED:
         limit = f"--config.cost.selftest_seconds={fields.selftest_seconds:g}"

@@ -7,6 +7,7 @@ import numpy as np
 from absl import logging
 
 from build import Run
+from evaluators.chosen import last_step
 from evaluators.samples import draw_images
 from infra import parallel
 from infra.artefacts import ImageGrid, Snapshot
@@ -31,7 +32,7 @@ class Snapshots:
     """
 
     def __init__(self, run: Run, workdir: Workdir):
-        self.run, self.folder = run, workdir.snapshots
+        self.run, self.workdir, self.folder = run, workdir, workdir.snapshots
         if run.config.training.snapshot_sampling:
             self.shown = min(PER_GRID, run.config.sampling.batch_size or PER_GRID)
             self.sampler = snapshot_sampler(run)
@@ -43,8 +44,9 @@ class Snapshots:
     def due(self, step: int) -> bool:
         """Whether the checkpoint of this step is permanent: every `training.snapshot_freq` steps, and the last one."""
         training = self.run.config.training
-        permanent = step % training.snapshot_freq == 0 or step >= training.n_iters
-        return training.snapshot_sampling and step > 0 and permanent
+        if not training.snapshot_sampling or step == 0:
+            return False
+        return step % training.snapshot_freq == 0 or step >= last_step(training, self.workdir)
 
     def draw(self, state: TrainState) -> None:
         """Draws the snapshot of this state if it is due and missing.

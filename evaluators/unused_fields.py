@@ -8,7 +8,8 @@ from build import build
 from configs.default import Config
 from configs.usage import unused_fields
 from dequantization.noise import dequantizer_from_config
-from evaluators.estimators import estimator_from_config
+from evaluators import MODES
+from evaluators.estimators import estimator_from_config, places_from_config
 from evaluators.snapshots import Snapshots
 from infra.training_loop import Callback
 from infra.workdir import Workdir
@@ -25,7 +26,7 @@ def warn_unused(config: Config, mode: str) -> None:
 
 def _build_settings(config: Config, mode: str) -> None:
     """Builds all objects of a mode, except data, networks of evaluators, and checkpoints."""
-    run = build(config, for_training=mode not in ("eval", "diagnose", "export"))
+    run = build(config, for_training=mode not in ("eval", "diagnose", "export", *MODES))
     if mode == "train":
         _ = run.trainer, config.training.init_from and config.training.init_reset
         Snapshots(run, Workdir(Path()))
@@ -36,7 +37,9 @@ def _build_settings(config: Config, mode: str) -> None:
             run.sampler()
         if config.eval.enable_bpd:
             estimator_from_config(config)
-            dequantizer_from_config(config, run.sde)
+            places_from_config(config)
+            if run.density is None:
+                dequantizer_from_config(config, run.sde)
         if config.eval.end_ckpt:
             _ = config.eval.begin_ckpt
     elif mode == "cost":
