@@ -313,6 +313,8 @@ def _check_kind_of_data(config: Config) -> None:
         raise ValueError(f"model.name is {name!r}, but {config.data.dataset} has {kind}: set it to {fitting!r}")
     if config.training.exact_derivatives and not points:
         raise ValueError("training.exact_derivatives is True, but images have too many dimensions: set it to False")
+    if config.training.bits_per_dim and points:
+        raise ValueError("training.bits_per_dim is True, but points have no levels: set it to False")
 
 
 def _check_derivatives(config: Config, needs_jacobian: bool) -> None:

@@ -121,8 +121,8 @@ def conditioning(sde: SDE, scale_by_sigma: bool, levels: int | None, parameteriz
         parameterization: one of `PARAMETERIZATIONS`.
 
     Raises:
-        ValueError: if discrete time or the parameterization is not defined for the SDE, or there are fewer than two
-            levels.
+        ValueError: if discrete time or the parameterization is not defined for the SDE, there are fewer than two
+            levels, or a level has no noise.
     """
     if parameterization not in PARAMETERIZATIONS:
         known = ", ".join(PARAMETERIZATIONS)
@@ -143,4 +143,9 @@ def conditioning(sde: SDE, scale_by_sigma: bool, levels: int | None, parameteriz
         raise ValueError(f"model.num_scales is {levels}; training in discrete time needs at least 2 noise levels")
     # Without computing anything, this raises ValueError if there are too few levels.
     jax.eval_shape(lambda t: sde.chain_alpha_sigma(t, levels), jnp.zeros(1))
+    if isinstance(sde, VPSDE) and sde.beta_min == 0:
+        raise ValueError(
+            "model.beta_min is 0, so the first noise level has no noise; with training.continuous=False it must be "
+            "positive"
+        )
     return DISCRETE[type(sde)](sde, levels)  # type: ignore[arg-type]

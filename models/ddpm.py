@@ -6,7 +6,7 @@ from configs.default import Config
 from models.ladder import Ladder, ladder_from_config
 from models.layers import NONLINEARITIES, AttnBlockpp, Embedding, Normalization, ResnetBlockDDPMpp, conv
 from models.ncsnpp import NCSNpp, apply_with_remat, check_scale_by_sigma, u_net_fields
-from models.normalization import NORMALIZATIONS, PUBLISHED_GROUPS, check_normalization
+from models.normalization import NORMALIZATIONS, check_normalization
 from models.resample import AnySize, FeatureMap, Projected, SameSize, Taps
 
 
@@ -33,9 +33,7 @@ class DDPM(NCSNpp):
     normalization: str = "GroupNorm"
 
     def __post_init__(self) -> None:
-        check_normalization(self.normalization)
-        if self.normalization == "GroupNorm" and self.nf % PUBLISHED_GROUPS:
-            raise ValueError(f"nf is {self.nf!r}; with GroupNorm it must be a multiple of {PUBLISHED_GROUPS}")
+        check_normalization(self.normalization, self.nf)
         super().__post_init__()
 
     @property

@@ -49,7 +49,7 @@ class NCSNv2(nn.Module):
     refine_block: ClassVar[type[RefineBlock]] = RefineBlock
 
     def __post_init__(self) -> None:
-        check_normalization(self.normalization)
+        check_normalization(self.normalization, self.nf)
         for field, known in {"nonlinearity": NONLINEARITIES, "interpolation": INTERPOLATIONS}.items():
             if getattr(self, field) not in known:
                 raise ValueError(f"{field} is {getattr(self, field)!r}; known: {', '.join(known)}")

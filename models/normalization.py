@@ -97,7 +97,9 @@ NORMALIZATIONS: dict[str, Normalization] = {
 """The normalisations of DDPM and NCSNv2, by config.model.normalization."""
 
 
-def check_normalization(name: str) -> None:
-    """Raises ValueError if the name is unknown."""
+def check_normalization(name: str, nf: int) -> None:
+    """Raises ValueError if the name is unknown, or cannot divide multiples of `nf` channels into groups."""
     if name not in NORMALIZATIONS:
         raise ValueError(f"normalization is {name!r}; known: {', '.join(NORMALIZATIONS)}")
+    if name == "GroupNorm" and nf % PUBLISHED_GROUPS:
+        raise ValueError(f"nf is {nf!r}; with GroupNorm it must be a multiple of {PUBLISHED_GROUPS}")

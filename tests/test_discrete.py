@@ -177,6 +177,7 @@ def test_training_in_discrete_time() -> None:
         (ddpm_of_points, {"model.num_scales": 20}, "needs more than 20.0 steps, got 20"),
         (ddpm_of_points, {"model.num_scales": 1, "training.sde": "vesde"}, "at least 2 noise levels"),
         (ddpm_of_points, {"training.score_matching_order": 2}, "score_matching_order is 2.*continuous=True"),
+        (ddpm_of_points, {"model.beta_min": 0.0}, "model.beta_min is 0, so the first noise level has no noise"),
         (ddpm_of_points, {"training.likelihood_weighting": True}, "likelihood_weighting is True.*continuous=True"),
         (ddpm_of_points, {"training.first_order_weighting": "residual"}, "first_order_weighting.*continuous=True"),
     ],

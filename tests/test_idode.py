@@ -266,6 +266,7 @@ def config_with(**fields: Any) -> Config:
         ({"training__score_matching_order": 3}, "'unbiased_trace', which has no third order"),
         ({"training__likelihood_weighting": False, "training__importance_weighting": False}, "training.bits_per_dim"),
         ({"data__uniform_dequantization": True}, "data.uniform_dequantization"),
+        ({"training__noise_level": 1.0}, "training.noise_level is 1.0, but training.bits_per_dim=True"),
         ({"model__gamma_min": 6.0}, "need gamma_min < gamma_max"),
     ],
 )

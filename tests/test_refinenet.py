@@ -56,6 +56,7 @@ def test_conditional_normalisation_has_the_factors_of_its_level() -> None:
         (lambda: NCSNv2(LADDER, interpolation="cubic"), "known: bilinear"),
         (lambda: NCSN(LADDER, normalization="InstanceNorm"), "must be 'InstanceNorm\\+\\+'"),
         (lambda: DDPM(nf=48), "a multiple of 32"),
+        (lambda: NCSNv2(LADDER, nf=48, normalization="GroupNorm"), "a multiple of 32"),
         (lambda: NCSNpp(ladder=LADDER, embedding_type="fourier"), "positional"),
     ],
 )
