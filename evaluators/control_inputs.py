@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,10 @@ def inpainting(config: Config, shape: tuple[int, int, int], count: int) -> Probl
             f"control.mask={name} has shape {known.shape}; it must be [h, w], [h, w, c] or [n, h, w, c] for "
             f"{count} images of shape {shape}"
         ) from error
-    if mask.all() or not mask.any():
-        raise ValueError(f"control.mask={name} makes {'all' if mask.all() else 'no'} pixels known; it must have both")
+    shares = mask.reshape(-1, math.prod(shape)).mean(axis=1)  # one for each image of a mask that has images
+    if not np.all((shares > 0) & (shares < 1)):
+        which = "all" if shares.max() == 1 else "no"
+        raise ValueError(f"control.mask={name} makes {which} pixels known in an image; it must have both")
     return Problem(mask, None, {"mask": name if name in MASKS else array_hash(mask)}, fill=0.5)
 
 

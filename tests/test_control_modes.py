@@ -214,6 +214,9 @@ def test_masks_and_matrices_in_files(tmp_path):
     np.testing.assert_array_equal(problem.mask_of(np.array([1, 1, 0])), each[[1, 1, 0]])
     with pytest.raises(ValueError, match=r"control\.mask=.* has shape \(2, 4, 4, 1\); it must be \[h, w\]"):
         inpainting(config, shape, 3)
+    np.savez(tmp_path / "mask.npz", mask=np.concatenate([each[:1], np.ones_like(each[:1])]))
+    with pytest.raises(ValueError, match="makes all pixels known in an image"):
+        inpainting(config, shape, 2)
     np.savez(tmp_path / "mask.npz", mask=np.ones((4, 4)))
     with pytest.raises(ValueError, match="makes all pixels known"):
         inpainting(config, shape, 2)
