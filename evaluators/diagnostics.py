@@ -43,7 +43,7 @@ class DiagnosticsEvaluator:
     They are means over the first `eval.diagnose_images` images of `eval.bpd_dataset`:
 
     - `bpd`: bits/dim with the data as x_t at each of several start times ([L22] Fig. 6). Solver and probes are the
-      same as in --mode=eval, so the first start time, training.smallest_time, gives the same number;
+      same as in --mode=eval, and so is the first start time, which gives the same number;
     - `difference`: l_Diff(t) = g^2 / 2 E|s - grad ln p_t|^2 ([L22] Fig. 7), the distance between the model's score and
       the score of the ODE's own density, as a product of two estimates with independent probes, which is unbiased;
     - `first`: the first-order loss |sigma s + z|^2 / d;
@@ -68,7 +68,13 @@ class DiagnosticsEvaluator:
         self.preprocess = run.preprocess.without_flip()
         self.batch_size = _batch_size(settings.batch_size, min(len(self.source), settings.diagnose_images))
         self.sizes = evaluation_batch_sizes(self.source, self.batch_size, settings.diagnose_images)
-        t_min = run.config.training.smallest_time
+        t_min = dequantizer.t_min
+        if not t_min < LAST_START * run.sde.t_max:
+            raise ValueError(
+                f"--mode=diagnose varies the start time up to t = {LAST_START * run.sde.t_max:g}, but "
+                f"eval.dequantization={settings.dequantization} starts at t = {t_min:.3g}: use uniform noise or an "
+                "earlier eval.start_time"
+            )
         self.nodes = time_nodes(run.sde, t_min, settings.diagnose_times)
         self.starts = start_times(run.sde, t_min, settings.diagnose_starts)
 
