@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample, ScoreFn, append_dims, level_values, mean_square, num_dims
 from configs.default import Config
+from configs.usage import count_reads, fields_of_orders, unrecorded
 from derivatives import PROBES, Field
 from objectives.baselines import meng_from_config, ode_likelihood_from_config
 from objectives.bound import bound_terms
@@ -133,6 +134,11 @@ class Objective(TrainingObjective):
         if not 0 < (fraction := self.high_order_fraction) <= 1 or abs(round(1 / fraction) * fraction - 1) > 1e-3:
             raise ValueError(
                 f"training.high_order_fraction is {self.high_order_fraction}; it must be 1, 1/2, 1/3, 1/4 and so on"
+            )
+        if self.noise_level and self.level_values:
+            raise ValueError(
+                f"training.noise_level is {self.noise_level}, but training.bits_per_dim=True states losses as parts of "
+                "a bound, which has all noise levels: set it to 0"
             )
         if self.noise_level and self.needs_residual:
             raise ValueError(
@@ -338,6 +344,17 @@ def likelihood_weight(sde: SDE, objective: Objective, t: PerExample) -> PerExamp
     return weight * objective.times.total(sde) / (2 * math.log(2)) if objective.level_values else weight
 
 
+RENAMED = {
+    "order": "score_matching_order",
+    "t_min": "smallest_time",
+    "second_weight": "second_order_weight",
+    "third_weight": "third_order_weight",
+    "exact": "exact_derivatives",
+    "estimator": "high_order_estimator",
+}
+"""Fields of `Objective` that have another name in config.training. `level_values`, the last one, is not there."""
+
+
 def denoising_from_config(config: Config) -> Objective | DiscreteObjective:
     """Builds denoising score matching as config.training describes it, in continuous or discrete time.
 
@@ -353,25 +370,12 @@ def denoising_from_config(config: Config) -> Objective | DiscreteObjective:
         )
     times_from_config(training)  # raises ValueError
     values = level_values(data.levels, data.centered, not data.bin_centers).tolist() if training.bits_per_dim else ()
-    return Objective(
-        order=training.score_matching_order,
-        t_min=training.smallest_time,
-        likelihood_weighting=training.likelihood_weighting,
-        importance_weighting=training.importance_weighting,
-        reduce_mean=training.reduce_mean,
-        second_weight=training.second_order_weight,
-        third_weight=training.third_order_weight,
-        exact=training.exact_derivatives,
-        residual_first=training.residual_first,
-        estimator=training.high_order_estimator,
-        first_order_weighting=training.first_order_weighting,
-        high_order_weighting=training.high_order_weighting,
-        high_order_fraction=training.high_order_fraction,
-        stratified_times=training.stratified_times,
-        noise_level=training.noise_level,
-        importance_density=training.importance_density,
-        level_values=tuple(values),
-    )
+    with unrecorded(config):
+        fields = {f.name: training[RENAMED.get(f.name, f.name)] for f in dataclasses.fields(Objective)[:-1]}
+        objective = Objective(**fields, level_values=tuple(values))
+    always = ("score_matching_order", "likelihood_weighting", "reduce_mean", "first_order_weighting")
+    count_reads(training, *always, *fields_of_orders(training))
+    return objective
 
 
 OBJECTIVES: dict[str, Callable[[Config], TrainingObjective]] = {

@@ -165,18 +165,19 @@ def _pc_steps(
 
 
 def pc_from_config(config: Config, sde: SDE, data_range: DataRange = None) -> PredictorCorrector:
-    """Builds the predictor-corrector sampler with the fields of `sampling`, for every sampling.method."""
+    """Builds the predictor-corrector sampler with the fields of `sampling`, for every sampling.method.
+
+    Reads only the fields that have an effect.
+    """
     del data_range
     sampling = config.sampling
-    return PredictorCorrector(
-        predictor=sampling.predictor,
-        corrector=sampling.corrector,
-        num_steps=sampling.num_steps or config.model.num_scales,
-        corrector_steps=sampling.n_steps_each,
-        snr=sampling.snr,
-        probability_flow=sampling.probability_flow,
-        **common_fields(config, sde),
-    )
+    predictor, corrector, fields = sampling.predictor, sampling.corrector, common_fields(config, sde)
+    if predictor != "none":
+        fields["probability_flow"] = sampling.probability_flow
+    if corrector != "none":
+        fields |= {"corrector_steps": sampling.n_steps_each, "snr": sampling.snr}
+    num_steps = sampling.num_steps or config.model.num_scales
+    return PredictorCorrector(predictor=predictor, corrector=corrector, num_steps=num_steps, **fields)
 
 
 def _check_chain(sde: SDE, num_steps: int) -> None:

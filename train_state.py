@@ -116,10 +116,11 @@ def _with_decay(adam: optax.GradientTransformation, optim: Config) -> optax.Grad
     rate: float = optim.weight_decay
     if not rate:
         return adam
+    decay_biases: bool = optim.decay_biases
 
     def decay(path: Any, leaf: Array) -> Array:
         is_bias = path[-1] == jax.tree_util.DictKey("bias")
-        return jnp.zeros_like(leaf) if is_bias and not optim.decay_biases else rate * leaf
+        return jnp.zeros_like(leaf) if is_bias and not decay_biases else rate * leaf
 
     def update(updates: Params, state: optax.OptState, params: Params = None) -> tuple[Params, optax.OptState]:
         updates, state = adam.update(updates, state, params)

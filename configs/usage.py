@@ -13,6 +13,7 @@ CHOICES = {
     "training.sde": ("vesde", "linearvesde", "vpsde", "subvpsde", "lineargammavpsde", "straightpathsde"),
     "training.objective": ("denoising", "sliced", "meng", "ode_likelihood"),
     "training.score_matching_order": (1, 2, 3),
+    "training.noise_level": (0.0, 1.0),
     "training.init_from": ("", "PATH"),
     "training.snapshot_sampler": ("few_step", "configured"),
     "training.high_order_estimator": ("published", "unbiased", "squared_trace", "unbiased_trace"),
@@ -23,6 +24,8 @@ CHOICES = {
     "model.parameterization": ("noise", "velocity"),
     "model.embedding_type": ("fourier", "positional"),
     "sampling.method": ("pc", "ode", "dpm_solver", "heun", "langevin", "annealed_langevin"),
+    "sampling.predictor": ("reverse_diffusion", "none"),
+    "sampling.corrector": ("langevin", "none"),
     "sampling.schedule": ("auto", "log_snr", "power", "time"),
     "sampling.num_steps": (0, 10),
     "eval.ode_solver": ("dopri5", "adams_log"),
@@ -108,6 +111,29 @@ def unrecorded(config: Config) -> Iterator[None]:
     finally:
         if recorder:
             recorder.paused = before
+
+
+def count_reads(section: Config, *names: str) -> None:
+    """Counts these fields as read. All fields of an object are checked under `unrecorded`, but some have no effect."""
+    for name in names:
+        _ = section[name]
+
+
+def fields_of_orders(training: Config) -> Iterator[str]:
+    """Yields the fields of config.training about orders 2 and 3 that denoising score matching depends on."""
+    with unrecorded(training):
+        order, exact, estimator = (
+            training[name] for name in ("score_matching_order", "exact_derivatives", "high_order_estimator")
+        )
+        weighting = training.high_order_weighting
+    if order > 1 or weighting == "residual":  # The residual is measured for order 1, too.
+        yield "high_order_weighting"
+    if order > 1:
+        yield from ("second_order_weight", "exact_derivatives", "high_order_fraction")
+        yield from () if exact else ("high_order_estimator",)
+    if order == 3:
+        yield "third_order_weight"
+        yield from () if exact or estimator != "published" else ("residual_first",)
 
 
 def alternatives(config: Config) -> Iterator[tuple[str, Any, Config]]:

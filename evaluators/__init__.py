@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import datasets
 from build import Run
+from configs.usage import count_reads, unrecorded
 from dequantization.noise import Dequantizer
 from evaluators.bits_per_dim import BitsPerDimEvaluator
 from evaluators.conditional import PROBLEMS, ClassesEvaluator, ConditionalEvaluator
@@ -49,7 +50,10 @@ def evaluators_from_config(run: Run, dequantizer: Callable[[], Dequantizer]) -> 
         ValueError, OSError: for bad input.
     """
     settings, images = run.config.eval, run.density is None
-    places = places_from_config(run.config)
+    with unrecorded(run.config):  # It is checked, too, if it has no effect.
+        places = places_from_config(run.config)
+    if settings.enable_bpd:
+        count_reads(settings, "likelihood_at")
     builders: list[tuple[bool, Callable[[], Evaluator]]] = [
         (settings.enable_loss, lambda: LossEvaluator(run, datasets.source_from_config(run.config, "test"))),
         (settings.enable_bpd and images and "x" in places, lambda: BitsPerDimEvaluator(run, dequantizer(), "x")),

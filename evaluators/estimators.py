@@ -284,10 +284,6 @@ def ode_estimator_from_config(config: Config) -> OdeEstimator:
 
 
 def _bound_from_config(settings: Config, at: str) -> BoundEstimator:
-    if settings.bound_times < 2:
-        raise ValueError(f"eval.bound_times is {settings.bound_times}; it must be at least 2")
-    if settings.bound_starts < 1:
-        raise ValueError(f"eval.bound_starts is {settings.bound_starts}; it must be at least 1")
     if settings.num_importance_samples > 1:
         raise ValueError(
             f"eval.num_importance_samples is {settings.num_importance_samples}, but eval.bound=True estimates a bound "
@@ -302,5 +298,5 @@ def _bound_from_config(settings: Config, at: str) -> BoundEstimator:
         form="dsm" if settings.dsm else "sm",
         importance_sampling=settings.bound_importance_sampling,
         num_times=settings.bound_times,
-        num_starts=settings.bound_starts if settings.offset and at == "x" else 0,
+        num_starts=settings.bound_starts if at == "x" and settings.offset else 0,
     )

@@ -48,13 +48,18 @@ class PointLikelihoodEvaluator:
 
     def __init__(self, run: Run):
         settings = run.config.eval
-        if settings.probe != "exact":
+        if not settings.bound and settings.probe != "exact":
             raise ValueError(f"eval.probe is {settings.probe!r}; the divergence at points is exact: set it to 'exact'")
         for field, required in DEQUANTIZATION_DEFAULTS.items():
             if settings[field] != required:
                 raise ValueError(
                     f"eval.{field} is {settings[field]!r}, but points have no levels: set it to {required!r}"
                 )
+        if settings.likelihood_at != "x":
+            raise ValueError(
+                f"eval.likelihood_at is {settings.likelihood_at!r}, but likelihoods of points are computed at x: set "
+                "it to 'x'"
+            )
         if settings.density_grid < 0:
             raise ValueError(f"eval.density_grid is {settings.density_grid}; use 0 for no grid, or a positive number")
         self.run, self.settings = run, settings

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from arrays import PerExample, Scalar
 from configs.default import Config
+from configs.usage import count_reads, unrecorded
 from sde_lib import SDE, SDES, LinearGammaSDE, chain_times
 
 
@@ -110,6 +111,15 @@ def times_from_config(training: Config, *, levels: int = 0) -> TimeDistribution:
     Raises:
         ValueError: for a field whose value is not allowed.
     """
+    with unrecorded(training):
+        times = TimeDistribution(
+            training.smallest_time,
+            training.importance_weighting,
+            training.importance_density,
+            stratified=training.stratified_times,
+            noise_level=training.noise_level,
+            levels=levels,
+        )
     if training.importance_weighting and not training.likelihood_weighting:
         raise ValueError(NEEDS_LIKELIHOOD_WEIGHTING)
     by_velocity = training.importance_weighting and training.importance_density == "velocity"
@@ -118,14 +128,9 @@ def times_from_config(training: Config, *, levels: int = 0) -> TimeDistribution:
             f"training.importance_density is 'velocity', which training.sde={training.sde} does not define: set it to "
             "'noise'"
         )
-    return TimeDistribution(
-        training.smallest_time,
-        training.importance_weighting,
-        training.importance_density,
-        stratified=training.stratified_times,
-        noise_level=training.noise_level,
-        levels=levels,
-    )
+    if not training.noise_level:
+        count_reads(training, "stratified_times", *(() if levels else ("smallest_time",)))
+    return times
 
 
 def with_density(quantiles: PerExample, density: Float[Array, " bins"]) -> tuple[PerExample, PerExample]:

@@ -325,23 +325,23 @@ class DPMSolverSampler(FastSampler):
         return Samples(x, self.max_nfe)
 
 
-def _fast_fields(config: Config, sde: SDE, data_range: DataRange) -> dict[str, Any]:
-    """The fields of every `FastSampler`."""
+def _fast_fields(config: Config, sde: SDE, data_range: DataRange, best_schedule: str) -> dict[str, Any]:
+    """The fields of every `FastSampler`. Reads only the fields of `sampling` that have an effect."""
     sampling = config.sampling
-    return common_fields(config, sde) | {
-        "max_nfe": sampling.max_nfe,
-        "schedule": sampling.schedule,
-        "schedule_exponent": sampling.schedule_exponent,
-        "data_range": data_range if sampling.clip_denoised else None,
-    }
+    fields = common_fields(config, sde) | {"max_nfe": sampling.max_nfe, "schedule": sampling.schedule}
+    if "power" in (fields["schedule"], best_schedule if fields["schedule"] == "auto" else ""):
+        fields["schedule_exponent"] = sampling.schedule_exponent
+    if data_range is not None and sampling.clip_denoised:
+        fields["data_range"] = data_range
+    return fields
 
 
 def dpm_solver_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
     """Builds DPM-Solver++ with the fields of `sampling`."""
-    fields = _fast_fields(config, sde, data_range)
+    fields = _fast_fields(config, sde, data_range, DPMSolverSampler.best_schedule)
     return DPMSolverSampler(order=config.sampling.order, eta=config.sampling.eta, **fields)
 
 
 def heun_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
     """Builds Heun's method with the fields of `sampling`."""
-    return HeunSampler(**_fast_fields(config, sde, data_range))
+    return HeunSampler(**_fast_fields(config, sde, data_range, HeunSampler.best_schedule))

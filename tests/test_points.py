@@ -229,6 +229,8 @@ BAD = {
     "eval__dequantizer": (True, "eval.dequantizer is True, but points have no levels: set it to False"),
     "eval__dequantization": ("truncated_normal", "eval.dequantization is 'truncated_normal', but points"),
     "eval__num_importance_samples": (4, "eval.num_importance_samples is 4, but points"),
+    "eval__likelihood_at": ("x_tmin", "eval.likelihood_at is 'x_tmin', but likelihoods of points are computed at x"),
+    "training__bits_per_dim": (True, "training.bits_per_dim is True, but points have no levels"),
     "eval__batch_size": (6, "eval.batch_size is 6"),
     "eval__max_examples": (-1, "eval.max_examples is -1"),
     "eval__density_grid": (-1, "eval.density_grid is -1; it must not be negative"),

@@ -66,6 +66,56 @@ def test_the_setting_that_disables_a_field_is_named(name, caplog):
     assert message.startswith(f"--config.{field} has no effect with {reason}")
 
 
+DPM_POWER = {"sampling.method": "dpm_solver", "sampling.schedule": "power"}
+WEIGHTED = {"training.likelihood_weighting": True, "training.importance_weighting": True}
+SLICED = {"training.objective": "sliced", "training.score_matching_order": 1}
+DISCRETE = SLICED | {"training.continuous": False, "model.embedding_type": "positional"}
+BOUND_AT_X_TMIN = {"eval.bound": True, "eval.likelihood_at": "x_tmin"}
+ORDERS = ("training.second_order_weight", "training.high_order_estimator", "training.high_order_fraction")
+DECIDED = {
+    # fields, settings with which they have an effect, and settings with which they have none
+    "orders 2 and 3": (ORDERS, {"training.score_matching_order": 2}, {"training.score_matching_order": 1}),
+    "order 3": (
+        ("training.third_order_weight", "training.residual_first"),
+        {"training.score_matching_order": 3},
+        {"training.score_matching_order": 2},
+    ),
+    "one probe": (
+        ("training.residual_first",),
+        {"training.score_matching_order": 3},
+        {"training.score_matching_order": 3, "training.high_order_estimator": "unbiased"},
+    ),
+    "importance": (("training.importance_density",), WEIGHTED, {"training.likelihood_weighting": True}),
+    "all times": (("training.stratified_times", "training.smallest_time"), SLICED, {"training.noise_level": 0.5}),
+    "continuous": (("training.smallest_time",), SLICED, DISCRETE),
+    "predictor": (("sampling.probability_flow",), {}, {"sampling.predictor": "none"}),
+    "corrector": (("sampling.snr", "sampling.n_steps_each"), {}, {"sampling.corrector": "none"}),
+    "power": (("sampling.schedule_exponent",), DPM_POWER, {"sampling.method": "dpm_solver"}),
+    "correction": (("eval.bound_starts",), {"eval.bound": True}, {"eval.bound": True, "eval.offset": False}),
+    "decay": (("optim.decay_biases",), {"optim.weight_decay": 0.1}, {}),
+}
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_only_fields_with_an_effect_count_as_read(name):
+    """A field with a name that a setting could hide must not count as read, or nothing warns of it."""
+    fields, used, unused = DECIDED[name]
+    mode = "train" if fields[0].startswith(("training.", "optim.")) else "eval"
+    for settings, expected in ((used, []), (unused, list(fields))):
+        config = get_config()
+        config.update_from_flattened_dict(settings)
+        recorder = record_reads(config, fields)
+        _build_settings(config, mode)
+        assert recorder.unused() == expected
+
+
+def test_points_have_no_range_to_clip_to():
+    config = toy_config()
+    recorder = record_reads(config, ["sampling.clip_denoised", "sampling.schedule_exponent"])
+    build(config).sampler()
+    assert recorder.unused() == ["sampling.clip_denoised"]
+
+
 def test_a_training_warns_once_of_what_it_will_never_read(tmp_path, caplog):
     """The warning comes after the first call. What is read until the end is the same."""
     config = toy_config()
