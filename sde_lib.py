@@ -121,6 +121,10 @@ class LinearVESDE(SDE):
         return jnp.exp(log_rho - math.log(self.sigma_max))
 
 
+MOST_BETA = 160.0
+"""The largest beta_min + beta_max, which is 2 B(1). Then rho^2 is below exp(80), and float32 ends at exp(88.7)."""
+
+
 @dataclasses.dataclass(frozen=True)
 class _LinearBetaSDE(SDE):
     """The common part of VP and sub-VP: f = -beta / 2, beta linear in t, so alpha = exp(-B / 2), B = int_0^t beta."""
@@ -131,6 +135,11 @@ class _LinearBetaSDE(SDE):
     def __post_init__(self) -> None:
         if not 0 <= self.beta_min <= self.beta_max or self.beta_max == 0:
             raise ValueError(f"need 0 <= beta_min <= beta_max, beta_max > 0, got {self.beta_min} and {self.beta_max}")
+        if self.beta_min + self.beta_max > MOST_BETA:
+            raise ValueError(
+                f"need beta_min + beta_max <= {MOST_BETA}, because 32-bit numbers cannot hold the noise level at t = 1 "
+                f"otherwise, got {self.beta_min} and {self.beta_max}"
+            )
 
     @property
     def prior_sigma(self) -> float:

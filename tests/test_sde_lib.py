@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs.checks import RANGES
 from sde_lib import (
+    MOST_BETA,
     SDES,
     VESDE,
     VPSDE,
@@ -182,9 +184,23 @@ def test_probability_flow_keeps_the_marginals(sde):
         lambda: VESDE(1, 1),
         lambda: LinearVESDE(-1),
         lambda: VPSDE(2, 1),
+        lambda: VPSDE(0.1, 400),
         lambda: StraightPathSDE(1, 1),
     ],
 )
 def test_impossible_constants_are_refused(make):
     with pytest.raises(ValueError, match="need"):
         make()
+
+
+def test_the_largest_constants_have_noise_levels_in_32_bits():
+    """Samplers divide by alpha, and bounds on the likelihood take the logarithm of rho^2."""
+    low, high = (float(RANGES[f"model.gamma_{end}"][1:-1].split(", ")[end == "max"]) for end in ("min", "max"))
+    most = MOST_BETA / 2
+    largest = VPSDE(0.0, MOST_BETA), VPSDE(most, most), SubVPSDE(most, most)
+    for sde in (*largest, LinearGammaVPSDE(low, high), StraightPathSDE(low, high)):
+        t = jnp.array([1e-5, 1.0], jnp.float32)
+        alpha, sigma = sde.alpha_sigma(t)
+        found = np.asarray(jnp.stack([1 / alpha, 1 / sigma, jnp.exp(2 * sde.log_noise_level(t))]))
+        assert found.dtype == np.float32
+        assert np.all(np.isfinite(found) & (found > 0)), sde
