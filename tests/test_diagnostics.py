@@ -1,5 +1,6 @@
 """--mode=diagnose: an exact score has no errors, and a run's diagnosis resumes and reaches the report."""
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,8 +12,10 @@ import run_lib
 from build import build
 from configs.digits.smoke import get_config
 from configs.toy.smoke import get_config as points
+from dequantization.noise import dequantizer_from_config
 from dequantization.training import evaluation_dequantizer
 from evaluators.bits_per_dim import BitsPerDimEvaluator
+from evaluators.diagnostics import DiagnosticsEvaluator
 from infra import parallel
 from infra.workdir import EvaluationFolder, Workdir
 from tests.tiny_network import tiny_network
@@ -22,6 +25,17 @@ from tests.tiny_network import tiny_network
 def in_place_of_ncsnpp() -> Iterator[None]:
     with tiny_network():
         yield
+
+
+def test_start_times_begin_at_that_of_the_evaluation() -> None:
+    """`eval.start_time` moves the first start time, and must leave room for others."""
+    config = get_config()
+    config.eval.start_time = 0.02
+    run = build(config)
+    dequantizer = dequantizer_from_config(config, run.sde)
+    assert DiagnosticsEvaluator(run, dequantizer).starts[0] == 0.02
+    with pytest.raises(ValueError, match=r"up to t = 0.3, but eval.dequantization=uniform starts at t = 0.4"):
+        DiagnosticsEvaluator(run, dataclasses.replace(dequantizer, t_min=0.4))
 
 
 def test_diagnosis_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
