@@ -23,8 +23,9 @@ from experiments.fashion_orders_plan import (
     samples,
 )
 from experiments.pages import Page, wrapped
-from experiments.provenance import commit, origin
+from experiments.provenance import origin
 from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
+from infra.commits import commit
 from infra.metrics import read_metrics
 from infra.workdir import Workdir
 from report.figures import colours, style_panel
