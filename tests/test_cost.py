@@ -4,9 +4,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from build import TRAIN_KEY, build
+from configs.digits.smoke import get_config as images_config
 from configs.toy.smoke import get_config as points_config
 from evaluators import step_cost
 from infra.cost import Case, all_cases, contraction_flop, error_text, fitting_text, peak_bytes
@@ -76,6 +78,21 @@ def test_known_rows_are_not_measured_again(costs, monkeypatch, capsys):
     assert measured == [2, 3]
     assert "out of memory" in capsys.readouterr().out
     assert len(Workdir(workdir).read_costs()) == 5
+
+
+def test_random_batches_are_as_training_makes_them():
+    config = images_config()
+    config.data.num_classes = 5
+    run = build(config)
+    _, shapes, _ = run.step_shapes(2)
+    batches = step_cost.random_batches(run, shapes)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), batches) == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
+    assert set(np.unique(batches.labels)) == set(range(5))
+    assert int(batches.images.min()) == 0
+    assert int(batches.images.max()) == config.data.levels - 1
+    points = build(config_with())
+    _, shapes, _ = points.step_shapes(1)
+    assert step_cost.random_batches(points, shapes).shape == shapes.shape
 
 
 def test_a_full_device_is_a_row(tmp_path, monkeypatch):
