@@ -19,19 +19,21 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from experiments.fashion_orders_levels import measure_levels
 from experiments.fashion_orders_page import PAGE, best_branch, page_parts
 from experiments.fashion_orders_plan import (
     BRANCHES,
     CONTROLS,
+    LEVEL_BATCHES,
     SEEDS,
     Plan,
+    branch_config,
     gflop_per_step,
     is_evaluated,
     likelihoods,
     long,
     samples,
 )
+from experiments.noise_levels import measure_levels
 from infra.workdir import Workdir
 
 
@@ -69,7 +71,7 @@ def run_all(plan: Plan, after_each: Callable[[], None]) -> None:
         train(plan, branch, seed, steps)
         evaluate(plan, branch, seed, likelihoods(plan))
         if seed == SEEDS[0]:
-            measure_levels(plan, branch, seed)
+            measure_levels(branch_config(branch), plan.folder(branch, seed), LEVEL_BATCHES)
         models.append((branch, seed))
         if branch != "base":
             after_each()

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 
 from build import build
 from evaluation import MeanEstimate, mean_estimate
-from experiments.fashion_orders_levels import IMAGES, SIGMAS, Levels, levels_file, read_levels
 from experiments.fashion_orders_plan import (
     BRANCHES,
     CONTROLS,
+    LEVEL_BATCHES,
     SEEDS,
     TITLES,
     Plan,
@@ -23,6 +23,7 @@ from experiments.fashion_orders_plan import (
     long,
     samples,
 )
+from experiments.noise_levels import BATCH, SIGMAS, Levels, levels_file, read_levels
 from experiments.pages import Page, wrapped
 from experiments.provenance import origin
 from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
@@ -107,7 +108,8 @@ def page_parts(plan: Plan, images: Path) -> dict[str, str]:
     cases = [(name, seed) for seed in SEEDS for name in names if seed == one or name != "base"]
     values = {case: values_of(plan, *case) for case in cases if has_likelihoods(plan, *case)}
     finished = [name for name, seed in values if seed == one]
-    levels = {name: read_levels(path) for name in finished if (path := levels_file(plan, name, one)).exists()}
+    folders = {name: plan.folder(name, one) for name in finished}
+    levels = {name: read_levels(folder) for name, folder in folders.items() if levels_file(folder).exists()}
     draw_figures(plan, finished, levels, images)
     missing = [name for name in names if (name, one) not in values]
     if sum(seed != one for _, seed in values) <= len(CONTROLS):
@@ -207,7 +209,7 @@ def levels_text(levels: Mapping[str, Levels]) -> str:
         )
 
     return LEVELS.format(
-        images=IMAGES,
+        images=LEVEL_BATCHES * BATCH,
         names=" | ".join(branches),
         lines="---|" * len(branches),
         first=rows("first", start.first.mean(axis=1)),

@@ -10,10 +10,10 @@ import pytest
 from build import build
 from configs.digits.smoke import get_config as get_digits_config
 from configs.fashion.ncsnpp import get_config
-from experiments import fashion_orders, fashion_orders_levels, fashion_orders_page
-from experiments.fashion_orders_levels import SIGMAS, Levels, levels_file, terms_at_levels
+from experiments import fashion_orders, fashion_orders_page, noise_levels
 from experiments.fashion_orders_page import Values, best_branch, helps, page_parts, verdict
 from experiments.fashion_orders_plan import BRANCHES, Plan, likelihoods, samples
+from experiments.noise_levels import SIGMAS, Levels, levels_file, terms_at_levels
 from losses import objective_from_config
 from tests.tiny_network import tiny_network
 
@@ -82,7 +82,7 @@ def write_run(plan: Plan, branch: str, seed: int, tmin: float) -> None:
             result[part] = {"values": part, "errors": {"solver_error": -0.001}}
         (folder / name / "step_3.json").write_text(json.dumps(result))
     one = np.ones((len(SIGMAS), IMAGES)) * (2.0 if branch == "base" else 1.5)
-    np.savez(levels_file(plan, branch, seed), first=one, second=one**2)
+    np.savez(levels_file(folder), first=one, second=one**2)
 
 
 def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,12 +134,11 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
 
 def test_the_terms_of_a_score_of_zero_at_each_level(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then u = z and M = I: the second-order term is |I - z z'|_F^2 / d^2."""
-    monkeypatch.setattr(fashion_orders_levels, "SIGMAS", (0.1, 10.0))
-    monkeypatch.setattr(fashion_orders_levels, "IMAGES", 8)
-    monkeypatch.setattr(fashion_orders_levels, "BATCH", 4)
+    monkeypatch.setattr(noise_levels, "SIGMAS", (0.1, 10.0))
+    monkeypatch.setattr(noise_levels, "BATCH", 4)
     with tiny_network():
         run = build(get_digits_config())
-        first, second = terms_at_levels(run, run.fresh_state().params)
+        first, second = terms_at_levels(run, run.fresh_state().params, 2)
     assert first.shape == (2, 8)
     np.testing.assert_allclose(first[0], first[1], rtol=1e-3)  # the same noise; a new network's score is only near zero
     assert len(np.unique(first[0])) == 8

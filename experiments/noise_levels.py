@@ -1,6 +1,6 @@
-"""How much of the noise each model of `make fashion-orders` leaves unexplained at each noise level.
+"""How much of the noise a model leaves unexplained at single noise levels.
 
-The models see the same test images with the same noise, so that differences are paired.
+Models that are compared see the same test images with the same noise, so that differences are paired by image.
 """
 
 from pathlib import Path
@@ -13,15 +13,15 @@ from jaxtyping import Array
 
 from arrays import Batch, PerExample
 from build import Run, build
+from configs.default import Config
 from datasets import source_from_config
 from evaluation import MeanEstimate, mean_estimate
-from experiments.fashion_orders_plan import Plan, branch_config
 from infra.files import read_npz, write_npz
 from losses import Objective
 from models.score import Params
 
 SIGMAS = (0.012, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
-IMAGES, BATCH = 384, 64
+BATCH = 64
 
 
 class Levels(NamedTuple):
@@ -41,28 +41,31 @@ class Levels(NamedTuple):
         }
 
 
-def levels_file(plan: Plan, branch: str, seed: int) -> Path:
-    return plan.folder(branch, seed) / "levels.npz"
+def levels_file(workdir: Path) -> Path:
+    return workdir / "levels.npz"
 
 
-def read_levels(path: Path) -> Levels:
-    stored = read_npz(path)
+def read_levels(workdir: Path) -> Levels:
+    stored = read_npz(levels_file(workdir))
     return Levels(*(stored[name] for name in Levels._fields))
 
 
-def measure_levels(plan: Plan, branch: str, seed: int) -> None:
-    """Writes the terms of a model to its folder, unless they are there."""
-    path = levels_file(plan, branch, seed)
-    if not path.exists():
-        run = build(branch_config(branch))
-        levels = terms_at_levels(run, run.load_state(plan.folder(branch, seed)).ema_params)
-        write_npz(path, **levels._asdict())
+def measure_levels(config: Config, workdir: Path, batches: int) -> None:
+    """Writes the terms of a run's newest checkpoint to its folder, unless they are there.
+
+    Args:
+        batches: of `BATCH` test images each.
+    """
+    if not levels_file(workdir).exists():
+        run = build(config)
+        levels = terms_at_levels(run, run.load_state(workdir).ema_params, batches)
+        write_npz(levels_file(workdir), **levels._asdict())
 
 
-def terms_at_levels(run: Run, params: Params) -> Levels:
+def terms_at_levels(run: Run, params: Params, batches: int) -> Levels:
     """Computes the terms of the second-order objective at `SIGMAS`."""
     objective = Objective(order=2, estimator="unbiased")
-    images = source_from_config(run.config, "test").images(np.arange(IMAGES))
+    images = source_from_config(run.config, "test").images(np.arange(batches * BATCH))
 
     @jax.jit
     def terms(params: Params, x0: Batch, t: PerExample, key: Array) -> tuple[PerExample, PerExample]:
@@ -72,10 +75,10 @@ def terms_at_levels(run: Run, params: Params) -> Levels:
 
     def at_level(sigma: float) -> tuple[np.ndarray, ...]:
         t = run.sde.time_of_log_noise_level(jnp.log(jnp.full(BATCH, sigma)))
-        batches = []
-        for number, batch in enumerate(np.split(images, IMAGES // BATCH)):
+        each = []
+        for number, batch in enumerate(np.split(images, batches)):
             data_key, noise_key = jax.random.split(jax.random.fold_in(jax.random.key(0), number))
-            batches.append(terms(params, run.preprocess(data_key, jnp.asarray(batch)), t, noise_key))
-        return tuple(np.concatenate(term).astype(np.float64) for term in zip(*batches, strict=True))
+            each.append(terms(params, run.preprocess(data_key, jnp.asarray(batch)), t, noise_key))
+        return tuple(np.concatenate(term).astype(np.float64) for term in zip(*each, strict=True))
 
     return Levels(*map(np.stack, zip(*map(at_level, SIGMAS), strict=True)))
