@@ -28,7 +28,7 @@ def check_idode_losses(path: Path) -> Iterator[Result]:
     twice. Both are compared after the same changes here. The reconstruction is also compared without the change.
     """
     data = np.load(path)
-    config = golden_idode_config(data, size=data["images"].shape[1])
+    config = golden_idode_config(data, data["images"])
     model = score_model_from_config(config)
     model = dataclasses.replace(model, network=Conditioned(model.network, data["conditioning"]))
     sde: Any = model.sde
