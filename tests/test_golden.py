@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from sde_lib import StraightPathSDE, sde_from_config
 from tests.golden import KINDS, check, kind_of, main
 from tests.golden_common import UnknownKind, relative_error
+from tests.golden_idode import golden_idode_config
 
 FOLDER = Path(__file__).parent / "golden"
 FILES = sorted(FOLDER.iterdir())
@@ -130,6 +132,15 @@ def test_a_wrong_schedule_is_noticed(tmp_path: Path) -> None:
     path = copy("schedule_idode.npz", tmp_path)
     rewrite_npz(path, vp_map_F_target=lambda f: f * 1.001, sp_gamma_of_quantile_float64=lambda gamma: gamma + 1e-4)
     assert failed(path) == ["vp F_target", "sp_gamma_of_quantile_float64"]
+
+
+def test_the_configuration_of_idode_follows_the_file() -> None:
+    """Images may be oblong and grey, and the ends of gamma others than the published ones."""
+    overrides = {"model.with_attention": True, "model.gamma_min": -10.5, "model.schedule": "SP", "exp_name": "other"}
+    data = {"config": json.dumps({"base": "imagenet32", "overrides": overrides})}
+    config = golden_idode_config(data, np.zeros((2, 5, 7, 1)))
+    assert (config.data.image_size, config.data.num_channels, config.model.attn_resolutions) == (5, 1, (5,))
+    assert sde_from_config(config) == StraightPathSDE(-10.5, 5.0)
 
 
 def test_a_wrong_update_of_a_chain_is_noticed(tmp_path: Path) -> None:
