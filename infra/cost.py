@@ -358,9 +358,9 @@ def fitting_text(order: int, rows: Sequence[Row], memory_gb: float) -> str:
     with which --mode=train uses both."""
     best = largest_fitting((row for row in rows if row["order"] == order), memory_gb)
     if best is None:
-        return f"order {order}: none of the batches fits {memory_gb:.1f} GB"
+        return f"order {order}: none of the batches fits {memory_gb:.3g} GB"
     setting = "no memory setting" if best["memory"] == UNCHANGED else best["memory"]
-    needed = f"{best['total_gb']:.2f} of {memory_gb:.1f} GB"
+    needed = f"{best['total_gb']:.3g} of {memory_gb:.3g} GB"
     changes = Case(order, best["batch_size"], best["memory"]).changes()
     flags = " ".join(f"--config.{field}={value}" for field, value in changes.items())
     return f"order {order}: batch {best['batch_size']} fits with {setting} and needs {needed}: {flags}"
