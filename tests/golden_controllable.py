@@ -110,7 +110,9 @@ def _updates(data: Any, config: Config, score_fn: ScoreFn, sde: SDE, x: Batch, t
     """Returns the updates of the file's predictor and corrector, before anything is replaced."""
     steps = config.model.num_scales
     predict, correct = PREDICTORS[str(data["predictor"])], CORRECTORS[str(data["corrector"])]
-    updates = dict.fromkeys(("predictor", "corrector"), (x, x))  # as in the published code without an update
+    updates: dict[str, Update] = dict.fromkeys(
+        ("predictor", "corrector"), (x, x)
+    )  # as in the published code without an update
     if predict is not None:
         run = jax.jit(predict, static_argnums=(1, 5))
         updates["predictor"] = run(score_fn, sde, x, t, jnp.asarray(data["predictor_noise"]), steps)
