@@ -191,9 +191,10 @@ def _model() -> ConfigDict:
     model.progressive_input = "residual"  # input pyramid: none, input_skip or residual
     model.progressive_combine = "sum"  # how the input pyramid joins the network: sum or cat
     model.init_scale = 0.0  # variance scale of the last layer of each block; 0 means nearly zero
-    model.scale_by_sigma = True  # divide the network's output by sigma; ncsnpp needs True for vesde, else False
-    # output of networks without scale_by_sigma: noise, or velocity (only for SDEs with gamma_min), a combination of
-    # noise and data with about the same size at all times
+    # divide the network's output by sigma; ncsnpp needs True for vesde with parameterization noise, else False
+    model.scale_by_sigma = True
+    # output of networks without scale_by_sigma: noise; velocity (only for SDEs with gamma_min), a combination of noise
+    # and data with about the same size at all times; preconditioned, which adds to the score of Gaussian data
     model.parameterization = "noise"
     model.conv_size = 3  # size of the convolution kernels; 3 is the only choice
     model.data_init = False  # data-dependent initialisation; True is not supported for score networks

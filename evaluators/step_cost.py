@@ -12,9 +12,9 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from arrays import LabelledBatch
 from build import TRAIN_KEY, Run, build
 from configs.default import Config
+from datasets import LabelledBatch
 from infra import parallel
 from infra.ahead_of_time import ENDED, predicted_cost
 from infra.console import text_table
@@ -88,16 +88,10 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, lim
         limit: seconds that the compilation may take; see `program_cost`.
     """
     steps, size = run.config.training.n_jitted_steps, run.config.training.batch_size
-    rows = (steps, size // jax.process_count(), *run.data_shape)
-    random = np.random.default_rng(0)
-    images = random.integers(run.config.data.levels, size=rows, dtype=np.uint8)
-    local: Any = images if run.density is None else random.standard_normal(rows, np.float32)
-    if run.config.data.num_classes:
-        local = LabelledBatch(images, random.integers(run.config.data.num_classes, size=rows[:2], dtype=np.int32))
-    batches = jax.tree.map(lambda rows: parallel.global_array(run.mesh, rows, axis=1), local)
-    key, cost = run.key(TRAIN_KEY), {}
+    state_shapes, batch_shapes, _ = run.step_shapes(steps)
+    batches, key, cost = random_batches(run, batch_shapes), run.key(TRAIN_KEY), {}
     try:
-        cost, train_steps = program_cost(run.train_steps(), (run.training_state(), batches, key), steps, limit)
+        cost, train_steps = program_cost(run.train_steps(), (state_shapes, batches, key), steps, limit)
         if not math.isinf(limit) and parallel.any_host(train_steps is None):
             return cost | {"error": NOT_COMPILED}
         if measure_steps and cost["total_gb"] > device_memory():
@@ -113,6 +107,22 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, lim
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         return cost | {"error": error_text(error)}
     return cost
+
+
+def random_batches(run: Run, shapes: Any) -> Any:
+    """Returns random training batches of these shapes: points, or images of all grey levels, perhaps with classes."""
+    random, data = np.random.default_rng(0), run.config.data
+
+    def placed(shape: jax.ShapeDtypeStruct, number: int) -> jax.Array:
+        steps, size, *rest = shape.shape
+        local = (steps, size // jax.process_count(), *rest)
+        is_real = np.issubdtype(shape.dtype, np.floating)
+        values = random.standard_normal(local) if is_real else random.integers(number, size=local)
+        return parallel.global_array(run.mesh, values.astype(shape.dtype), axis=1)
+
+    if isinstance(shapes, LabelledBatch):
+        return LabelledBatch(placed(shapes.images, data.levels), placed(shapes.labels, data.num_classes))
+    return placed(shapes, data.levels)
 
 
 def cost_without_device(run: Run) -> dict[str, Any]:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from experiments.fashion_orders_levels import measure_levels
 from experiments.fashion_orders_page import PAGE, best_branch, page_parts
 from experiments.fashion_orders_plan import (
     BRANCHES,
@@ -67,6 +68,8 @@ def run_all(plan: Plan, after_each: Callable[[], None]) -> None:
     def model(branch: str, seed: int, steps: int) -> None:
         train(plan, branch, seed, steps)
         evaluate(plan, branch, seed, likelihoods(plan))
+        if seed == SEEDS[0]:
+            measure_levels(plan, branch, seed)
         models.append((branch, seed))
         if branch != "base":
             after_each()

@@ -4,10 +4,11 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from build import build
-from configs.digits.smoke import get_config as digits_config
+from configs.digits.smoke import get_config as images_config
 from configs.toy.smoke import get_config as points_config
 from evaluators import step_cost
 from infra.cost import (
@@ -80,22 +81,6 @@ def test_the_fraction_divides_the_arithmetic_of_the_higher_orders(costs):
     )
 
 
-@pytest.mark.parametrize("fields", [{}, {"data__num_classes": 10}])
-def test_the_program_is_that_of_training(fields, monkeypatch):
-    """A network that is told classes has them in its program."""
-    config = digits_config() if fields else config_with()
-    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
-    run, given = build(config), []
-
-    def program_cost(train_steps, arguments, steps, limit):
-        given.append(jax.tree.map(lambda a: (a.shape, a.dtype), arguments))
-        return {}, None
-
-    monkeypatch.setattr(step_cost, "program_cost", program_cost)
-    step_cost.case_cost(run, run.fresh_state, 0)
-    assert given == [jax.tree.map(lambda a: (a.shape, a.dtype), run.step_shapes(config.training.n_jitted_steps))]
-
-
 def test_a_request_to_stop_is_answered(tmp_path, stop_requested):
     with pytest.raises(KeyboardInterrupt):
         step_cost.cost(config_with(), tmp_path)
@@ -122,6 +107,21 @@ def test_known_rows_are_not_measured_again(costs, monkeypatch, capsys):
     assert measured == [2, 3]
     assert "out of memory" in capsys.readouterr().out
     assert len(Workdir(workdir).read_costs()) == 5
+
+
+def test_random_batches_are_as_training_makes_them():
+    config = images_config()
+    config.data.num_classes = 5
+    run = build(config)
+    _, shapes, _ = run.step_shapes(2)
+    batches = step_cost.random_batches(run, shapes)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), batches) == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
+    assert set(np.unique(batches.labels)) == set(range(5))
+    assert int(batches.images.min()) == 0
+    assert int(batches.images.max()) == config.data.levels - 1
+    points = build(config_with())
+    _, shapes, _ = points.step_shapes(1)
+    assert step_cost.random_batches(points, shapes).shape == shapes.shape
 
 
 def test_a_full_device_is_a_row(tmp_path, monkeypatch):
