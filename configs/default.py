@@ -381,7 +381,8 @@ def _cost() -> ConfigDict:
     cost.orders = (1, 2, 3)  # orders of score matching
     cost.batch_sizes = ()  # batch sizes, over all devices; empty means training.batch_size
     # memory settings to compare. Each is none, or FIELD=VALUE, with spaces between several, for
-    # training.accumulation_steps, training.residual_first, training.shard_state, model.remat and model.dtype
+    # training.accumulation_steps, training.residual_first, training.shard_state, model.remat and model.dtype, which
+    # leave the expected gradient and its noise as they are, and training.high_order_fraction, which adds noise
     cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
     cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
     cost.memory_gb = 0.0  # memory in GB that a batch must fit; 0 means the memory of the device

@@ -31,7 +31,7 @@ class Snapshots:
     """
 
     def __init__(self, run: Run, workdir: Workdir):
-        self.run, self.folder = run, workdir.snapshots
+        self.run, self.workdir, self.folder = run, workdir, workdir.snapshots
         if run.config.training.snapshot_sampling:
             self.shown = min(PER_GRID, run.config.sampling.batch_size or PER_GRID)
             self.sampler = snapshot_sampler(run)
@@ -43,7 +43,7 @@ class Snapshots:
     def due(self, step: int) -> bool:
         """Whether the checkpoint of this step is permanent: every `training.snapshot_freq` steps, and the last one."""
         training = self.run.config.training
-        permanent = step % training.snapshot_freq == 0 or step >= training.n_iters
+        permanent = step % training.snapshot_freq == 0 or step >= self.workdir.last_step(training)
         return training.snapshot_sampling and step > 0 and permanent
 
     def draw(self, state: TrainState) -> None:

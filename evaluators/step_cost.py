@@ -47,6 +47,7 @@ def cost(config: Config, path: Path) -> None:
 
     Raises:
         ValueError, OSError: for bad input, before anything is measured or written.
+        KeyboardInterrupt: after a request to stop. The same call resumes with the case that it was measuring.
     """
     fields = config.cost
     gpu = gpu_by_name(fields.device) if fields.device else None
@@ -59,6 +60,7 @@ def cost(config: Config, path: Path) -> None:
     # All cases start from the same state, so it is computed once. A copy on the host survives donation by the steps.
     state = functools.cache(lambda: jax.device_get(next(iter(runs.values())).fresh_state()))
     for case, run in runs.items():
+        parallel.check_stop()
         program = program_identity(run.config, run.mesh, 0 if gpu else fields.measure_steps)
         row = known.get(json.dumps(program))
         if row is None:
@@ -95,9 +97,13 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, lim
         if measure_steps and cost["total_gb"] > device_memory():
             return cost | {"error": OUT_OF_MEMORY}
         if measure_steps:
+            before = peak_memory()
             first = jax.device_put(state(), run.state_shardings())
             cost |= step_seconds(lambda state: train_steps(state, batches, key)[0], first, measure_steps, steps)
-            cost |= {"images_per_second": size / cost["step_seconds"], "peak_gb": peak_memory()}
+            # The device counts the peak since the process started, so a smaller program after a larger one has none.
+            peak = peak_memory()
+            own_peak = peak if peak is not None and peak > (before or 0) else None
+            cost |= {"images_per_second": size / cost["step_seconds"], "peak_gb": own_peak}
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         return cost | {"error": error_text(error)}
     return cost

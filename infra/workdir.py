@@ -230,6 +230,15 @@ class Workdir:
             raise ValueError(problems[0])
         return start or {"init_from": "", "step": 0}
 
+    def last_step(self, training: Config) -> int:
+        """Returns the step at which training ends: `n_iters`, or `n_iters_from_start` after the start of the run.
+
+        Raises:
+            ValueError: as `read_start`.
+        """
+        start = self.read_start()["step"]
+        return start + training.n_iters_from_start if training.n_iters_from_start else training.n_iters
+
     def write_samples(
         self,
         images: NumpyImages,

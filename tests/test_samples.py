@@ -315,6 +315,13 @@ def test_when_snapshots_are_due(run, tmp_path, step, due):
     assert not Snapshots(build(config_with(training__snapshot_sampling=False)), Workdir(tmp_path)).due(step)
 
 
+def test_a_continued_run_has_a_snapshot_of_its_last_step(tmp_path):
+    run = build(config_with(training__n_iters_from_start=5, training__init_from="elsewhere"))
+    workdir = Workdir(tmp_path)
+    workdir.write_start("elsewhere", 20)
+    assert [step for step in range(19, 27) if Snapshots(run, workdir).due(step)] == [24, 25, 26]
+
+
 def test_a_bad_sampler_is_found_before_training(tmp_path):
     with pytest.raises(ValueError, match=r"sampling\.order is 4; it must lie in"):
         run_lib.train(config_with(sampling__order=4, training__snapshot_sampler="configured"), tmp_path / "run")
