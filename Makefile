@@ -8,7 +8,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
 .PHONY: setup setup-dev demo test check lint clean digits-orders fashion-orders estimators reproduce fid-nfe \
-	sample-devices cost cost-h100 faults devices fuzz smoke ncsn baselines precision diagnostics
+	sample-devices cost cost-h100 faults devices fuzz smoke ncsn baselines precision diagnostics \
+	preconditioning
 
 setup: $(VENV)/.run-installed
 setup-dev: $(VENV)/.dev-installed
@@ -60,6 +61,11 @@ digits-orders: setup
 # data must be prepared first, see configs/fashion/ncsnpp.py.
 fashion-orders: setup
 	$(BIN)/python -m experiments.fashion_orders
+
+# Compares preconditioned scores with published ones on the digits, and writes docs/results/preconditioning.md. It takes
+# about half an hour on two idle cores, and resumes.
+preconditioning: setup
+	$(BIN)/python -m experiments.preconditioning
 
 # Compares the noise of the estimators of orders 2 and 3 with its closed form, and writes docs/results/estimators.md.
 estimators: setup

@@ -20,7 +20,7 @@ from datasets import Source
 from dequantization.training import DequantizerTraining, evaluation_dequantizer, score_params
 from evaluators import MODES, Evaluator, evaluators_from_config
 from evaluators.batch_size import choose_batch_sizes
-from evaluators.chosen import chosen_states, last_step, training_metadata
+from evaluators.chosen import chosen_states, training_metadata
 from evaluators.class_training import ClassifierTraining, classifier_folder
 from evaluators.diagnostics import DiagnosticsEvaluator
 from evaluators.loss import LossEvaluator
@@ -50,7 +50,7 @@ from train_state import TrainingBatches, TrainState, reset_parts
 
 
 def train(config: Config, path: Path, started: float | None = None) -> None:
-    """Trains to the step that `last_step` returns, from the newest checkpoint if there is one.
+    """Trains to the step that `Workdir.last_step` returns, from the newest checkpoint if there is one.
 
     Args:
         started: when the process started, as `time.monotonic` counts; None: now. The time from then to the first
@@ -70,12 +70,12 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
     new = not workdir.has_checkpoints()
     init_state = initial_state(run) if config.training.init_from and new else None
     snapshots, order = Snapshots(run, workdir), config.training.score_matching_order
-    _ = last_step(config.training, workdir)  # Raises for a damaged file, before anything is written.
+    _ = workdir.last_step(config.training)  # Raises for a damaged file, before anything is written.
     workdir.prepare()
     with workdir.lock(), run.open_checkpoints(workdir) as checkpoints:
         if new and init_state is not None:
             workdir.write_start(config.training.init_from, int(init_state.step))
-        end = last_step(config.training, workdir)
+        end = workdir.last_step(config.training)
         checkpoints.check_network()
         programs = first_program(run, checkpoints.newest() or (int(init_state.step) if init_state else 0), end)
         state = resume_or_init(run, checkpoints, init_state)

@@ -224,7 +224,8 @@ class Trainer:
         data_key, noise_key, dropout_key = jax.random.split(key, 3)
         if isinstance(images, LabelledBatch):
             x0 = self.preprocess(data_key, images.images)
-            classes = self._hide_classes(jax.random.fold_in(data_key, 1), images.labels)
+            # preprocess uses the keys that fold_in derives with 0 and 1, because split derives the same ones.
+            classes = self._hide_classes(jax.random.fold_in(data_key, 2), images.labels)
         else:
             x0, classes = self.preprocess(data_key, images), None
         density = residuals.density() if residuals is not None and self.objective.draws_own_times else None

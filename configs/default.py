@@ -191,9 +191,10 @@ def _model() -> ConfigDict:
     model.progressive_input = "residual"  # input pyramid: none, input_skip or residual
     model.progressive_combine = "sum"  # how the input pyramid joins the network: sum or cat
     model.init_scale = 0.0  # variance scale of the last layer of each block; 0 means nearly zero
-    model.scale_by_sigma = True  # divide the network's output by sigma; ncsnpp needs True for vesde, else False
-    # output of networks without scale_by_sigma: noise, or velocity (only for SDEs with gamma_min), a combination of
-    # noise and data with about the same size at all times
+    # divide the network's output by sigma; ncsnpp needs True for vesde with parameterization noise, else False
+    model.scale_by_sigma = True
+    # output of networks without scale_by_sigma: noise; velocity (only for SDEs with gamma_min), a combination of noise
+    # and data with about the same size at all times; preconditioned, which adds to the score of Gaussian data
     model.parameterization = "noise"
     model.conv_size = 3  # size of the convolution kernels; 3 is the only choice
     model.data_init = False  # data-dependent initialisation; True is not supported for score networks
@@ -380,7 +381,8 @@ def _cost() -> ConfigDict:
     cost.orders = (1, 2, 3)  # orders of score matching
     cost.batch_sizes = ()  # batch sizes, over all devices; empty means training.batch_size
     # memory settings to compare. Each is none, or FIELD=VALUE, with spaces between several, for
-    # training.accumulation_steps, training.residual_first, training.shard_state, model.remat and model.dtype
+    # training.accumulation_steps, training.residual_first, training.shard_state, model.remat and model.dtype, which
+    # leave the expected gradient and its noise as they are, and training.high_order_fraction, which adds noise
     cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
     cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
     cost.memory_gb = 0.0  # memory in GB that a batch must fit; 0 means the memory of the device

@@ -21,7 +21,7 @@ CHOICES = {
     "training.high_order_weighting": ("constant", "residual", "first_order"),
     "training.importance_density": ("noise", "velocity"),
     "model.name": ("ncsnpp", "ddpm", "ncsn", "ncsnv2_64", "vdm", "mlp", "mlp_published"),
-    "model.parameterization": ("noise", "velocity"),
+    "model.parameterization": ("noise", "velocity", "preconditioned"),
     "model.embedding_type": ("fourier", "positional"),
     "sampling.method": ("pc", "ode", "dpm_solver", "heun", "langevin", "annealed_langevin"),
     "sampling.predictor": ("reverse_diffusion", "none"),

@@ -143,6 +143,8 @@ class DequantizerTrainer:
         unit, dropout = _unit(images, self.bins), dropout_key if train and self.network.dropout else None
         noise, log_q = _noise(self.network, params, gaussian, unit, dropout)
         quantile = (jnp.arange(len(images)) / len(images) + jax.random.uniform(shift_key)) % 1.0
+        if not train:  # The first rows of a batch that is not full must not have the smallest times.
+            quantile = jax.random.permutation(jax.random.fold_in(shift_key, 1), quantile)
         bound = bound_draw(
             score_fn,
             self.sde,

@@ -1,4 +1,4 @@
-"""The last step of a training, the checkpoints to evaluate, and a description of their training for the results."""
+"""Chooses the checkpoints to evaluate, and describes their training for the results."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -45,12 +45,6 @@ def chosen_states(config: Config, checkpoints: Checkpoints, start: int = 0) -> I
         raise FileNotFoundError(f"no checkpoint for step {missing[0]}; available steps: {', '.join(map(str, steps))}")
     for step in wanted:
         yield step, checkpoints.restore(step)
-
-
-def last_step(training: Config, workdir: Workdir) -> int:
-    """Returns the step at which training ends: `n_iters`, or `n_iters_from_start` steps after the start of the run."""
-    start = workdir.read_start()["step"]
-    return start + training.n_iters_from_start if training.n_iters_from_start else training.n_iters
 
 
 def training_metadata(workdir: Workdir, step: int) -> dict[str, Any]:

@@ -64,9 +64,12 @@ class LossEvaluator:
         return parallel.fetch(self._losses(params, images, key)), batch.counts
 
     def _per_example(self, params: Params, images: Array, key: Array) -> dict[str, Array]:
-        data_key, noise_key = jax.random.split(key)
+        data_key, noise_key, order_key = jax.random.split(key, 3)
         x0 = self.preprocess(data_key, images)
         objective = self.run.trainer.objective.for_evaluation()
         noise = objective.draw_noise(noise_key, self.run.sde, x0.shape)
+        # Even times rise from row to row. In random order, a batch that is not full has times of all sizes, too.
+        order = jax.random.permutation(order_key, len(x0))
+        noise = jax.tree.map(lambda rows: rows[order], noise)
         with self.run.trainer.arithmetic():
             return objective.losses(self.run.score_fn(params), self.run.sde, x0, noise)

@@ -7,7 +7,6 @@ import numpy as np
 from absl import logging
 
 from build import Run
-from evaluators.chosen import last_step
 from evaluators.samples import draw_images
 from infra import parallel
 from infra.artefacts import ImageGrid, Snapshot
@@ -44,9 +43,8 @@ class Snapshots:
     def due(self, step: int) -> bool:
         """Whether the checkpoint of this step is permanent: every `training.snapshot_freq` steps, and the last one."""
         training = self.run.config.training
-        if not training.snapshot_sampling or step == 0:
-            return False
-        return step % training.snapshot_freq == 0 or step >= last_step(training, self.workdir)
+        permanent = step % training.snapshot_freq == 0 or step >= self.workdir.last_step(training)
+        return training.snapshot_sampling and step > 0 and permanent
 
     def draw(self, state: TrainState) -> None:
         """Draws the snapshot of this state if it is due and missing.

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from build import TRAIN_KEY, Run, build
 from configs.default import Config
+from datasets import LabelledBatch
 from infra import parallel
 from infra.ahead_of_time import ENDED, predicted_cost
 from infra.console import text_table
@@ -46,6 +47,7 @@ def cost(config: Config, path: Path) -> None:
 
     Raises:
         ValueError, OSError: for bad input, before anything is measured or written.
+        KeyboardInterrupt: after a request to stop. The same call resumes with the case that it was measuring.
     """
     fields = config.cost
     gpu = gpu_by_name(fields.device) if fields.device else None
@@ -58,6 +60,7 @@ def cost(config: Config, path: Path) -> None:
     # All cases start from the same state, so it is computed once. A copy on the host survives donation by the steps.
     state = functools.cache(lambda: jax.device_get(next(iter(runs.values())).fresh_state()))
     for case, run in runs.items():
+        parallel.check_stop()
         program = program_identity(run.config, run.mesh, 0 if gpu else fields.measure_steps)
         row = known.get(json.dumps(program))
         if row is None:
@@ -85,24 +88,41 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, lim
         limit: seconds that the compilation may take; see `program_cost`.
     """
     steps, size = run.config.training.n_jitted_steps, run.config.training.batch_size
-    rows = (steps, size // jax.process_count(), *run.data_shape)
-    random = np.random.default_rng(0)
-    images = random.integers(run.config.data.levels, size=rows, dtype=np.uint8)
-    local = images if run.density is None else random.standard_normal(rows, np.float32)
-    batches, key, cost = parallel.global_array(run.mesh, local, axis=1), run.key(TRAIN_KEY), {}
+    state_shapes, batch_shapes, _ = run.step_shapes(steps)
+    batches, key, cost = random_batches(run, batch_shapes), run.key(TRAIN_KEY), {}
     try:
-        cost, train_steps = program_cost(run.train_steps(), (run.training_state(), batches, key), steps, limit)
+        cost, train_steps = program_cost(run.train_steps(), (state_shapes, batches, key), steps, limit)
         if not math.isinf(limit) and parallel.any_host(train_steps is None):
             return cost | {"error": NOT_COMPILED}
         if measure_steps and cost["total_gb"] > device_memory():
             return cost | {"error": OUT_OF_MEMORY}
         if measure_steps:
+            before = peak_memory()
             first = jax.device_put(state(), run.state_shardings())
             cost |= step_seconds(lambda state: train_steps(state, batches, key)[0], first, measure_steps, steps)
-            cost |= {"images_per_second": size / cost["step_seconds"], "peak_gb": peak_memory()}
+            # The device counts the peak since the process started, so a smaller program after a larger one has none.
+            peak = peak_memory()
+            own_peak = peak if peak is not None and peak > (before or 0) else None
+            cost |= {"images_per_second": size / cost["step_seconds"], "peak_gb": own_peak}
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         return cost | {"error": error_text(error)}
     return cost
+
+
+def random_batches(run: Run, shapes: Any) -> Any:
+    """Returns random training batches of these shapes: points, or images of all grey levels, perhaps with classes."""
+    random, data = np.random.default_rng(0), run.config.data
+
+    def placed(shape: jax.ShapeDtypeStruct, number: int) -> jax.Array:
+        steps, size, *rest = shape.shape
+        local = (steps, size // jax.process_count(), *rest)
+        is_real = np.issubdtype(shape.dtype, np.floating)
+        values = random.standard_normal(local) if is_real else random.integers(number, size=local)
+        return parallel.global_array(run.mesh, values.astype(shape.dtype), axis=1)
+
+    if isinstance(shapes, LabelledBatch):
+        return LabelledBatch(placed(shapes.images, data.levels), placed(shapes.labels, data.num_classes))
+    return placed(shapes, data.levels)
 
 
 def cost_without_device(run: Run) -> dict[str, Any]:

@@ -22,10 +22,11 @@ from jaxtyping import Float
 from build import build
 from evaluation import mean_estimate
 from experiments.pages import Page, wrapped
-from experiments.provenance import commit, origin
+from experiments.provenance import origin
 from experiments.reproduce import config_of, seconds_per_step, train
 from experiments.synthetic import PROBLEMS, SEEDS, TEST_POINTS
 from experiments.synthetic_measurements import density_of
+from infra.commits import commit
 from infra.files import read_npz, write_npz
 from infra.startup import use_compilation_cache
 from likelihood import GaussianReference, ode_log_likelihood

@@ -33,7 +33,8 @@ from evaluators.cache import Values
 from evaluators.diagnostics import BY_TIME, errors_at_time, start_times
 from evaluators.estimators import as_float64
 from experiments.pages import Page, wrapped
-from experiments.provenance import commit, origin
+from experiments.provenance import origin
+from infra.commits import commit
 from infra.files import read_npz, write_atomic, write_npz
 from infra.startup import use_compilation_cache
 from likelihood import GaussianReference, ode_log_likelihood, to_bits_per_dim

@@ -21,8 +21,9 @@ import numpy as np
 
 from evaluation import MeanEstimate, mean_estimate
 from experiments.pages import Page, wrapped
-from experiments.provenance import commit, note_commit, noted_commits, origin
+from experiments.provenance import note_commit, noted_commits, origin
 from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
+from infra.commits import commit
 
 PAGE = Page(Path("docs/results/digits.md"), ("results", "gradients", "provenance"))
 

@@ -30,7 +30,8 @@ from build import TRAIN_KEY, Run, build
 from configs.default import Config
 from datasets import source_from_config
 from experiments.pages import Page, wrapped
-from experiments.provenance import commit, origin
+from experiments.provenance import origin
+from infra.commits import commit
 from infra.workdir import Workdir
 from losses import Noise, Objective
 from models.score import Params

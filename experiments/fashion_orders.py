@@ -23,14 +23,17 @@ from experiments.fashion_orders_page import PAGE, best_branch, page_parts
 from experiments.fashion_orders_plan import (
     BRANCHES,
     CONTROLS,
+    LEVEL_BATCHES,
     SEEDS,
     Plan,
+    branch_config,
     gflop_per_step,
     is_evaluated,
     likelihoods,
     long,
     samples,
 )
+from experiments.noise_levels import measure_levels
 from infra.workdir import Workdir
 
 
@@ -67,6 +70,8 @@ def run_all(plan: Plan, after_each: Callable[[], None]) -> None:
     def model(branch: str, seed: int, steps: int) -> None:
         train(plan, branch, seed, steps)
         evaluate(plan, branch, seed, likelihoods(plan))
+        if seed == SEEDS[0]:
+            measure_levels(branch_config(branch), plan.folder(branch, seed), LEVEL_BATCHES)
         models.append((branch, seed))
         if branch != "base":
             after_each()

@@ -12,6 +12,7 @@ from evaluation import MeanEstimate, mean_estimate
 from experiments.fashion_orders_plan import (
     BRANCHES,
     CONTROLS,
+    LEVEL_BATCHES,
     SEEDS,
     TITLES,
     Plan,
@@ -22,9 +23,11 @@ from experiments.fashion_orders_plan import (
     long,
     samples,
 )
+from experiments.noise_levels import BATCH, SIGMAS, Levels, levels_file, read_levels
 from experiments.pages import Page, wrapped
-from experiments.provenance import commit, origin
+from experiments.provenance import origin
 from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
+from infra.commits import commit
 from infra.metrics import read_metrics
 from infra.workdir import Workdir
 from report.figures import colours, style_panel
@@ -104,7 +107,10 @@ def page_parts(plan: Plan, images: Path) -> dict[str, str]:
     names, one = ["base", *BRANCHES, *map(long, CONTROLS)], SEEDS[0]
     cases = [(name, seed) for seed in SEEDS for name in names if seed == one or name != "base"]
     values = {case: values_of(plan, *case) for case in cases if has_likelihoods(plan, *case)}
-    draw_figures(plan, [name for name, seed in values if seed == one], images)
+    finished = [name for name, seed in values if seed == one]
+    folders = {name: plan.folder(name, one) for name in finished}
+    levels = {name: read_levels(folder) for name, folder in folders.items() if levels_file(folder).exists()}
+    draw_figures(plan, finished, levels, images)
     missing = [name for name in names if (name, one) not in values]
     if sum(seed != one for _, seed in values) <= len(CONTROLS):
         missing.append("the second seed")
@@ -115,6 +121,7 @@ def page_parts(plan: Plan, images: Path) -> dict[str, str]:
         samples=plan.samples,
         gap=SMALLEST_GAP,
         rows="\n".join(row(plan, *case) for case in values),
+        levels=levels_text(levels),
         verdicts="\n".join(f"- {line}" for line in verdicts(plan, values)),
         missing=f"Not finished: {', '.join(missing)}." if missing else "",
         solver=max(solver_error(plan, *case) for case in values),
@@ -184,25 +191,57 @@ def with_error(values: np.ndarray, sign: str = "") -> str:
     return f"{estimate.mean:{sign}.4f} ± {estimate.se:.4f}"
 
 
-def draw_figures(plan: Plan, names: list[str], images: Path) -> None:
-    """Draws the first-order test loss against steps and arithmetic, and r against the noise level."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    steps, arithmetic, residuals = figure.subplots(1, 3)
+def levels_text(levels: Mapping[str, Levels]) -> str:
+    """Returns the section about the noise levels; nothing if they have not been measured."""
+    if "base" not in levels:
+        return ""
+    start, branches = levels["base"], [name for name in levels if name != "base"]
+    changes = {name: levels[name].change_from(start) for name in branches}
+
+    def rows(term: str, values: np.ndarray) -> str:
+        cells = [
+            [f"{each[term][n].mean:+.1%} ± {each[term][n].se:.1%}" for each in changes.values()]
+            for n in range(len(SIGMAS))
+        ]
+        return "\n".join(
+            f"| {sigma:g} | {value:.3g} | {' | '.join(row)} |"
+            for sigma, value, row in zip(SIGMAS, values, cells, strict=True)
+        )
+
+    return LEVELS.format(
+        images=LEVEL_BATCHES * BATCH,
+        names=" | ".join(branches),
+        lines="---|" * len(branches),
+        first=rows("first", start.first.mean(axis=1)),
+        second=rows("second", start.second.mean(axis=1)),
+    )
+
+
+def draw_figures(plan: Plan, names: list[str], levels: Mapping[str, Levels], images: Path) -> None:
+    """Draws the first-order test loss against steps and arithmetic, and r and its change against the noise level."""
+    figure = Figure(figsize=(11, 6.8), layout="constrained")
+    (steps, arithmetic), (residuals, change) = figure.subplots(2, 2)
     branches = [name for name in names if name != "base"]
     for colour, name in zip(colours(len(branches)), branches, strict=True):
         folder = Workdir(plan.folder(name, SEEDS[0]))
         curves = read_metrics(folder.train).get("test", {})
+        line = "s--" if name.endswith("_long") else "o-"  # A longer control may have the colour of its control.
         if "first" in curves:
             done = np.asarray(curves["first"].steps)
-            line = "s--" if name.endswith("_long") else "o-"  # A longer control may have the colour of its control.
             steps.plot(done, curves["first"].values, line, color=colour, label=name, markersize=4)
             teraflop = done * gflop_per_step(name) / 1000
             arithmetic.plot(teraflop, curves["first"].values, line, color=colour, markersize=4)
         if BRANCHES[name.removesuffix("_long")].get("first_order_weighting") == "residual":
             residuals.loglog(*measured_residuals(name, folder.path), color=colour, label=name)
+        if {name, "base"} <= levels.keys():
+            estimates = levels[name].change_from(levels["base"])["first"]
+            means, errors = (100 * np.array([getattr(each, part) for each in estimates]) for part in ("mean", "se"))
+            change.errorbar(SIGMAS, means, errors, fmt=line, color=colour, markersize=4, capsize=2)
     style_panel(steps, "first-order test loss", "step", "")
     style_panel(arithmetic, "the same against arithmetic", "TFLOP", "")
     style_panel(residuals, "r(t) = E|u|² / d", "noise level", "")
+    style_panel(change, "change of |u|² / d from the start, in %", "noise level", "")
+    change.set_xscale("log")
     steps.legend(frameon=False, fontsize=8)
     if residuals.lines:
         residuals.legend(frameon=False, fontsize=8)
@@ -222,6 +261,23 @@ def measured_residuals(name: str, workdir: Path) -> tuple[np.ndarray, np.ndarray
     t = t_min + (np.arange(len(values)) + 0.5) / len(values) * (1 - t_min)
     return np.asarray(run.sde.alpha_sigma(t.astype(np.float32))[1]), values
 
+
+LEVELS = """
+## Where the branches differ
+
+The first-order term |u|² / d with u = z + sigma s at single noise levels, and its relative change from the start, on
+{images} test images with the same noise for all models:
+
+| sigma | start | {names} |
+|---|---|{lines}
+{first}
+
+The second-order term, the mean of |sigma² J + I - u uᵀ|² / d² (its unbiased estimate):
+
+| sigma | start | {names} |
+|---|---|{lines}
+{second}
+"""
 
 RESULTS = """
 A first-order model (VE, configs/fashion/ncsnpp.py, {base} steps) is trained for {steps} more steps with each objective,
@@ -243,10 +299,12 @@ than K's, and its bound on training images is not worse by two standard errors.
 
 {verdicts}
 
+{levels}
+
 The seconds per step are medians of runs beside other work on the same machine. So equal time is compared by the
 floating-point operations of a step, which are counted in its program.
 
-![test loss against steps and arithmetic, and r against the noise level](../images/orders.png)
+![test loss against steps and arithmetic, and r and its change against the noise level](../images/orders.png)
 
 {missing}
 """  # noqa: E501

@@ -35,6 +35,8 @@ TITLES = {
 }
 CONTROLS = ("K", "C")
 SEEDS = (1, 2)
+LEVEL_BATCHES = 6
+"""Batches of test images whose terms are measured by noise level."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,8 @@ from evaluators.cache import params_digest
 from evaluators.extractor import Features, Images, extract_features
 from evaluators.fid import Comparison, comparison_from_config
 from experiments.pages import Page, wrapped
-from experiments.provenance import commit, note_commit, noted_commits, origin
+from experiments.provenance import note_commit, noted_commits, origin
+from infra.commits import commit
 from infra.files import read_npz, write_atomic
 from infra.startup import use_compilation_cache
 from report.figures import COLOURS, figure_png

@@ -40,7 +40,7 @@ from experiments.ncsn_cases import (
     Case,
 )
 from experiments.ncsn_page import write_page
-from experiments.provenance import commit
+from infra.commits import commit
 from infra.files import write_npz
 from infra.startup import use_compilation_cache
 from infra.workdir import Workdir

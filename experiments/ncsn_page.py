@@ -30,7 +30,8 @@ from experiments.ncsn_cases import (
     Case,
 )
 from experiments.pages import Page, wrapped
-from experiments.provenance import commit, origin
+from experiments.provenance import origin
+from infra.commits import commit
 from infra.files import read_npz, write_atomic
 from infra.image_grid import image_grid, image_png
 from report.figures import COLOURS, captioned, figure_png, style_panel

@@ -1,23 +1,13 @@
 """The commit and the machine that the numbers of a page come from."""
 
 import platform
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
 import jax
 
+from infra.commits import commit
 from infra.files import write_atomic
-
-
-def commit() -> str:
-    """Returns the short hash of the current commit, or "unknown" without git or outside a repository."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    try:
-        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    except FileNotFoundError:
-        return "unknown"
-    return result.stdout.strip() or "unknown"
 
 
 def machine() -> str:

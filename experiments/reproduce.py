@@ -27,7 +27,6 @@ from analysis.trajectories import ode_path, sde_path
 from build import build
 from configs.default import Config
 from evaluation import mean_estimate
-from experiments.provenance import commit
 from experiments.reproduce_page import write_page
 from experiments.synthetic import BRANCHES, PROBLEMS, SEEDS, STARTS, TEST_POINTS, Problem
 from experiments.synthetic_measurements import (
@@ -40,6 +39,7 @@ from experiments.synthetic_measurements import (
     loss_variances,
     sde_of,
 )
+from infra.commits import commit
 from infra.files import read_npz, write_atomic, write_npz
 from infra.startup import use_compilation_cache
 from likelihood import GaussianReference, ode_log_likelihood

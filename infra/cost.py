@@ -17,6 +17,7 @@ import jax
 from jax.sharding import Mesh
 
 from configs.default import Config
+from infra import stop
 from infra.waiting import within
 
 Row: TypeAlias = Mapping[str, Any]
@@ -27,6 +28,7 @@ UNCHANGED = "none"
 
 MEMORY_FIELDS = (
     "training.accumulation_steps",
+    "training.high_order_fraction",
     "training.residual_first",
     "training.shard_state",
     "model.remat",
@@ -227,11 +229,15 @@ def program_cost(
     Args:
         train_steps, arguments, steps: as in `traced_cost`.
         limit: seconds that the compilation may take. If it takes longer, the process must end by `waiting.leave`.
+
+    Raises:
+        KeyboardInterrupt: after a request to stop, also while the program is compiled. The process must end in the
+            same way.
     """
     known, traced, lowered = traced_cost(train_steps, arguments, steps, jax.device_count())
     start = time.perf_counter()
     try:
-        compiled = lowered.compile() if math.isinf(limit) else within(limit, "the compilation", lowered.compile)
+        compiled = within(limit, "the compilation", lowered.compile)
     except TimeoutError:
         return known, None
     end = time.perf_counter()
@@ -266,9 +272,14 @@ def step_seconds(call: Callable[[Any], Any], state: Any, num_calls: int, steps: 
     Args:
         call: maps a state, which it may donate, to the next state.
         steps: the number of training steps of one call.
+
+    Raises:
+        KeyboardInterrupt: between two calls, after a request to stop. With several processes, all take all calls.
     """
     seconds = []
     for _ in range(num_calls + 1):
+        if jax.process_count() == 1:
+            stop.check()
         start = time.perf_counter()
         state = jax.block_until_ready(call(state))
         seconds.append((time.perf_counter() - start) / steps)
@@ -290,7 +301,7 @@ def device_memory() -> float:
 
 
 def peak_memory() -> float | None:
-    """Returns the peak memory in GB on the first device since the program started, or None if it is not known."""
+    """Returns the peak memory in GB on the first device since this process started, or None if it is not known."""
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     return None if peak is None else peak / GIGA
 
@@ -310,6 +321,7 @@ HEADERS = (
     "GB accessed",
     "temporary GB",
     "total GB",
+    "peak GB",
     "compile s",
     "s/step",
     "images/s",
@@ -322,7 +334,8 @@ def cells(row: Row) -> list[str]:
     def text(name: str) -> str:
         return "-" if row.get(name) is None else f"{row[name]:.4g}"
 
-    costs = [text(name) for name in ("gflop", "gb_accessed", "temporary_gb", "total_gb", "compile_seconds")]
+    memory = ("temporary_gb", "total_gb", "peak_gb")
+    costs = [text(name) for name in ("gflop", "gb_accessed", *memory, "compile_seconds")]
     speed = [row.get("error") or text("step_seconds"), text("images_per_second")]
     return [str(row["order"]), str(row["batch_size"]), row["memory"], *costs, *speed]
 
@@ -341,10 +354,13 @@ def largest_fitting(rows: Iterable[Row], memory_gb: float) -> Row | None:
 
 
 def fitting_text(order: int, rows: Sequence[Row], memory_gb: float) -> str:
-    """Names the largest batch of the order's rows that fits the memory, and the setting that makes it fit."""
+    """Names the largest batch of the order's rows that fits the memory, the setting that makes it fit, and the flags
+    with which --mode=train uses both."""
     best = largest_fitting((row for row in rows if row["order"] == order), memory_gb)
     if best is None:
-        return f"order {order}: none of the batches fits {memory_gb:.1f} GB"
+        return f"order {order}: none of the batches fits {memory_gb:.3g} GB"
     setting = "no memory setting" if best["memory"] == UNCHANGED else best["memory"]
-    needed = f"{best['total_gb']:.2f} of {memory_gb:.1f} GB"
-    return f"order {order}: batch {best['batch_size']} fits with {setting} and needs {needed}"
+    needed = f"{best['total_gb']:.3g} of {memory_gb:.3g} GB"
+    changes = Case(order, best["batch_size"], best["memory"]).changes()
+    flags = " ".join(f"--config.{field}={value}" for field, value in changes.items())
+    return f"order {order}: batch {best['batch_size']} fits with {setting} and needs {needed}: {flags}"

@@ -1,6 +1,6 @@
 """The folder of a run: where each artefact is, and the files that describe the run. artefacts.py has the arrays.
 
-    config.json, environment.json     the configuration; the software and devices of the last start
+    config.json, environment.json     the configuration; the commits of all starts, software and devices of the last
     start.json                        the checkpoint that the run starts from, if any, and its step
     checkpoints/STEP/                 training states: checkpoints.py
     train/metrics.jsonl               training metrics, with TensorBoard files in train/tensorboard/: metrics.py
@@ -43,6 +43,7 @@ from jaxtyping import UInt8
 from configs.default import Config
 from infra import parallel
 from infra.artefacts import ImageGrid, NumpyImages
+from infra.commits import commit
 from infra.console import log_to_file
 from infra.files import read_json, write_atomic
 from infra.image_grid import save_grid
@@ -172,7 +173,10 @@ class Workdir:
             yield
 
     def write_description(self, config: Config, num_parameters: int) -> None:
-        """Writes config.json and environment.json, and logs the fields that changed since the last start."""
+        """Writes config.json and environment.json, and logs the fields that changed since the last start.
+
+        `commits` in environment.json are those of all starts of the run, in their order.
+        """
         if jax.process_index() != 0:
             return
         fields = json.loads(config.to_json_best_effort())
@@ -180,7 +184,9 @@ class Workdir:
             _log_changes(json.loads(self.config.read_text()), fields)
         write_atomic(self.config, json.dumps(fields, indent=1))
         packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy", "scipy")
+        earlier = (read_json(self.environment, []) or {}).get("commits", [])
         environment = {
+            "commits": list(dict.fromkeys([*earlier, commit()])),
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
             "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
@@ -223,6 +229,15 @@ class Workdir:
         if problems:
             raise ValueError(problems[0])
         return start or {"init_from": "", "step": 0}
+
+    def last_step(self, training: Config) -> int:
+        """Returns the step at which training ends: `n_iters`, or `n_iters_from_start` after the start of the run.
+
+        Raises:
+            ValueError: as `read_start`.
+        """
+        start = self.read_start()["step"]
+        return start + training.n_iters_from_start if training.n_iters_from_start else training.n_iters
 
     def write_samples(
         self,

@@ -16,6 +16,11 @@ from sde_lib import SDE, VESDE, VPSDE, LinearGammaSDE
 class Conditioning(Protocol):
     """Converts times to the labels of a network, and its output to the score."""
 
+    def network_input(self, x: Batch, t: PerExample) -> Batch:
+        """Returns what the network receives in place of x: x itself, unless a class says otherwise."""
+        del t
+        return x
+
     def labels(self, t: PerExample) -> PerExample:
         """Returns the labels that the network receives for these times."""
         ...
@@ -26,7 +31,7 @@ class Conditioning(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class NoiseLevels:
+class NoiseLevels(Conditioning):
     """Labels are sigma_t, and the output is the score: the network divides by sigma_t itself."""
 
     sde: SDE
@@ -40,7 +45,7 @@ class NoiseLevels:
 
 
 @dataclasses.dataclass(frozen=True)
-class ScaledTimes:
+class ScaledTimes(Conditioning):
     """Labels are 999 t, and the output is the noise in x: -sigma_t times the score."""
 
     sde: SDE
@@ -53,7 +58,7 @@ class ScaledTimes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Velocities:
+class Velocities(Conditioning):
     """Labels are 999 t, and the output is the velocity of [Z23], from which the noise in x follows."""
 
     sde: LinearGammaSDE
@@ -65,16 +70,50 @@ class Velocities:
         return -self.sde.noise_of_velocity(x, output, t) / append_dims(self.sde.alpha_sigma(t)[1], x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Preconditioned(Conditioning):
+    """Labels are 999 t, and the output F is that of a denoiser's network with the preconditioning of [K22] Table 1.
+
+    The network receives x / v, and the score is
+
+        -x / v^2 + alpha data_std F / (sigma v)    with v^2 = alpha^2 data_std^2 + sigma^2.
+
+    With F = 0, it is the score of Gaussian data of variance data_std^2, so the network has the less to say, the more
+    noise there is. Group norms hide the length of x from a network. Here the first term keeps it.
+    """
+
+    sde: SDE
+    data_std: float = 0.5
+    """[K22] have this value for all images, whose range is then [-1, 1]."""
+
+    def network_input(self, x: Batch, t: PerExample) -> Batch:
+        return x / append_dims(self._std(t), x)
+
+    def labels(self, t: PerExample) -> PerExample:
+        return TIMES_PER_UNIT * t
+
+    def score(self, output: Batch, x: Batch, t: PerExample) -> Batch:
+        (alpha, sigma), std = self.sde.alpha_sigma(t), self._std(t)
+        scale = alpha * self.data_std / (sigma * std)
+        return append_dims(scale, x) * output - x / append_dims(std**2, x)
+
+    def _std(self, t: PerExample) -> PerExample:
+        """The standard deviation v of x at these times, if that of the data is data_std."""
+        alpha, sigma = self.sde.alpha_sigma(t)
+        return jnp.hypot(alpha * self.data_std, sigma)
+
+
 PARAMETERIZATIONS: dict[str, tuple[type[SDE], Callable[[Any], Conditioning]]] = {
     "noise": (SDE, ScaledTimes),
     "velocity": (LinearGammaSDE, Velocities),
+    "preconditioned": (SDE, Preconditioned),
 }
 """Conditionings of networks without `scale_by_sigma` in continuous time, by model.parameterization, with the SDEs that
 define them."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LadderLevels:
+class LadderLevels(Conditioning):
     """For SMLD: labels number the levels of a ladder from the largest sigma, and the output is the score.
 
     Each time has the label of the nearest level, so the score function jumps between two levels.
@@ -92,7 +131,7 @@ class LadderLevels:
 
 
 @dataclasses.dataclass(frozen=True)
-class ChainLevels:
+class ChainLevels(Conditioning):
     """For DDPM: labels number the levels of the chain from the smallest noise, and the output is the noise in x.
 
     Labels between two levels are not rounded, but the output is divided by the sigma of the level below, as published.

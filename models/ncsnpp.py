@@ -300,11 +300,16 @@ def ncsnpp_from_config(config: Config) -> NCSNpp:
 
 
 def check_scale_by_sigma(config: Config) -> None:
-    """Raises ValueError if model.scale_by_sigma cannot be used with the SDE."""
-    scale_by_sigma, sde = config.model.scale_by_sigma, config.training.sde
-    if scale_by_sigma != SDES[sde].scale_by_sigma:
+    """Raises ValueError if model.scale_by_sigma cannot be used with the SDE and model.parameterization."""
+    scale_by_sigma, sde, parameterization = (
+        config.model.scale_by_sigma,
+        config.training.sde,
+        config.model.parameterization,
+    )
+    if scale_by_sigma != (SDES[sde].scale_by_sigma and parameterization == "noise"):
         raise ValueError(
-            f"model.scale_by_sigma is {scale_by_sigma}, but networks for training.sde={sde} need {not scale_by_sigma}"
+            f"model.scale_by_sigma is {scale_by_sigma}, but networks for training.sde={sde} with "
+            f"model.parameterization={parameterization} need {not scale_by_sigma}"
         )
 
 

@@ -98,7 +98,8 @@ class NetworkScore:
 
     def __call__(self, x: Batch, t: PerExample) -> Batch:
         conditioning = self.model.conditioning
-        return conditioning.score(self._output(x, conditioning.labels(t)), x, t)
+        output = self._output(conditioning.network_input(x, t), conditioning.labels(t))
+        return conditioning.score(output, x, t)
 
     def with_classes(self, classes: Int[Array, " batch"] | None) -> "NetworkScore":
         """Returns the score function of examples of these classes."""

@@ -37,7 +37,7 @@ _PLACES = {"bpd": "", "bpd_tmin": "at x_tmin"}
 
 
 def _gaps(runs: Sequence[RunFiles]) -> list[Block]:
-    """The bits/dim of the ODE minus the bound for the same images, dequantization, checkpoint and place."""
+    """The bits/dim of the ODE minus the bound for the same images, dequantization, parameters, place and start time."""
     rows = []
     for run, (part, place) in itertools.product(runs, _PLACES.items()):
         results = [result for result in run.results if part in result]
@@ -58,7 +58,8 @@ def _bounds_the_same(part: Result, name: str) -> bool:
 
 
 def _compared_by(result: Result, part: str) -> list[object]:
-    return [result["checkpoint_step"], *(result[part].get(name) for name in ("data", "dequantization", "n"))]
+    of_part = (result[part].get(name) for name in ("data", "dequantization", "dequantizer", "t_min", "n"))
+    return [result["checkpoint_step"], result.get("parameters"), *of_part]
 
 
 def nats(runs: Sequence[RunFiles]) -> list[Block]:

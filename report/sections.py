@@ -154,8 +154,13 @@ def configurations(runs: Runs) -> list[Block]:
 
 
 def environments(runs: Runs) -> list[Block]:
-    """The software and devices of the last start."""
-    table = _fields_table({run.name: run.environment for run in runs if run.environment}, "")
+    """The software and devices of the last start, and the commits of all starts."""
+    of_runs = {
+        run.name: dict(run.environment) | {"commits": ", ".join(run.environment.get("commits", [MISSING]))}
+        for run in runs
+        if run.environment
+    }
+    table = _fields_table(of_runs, "")
     if table is None:
         return []
     rows = [(name.removeprefix("versions.").replace("_", " "), *values) for name, *values in table.rows]

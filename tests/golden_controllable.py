@@ -1,6 +1,5 @@
 """Checks of golden data of score_sde's controllable generation, and of its classifier of noisy images."""
 
-import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,13 +12,11 @@ from flax.traverse_util import unflatten_dict
 
 from arrays import Batch, ScoreFn
 from configs.default import Config
-from models.ladder import ladder_from_fields
-from models.ncsnpp import ncsnpp_from_fields
-from models.score import ScoreModel
+from models.score import score_model_from_config
 from models.wideresnet import NoisyClassifier, WideResnet
 from samplers.controllable import GuidedScore, Observation, colorization_basis, observe
 from samplers.predictor_corrector import CORRECTORS, PREDICTORS, Update
-from sde_lib import SDE, VESDE, VPSDE
+from sde_lib import SDE, VESDE
 from tests.golden_common import Result, count, relative_error, tree_differences, tree_shapes
 from tests.golden_score_sde import score_sde_config
 
@@ -48,9 +45,14 @@ def check_classifier(path: Path) -> Iterator[Result]:
         "guidance_logits", jax.jit(NoisyClassifier.__call__)(classifier, data["x"], t), data["guidance_logits"]
     )
     guided = GuidedScore(jax.tree_util.Partial(_no_score), classifier, jnp.asarray(data["class_labels"]))
-    gradients = list(_gradients_nearby(guided, jnp.asarray(data["x"]), t))
-    for number, want in enumerate(data["guidance_grad"]):
-        results = [_compared(f"guidance_grad, example {number}", gradient[number], want) for gradient in gradients]
+    yield from _compare_gradients("guidance_grad", guided, jnp.asarray(data["x"]), t, data["guidance_grad"])
+
+
+def _compare_gradients(name: str, guided: GuidedScore, x: Batch, t: jax.Array, wanted: np.ndarray) -> Iterator[Result]:
+    """Compares the gradient of each example with the nearest one of `_gradients_nearby`."""
+    gradients = list(_gradients_nearby(guided, x, t))
+    for number, want in enumerate(wanted):
+        results = [_compared(f"{name}, example {number}", gradient[number], want) for gradient in gradients]
         yield min(results, key=lambda result: result.error)
 
 
@@ -94,12 +96,12 @@ def check_class_conditional(path: Path) -> Iterator[Result]:
     params = _params(data, "classifier_params")
     classifier = NoisyClassifier(params, network, sde, jnp.array(CIFAR10_MEAN), jnp.array(CIFAR10_STD))
     guided = GuidedScore(score_fn, classifier, jnp.asarray(data["class_labels"]))
+    yield _compared("class_init", sde.prior_sigma * data["prior_noise"], data["class_init"])
     x, t = jnp.asarray(data["x"]), jnp.full(len(data["x"]), float(data["t"]), jnp.float32)
     yield _compared("score", _score(score_fn, x, t), data["score"])
-    yield _compared(
-        "class_classifier_grad", jax.jit(GuidedScore.classifier_score)(guided, x, t), data["class_classifier_grad"]
-    )
-    for rule, update in _updates(data, config, guided, sde, x, t).items():
+    yield from _compare_gradients("class_classifier_grad", guided, x, t, data["class_classifier_grad"])
+    score = jax.tree_util.Partial(_given, jnp.asarray(data["score"] + data["class_classifier_grad"]))
+    for rule, update in _updates(data, config, score, sde, x, t).items():
         for name, got in zip(("x", "x_mean"), update, strict=True):
             yield _compared(f"class_{rule}_{name}", got, data[f"class_{rule}_{name}"])
 
@@ -108,7 +110,9 @@ def _updates(data: Any, config: Config, score_fn: ScoreFn, sde: SDE, x: Batch, t
     """Returns the updates of the file's predictor and corrector, before anything is replaced."""
     steps = config.model.num_scales
     predict, correct = PREDICTORS[str(data["predictor"])], CORRECTORS[str(data["corrector"])]
-    updates = {}
+    updates: dict[str, Update] = dict.fromkeys(
+        ("predictor", "corrector"), (x, x)
+    )  # as in the published code without an update
     if predict is not None:
         run = jax.jit(predict, static_argnums=(1, 5))
         updates["predictor"] = run(score_fn, sde, x, t, jnp.asarray(data["predictor_noise"]), steps)
@@ -131,24 +135,8 @@ def _published_model(data: Any) -> tuple[Config, ScoreFn, SDE]:
     """Returns the configuration, the score function and the SDE of a file, in continuous or in discrete time."""
     description = json.loads(str(data["config"]))
     config = score_sde_config(description["base"].replace(".", "/"), description["overrides"])
-    model = config.model
-    sde = (
-        VESDE(model.sigma_min, model.sigma_max)
-        if config.training.sde == "vesde"
-        else VPSDE(model.beta_min, model.beta_max)
-    )
-    params = _params(data, "params")
-    if config.training.continuous:
-        network: Any = ncsnpp_from_fields(model, config.data.centered)
-        return config, ScoreModel(network, sde).score_fn(params), sde
-    ladder = ladder_from_fields(model)
-    network = ncsnpp_from_fields(model, config.data.centered, ladder)
-    return config, jax.tree_util.Partial(functools.partial(_discrete_ve_score, network, model.num_scales), params), sde
-
-
-def _discrete_ve_score(network: Any, num_scales: int, params: Any, x: Batch, t: jax.Array) -> Batch:
-    """Returns the score of SMLD, whose labels number the levels from the largest noise."""
-    return network.apply({"params": params}, x, jnp.round((1 - t) * (num_scales - 1)), False)
+    model = score_model_from_config(config)
+    return config, model.score_fn(_params(data, "params")), model.sde
 
 
 def _params(data: Any, prefix: str) -> Any:
@@ -164,6 +152,10 @@ def _tree(network: WideResnet, image_shape: tuple[int, ...]) -> dict[str, list[i
 @jax.jit
 def _score(score_fn: ScoreFn, x: Batch, t: jax.Array) -> Batch:
     return score_fn(x, t)
+
+
+def _given(score: Batch, x: Batch, t: jax.Array) -> Batch:
+    return score
 
 
 def _no_score(x: Batch, t: jax.Array) -> Batch:

@@ -123,9 +123,10 @@ def check_vdm_trees(path: Path) -> Iterator[Result]:
 def check_vdm_network(path: Path) -> Iterator[Result]:
     """Compares the parameter tree of a network, and its output to 1e-4 of its value plus 1e-5 of the largest value."""
     data = np.load(path)
-    config = golden_idode_config(data, size=data["z"].shape[1])
+    config = golden_idode_config(data, data["z"])
     params = golden_params(data)
-    differences = tree_differences(tree_shapes(_abstract(config)), tree_shapes(params))
+    shapes = _shapes(build_network(config), data["z"].shape[1:])
+    differences = tree_differences(tree_shapes(shapes), tree_shapes(params))
     yield count("parameters", differences)
     if not differences:
         model = config.model
@@ -143,7 +144,8 @@ def check_schedule(path: Path) -> Iterator[Result]:
     """
     data = np.load(path)
     for prefix, kind in (("vp", LinearGammaVPSDE), ("sp", StraightPathSDE)):
-        sde = kind(float(np.round(data["gamma_min"], 4)), float(data["gamma_max"]))
+        # The shortest decimal number with these 32 bits is the one that was meant, for example -13.3.
+        sde = kind(*(float(str(np.float32(data[end]))) for end in ("gamma_min", "gamma_max")))
         t = jnp.asarray(data["t"])
         (alpha, sigma), slope = sde.alpha_sigma(t), sde.drift_coeff(t) / sde.gamma_range
         yield Result(f"{prefix} gamma", relative_error(sde.gamma(t), data["gamma"], floor=1e-2), 1e-5)
@@ -178,13 +180,13 @@ def _check_velocities(sde: LinearGammaSDE, prefix: str, data: Any) -> Iterator[R
         yield Result(f"{prefix} {name}", relative_error(value, data[f"{prefix}_map_{name}"], floor=1.0), 1e-5)
 
 
-def golden_idode_config(data: Any, size: int) -> Config:
-    """Returns the configuration of a golden .npz file, for images of this size."""
+def golden_idode_config(data: Any, images: np.ndarray) -> Config:
+    """Returns the configuration of a golden .npz file, for images of the height and the channels of these."""
     description = json.loads(str(data["config"]))
     config = idode_config(description["base"], description["overrides"])
-    config.data.image_size = size
+    config.data.update(image_size=images.shape[1], num_channels=images.shape[-1])
     if config.model.attn_resolutions:
-        config.model.attn_resolutions = (size,)
+        config.model.attn_resolutions = (images.shape[1],)
     return config
 
 
@@ -197,6 +199,8 @@ def idode_config(base: str, overrides: dict[str, Any]) -> Config:
     if base == "cifar10_aug":
         config.update_from_flattened_dict(AUGMENTED)
     for published, value in overrides.items():
+        if published in OTHER_FIELDS:
+            continue
         if published not in FIELDS:
             raise UnknownKind(f"unknown field {published!r} of i-DODE")
         field = FIELDS[published]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ def check_idode_likelihood(path: Path) -> Iterator[Result]:
     """
     data = np.load(path)
     images, draws = np.concatenate([data["images"]] * len(data["draws"])), data["draws"]
-    config = golden_idode_config(data, size=images.shape[1])
+    config = golden_idode_config(data, images)
     model = score_model_from_config(config)
-    if data["gamma_start"] > config.model.gamma_min + 1e-3:  # uniform noise
+    if abs(data["gamma_start"] - config.model.gamma_min) > 1e-3:  # uniform noise, whatever gamma_min is
         config.eval.start_time = float(model.sde.time_of_log_noise_level(jnp.asarray(0.5 * data["gamma_start"])))
+    config.eval.truncation = 1e3  # The released code starts at gamma_min for every tau.
     network = Conditioned(model.network, np.concatenate([data["conditioning"]] * len(draws)))
     score_fn = dataclasses.replace(model, network=network).score_fn(golden_params(data))
     dequantizer = dequantizer_from_config(config, model.sde)
@@ -98,16 +100,19 @@ def _bits(dequantizer: Any, data: Any, noisy: Dequantized, result: LogLikelihood
         expected = released + (data["log_q_expectation"] - data["log_q_of_draws"]) / nats
     yield Result("bpd", float(np.abs(expected.mean(axis=0) - data["bpd_tol1e-7"]).max()), tolerance)
     yield Result("bpd_per_draw", float(np.abs(expected - data["bpd_per_draw"]).max()), 2 * tolerance)
-    if "bpd_k3_with_mean" in data:
-        mean = -log_mean_exp(-released[:3] * nats) / nats
-        yield Result("bpd_k3_with_mean", float(np.abs(mean - data["bpd_k3_with_mean"]).max()), tolerance)
-        sums = mean - math.log(3) / nats
-        yield Result("bpd_k3_as_released", float(np.abs(sums - data["bpd_k3_as_released"]).max()), tolerance)
+    change = np.asarray(result.divergence, np.float64).reshape(shape) - data["delta_logp_tol1e-7"]
+    yield Result("delta_logp_tol1e-7, in bits/dim", float(np.abs(change).max()) / nats, tolerance)
+    for name in (key for key in data.files if re.fullmatch(r"bpd_k\d+_with_mean", key)):
+        k = int(name.removeprefix("bpd_k").removesuffix("_with_mean"))
+        mean = -log_mean_exp(-released[:k] * nats) / nats
+        yield Result(name, float(np.abs(mean - data[name]).max()), tolerance)
+        sums, as_released = mean - math.log(k) / nats, f"bpd_k{k}_as_released"
+        yield Result(as_released, float(np.abs(sums - data[as_released]).max()), tolerance)
         terms = {"all": np.asarray(-result.logp + noisy.log_q, np.float64).reshape(shape)}
-        draws = [({"all": terms["all"][draw]}, {}) for draw in range(3)]
+        draws = [({"all": terms["all"][draw]}, {}) for draw in range(k)]
         ours = importance_weighted(draws, num_dims=d, **constants)["bpd"]
         if not isinstance(dequantizer, NormalDequantizer):
-            yield Result("bpd of 3 draws, ours", float(np.abs(ours - data["bpd_k3_with_mean"]).max()), tolerance)
+            yield Result(f"bpd of {k} draws, ours", float(np.abs(ours - data[name]).max()), tolerance)
 
 
 def _point(score_fn: NetworkScore, data: Any, network: Conditioned) -> Iterator[Result]:

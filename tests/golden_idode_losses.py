@@ -28,7 +28,7 @@ def check_idode_losses(path: Path) -> Iterator[Result]:
     twice. Both are compared after the same changes here. The reconstruction is also compared without the change.
     """
     data = np.load(path)
-    config = golden_idode_config(data, size=data["images"].shape[1])
+    config = golden_idode_config(data, data["images"])
     model = score_model_from_config(config)
     model = dataclasses.replace(model, network=Conditioned(model.network, data["conditioning"]))
     sde: Any = model.sde
@@ -88,7 +88,10 @@ def _compare_terms(
         "loss_diff": nats["first"],
     }
     for name, value in got.items():
-        yield Result(name, relative_error(value, data[name], floor=1e-2), 3e-4 if "recon" in name else 1e-4)
+        size = np.abs(data[name]) + 1e-2 * np.abs(data[name]).max()
+        # Where the noise at the start is far smaller than a bin, the reconstruction is below the rounding of logits.
+        size, tolerance = (size + 1e-7 * d / 3e-4, 3e-4) if "recon" in name else (size, 1e-4)
+        yield Result(name, float(np.max(np.abs(value - data[name]) / size)), tolerance)
     yield Result("loss_diff2", relative_error(second, data["loss_diff2"], floor=1e-2), 1e-2)
     total = (got["loss_recon"] + got["loss_klz"] + nats["first"] + second).mean() / (d * math.log(2))
     yield Result("total_bpd", relative_error(total, data["total_bpd"]), 1e-4)

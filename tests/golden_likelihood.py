@@ -18,9 +18,6 @@ from models.score import NetworkScore, score_model_from_config
 from samplers.predictor_corrector import CORRECTORS, PREDICTORS
 from tests.golden_common import Result, golden_config, golden_params, relative_error
 
-NUM_SCALES = 1000
-"""The number of steps of the discrete chains that the sampler updates belong to."""
-
 
 def check_likelihood(path: Path) -> Iterator[Result]:
     data = np.load(path)
@@ -32,7 +29,7 @@ def check_likelihood(path: Path) -> Iterator[Result]:
         solve = {"t_min": t_min, "method": method, "rtol": tolerance, "atol": tolerance}
         result = ode_log_likelihood(score_fn, score_fn.model.sde, x, jnp.asarray(data["hutchinson"])[None], **solve)
         result.info.require_success()
-        bits = bits_per_dim(result.terms, num_dims=num_dims(x), levels=256, unit_scale=scale)["bpd"]
+        bits = bits_per_dim(result.terms, num_dims=num_dims(x), levels=config.data.levels, unit_scale=scale)["bpd"]
         yield Result(f"bpd, {method}", float(np.abs(bits - data["bpd_tol1e-7"]).max()), 5e-3)
         if method == "scipy":
             yield Result("bpd, published protocol", relative_error(bits, data["bpd"]), 1e-3)
@@ -40,7 +37,7 @@ def check_likelihood(path: Path) -> Iterator[Result]:
             yield Result("latent, published protocol", error, _latent_tolerance(config))
     offset = _published_offset(score_fn, x, jnp.asarray(data["offset_noise"]), t_min)
     yield Result("offset_nats", relative_error(offset, data["offset_nats"], scale=_size(data["offset_nats"])), 1e-3)
-    yield from _sampler_updates(score_fn, data)
+    yield from _sampler_updates(score_fn, data, config.model.num_scales)
 
 
 def _latent_tolerance(config: Config) -> float:
@@ -65,15 +62,18 @@ def _published_offset(score_fn: NetworkScore, x: jax.Array, noise: jax.Array, t_
     return draw + 0.5 * (jnp.sum(noise**2, axis=(1, 2, 3)) - num_dims(x))
 
 
-def _sampler_updates(score_fn: NetworkScore, data: Any) -> Iterator[Result]:
+def _sampler_updates(score_fn: NetworkScore, data: Any, num_steps: int) -> Iterator[Result]:
+    """Compares one update of each predictor and corrector in the file, for a chain of `num_steps` steps."""
     inputs = ("sampler_x", "sampler_t", "predictor_noise", "corrector_noise", "snr")
     draws = {key: data[key] for key in inputs if key in data}
-    for name, value in _updates(score_fn, draws, tuple(data.files)).items():
+    for name, value in _updates(score_fn, draws, tuple(data.files), num_steps).items():
         yield Result(name, relative_error(value, data[name], scale=_size(data[name])), 1e-3)
 
 
-@functools.partial(jax.jit, static_argnums=2, compiler_options=RUN_ONCE)
-def _updates(score_fn: NetworkScore, draws: dict[str, jax.Array], names: tuple[str, ...]) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(2, 3), compiler_options=RUN_ONCE)
+def _updates(
+    score_fn: NetworkScore, draws: dict[str, jax.Array], names: tuple[str, ...], num_steps: int
+) -> dict[str, jax.Array]:
     """Returns the score, and the updates of all predictors and correctors among the names, in one program."""
     x, t, sde = draws["sampler_x"], draws["sampler_t"], score_fn.model.sde
     score = score_fn(x, t)
@@ -84,13 +84,13 @@ def _updates(score_fn: NetworkScore, draws: dict[str, jax.Array], names: tuple[s
 
     for name, predictor in PREDICTORS.items():
         if f"{name}_x" in names:
-            settings = (lambda x, t: score, sde, x, t, draws["predictor_noise"], NUM_SCALES)
+            settings = (lambda x, t: score, sde, x, t, draws["predictor_noise"], num_steps)
             keep(name, predictor(*settings))
             if f"{name}_pflow_x" in names:
                 got[f"{name}_pflow_x"] = predictor(*settings, probability_flow=True)[0]
     for name, corrector in CORRECTORS.items():
         if f"{name}_x" in names:
-            keep(name, corrector(lambda x, t: score, sde, x, t, draws["corrector_noise"], NUM_SCALES, draws["snr"]))
+            keep(name, corrector(lambda x, t: score, sde, x, t, draws["corrector_noise"], num_steps, draws["snr"]))
     return got
 
 

@@ -4,12 +4,22 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from build import TRAIN_KEY, build
+from build import build
+from configs.digits.smoke import get_config as images_config
 from configs.toy.smoke import get_config as points_config
-from evaluators import step_cost
-from infra.cost import Case, all_cases, contraction_flop, error_text, fitting_text, peak_bytes
+from evaluators import selftest, step_cost
+from infra.cost import (
+    Case,
+    all_cases,
+    contraction_flop,
+    error_text,
+    fitting_text,
+    peak_bytes,
+    step_seconds,
+)
 from infra.workdir import Workdir
 
 
@@ -24,9 +34,11 @@ def config_with(**fields):
 
 @pytest.fixture(scope="module")
 def costs(tmp_path_factory):
-    """The rows of a measurement of points, and its workdir."""
-    workdir = tmp_path_factory.mktemp("cost")
-    step_cost.cost(config_with(cost__memory=("none",)), workdir)
+    """The rows of a measurement of points, and its workdir. The device states these peaks before and after each row."""
+    workdir, peaks = tmp_path_factory.mktemp("cost"), iter((1.0, 2.0, 2.0, 2.0, 2.0, 3.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(step_cost, "peak_memory", lambda: next(peaks))
+        step_cost.cost(config_with(cost__memory=("none",)), workdir)
     return Workdir(workdir).read_costs(), workdir
 
 
@@ -48,14 +60,33 @@ def test_arithmetic_grows_with_the_order(costs):
     assert 3.2 < gflop[2] / gflop[0] < 5
 
 
-def test_arithmetic_does_not_grow_with_parts():
-    def traced_flop(parts, **options):
-        run = build(config_with(training__accumulation_steps=parts))
-        batches = jax.ShapeDtypeStruct((1, 64, 2), jnp.float32)
-        traced = run.train_steps().trace(run.abstract_state(), batches, run.key(TRAIN_KEY))
-        return contraction_flop(traced.jaxpr, **options)
+def test_the_peak_of_an_earlier_row_is_not_that_of_a_later_one(costs):
+    assert [row["peak_gb"] for row in costs[0]] == [2.0, None, 3.0]
 
-    assert traced_flop(4) == traced_flop(1)
+
+def traced_flop(order, memory):
+    run = build(Case(order, 64, memory).applied_to(config_with()))
+    return contraction_flop(run.train_steps().trace(*run.step_shapes(1)).jaxpr)
+
+
+def test_arithmetic_does_not_grow_with_parts(costs):
+    gflop = costs[0][0]["gflop"]
+    assert traced_flop(1, "training.accumulation_steps=4") == pytest.approx(1e9 * gflop)
+
+
+def test_the_fraction_divides_the_arithmetic_of_the_higher_orders(costs):
+    first, _, third = (1e9 * row["gflop"] for row in costs[0])
+    assert (traced_flop(3, "training.high_order_fraction=0.25") - first) / (third - first) == pytest.approx(
+        0.25, rel=0.1
+    )
+
+
+def test_a_request_to_stop_is_answered(tmp_path, stop_requested):
+    with pytest.raises(KeyboardInterrupt):
+        step_cost.cost(config_with(), tmp_path)
+    assert Workdir(tmp_path).read_costs() == []
+    with pytest.raises(KeyboardInterrupt):
+        step_seconds(lambda state: state, 0, 3, 1)
 
 
 def test_known_rows_are_not_measured_again(costs, monkeypatch, capsys):
@@ -71,11 +102,33 @@ def test_known_rows_are_not_measured_again(costs, monkeypatch, capsys):
     assert measured == []
     table = capsys.readouterr().out
     assert f"{rows[1]['temporary_gb']:.4g}" in table
-    assert "order 2: none of the batches fits 0.0 GB" in table
+    assert "order 2: none of the batches fits 1e-09 GB" in table
     step_cost.cost(config_with(cost__memory=("none",), cost__orders=(2, 3), training__batch_size=128), workdir)
     assert measured == [2, 3]
     assert "out of memory" in capsys.readouterr().out
     assert len(Workdir(workdir).read_costs()) == 5
+
+
+def test_a_selftest_expects_the_steps_of_a_continued_run(monkeypatch):
+    config = images_config()
+    config.training.n_iters_from_start = 5
+    monkeypatch.setattr(selftest, "case_cost", lambda *_: {"step_seconds": 3600.0})
+    assert "5 h for 5 steps" in selftest._step_in_words(build(config), 0)
+
+
+def test_random_batches_are_as_training_makes_them():
+    config = images_config()
+    config.data.num_classes = 5
+    run = build(config)
+    _, shapes, _ = run.step_shapes(2)
+    batches = step_cost.random_batches(run, shapes)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), batches) == jax.tree.map(lambda a: (a.shape, a.dtype), shapes)
+    assert set(np.unique(batches.labels)) == set(range(5))
+    assert int(batches.images.min()) == 0
+    assert int(batches.images.max()) == config.data.levels - 1
+    points = build(config_with())
+    _, shapes, _ = points.step_shapes(1)
+    assert step_cost.random_batches(points, shapes).shape == shapes.shape
 
 
 def test_a_full_device_is_a_row(tmp_path, monkeypatch):
@@ -143,12 +196,22 @@ def test_the_fastest_setting_of_the_largest_batch_is_named():
     rows = [
         {"order": 3, "batch_size": 48, "memory": "none", "total_gb": 8.0, "gflop": 1.0, "step_seconds": 1.0},
         {"order": 3, "batch_size": 128, "memory": "none", "total_gb": 20.0, "gflop": 3.0, "step_seconds": 2.0},
-        {"order": 3, "batch_size": 128, "memory": "slow", "total_gb": 7.0, "gflop": 4.0, "step_seconds": 3.0},
-        {"order": 3, "batch_size": 128, "memory": "fast", "total_gb": 9.0, "gflop": 5.0, "step_seconds": 2.5},
+        {
+            "order": 3,
+            "batch_size": 128,
+            "memory": "model.remat=conv",
+            "total_gb": 7.0,
+            "gflop": 4.0,
+            "step_seconds": 3.0,
+        },
+        {"order": 3, "batch_size": 128, "memory": "model.dtype=x", "total_gb": 9.0, "gflop": 5.0, "step_seconds": 2.5},
         {"order": 3, "batch_size": 256, "memory": "none", "error": "out of memory"},
     ]
-    assert fitting_text(3, rows, 10) == "order 3: batch 128 fits with fast and needs 9.00 of 10.0 GB"
-    assert "with no memory setting" in fitting_text(3, rows, 30)
+    flags = "--config.training.score_matching_order=3 --config.training.batch_size=128"
+    assert fitting_text(3, rows, 10) == (
+        f"order 3: batch 128 fits with model.dtype=x and needs 9 of 10 GB: {flags} --config.model.dtype=x"
+    )
+    assert fitting_text(3, rows, 30).endswith(f"with no memory setting and needs 20 of 30 GB: {flags}")
 
 
 def test_settings_may_be_joined():

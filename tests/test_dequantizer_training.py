@@ -16,6 +16,7 @@ from bound_likelihood import bound_draw, likelihood_bound
 from build import build
 from configs.digits.smoke import get_config
 from coordinates import GaussianReference
+from dequantization import variational
 from dequantization.noise import Bins
 from dequantization.training import evaluation_dequantizer
 from dequantization.variational import DequantizerTrainer, VariationalDequantizer
@@ -49,6 +50,23 @@ def test_a_draw_of_the_bound_has_its_expectation(name, started):
     draws = np.asarray(draws).reshape(num, 2)
     error = np.sqrt(np.var(draws, axis=0) / num + np.square(bound.error))
     assert np.all(np.abs(np.mean(draws, axis=0) - (bound.prior + bound.integral + bound.start)) < 5 * error)
+
+
+def test_even_times_of_a_test_are_in_random_order(monkeypatch):
+    """In training they rise from row to row. The first rows of a test batch that is not full must have times, too."""
+    quantiles = []
+    monkeypatch.setattr(variational, "bound_draw", lambda *given: quantiles.append(np.asarray(given[3])) or given[3])
+    trainer = DequantizerTrainer(
+        Flowpp(2, 2, 1, 1), VPSDE(), optax.identity(), Bins(2, False), 1e-5, False, 0.9, random_flip=False
+    )
+    images = jnp.zeros((8, 2, 2, 1), jnp.uint8)
+    monkeypatch.setattr(variational, "_noise", lambda *given: (jnp.zeros(images.shape), jnp.zeros(len(images))))
+    for train in (True, False):
+        trainer.bits_per_dim({}, lambda x, t: x, GaussianReference(), images, jax.random.key(0), train=train)
+    rising, mixed = (np.diff(each) % 1 for each in quantiles)
+    np.testing.assert_allclose(rising, 1 / 8, atol=1e-6)
+    np.testing.assert_allclose(np.sort(quantiles[1]), np.sort(quantiles[0]))
+    assert np.max(np.abs(mixed - 1 / 8)) > 0.2
 
 
 def test_training_finds_the_noise_that_the_model_wants():

@@ -1,16 +1,21 @@
 """The rule of the experiment on FashionMNIST, its settings, and its page from stored results."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from build import build
+from configs.digits.smoke import get_config as get_digits_config
 from configs.fashion.ncsnpp import get_config
-from experiments import fashion_orders, fashion_orders_page
+from experiments import fashion_orders, fashion_orders_page, noise_levels
 from experiments.fashion_orders_page import Values, best_branch, helps, page_parts, verdict
 from experiments.fashion_orders_plan import BRANCHES, Plan, likelihoods, samples
+from experiments.noise_levels import SIGMAS, Levels, levels_file, terms_at_levels
 from losses import objective_from_config
+from tests.tiny_network import tiny_network
 
 IMAGES = 16
 
@@ -76,6 +81,8 @@ def write_run(plan: Plan, branch: str, seed: int, tmin: float) -> None:
             np.savez(stored / "repeat0_batch0.npz", bpd=values(mean, 0.0).ode_tmin)
             result[part] = {"values": part, "errors": {"solver_error": -0.001}}
         (folder / name / "step_3.json").write_text(json.dumps(result))
+    one = np.ones((len(SIGMAS), IMAGES)) * (2.0 if branch == "base" else 1.5)
+    np.savez(levels_file(folder), first=one, second=one**2)
 
 
 def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,7 +124,30 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
     assert "Not finished: C, 2, W, V2, 3, V3, K_long, C_long" in first
     assert "Not finished: 3, V3, K_long, C_long" in fifth
     assert "Not finished" not in last
+    assert "| 0.012 | 2 | -25.0% ± 0.0% |" in last
+    assert "| 0.012 | 4 | -43.8% ± 0.0% |" in last
     assert [sum(line.startswith("| V2 |") for line in page.splitlines()) for page in pages] == [0, 1, 2]
     assert sum(line.startswith(("| V2 |", "| K |", "| K_long |", "| base |")) for line in last.splitlines()) == 6
     assert last.count("these help: V2") == 3  # equal steps with both seeds, and equal arithmetic
     assert (tmp_path / "images" / "orders.png").is_file()
+
+
+def test_the_terms_of_a_score_of_zero_at_each_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then u = z and M = I: the second-order term is |I - z z'|_F^2 / d^2."""
+    monkeypatch.setattr(noise_levels, "SIGMAS", (0.1, 10.0))
+    monkeypatch.setattr(noise_levels, "BATCH", 4)
+    with tiny_network():
+        run = build(get_digits_config())
+        first, second = terms_at_levels(run, run.fresh_state().params, 2)
+    assert first.shape == (2, 8)
+    np.testing.assert_allclose(first[0], first[1], rtol=1e-3)  # the same noise; a new network's score is only near zero
+    assert len(np.unique(first[0])) == 8
+    np.testing.assert_allclose(second, 1 / 64 - 2 * first / 64 + first**2, rtol=1e-3)
+
+
+def test_changes_are_paired() -> None:
+    start = np.array([[1.0, 2.0, 3.0]])
+    changes = Levels(0.9 * start, start).change_from(Levels(start, start))
+    assert changes["first"][0].mean == pytest.approx(-0.1)
+    assert changes["first"][0].se == pytest.approx(0.05 * 2 / math.sqrt(3) / 2, rel=0.01)
+    assert changes["second"][0] == (0.0, 0.0, 3)

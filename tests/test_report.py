@@ -58,6 +58,7 @@ def write_run(workdir: Path, order: int = 3) -> Path:
     training = {"score_matching_order": order, "note": "<b>&amp;</b>"}
     write_json(workdir / "config.json", {"seed": 42, "training": training})
     environment = {"versions": {"jax": "0.10.2"}, "device": "cpu", "devices": 1, "hosts": 1, "num_parameters": 190321}
+    environment["commits"] = ["1a2b3c4", "5d6e7f8"]
     write_json(workdir / "environment.json", environment)
     result = {"checkpoint_step": 2000, "order": order, "ema": True, "bpd": BPD, "samples": SAMPLES}
     write_json(workdir / "eval" / "step_2000.json", result)
@@ -138,6 +139,7 @@ def test_report_has_every_section_with_its_numbers(tmp_path):
     assert "2,000 3.3 min 0.1 0.1 0.1" in words(page.sections["Time"])
     assert "training.score_matching_order 3" in words(page.sections["Configuration"])
     assert "jax 0.10.2 device cpu" in words(page.sections["Environment"])
+    assert "commits 1a2b3c4, 5d6e7f8" in words(page.sections["Environment"])
 
 
 def test_report_needs_no_other_file(tmp_path):
@@ -254,6 +256,7 @@ def test_the_gap_between_ode_and_bound_is_taken_at_the_same_point(tmp_path):
         "ode": {"bpd": ode | {"mean": 2.0}, "bpd_tmin": ode | {"mean": 2.125}},
         "bound": {"bpd_tmin": bound | {"mean": 2.1, "num_starts": 0}, "bpd": bound | {"mean": 2.1, "num_starts": 0}},
         "others": {"bpd_tmin": bound | {"mean": 2.3, "num_starts": 0, "n": 9}},
+        "later": {"bpd_tmin": bound | {"mean": 2.2, "num_starts": 0, "t_min": 0.1}},
     }
     for name, content in results.items():
         write_json(tmp_path / "eval" / f"{name}.json", {"checkpoint_step": 5} | content)

@@ -10,7 +10,6 @@ import pytest
 
 from build import build
 from configs.toy.smoke import get_config
-from experiments.provenance import commit
 from experiments.reproduce import config_of
 from experiments.reproduce_page import write_page
 from experiments.synthetic import BRANCHES, PROBLEMS, STARTS, Problem
@@ -68,12 +67,6 @@ def test_page(tmp_path: Path) -> None:
     write_atomic(path, text + "\nBy hand.\n")
     write_page(PROBLEMS, tmp_path / "runs", tmp_path / "docs")
     assert path.read_text() == text + "\nBy hand.\n"
-
-
-def test_without_git_a_page_can_be_written(tmp_path, monkeypatch):
-    """Hours of work end in it."""
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert commit() == "unknown"
 
 
 def test_a_setting_that_is_no_field_is_refused():

@@ -315,12 +315,11 @@ def test_when_snapshots_are_due(run, tmp_path, step, due):
     assert not Snapshots(build(config_with(training__snapshot_sampling=False)), Workdir(tmp_path)).due(step)
 
 
-def test_snapshots_of_a_run_from_a_checkpoint_are_due_at_its_own_last_step(tmp_path):
-    """The run goes from step 13 to step 17; training.n_iters, which is 12, does not matter."""
-    config = config_with(training__n_iters_from_start=4)
-    Workdir(tmp_path).write_start("elsewhere", 13)
-    snapshots = Snapshots(build(config), Workdir(tmp_path))
-    assert [step for step in range(13, 18) if snapshots.due(step)] == [17]
+def test_a_continued_run_has_a_snapshot_of_its_last_step(tmp_path):
+    run = build(config_with(training__n_iters_from_start=5, training__init_from="elsewhere"))
+    workdir = Workdir(tmp_path)
+    workdir.write_start("elsewhere", 20)
+    assert [step for step in range(19, 27) if Snapshots(run, workdir).due(step)] == [24, 25, 26]
 
 
 def test_a_bad_sampler_is_found_before_training(tmp_path):

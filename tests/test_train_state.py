@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
+from arrays import LabelledBatch
 from build import TRAIN_KEY, build
 from configs.digits.smoke import get_config
 from datasets import source_from_config, training_batches
@@ -19,7 +20,7 @@ from models.ncsnpp import NCSNpp, apply_with_remat
 from models.score import ScoreModel
 from objectives.residuals import ResidualTable
 from sde_lib import VPSDE
-from train_state import create_state, optimizer_from_config, schedules_at
+from train_state import Trainer, create_state, optimizer_from_config, schedules_at
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +293,28 @@ def test_all_options_together_train_alike_on_four_devices_in_parts(batches):
     of_one, of_four = (jax.tree.map(jnp.asarray, state.residuals).values() for state in (one, four))
     np.testing.assert_allclose(of_four, of_one, rtol=1e-3)
     assert np.mean(of_one) < 0.99
+
+
+def test_classes_are_hidden_by_other_random_numbers_than_the_data(monkeypatch):
+    """`jax.random.split` and `jax.random.fold_in` of a key derive the same keys."""
+    keys = {}
+
+    def hide_classes(trainer, key, labels):
+        keys["classes"] = key
+        return labels
+
+    monkeypatch.setattr(Trainer, "_hide_classes", hide_classes)
+    monkeypatch.setattr(Trainer, "loss_gradient", lambda *_: ({}, {}, None))
+
+    def preprocess(key, images):
+        keys["data"] = key
+        return jnp.zeros(images.shape)
+
+    trainer = dataclasses.replace(build(get_config()).trainer, preprocess=preprocess)
+    images = np.zeros((2, 8, 8, 1), np.uint8)
+    trainer.gradient_and_residuals({}, LabelledBatch(images, np.zeros(2, np.int32)), jax.random.key(0), None)
+    derived = [jax.random.key_data(key).tolist() for key in jax.random.split(keys["data"])]
+    assert jax.random.key_data(keys["classes"]).tolist() not in derived
 
 
 def test_average_of_parameters(batches):

@@ -2,8 +2,8 @@
 
     python main.py --config=configs/idode/cifar10_sp.py --workdir=WORKDIR --mode=train
 
-30.6M parameters. Published: FID 11.2, with importance sampling. Steps, hardware and training time behind the number
-were not checked. The variations in the docstring of cifar10 apply here, too.
+30.6M parameters. Published: FID 11.2, with importance sampling. Steps and hardware are published only for VP, and are
+in the docstring of cifar10. Its variations apply here, too.
 """
 
 from configs.default import Config

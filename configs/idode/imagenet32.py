@@ -2,8 +2,14 @@
 
     python main.py --config=configs/idode/imagenet32.py --workdir=WORKDIR --mode=train
 
-122.1M parameters. Published: 3.69 bits/dim with truncated normal noise (VDM [K21]: 3.72). Results on the new version
-are not comparable. Steps, draws, hardware and training time behind the number were not checked.
+122.1M parameters. Published: 3.69 bits/dim with truncated normal noise (VDM [K21]: 3.72), after 2M steps with batches
+of 512 and 500,000 steps of fine-tuning on 8 NVIDIA A100 (README of the released code). Each of the latter steps
+computes a quarter of a batch of 512, so here they are 125,000 steps. Results on the new version are not comparable. The
+training time is not published. Fine-tuning with the second order:
+
+    python main.py --config=configs/idode/imagenet32.py --workdir=FINE_TUNED --mode=train \\
+        --config.training.score_matching_order=2 --config.training.init_from=WORKDIR \\
+        --config.training.n_iters_from_start=125000 --config.training.accumulation_steps=4
 """
 
 from configs.default import Config
