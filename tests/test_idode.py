@@ -259,7 +259,7 @@ def config_with(**fields: Any) -> Config:
         ({"training__sde": "vpsde"}, "model.parameterization is 'velocity', which VPSDE.* does not define"),
         (
             {"training__sde": "vesde", "model__scale_by_sigma": True},
-            "model.parameterization is 'velocity', which needs model.scale_by_sigma=False",
+            "model.scale_by_sigma is True.*model.parameterization=velocity need False",
         ),
         ({"training__importance_density": "data"}, "training.importance_density is 'data'; known: noise, velocity"),
         ({"training__sde": "vpsde", "model__parameterization": "noise"}, "which training.sde=vpsde does not define"),
