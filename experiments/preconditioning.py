@@ -35,8 +35,10 @@ from report.figures import colours, figure_png, style_panel
 PAGE = Page(Path("docs/results/preconditioning.md"), ("results", "provenance"))
 
 SEEDS = (1, 2, 3)
-MODELS = {"published": ncsnpp, "preconditioned": preconditioned}
-"""The modules of the configurations, by parameterization. Differences are from the first."""
+MODELS = {"published": ncsnpp.get_config, "preconditioned": preconditioned.get_config}
+"""The configurations, by parameterization. Differences are from the first."""
+
+FILES = {"published": "configs/digits/ncsnpp.py", "preconditioned": "configs/digits/preconditioned.py"}
 
 LEVEL_BATCHES = 5
 EVALUATIONS = {
@@ -70,7 +72,7 @@ def folder_of(runs: Path, name: str, seed: int) -> Path:
 
 
 def config_of(name: str, seed: int) -> Config:
-    config = MODELS[name].get_config()
+    config = MODELS[name]()
     config.seed = seed
     return config
 
@@ -89,7 +91,7 @@ def run_model(name: str, seed: int, workdir: Path) -> None:
 
 def call(name: str, workdir: Path, *arguments: str) -> None:
     """Calls main.py."""
-    command = ["main.py", f"--config=configs/digits/{Path(MODELS[name].__file__).name}", f"--workdir={workdir}"]
+    command = ["main.py", f"--config={FILES[name]}", f"--workdir={workdir}"]
     print("python", shlex.join([*command, *arguments]), flush=True)
     subprocess.run([sys.executable, *command, *arguments], check=True)
 

@@ -27,7 +27,7 @@ class Network:
     def __init__(self, function: Any) -> None:
         self.function = function
 
-    def lazy_init(self, *_: Any) -> Any:
+    def lazy_init(self, rngs: Any, *args: Any) -> Any:
         raise NotImplementedError
 
     def apply(self, variables: Any, x: Batch, labels: PerExample, *args: Any, **kwargs: Any) -> Any:
