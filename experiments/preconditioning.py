@@ -163,7 +163,7 @@ def difference_rows(values: dict[str, dict[str, np.ndarray]]) -> list[str]:
         for quantity in QUANTITIES:
             gains = values[first][quantity] - values[name][quantity]
             by_image, by_seed = mean_estimate(gains.mean(axis=0)), mean_estimate(gains.mean(axis=1))
-            cells = [name, quantity, f"{by_seed.mean:+.4f}", f"{by_seed.se:.4f}", f"{by_image.se:.4f}"]
+            cells = [name, quantity, f"{by_seed.mean:+.4f} ± {by_seed.se:.4f}", f"{by_image.se:.4f}"]
             rows.append(f"| {' | '.join(cells)} |")
     return rows
 
@@ -212,8 +212,8 @@ solver's own estimate, its error is at most {solver:.4f} bits/dim.
 
 How much lower the bits/dim are than the published score's:
 
-| score | | difference | standard error over seeds | standard error over images |
-|---|---|---|---|---|
+| score | | difference | its standard error over images |
+|---|---|---|---|
 {differences}
 
 The noise |u|² / d with u = z + sigma s that the score leaves unexplained at single noise levels, on {level_images} test

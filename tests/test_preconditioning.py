@@ -43,8 +43,8 @@ def test_the_page(tmp_path: Path) -> None:
         "| published | 0.250 | 2.020 ± 0.006 | 2.140 ± 0.006 | 2.120 ± 0.006 | +0.020 ± 0.000 | 1.500 ± 0.000 |"
         in lines
     )
-    assert "| preconditioned | ODE at x | +0.2200 | 0.0000 | 0.0000 |" in lines
-    assert "| preconditioned | bound at x_tmin | +0.2000 | 0.0000 | 0.0000 |" in lines
+    assert "| preconditioned | ODE at x | +0.2200 ± 0.0000 | 0.0000 |" in lines
+    assert "| preconditioned | bound at x_tmin | +0.2000 ± 0.0000 | 0.0000 |" in lines
     assert "| 0.012 | 0.20000 | 0.10000 | -50.0% ± 0.0% |" in lines
     assert "1 / (2 d) = 0.0078" in parts["results"]
     assert "1a2b3c4" in parts["provenance"]

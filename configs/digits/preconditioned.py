@@ -4,8 +4,9 @@
     python main.py --config=configs/digits/preconditioned.py --workdir=runs/preconditioned --mode=eval
 
 The network does not see the length of its input, because its group norms divide by it. The score of the published
-parameterization therefore has an error along x at large noise levels, which this one does not have. The bits/dim are
-0.15 lower; see docs/results/preconditioning.md.
+parameterization therefore has an error along x at large noise levels, which this one does not have. After 4000 steps:
+1.910 +- 0.004 bits/dim on the 359 test images, over three seeds, instead of 2.082 +- 0.005. See
+docs/results/preconditioning.md.
 """
 
 from configs.default import Config
