@@ -140,8 +140,8 @@ def has_likelihoods(plan: Plan, name: str, seed: int) -> bool:
 
 
 def best_branch(plan: Plan) -> str:
-    """Returns the best branch of orders 2 and 3, by the ODE at x_tmin."""
-    high = [branch for branch in BRANCHES if branch not in CONTROLS]
+    """Returns the best of the evaluated branches of orders 2 and 3, by the ODE at x_tmin."""
+    high = [branch for branch in BRANCHES if branch not in CONTROLS and has_likelihoods(plan, branch, SEEDS[0])]
     return min(high, key=lambda branch: float(np.mean(values_of(plan, branch, SEEDS[0]).ode_tmin)))
 
 

@@ -130,6 +130,8 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
     assert sum(line.startswith(("| V2 |", "| K |", "| K_long |", "| base |")) for line in last.splitlines()) == 6
     assert last.count("these help: V2") == 3  # equal steps with both seeds, and equal arithmetic
     assert (tmp_path / "images" / "orders.png").is_file()
+    (plan.folder("V3", 1) / "eval" / "step_3.json").unlink()
+    assert "Not finished: V3." in page_parts(plan, tmp_path / "images")["results"]
 
 
 def test_the_terms_of_a_score_of_zero_at_each_level(monkeypatch: pytest.MonkeyPatch) -> None:
