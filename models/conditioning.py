@@ -74,9 +74,9 @@ class Velocities(Conditioning):
 class Preconditioned(Conditioning):
     """Labels are 999 t, and the output F is that of a denoiser's network with the preconditioning of [K22] Table 1.
 
-    The network receives x / v, and the score is
+    The network receives x / w, and the score is
 
-        -x / v^2 + alpha data_std F / (sigma v)    with v^2 = alpha^2 data_std^2 + sigma^2.
+        -x / w^2 + alpha data_std F / (sigma w)    with w^2 = alpha^2 data_std^2 + sigma^2.
 
     With F = 0, it is the score of Gaussian data of variance data_std^2, so the network has the less to say, the more
     noise there is. Group norms hide the length of x from a network. Here the first term keeps it.
@@ -98,7 +98,7 @@ class Preconditioned(Conditioning):
         return append_dims(scale, x) * output - x / append_dims(std**2, x)
 
     def _std(self, t: PerExample) -> PerExample:
-        """The standard deviation v of x at these times, if that of the data is data_std."""
+        """The standard deviation w of x at these times, if that of the data is data_std."""
         alpha, sigma = self.sde.alpha_sigma(t)
         return jnp.hypot(alpha * self.data_std, sigma)
 
