@@ -110,7 +110,8 @@ def page_parts(plan: Plan, images: Path) -> dict[str, str]:
     finished = [name for name, seed in values if seed == one]
     folders = {name: plan.folder(name, one) for name in finished}
     levels = {name: read_levels(folder) for name, folder in folders.items() if levels_file(folder).exists()}
-    draw_figures(plan, finished, levels, images)
+    diverged = [name for name in finished if name != "base" and has_diverged(plan, name)]
+    draw_figures(plan, [name for name in finished if name not in diverged], levels, images)
     missing = [name for name in names if (name, one) not in values]
     if sum(seed != one for _, seed in values) <= len(CONTROLS):
         missing.append("the second seed")
@@ -123,6 +124,7 @@ def page_parts(plan: Plan, images: Path) -> dict[str, str]:
         rows="\n".join(row(plan, *case) for case in values),
         levels=levels_text(levels),
         verdicts="\n".join(f"- {line}" for line in verdicts(plan, values)),
+        diverged=f"Not drawn, because they diverged: {', '.join(diverged)}." if diverged else "",
         missing=f"Not finished: {', '.join(missing)}." if missing else "",
         solver=max(solver_error(plan, *case) for case in values),
     )
@@ -137,6 +139,18 @@ def solver_error(plan: Plan, name: str, seed: int) -> float:
 
 def has_likelihoods(plan: Plan, name: str, seed: int) -> bool:
     return all(is_evaluated(plan.folder(name, seed) / folder) for folder in likelihoods(plan))
+
+
+def has_diverged(plan: Plan, name: str) -> bool:
+    """Returns whether the last first-order test loss is more than a tenth above that of K."""
+    last = [test_curve(plan, each)[1][-1:] for each in (name, "K")]
+    return bool(all(len(each) for each in last) and last[0][0] > 1.1 * last[1][0])
+
+
+def test_curve(plan: Plan, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps and the first-order test losses of a branch."""
+    curve = read_metrics(Workdir(plan.folder(name, SEEDS[0])).train).get("test", {}).get("first")
+    return (np.asarray(curve.steps), np.asarray(curve.values)) if curve else (np.zeros(0), np.zeros(0))
 
 
 def best_branch(plan: Plan) -> str:
@@ -221,18 +235,17 @@ def draw_figures(plan: Plan, names: list[str], levels: Mapping[str, Levels], ima
     """Draws the first-order test loss against steps and arithmetic, and r and its change against the noise level."""
     figure = Figure(figsize=(11, 6.8), layout="constrained")
     (steps, arithmetic), (residuals, change) = figure.subplots(2, 2)
-    branches = [name for name in names if name != "base"]
-    for colour, name in zip(colours(len(branches)), branches, strict=True):
-        folder = Workdir(plan.folder(name, SEEDS[0]))
-        curves = read_metrics(folder.train).get("test", {})
-        line = "s--" if name.endswith("_long") else "o-"  # A longer control may have the colour of its control.
-        if "first" in curves:
-            done = np.asarray(curves["first"].steps)
-            steps.plot(done, curves["first"].values, line, color=colour, label=name, markersize=4)
-            teraflop = done * gflop_per_step(name) / 1000
-            arithmetic.plot(teraflop, curves["first"].values, line, color=colour, markersize=4)
-        if BRANCHES[name.removesuffix("_long")].get("first_order_weighting") == "residual":
-            residuals.loglog(*measured_residuals(name, folder.path), color=colour, label=name)
+    branches = [name for name in names if name in BRANCHES]
+    colour_of = dict(zip(branches, colours(len(branches)), strict=True))
+    for name in (*branches, *(name for name in map(long, CONTROLS) if name in names)):
+        branch = name.removesuffix("_long")  # A longer control has the colour of its control.
+        colour, line = colour_of[branch], "o-" if name == branch else "s--"
+        done, losses = test_curve(plan, name)
+        steps.plot(done, losses, line, color=colour, label=name, markersize=4)
+        arithmetic.plot(done * gflop_per_step(name) / 1000, losses, line, color=colour, markersize=4)
+        if BRANCHES[branch].get("first_order_weighting") == "residual":
+            measured = measured_residuals(name, plan.folder(name, SEEDS[0]))
+            residuals.loglog(*measured, line[1:], color=colour, label=name)
         if {name, "base"} <= levels.keys():
             estimates = levels[name].change_from(levels["base"])["first"]
             means, errors = (100 * np.array([getattr(each, part) for each in estimates]) for part in ("mean", "se"))
@@ -305,6 +318,8 @@ The seconds per step are medians of runs beside other work on the same machine. 
 floating-point operations of a step, which are counted in its program.
 
 ![test loss against steps and arithmetic, and r and its change against the noise level](../images/orders.png)
+
+{diverged}
 
 {missing}
 """  # noqa: E501

@@ -130,7 +130,11 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
     assert sum(line.startswith(("| V2 |", "| K |", "| K_long |", "| base |")) for line in last.splitlines()) == 6
     assert last.count("these help: V2") == 3  # equal steps with both seeds, and equal arithmetic
     assert (tmp_path / "images" / "orders.png").is_file()
+    assert "diverged" not in last
+    metrics = plan.folder("2", 1) / "train" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text() + json.dumps({"step": 4, "split": "test", "first": 0.4}) + "\n")
     (plan.folder("V3", 1) / "eval" / "step_3.json").unlink()
+    assert "Not drawn, because they diverged: 2." in page_parts(plan, tmp_path / "images")["results"]
     assert "Not finished: V3." in page_parts(plan, tmp_path / "images")["results"]
 
 
