@@ -352,7 +352,7 @@ RENAMED = {
     "exact": "exact_derivatives",
     "estimator": "high_order_estimator",
 }
-"""Fields of `Objective` that have another name in config.training. `level_values`, the last one, is not there."""
+"""Fields of `Objective` that have another name in config.training."""
 
 
 def denoising_from_config(config: Config) -> Objective | DiscreteObjective:
@@ -370,8 +370,9 @@ def denoising_from_config(config: Config) -> Objective | DiscreteObjective:
         )
     times_from_config(training)  # raises ValueError
     values = level_values(data.levels, data.centered, not data.bin_centers).tolist() if training.bits_per_dim else ()
+    names = [field.name for field in dataclasses.fields(Objective) if field.name != "level_values"]
     with unrecorded(config):
-        fields = {f.name: training[RENAMED.get(f.name, f.name)] for f in dataclasses.fields(Objective)[:-1]}
+        fields = {name: training[RENAMED.get(name, name)] for name in names}
         objective = Objective(**fields, level_values=tuple(values))
     always = ("score_matching_order", "likelihood_weighting", "reduce_mean", "first_order_weighting")
     count_reads(training, *always, *fields_of_orders(training))

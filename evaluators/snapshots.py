@@ -43,8 +43,9 @@ class Snapshots:
     def due(self, step: int) -> bool:
         """Whether the checkpoint of this step is permanent: every `training.snapshot_freq` steps, and the last one."""
         training = self.run.config.training
-        permanent = step % training.snapshot_freq == 0 or step >= self.workdir.last_step(training)
-        return training.snapshot_sampling and step > 0 and permanent
+        if not training.snapshot_sampling or step <= 0:
+            return False
+        return step % training.snapshot_freq == 0 or step >= self.workdir.last_step(training)
 
     def draw(self, state: TrainState) -> None:
         """Draws the snapshot of this state if it is due and missing.

@@ -12,7 +12,6 @@ same command again to resume.
 
 import argparse
 import math
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,8 +19,9 @@ from pathlib import Path
 import numpy as np
 
 from evaluation import MeanEstimate, mean_estimate
+from experiments.main_calls import call_main, is_trained
 from experiments.pages import Page, wrapped
-from experiments.provenance import note_commit, noted_commits, origin
+from experiments.provenance import noted_commits, origin
 from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
 from infra.commits import commit
 
@@ -81,19 +81,9 @@ def steps_of(folder: Path, name: str) -> int:
 
 def call(mode: str, workdir: Path, *settings: str) -> None:
     """Calls main.py, unless the training that it asks for is complete."""
-    command = ["main.py", "--config=configs/digits/ncsnpp.py", f"--workdir={workdir}", f"--mode={mode}", *settings]
-    if mode == "train" and finished(workdir, settings):
+    if mode == "train" and is_trained(workdir, int(next(s.split("=")[1] for s in settings if "n_iters" in s))):
         return
-    print("python", shlex.join(command), flush=True)
-    subprocess.run([sys.executable, *command], check=True)
-    if mode == "train":
-        note_commit(workdir)
-
-
-def finished(workdir: Path, settings: tuple[str, ...]) -> bool:
-    """Returns whether the last checkpoint of a training run exists."""
-    last = next(s.split("=")[1] for s in settings if "n_iters" in s)
-    return (workdir / "checkpoints" / last).is_dir()
+    call_main("--config=configs/digits/ncsnpp.py", f"--workdir={workdir}", f"--mode={mode}", *settings)
 
 
 def slug(name: str) -> str:

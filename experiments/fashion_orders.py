@@ -13,9 +13,6 @@ to resume. --steps and --images make a short trial of the program.
 """
 
 import argparse
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -28,13 +25,12 @@ from experiments.fashion_orders_plan import (
     Plan,
     branch_config,
     gflop_per_step,
-    is_evaluated,
     likelihoods,
     long,
     samples,
 )
+from experiments.main_calls import call_main, is_evaluated, is_trained
 from experiments.noise_levels import measure_levels
-from infra.workdir import Workdir
 
 
 def main() -> None:
@@ -113,7 +109,7 @@ def train(plan: Plan, branch: str, seed: int, steps: int) -> None:
         }
         settings |= {f"training.{name}": value for name, value in BRANCHES[branch.removesuffix("_long")].items()}
     workdir = plan.folder(branch, seed)
-    if not (Workdir(workdir).checkpoints / str(steps)).is_dir():
+    if not is_trained(workdir, steps):
         call(plan, "train", workdir, settings)
 
 
@@ -128,10 +124,8 @@ def evaluate(plan: Plan, branch: str, seed: int, evaluations: Mapping[str, Mappi
 def call(plan: Plan, mode: str, workdir: Path, settings: Mapping[str, object], *flags: str) -> None:
     """Calls main.py."""
     fields = [f"--config.{name}={value}" for name, value in settings.items()]
-    command = ["main.py", "--config=configs/fashion/ncsnpp.py", f"--workdir={workdir}", f"--mode={mode}"]
-    command += [*flags, *fields, *plan.extra]
-    print("python", shlex.join(command), flush=True)
-    subprocess.run([sys.executable, *command], check=True)
+    run = ("--config=configs/fashion/ncsnpp.py", f"--workdir={workdir}", f"--mode={mode}")
+    call_main(*run, *flags, *fields, *plan.extra)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from experiments.fashion_orders_plan import (
     Plan,
     branch_config,
     gflop_per_step,
-    is_evaluated,
     likelihoods,
     long,
     samples,
 )
+from experiments.main_calls import is_evaluated
 from experiments.noise_levels import BATCH, SIGMAS, Levels, levels_file, read_levels
 from experiments.pages import Page, wrapped
 from experiments.provenance import origin
@@ -142,7 +142,7 @@ def has_likelihoods(plan: Plan, name: str, seed: int) -> bool:
 
 
 def has_diverged(plan: Plan, name: str) -> bool:
-    """Returns whether the last first-order test loss is more than a tenth above that of K."""
+    """Returns whether the last first-order test loss of a branch is above 1.1 times the last one of K."""
     last = [test_curve(plan, each)[1][-1:] for each in (name, "K")]
     return bool(all(len(each) for each in last) and last[0][0] > 1.1 * last[1][0])
 

@@ -103,8 +103,3 @@ def samples(plan: Plan) -> dict[str, dict[str, object]]:
         "eval_ode_samples": common | {"sampling.eta": 0.0},
         "eval_sde_samples": common | {"sampling.eta": 1.0},
     }
-
-
-def is_evaluated(folder: Path) -> bool:
-    """Whether an evaluation in this folder is complete."""
-    return any(folder.glob("step_*[0-9].json"))  # excludes the *_seconds.json files

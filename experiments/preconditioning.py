@@ -9,11 +9,7 @@ again to resume.
 """
 
 import argparse
-import json
 import math
-import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +19,13 @@ from build import build
 from configs.default import Config
 from configs.digits import ncsnpp, preconditioned
 from evaluation import mean_estimate
+from experiments.main_calls import call_main, is_evaluated, is_trained
 from experiments.noise_levels import BATCH, SIGMAS, Levels, measure_levels, read_levels
 from experiments.pages import Page, wrapped
-from experiments.provenance import origin
+from experiments.provenance import noted_commits, origin
 from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
 from infra.commits import commit
 from infra.files import write_atomic
-from infra.workdir import Workdir
 from report.figures import colours, figure_png, style_panel
 
 PAGE = Page(Path("docs/results/preconditioning.md"), ("results", "provenance"))
@@ -80,20 +76,18 @@ def config_of(name: str, seed: int) -> Config:
 def run_model(name: str, seed: int, workdir: Path) -> None:
     """Trains and evaluates one model, as far as this has not been done."""
     config = config_of(name, seed)
-    if not (Workdir(workdir).checkpoints / str(config.training.n_iters)).is_dir():
+    if not is_trained(workdir, config.training.n_iters):
         call(name, workdir, f"--config.seed={seed}", "--mode=train")
     for folder, settings in EVALUATIONS.items():
-        if not any((workdir / folder).glob("step_*[0-9].json")):  # excludes the *_seconds.json files
+        if not is_evaluated(workdir / folder):
             fields = [f"--config.{field}={value}" for field, value in settings.items()]
             call(name, workdir, f"--config.seed={SEEDS[0]}", "--mode=eval", f"--eval_folder={folder}", *fields)
     measure_levels(config, workdir, LEVEL_BATCHES)
 
 
 def call(name: str, workdir: Path, *arguments: str) -> None:
-    """Calls main.py."""
-    command = ["main.py", f"--config={FILES[name]}", f"--workdir={workdir}"]
-    print("python", shlex.join([*command, *arguments]), flush=True)
-    subprocess.run([sys.executable, *command, *arguments], check=True)
+    """Calls main.py with the configuration of the model."""
+    call_main(f"--config={FILES[name]}", f"--workdir={workdir}", *arguments)
 
 
 def page_parts(runs: Path, images: Path) -> dict[str, str]:
@@ -103,6 +97,7 @@ def page_parts(runs: Path, images: Path) -> dict[str, str]:
     d = math.prod(build(config_of("published", SEEDS[0])).data_shape)
     write_atomic(images / "preconditioning.png", figure_png(levels_figure(levels, d)))
     first = next(iter(MODELS))
+    commits = {*noted_commits(folder_of(runs, name, seed) for name in MODELS for seed in SEEDS), commit()}
     text = RESULTS.format(
         steps=config_of(first, SEEDS[0]).training.n_iters,
         seeds=", ".join(map(str, SEEDS)),
@@ -114,7 +109,7 @@ def page_parts(runs: Path, images: Path) -> dict[str, str]:
         floor=f"{1 / (2 * d):.4f}",
         solver=max(error for name in MODELS for error in solver_errors(runs, name)),
     )
-    return {"results": wrapped(text), "provenance": wrapped(origin("make preconditioning", commits(runs)))}
+    return {"results": wrapped(text), "provenance": wrapped(origin("make preconditioning", commits))}
 
 
 def of_seeds(runs: Path, name: str, quantity: str) -> np.ndarray:
@@ -156,7 +151,10 @@ def over_seeds(values: np.ndarray, sign: str = "") -> str:
 
 
 def difference_rows(values: dict[str, dict[str, np.ndarray]]) -> list[str]:
-    """Returns how much lower the bits/dim of the other models are than those of the first, paired by seed and image."""
+    """Returns a row for each quantity of the other models: the first model's bits/dim minus theirs.
+
+    Differences are paired by seed and image.
+    """
     first, *others = values
     rows = []
     for name in others:
@@ -190,12 +188,6 @@ def levels_figure(levels: dict[str, Levels], d: int) -> Figure:
     style_panel(panel, "noise that the score leaves unexplained, |u|² / d", "noise level sigma", "")
     panel.legend(frameon=False, fontsize=8)
     return figure
-
-
-def commits(runs: Path) -> set[str]:
-    """Returns the commits of the trainings, and that of the page."""
-    files = [Workdir(folder_of(runs, name, seed)).environment for name in MODELS for seed in SEEDS]
-    return {commit(), *(name for file in files for name in json.loads(file.read_text())["commits"])}
 
 
 RESULTS = """

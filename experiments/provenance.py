@@ -8,6 +8,7 @@ import jax
 
 from infra.commits import commit
 from infra.files import write_atomic
+from infra.workdir import Workdir
 
 
 def machine() -> str:
@@ -16,14 +17,17 @@ def machine() -> str:
 
 
 def note_commit(folder: Path) -> None:
-    """Adds the current commit to those noted in the folder of a run."""
+    """Adds the current commit to those noted in a folder that is not that of a run."""
     write_atomic(folder / "commits.txt", "\n".join(sorted({*noted_commits([folder]), commit()})))
 
 
 def noted_commits(folders: Iterable[Path]) -> set[str]:
-    """Returns the commits noted in the folders of runs."""
-    files = (folder / "commits.txt" for folder in folders)
-    return {line for file in files if file.exists() for line in file.read_text().split()}
+    """Returns the commits of folders: those that runs recorded themselves, and those that `note_commit` added."""
+    noted = set[str]()
+    for folder in folders:
+        file = folder / "commits.txt"
+        noted.update(file.read_text().split() if file.exists() else (), Workdir(folder).commits())
+    return noted
 
 
 def origin(command: str, commits: Iterable[str]) -> str:

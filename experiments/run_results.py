@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from experiments.main_calls import RESULTS
 from infra.files import read_npz
 from infra.metrics import read_metrics
 from infra.workdir import Workdir
@@ -20,8 +21,7 @@ def seconds_per_step(workdir: Path) -> float:
 
 def newest_result(folder: Path) -> dict[str, Any]:
     """Returns the result of the newest checkpoint in the folder of an evaluation."""
-    paths = folder.glob("step_*[0-9].json")  # excludes the *_seconds.json files
-    return json.loads(max(paths, key=lambda path: int(path.stem.split("_")[1])).read_text())
+    return json.loads(max(folder.glob(RESULTS), key=lambda path: int(path.stem.split("_")[1])).read_text())
 
 
 def bits_per_dim_of_images(stored: Path, repeat: int = 0) -> Float[np.ndarray, " images"]:

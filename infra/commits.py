@@ -11,10 +11,10 @@ def commit() -> str:
 
     Without git, or if the code is not a repository of its own, it is "unknown".
     """
-    if _git("rev-parse", "--show-toplevel") != str(ROOT.resolve()):
+    top, _, short_hash = _git("rev-parse", "--show-toplevel", "--short", "HEAD").partition("\n")
+    if top != str(ROOT.resolve()):
         return "unknown"
-    changed = _git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
-    return (_git("rev-parse", "--short", "HEAD") or "unknown") + ("+changes" if changed else "")
+    return short_hash + ("+changes" if _git("status", "--porcelain", "--untracked-files=no", "--", "*.py") else "")
 
 
 def _git(*arguments: str) -> str:

@@ -173,10 +173,7 @@ class Workdir:
             yield
 
     def write_description(self, config: Config, num_parameters: int) -> None:
-        """Writes config.json and environment.json, and logs the fields that changed since the last start.
-
-        `commits` in environment.json are those of all starts of the run, in their order.
-        """
+        """Writes config.json and environment.json, and logs the fields that changed since the last start."""
         if jax.process_index() != 0:
             return
         fields = json.loads(config.to_json_best_effort())
@@ -184,9 +181,8 @@ class Workdir:
             _log_changes(json.loads(self.config.read_text()), fields)
         write_atomic(self.config, json.dumps(fields, indent=1))
         packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy", "scipy")
-        earlier = (read_json(self.environment, []) or {}).get("commits", [])
         environment = {
-            "commits": list(dict.fromkeys([*earlier, commit()])),
+            "commits": list(dict.fromkeys([*self.commits(), commit()])),
             "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
             "device": jax.devices()[0].device_kind,
             "devices": jax.device_count(),
@@ -195,6 +191,10 @@ class Workdir:
             "num_parameters": num_parameters,
         }
         write_atomic(self.environment, json.dumps(environment, indent=1))
+
+    def commits(self) -> list[str]:
+        """The commit of each start of the run, from the first to the last, each once. Empty if none is recorded."""
+        return (read_json(self.environment, []) or {}).get("commits", [])
 
     def write_costs(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes the rows of --mode=cost, in place of those in the file."""

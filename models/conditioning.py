@@ -72,9 +72,9 @@ class Velocities(Conditioning):
 
 @dataclasses.dataclass(frozen=True)
 class Preconditioned(Conditioning):
-    """Labels are 999 t, and the output F is that of a denoiser's network with the preconditioning of [K22] Table 1.
+    """Labels are 999 t, and the network is preconditioned as in [K22] Table 1.
 
-    The network receives x / w, and the score is
+    The network receives x / w. With its output F, the score is
 
         -x / w^2 + alpha data_std F / (sigma w)    with w^2 = alpha^2 data_std^2 + sigma^2.
 
@@ -98,7 +98,7 @@ class Preconditioned(Conditioning):
         return append_dims(scale, x) * output - x / append_dims(std**2, x)
 
     def _std(self, t: PerExample) -> PerExample:
-        """The standard deviation w of x at these times, if that of the data is data_std."""
+        """w: the standard deviation of x at these times, for data with the standard deviation data_std."""
         alpha, sigma = self.sde.alpha_sigma(t)
         return jnp.hypot(alpha * self.data_std, sigma)
 
