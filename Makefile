@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 
 .PHONY: setup setup-dev demo test check lint clean digits-orders fashion-orders estimators reproduce fid-nfe \
-	sample-devices cost cost-h100 faults devices fuzz smoke ncsn baselines precision diagnostics \
+	sample-devices cost cost-h100 cost-gpu faults devices fuzz smoke ncsn baselines precision diagnostics \
 	preconditioning
 
 setup: $(VENV)/.run-installed
@@ -127,7 +127,12 @@ precision: setup
 # Predicts the memory of a training step on an H100, without one, for docs/results/cost.md. It takes hours on two cores, and
 # resumes. It needs 8 GB of memory. The packages for GPUs need 6 GB of disk, and have a separate environment.
 cost-h100: .venv-gpu/.installed
-	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m experiments.predicted_cost
+	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m experiments.cifar10_cost
+
+# Measures the training steps of the CIFAR-10 networks on the GPUs of this machine, for docs/results/cost.md. It takes hours,
+# mostly to compile, and resumes.
+cost-gpu: .venv-gpu/.installed
+	.venv-gpu/bin/python -m experiments.cifar10_cost --measure
 
 .venv-gpu/.installed: requirements-gpu.txt requirements.txt
 	$(PYTHON) -m venv .venv-gpu

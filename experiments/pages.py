@@ -29,6 +29,10 @@ class Page:
     path: Path
     parts: tuple[str, ...]
 
+    def only(self, *parts: str) -> "Page":
+        """Returns the page for a script that writes only these of its parts in one run."""
+        return Page(self.path, parts)
+
     def write(self, texts: Mapping[str, str], path: Path | None = None) -> None:
         """Writes the parts into the page at `path`, by default the one in docs/, and prints them.
 

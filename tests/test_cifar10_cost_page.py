@@ -1,6 +1,6 @@
-"""The tables of predicted costs: which settings are on the front, and the rows of the tables."""
+"""The tables of predicted and measured costs: which settings are on the front, and the rows of the tables."""
 
-from experiments.predicted_cost_page import front_rows, network_table, on_front, tables
+from experiments.cifar10_cost_page import front_rows, measured_table, network_table, on_front, tables
 from report.formatting import MISSING
 
 
@@ -38,4 +38,14 @@ def test_tables_have_the_rows():
 def test_rows_that_are_not_known_yet_are_left_out():
     assert network_table({"network": ROWS[:1], "other": []})[2:] == [
         f"| network | 128 | 3 | 100 | 40.00 | 41.00 | {MISSING} |"
+    ]
+
+
+def test_measured_rows_are_compared_with_predictions_of_the_same_case():
+    timed = {"step_seconds": 0.05, "images_per_second": 2560.0, "peak_gb": 42.5}
+    known, unknown = row("none", 50.0, 100.0) | timed, row("model.remat=conv", 41.0, 100.0, batch_size=48) | timed
+    not_timed = ROWS[1] | {"error": "out of memory"}
+    assert measured_table({"network": [known, not_timed, unknown]}, {"network": ROWS}).splitlines()[2:] == [
+        f"| network | 48 | 3 | `model.remat=conv` | 41.00 | {MISSING} | 42.50 | 0.0500 | 2,560 | 2 |",
+        "| network | 128 | 3 | `none` | 50.00 | 40.00 (-20.0%) | 42.50 | 0.0500 | 2,560 | 2 |",
     ]

@@ -1,4 +1,4 @@
-"""The tables and the picture of docs/results/cost.md that show costs predicted for a GPU."""
+"""The tables and the picture of docs/results/cost.md with costs of the CIFAR-10 networks, predicted and measured."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from report.formatting import MISSING
 Row: TypeAlias = Mapping[str, Any]
 """A row that `--mode=cost` writes."""
 
-PAGE = Page(Path("docs/results/cost.md"), ("predicted costs",))
+PAGE = Page(Path("docs/results/cost.md"), ("predicted costs", "measured costs"))
 
 NONE = "none"
 
@@ -108,6 +108,32 @@ def network_table(networks: Mapping[str, Sequence[Row]]) -> list[str]:
             numbers = [_gb(full, "temporary_gb"), _gb(full, "total_gb"), _gb(half, "temporary_gb")]
             lines.append(f"| {' | '.join([title, str(size), str(order), gflop, *numbers])} |")
     return lines
+
+
+def measured_table(networks: Mapping[str, Sequence[Row]], predicted: Mapping[str, Sequence[Row]]) -> str:
+    """Returns the table of the steps that were timed, with the predicted memory where it is known.
+
+    Args:
+        networks, predicted: the rows of each network, by its title.
+    """
+    lines = [
+        "| network | batch | order | memory | temporary GB | predicted | peak GB | s/step | images/s | TFLOP/s |",
+        f"|{'---|' * 10}",
+    ]
+    for title, rows in networks.items():
+        known = {_case(row): row["temporary_gb"] for row in predicted[title] if "temporary_gb" in row}
+        for row in sorted((row for row in rows if "step_seconds" in row), key=_case):
+            seconds, temporary, guess = row["step_seconds"], row["temporary_gb"], known.get(_case(row))
+            cells = [title, str(row["batch_size"]), str(row["order"]), f"`{row['memory']}`", f"{temporary:.2f}"]
+            cells.append(f"{guess:.2f} ({guess / temporary - 1:+.1%})" if guess else MISSING)
+            cells.append(f"{row['peak_gb']:.2f}" if row["peak_gb"] else MISSING)
+            cells += [f"{seconds:.4f}", f"{row['images_per_second']:,.0f}", f"{row['gflop'] / seconds / 1000:.0f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _case(row: Row) -> tuple[int, int, str]:
+    return row["batch_size"], row["order"], row["memory"]
 
 
 def _gb(row: Row | None, name: str) -> str:

@@ -1,27 +1,32 @@
-r"""Compiles the training steps of the CIFAR-10 networks for an H100 without having one, for docs/results/cost.md.
+r"""The cost of training steps of the CIFAR-10 networks, for docs/results/cost.md.
 
-    python -m experiments.predicted_cost --workdir=runs/predicted
+    python -m experiments.cifar10_cost
 
-Each network has a folder in the workdir, with the rows that `--mode=cost` writes, as by
+compiles them for an H100 without having one, and writes the tables of predicted costs and the picture.
+
+    python -m experiments.cifar10_cost --measure
+
+compiles and times them on the devices of this machine, and writes the table of measured costs. Each network has a
+folder in runs/predicted or runs/measured, with the rows that `--mode=cost` writes, as by
 
     python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=runs/predicted/ve --mode=cost \
         --config.cost.device=h100 --config.cost.orders="(3,)" --config.cost.batch_sizes="(128,)" \
         --config.cost.memory="('none', 'model.remat=conv')"
 
-It takes hours. If it is interrupted, run the same command again to resume. With --table-only, it writes the page and
-the picture from the rows that exist.
+Each takes hours. If it is interrupted, run the same command again to resume. With --table-only, it writes its part of
+the page from the rows that exist.
 """
 
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from configs.default import Config
 from configs.ve import cifar10_ncsnpp_continuous, cifar10_ncsnpp_deep_continuous
 from configs.vp import cifar10_ddpmpp_continuous, cifar10_ddpmpp_deep_continuous
 from evaluators.step_cost import cost
-from experiments.predicted_cost_page import PAGE, front_figure, front_rows, tables
+from experiments.cifar10_cost_page import PAGE, front_figure, front_rows, measured_table, tables
 from infra import stop
 from infra.files import write_atomic
 from infra.workdir import Workdir
@@ -76,7 +81,9 @@ GROUPS = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", type=Path, default=Path("runs/predicted"), help="folder for the rows")
+    parser.add_argument("--measure", action="store_true", help="measure on the devices of this machine")
+    parser.add_argument("--predicted", type=Path, default=Path("runs/predicted"), help="folder for predicted rows")
+    parser.add_argument("--measured", type=Path, default=Path("runs/measured"), help="folder for measured rows")
     parser.add_argument("--out", type=Path, default=PAGE.path, help="page with the tables")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/cost_pareto.png"), help="picture of the front")
     parser.add_argument("--table-only", action="store_true", help="only show the rows that exist")
@@ -84,13 +91,22 @@ def main() -> None:
     with stop.on_signals():
         for group in () if arguments.table_only else GROUPS:
             config = NETWORKS[group.network][1]()
-            config.cost.device = "h100"
+            config.cost.device = "" if arguments.measure else "h100"
             config.cost.orders, config.cost.batch_sizes, config.cost.memory = group[1:]
-            cost(config, arguments.workdir / group.network)
-    rows = {title: Workdir(arguments.workdir / name).read_costs() for name, (title, _) in NETWORKS.items()}
-    if len(front_rows(rows["NCSN++ (VE)"])) > 1:
-        write_atomic(arguments.plot, figure_png(front_figure(rows["NCSN++ (VE)"])))
-    PAGE.write({"predicted costs": tables(rows)}, arguments.out)
+            cost(config, (arguments.measured if arguments.measure else arguments.predicted) / group.network)
+    predicted = _rows(arguments.predicted)
+    if arguments.measure:
+        texts = {"measured costs": measured_table(_rows(arguments.measured), predicted)}
+        PAGE.only(*texts).write(texts, arguments.out)
+        return
+    if len(front_rows(predicted["NCSN++ (VE)"])) > 1:
+        write_atomic(arguments.plot, figure_png(front_figure(predicted["NCSN++ (VE)"])))
+    PAGE.only("predicted costs").write({"predicted costs": tables(predicted)}, arguments.out)
+
+
+def _rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Returns the rows of each network, by its title."""
+    return {title: Workdir(folder / name).read_costs() for name, (title, _) in NETWORKS.items()}
 
 
 if __name__ == "__main__":
