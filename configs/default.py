@@ -207,7 +207,8 @@ def _model() -> ConfigDict:
     # maps and losses always have 32 bits. A model trained with bfloat16 can be evaluated with float32
     model.dtype = "float32"
     # what the backward pass recomputes, for less memory and more time: none; block, everything inside each block; conv,
-    # everything but convolutions and matrix products. True of older configurations means block, False means none
+    # everything but convolutions and other linear maps of the channels. True of older configurations means block, False
+    # means none
     model.remat = "none"
     return model
 

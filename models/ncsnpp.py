@@ -5,8 +5,8 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from arrays import PerExample, append_dims
@@ -46,11 +46,21 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """The allowed values of those fields of `NCSNpp` that are names."""
 
-REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
-    "block": None,
-    "conv": jax.checkpoint_policies.dots_saveable,  # the results of convolutions and matrix products
-}
-"""The values inside a block that are saved for the backward pass, by `remat`; None saves nothing."""
+
+def _maps_channels(primitive: Any, *arguments: Any, **params: Any) -> bool:
+    """Returns whether an operation is a convolution, or a matrix product along the channels, which come last.
+
+    The products of attention and of resampling filters are along other axes. Their results are large for the few
+    operations that it takes to recompute them.
+    """
+    if primitive is not lax.dot_general_p:
+        return primitive is lax.conv_general_dilated_p
+    (contracted, _), (batch, _) = params["dimension_numbers"]
+    return not batch and tuple(contracted) == (arguments[0].ndim - 1,)
+
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {"block": None, "conv": _maps_channels}
+"""The operations inside a block whose results are saved for the backward pass, by `remat`; None saves nothing."""
 
 REMAT_SYNONYMS: dict[Any, str] = {False: "none", "False": "none", True: "block", "True": "block"}
 """Older values of model.remat."""

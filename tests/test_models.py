@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import Array
+from jax import Array, lax
+from jax.ad_checkpoint import print_saved_residuals
 
 from configs.ve.cifar10_ncsnpp_continuous import get_config
 from models import resample
@@ -25,7 +26,7 @@ from models.layers import (
     num_groups,
     positional_embedding,
 )
-from models.ncsnpp import CHOICES, NCSNpp
+from models.ncsnpp import CHOICES, REMAT_POLICIES, NCSNpp
 from models.score import ScoreModel, build_network
 from sde_lib import VESDE, VPSDE, sde_from_config
 
@@ -167,6 +168,34 @@ def test_derivatives_of_swish() -> None:
     for _ in range(5):
         np.testing.assert_allclose(compiled(jax.vmap(ours))(x), compiled(jax.vmap(theirs))(x), atol=2e-6)
         ours, theirs = jax.grad(ours), jax.grad(theirs)
+
+
+def test_swish_is_precise_far_from_zero() -> None:
+    """And finite, also where exp(-x) is not."""
+    x = np.array([-300.0, -80.0, -30.0, -12.0, -1e-3, 1e-3, 12.0, 300.0])
+    expected = x / (1 + np.exp(-x))
+    np.testing.assert_allclose(NONLINEARITIES["swish"](jnp.asarray(x, jnp.float32)), expected, rtol=1e-6, atol=1e-37)
+
+
+@pytest.mark.parametrize(
+    ("layer", "saved"),
+    [
+        (lambda x: lax.conv(x, x[:1], (1, 1), "SAME"), True),
+        (lambda x: x @ x[0, 0], True),
+        (lambda x: attention(x[0], x[0], x[0]), False),
+        (lambda x: resample.downsample(x, TAPS), False),
+        (lambda x: resample.upsample(x, TAPS), False),
+    ],
+)
+def test_remat_of_all_but_convolutions_and_linear_maps_of_channels(
+    layer: Callable[[Array], Array], saved: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The derivative of the sine needs the result of the layer, which is saved or computed again from x."""
+    remat = jax.checkpoint(lambda x: jnp.sin(layer(x)).sum(), policy=REMAT_POLICIES["conv"])
+    print_saved_residuals(remat, jnp.ones((1, 4, 4, 4)))
+    shown = capsys.readouterr().out
+    assert "from the argument" in shown
+    assert ("output of" in shown) == saved, shown
 
 
 def derivatives(function: Callable[..., Array], *inputs: Array) -> list[Array]:
