@@ -173,9 +173,9 @@ class NCSNpp(nn.Module):
         if self.progressive_input == "none":
             return pyramid, h
         if self.progressive_input == "input_skip":
-            pyramid = Downsample(None, self.fir_kernel)(pyramid)
+            pyramid = self._resampled(Downsample(None, self.fir_kernel), pyramid)
             return pyramid, Combine(self.progressive_combine)(pyramid, h)
-        pyramid = Downsample(h.shape[-1], self.fir_kernel)(pyramid)
+        pyramid = self._resampled(Downsample(h.shape[-1], self.fir_kernel), pyramid)
         h = residual_sum(pyramid, h, self.skip_rescale)
         return h, h
 
@@ -187,21 +187,22 @@ class NCSNpp(nn.Module):
             return None, h
         if self.progressive == "output_skip":
             image = self._head(h, channels, self.init_scale)
-            return (image if pyramid is None else Upsample(None, self.fir_kernel)(pyramid) + image), h
+            larger = None if pyramid is None else self._resampled(Upsample(None, self.fir_kernel), pyramid)
+            return (image if larger is None else larger + image), h
         if pyramid is None:
             return self._head(h, h.shape[-1], init_scale=1.0), h
-        pyramid = Upsample(h.shape[-1], self.fir_kernel)(pyramid)
+        pyramid = self._resampled(Upsample(h.shape[-1], self.fir_kernel), pyramid)
         h = residual_sum(pyramid, h, self.skip_rescale)
         return h, h
 
     def _halve(self, h: FeatureMap, block: Block) -> Halved:
         if self.resblock_type == "ddpm":
-            return Downsample(h.shape[-1] if self.resamp_with_conv else None, self.fir_kernel)(h)
+            return self._resampled(Downsample(h.shape[-1] if self.resamp_with_conv else None, self.fir_kernel), h)
         return block(h, resample=downsample)
 
     def _double(self, h: FeatureMap, block: Block) -> Doubled:
         if self.resblock_type == "ddpm":
-            return Upsample(h.shape[-1] if self.resamp_with_conv else None, self.fir_kernel)(h)
+            return self._resampled(Upsample(h.shape[-1] if self.resamp_with_conv else None, self.fir_kernel), h)
         return block(h, resample=upsample)
 
     def _block(
@@ -225,6 +226,9 @@ class NCSNpp(nn.Module):
         else:
             block = ResnetBlockBigGANpp(**options, resample=resample, taps=self.fir_kernel)
         return apply_with_remat(self.remat, block, maps, embedding, train)
+
+    def _resampled(self, layer: Downsample | Upsample, h: FeatureMap) -> AnySize:
+        return apply_with_remat(self.remat, layer, (h,))
 
     def _attention(self, h: FeatureMap) -> FeatureMap:
         return apply_with_remat(self.remat, AttnBlockpp(self.init_scale, self.skip_rescale), (h,))
