@@ -206,9 +206,9 @@ def _model() -> ConfigDict:
     # precision of the feature maps of ncsnpp: float32 or bfloat16. Parameters, their gradients, the moments of feature
     # maps and losses always have 32 bits. A model trained with bfloat16 can be evaluated with float32
     model.dtype = "float32"
-    # what the backward pass recomputes, for less memory and more time: none; block, everything inside each block; conv,
-    # everything but convolutions and other linear maps of the channels. True of older configurations means block, False
-    # means none
+    # what the backward pass recomputes inside each block and each layer that resamples, for less memory and more time:
+    # none; block, everything; conv, everything but convolutions and other linear maps of the channels. True of older
+    # configurations means block, False means none
     model.remat = "none"
     return model
 

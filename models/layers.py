@@ -32,8 +32,8 @@ def swish(x: Array) -> Array:
     """x sigmoid(x). Each of its first three derivatives is a function of x alone, so a backward pass saves only x.
 
     The sigmoid has another form here than in the derivatives: if XLA recognised that they are the same, it would save
-    the sigmoid, as large as x, for the backward pass. Neither form is a hyperbolic tangent, which XLA would store on
-    GPUs instead of computing it again: at order 3, that needs 10 % more memory.
+    the sigmoid, as large as x, for the backward pass. The derivatives have no hyperbolic tangent: with it, programs for
+    GPUs store more, and need 10 % more memory at order 3.
     """
     small = jnp.exp(-jnp.abs(x))
     return jnp.where(x < 0, x * small, x) / (1 + small)
