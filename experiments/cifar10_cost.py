@@ -26,7 +26,7 @@ from configs.default import Config
 from configs.ve import cifar10_ncsnpp_continuous, cifar10_ncsnpp_deep_continuous
 from configs.vp import cifar10_ddpmpp_continuous, cifar10_ddpmpp_deep_continuous
 from evaluators.step_cost import cost
-from experiments.cifar10_cost_page import PAGE, front_figure, front_rows, measured_table, tables
+from experiments.cifar10_cost_page import BFLOAT16, NONE, PAGE, front_figure, front_rows, measured_table, tables
 from infra import stop
 from infra.files import write_atomic
 from infra.workdir import Workdir
@@ -40,7 +40,6 @@ NETWORKS: dict[str, tuple[str, Callable[[], Config]]] = {
 }
 """The title and the configuration of each network, by the name of its folder."""
 
-NONE, BFLOAT16 = "none", "model.dtype=bfloat16"
 FRONT = (
     NONE,
     "training.accumulation_steps=4",
@@ -88,15 +87,16 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("docs/images/cost_pareto.png"), help="picture of the front")
     parser.add_argument("--table-only", action="store_true", help="only show the rows that exist")
     arguments = parser.parse_args()
+    folder = arguments.measured if arguments.measure else arguments.predicted
     with stop.on_signals():
         for group in () if arguments.table_only else GROUPS:
             config = NETWORKS[group.network][1]()
             config.cost.device = "" if arguments.measure else "h100"
             config.cost.orders, config.cost.batch_sizes, config.cost.memory = group[1:]
-            cost(config, (arguments.measured if arguments.measure else arguments.predicted) / group.network)
+            cost(config, folder / group.network)
     predicted = _rows(arguments.predicted)
     if arguments.measure:
-        texts = {"measured costs": measured_table(_rows(arguments.measured), predicted)}
+        texts = {"measured costs": measured_table(_rows(folder), predicted)}
         PAGE.only(*texts).write(texts, arguments.out)
         return
     if len(front_rows(predicted["NCSN++ (VE)"])) > 1:

@@ -2,21 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.pages import Page
+from infra.cost import UNCHANGED, Row
 from report.figures import COLOURS
 from report.formatting import MISSING
 
-Row: TypeAlias = Mapping[str, Any]
-"""A row that `--mode=cost` writes."""
-
 PAGE = Page(Path("docs/results/cost.md"), ("predicted costs", "measured costs"))
 
-NONE = "none"
+NONE, BFLOAT16 = UNCHANGED, "model.dtype=bfloat16"
 
 
 class Bound(NamedTuple):
@@ -99,9 +97,9 @@ def network_table(networks: Mapping[str, Sequence[Row]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for title, rows in networks.items():
-        known = {(row["batch_size"], row["order"], row["memory"]): row for row in rows if "temporary_gb" in row}
+        known = {_case(row): row for row in rows if "temporary_gb" in row}
         for size, order in sorted({(size, order) for size, order, _ in known}):
-            full, half = (known.get((size, order, memory)) for memory in (NONE, "model.dtype=bfloat16"))
+            full, half = (known.get((size, order, memory)) for memory in (NONE, BFLOAT16))
             if not full and not half:
                 continue
             gflop = f"{(full or half or {})['gflop']:,.0f}"

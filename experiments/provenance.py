@@ -17,7 +17,7 @@ def machine() -> str:
 
 
 def note_commit(folder: Path) -> None:
-    """Adds the current commit to those noted in a folder that is not that of a run."""
+    """Adds the current commit to the commits noted in a folder. A run records its commits itself."""
     write_atomic(folder / "commits.txt", "\n".join(sorted({*noted_commits([folder]), commit()})))
 
 

@@ -78,8 +78,8 @@ class Preconditioned(Conditioning):
 
         -x / w^2 + alpha data_std F / (sigma w)    with w^2 = alpha^2 data_std^2 + sigma^2.
 
-    With F = 0, it is the score of Gaussian data of variance data_std^2, so the network has the less to say, the more
-    noise there is. Group norms hide the length of x from a network. Here the first term keeps it.
+    With F = 0, it is the score of Gaussian data of variance data_std^2, so at larger noise,
+    the network has less to say. Group norms hide the length of x from a network. Here the first term keeps it.
     """
 
     sde: SDE

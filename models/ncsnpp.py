@@ -60,7 +60,7 @@ def _maps_channels(primitive: Any, *arguments: Any, **params: Any) -> bool:
 
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {"block": None, "conv": _maps_channels}
-"""The operations inside a block whose results are saved for the backward pass, by `remat`; None saves nothing."""
+"""The operations inside a layer whose results are saved for the backward pass, by `remat`; None saves nothing."""
 
 REMAT_SYNONYMS: dict[Any, str] = {False: "none", "False": "none", True: "block", "True": "block"}
 """Older values of model.remat."""
@@ -98,7 +98,7 @@ class NCSNpp(nn.Module):
     ladder: Ladder | None = None  # with a ladder, labels are numbers of its levels
     centered: bool = True  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
     dtype: str = "float32"  # of feature maps; parameters, moments, embeddings and the output keep the images' precision
-    remat: str = "none"  # what the backward pass recomputes of each block; see `REMAT_POLICIES`
+    remat: str = "none"  # what the backward pass recomputes; see `REMAT_POLICIES`
     num_classes: int = 0  # classes are 0, ..., num_classes - 1; num_classes stands for any class
 
     def __post_init__(self) -> None:
@@ -187,8 +187,9 @@ class NCSNpp(nn.Module):
             return None, h
         if self.progressive == "output_skip":
             image = self._head(h, channels, self.init_scale)
-            larger = None if pyramid is None else self._resampled(Upsample(None, self.fir_kernel), pyramid)
-            return (image if larger is None else larger + image), h
+            if pyramid is not None:
+                image += self._resampled(Upsample(None, self.fir_kernel), pyramid)
+            return image, h
         if pyramid is None:
             return self._head(h, h.shape[-1], init_scale=1.0), h
         pyramid = self._resampled(Upsample(h.shape[-1], self.fir_kernel), pyramid)

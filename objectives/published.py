@@ -44,10 +44,10 @@ def residual_first_terms(
 ) -> tuple[Batch, dict[str, PerExample]]:
     """The values and gradients of `published_terms` of order 3, without a reverse pass inside the one for the gradient.
 
-    The third term is the mean square of a residual r. Its gradient is that of <w, sigma^2 grad_x (v.Jv)> with the
-    constant w = 2 r / d. The product <w, grad_x (v.Jv)> = v.D^2 field [v, w] is a forward derivative along v and then
-    w. The gradient runs through forward derivatives only, all of which can be recomputed block by block, as with
-    model.remat.
+    The third term is the mean square of a residual r. With the constant w = 2 r / d, the product
+    <w, sigma^2 grad_x (v.Jv)> has the same gradient. And <w, grad_x (v.Jv)> = v.D^2 field [v, w] is a forward
+    derivative along v and then w. The gradient runs through forward derivatives only, all of which can be recomputed
+    block by block, as with model.remat.
 
     Args:
         constant_score: the same field, without a gradient for its parameters.
