@@ -22,8 +22,9 @@ from evaluation import MeanEstimate, mean_estimate
 from experiments.main_calls import call_main, is_trained
 from experiments.pages import Page, wrapped
 from experiments.provenance import noted_commits, origin
-from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
+from experiments.run_results import newest_result, seconds_per_step
 from infra.commits import commit
+from infra.results import bits_per_dim_of_images
 
 PAGE = Page(Path("docs/results/digits.md"), ("results", "gradients", "provenance"))
 

@@ -26,9 +26,10 @@ from experiments.main_calls import is_evaluated
 from experiments.noise_levels import BATCH, SIGMAS, Levels, levels_file, read_levels
 from experiments.pages import Page, wrapped
 from experiments.provenance import origin
-from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
+from experiments.run_results import newest_result, seconds_per_step
 from infra.commits import commit
 from infra.metrics import read_metrics
+from infra.results import bits_per_dim_of_images
 from infra.workdir import Workdir
 from report.figures import colours, style_panel
 

@@ -25,9 +25,9 @@ from configs.default import Config
 from datasets import source_from_config
 from experiments.pages import Page, wrapped
 from experiments.provenance import note_commit, noted_commits, origin
-from experiments.run_results import bits_per_dim_of_images
 from infra.commits import commit
 from infra.files import write_atomic
+from infra.results import bits_per_dim_of_images
 from losses import ORDERS, TERMS, Noise, Objective
 from models.score import Params
 

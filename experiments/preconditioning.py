@@ -23,9 +23,10 @@ from experiments.main_calls import call_main, is_evaluated, is_trained
 from experiments.noise_levels import BATCH, SIGMAS, Levels, measure_levels, read_levels
 from experiments.pages import Page, wrapped
 from experiments.provenance import noted_commits, origin
-from experiments.run_results import bits_per_dim_of_images, newest_result, seconds_per_step
+from experiments.run_results import newest_result, seconds_per_step
 from infra.commits import commit
 from infra.files import write_atomic
+from infra.results import bits_per_dim_of_images
 from report.figures import colours, figure_png, style_panel
 
 PAGE = Page(Path("docs/results/preconditioning.md"), ("results", "provenance"))

@@ -4,6 +4,8 @@ LABEL.json            metadata about the checkpoint and its parameters; the newe
                       ...; in `earlier`, results with other settings, the oldest first
 LABEL_seconds.json    the time of each part, and its images per second; in a file of its own, because times depend on
                       interruptions
+
+A result names the folder with the values of each image, which `bits_per_dim_of_images` reads.
 """
 
 import json
@@ -11,9 +13,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from absl import logging
+from jaxtyping import Float
 
-from infra.files import write_atomic
+from infra.files import read_npz, write_atomic
 
 IDENTITY = ("values", "n", "features_hash", "statistics_hash")
 """Fields that differ between settings: the name of the stored values, and what samples are compared with."""
@@ -70,6 +74,17 @@ def evaluations(content: Mapping[str, Any], seconds: Mapping[str, float]) -> lis
     metadata = {name: value for name, value in last.items() if not isinstance(value, Mapping)}
     results = [*(metadata | part for part in content.get("earlier", [])), last]
     return [{name: _with_seconds(name, value, seconds) for name, value in result.items()} for result in results]
+
+
+def bits_per_dim_of_images(stored: Path, repeat: int = 0) -> Float[np.ndarray, " images"]:
+    """Returns the bits/dim of each image in one pass, from the folder of values that a result names.
+
+    Raises:
+        ValueError: if the folder has no values of this pass, or they cannot be read.
+    """
+    batches = range(len(list(stored.glob(f"repeat{repeat}_batch*.npz"))))
+    each = [read_npz(stored / f"repeat{repeat}_batch{number}.npz")["bpd"] for number in batches]
+    return np.concatenate(each).astype(np.float64)
 
 
 def _with_seconds(name: str, value: Any, seconds: Mapping[str, float]) -> Any:

@@ -17,6 +17,7 @@ class RunFiles:
     """The content of a run's folder. Files that do not exist are None or empty here."""
 
     name: str  # the name of the folder; read_runs adds a number if another run has the same name
+    folder: Path
     metrics: RunCurves
     config: Mapping[str, Any] | None
     environment: Mapping[str, Any] | None
@@ -98,6 +99,7 @@ def read_run(path: Path) -> RunFiles:
     densities = read_all(DensityGrid, workdir.density.glob("*.npz"), problems)
     return RunFiles(
         name=path.resolve().name,
+        folder=path,
         metrics=metrics,
         config=read_json(workdir.config, problems),
         environment=read_json(workdir.environment, problems),

@@ -267,6 +267,25 @@ def test_the_gap_between_ode_and_bound_is_taken_at_the_same_point(tmp_path):
     assert gaps.count("dopri5") == 1
 
 
+def test_the_error_of_the_gap_is_paired_by_image(tmp_path):
+    """Values of images differ by 1 bit/dim, their gaps by 0.01; repeats of an image are averaged first."""
+    values = np.array([[2.0, 3.0, 4.0, 5.0], [2.0, 3.0, 4.0, 5.0]])
+    gaps = np.array([[0.02, 0.01, 0.03, 0.02], [0.02, 0.03, 0.03, 0.02]])
+    part = {"se": 0.5, "n": 4, "data": "digits", "dequantization": "uniform", "terms": {}, "repeats": 2}
+    for name, each, kind in (
+        ("ode", values + gaps, {}),
+        ("bound", values, {"bound": "dsm", "num_times": 1, "num_starts": 0}),
+    ):
+        folder = tmp_path / "eval" / name
+        for repeat in range(2):
+            for batch in range(2):
+                write_npz(folder / f"repeat{repeat}_batch{batch}.npz", bpd=each[repeat, 2 * batch : 2 * batch + 2])
+        result = {"bpd_tmin": part | kind | {"mean": float(each.mean()), "values": name}}
+        write_json(tmp_path / "eval" / f"{name}.json", {"checkpoint_step": 5} | result)
+    error = np.std([0.02, 0.02, 0.03, 0.02], ddof=1) / 2
+    assert f"+0.0225 ± {error:.4f}" in words(" ".join(page_of(tmp_path).sections.values()))
+
+
 def test_samples_of_another_evaluation_say_so(tmp_path):
     run = write_run(tmp_path / "run")
     images = np.zeros((4, 8, 8, 1), np.uint8)
