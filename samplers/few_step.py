@@ -55,7 +55,10 @@ def noise_levels(sde: SDE, smallest_time: float, num_levels: int, schedule: str,
     if schedule == "log_snr":
         return np.linspace(first, last, num_levels)
     if schedule == "power":
-        return exponent * np.log(np.linspace(np.exp(first / exponent), np.exp(last / exponent), num_levels))
+        # The logarithm of the mean of two powers. Relative to the first, they cannot overflow for small exponents.
+        fractions = np.linspace(0, 1, num_levels)[:-1]
+        before_last = first + exponent * np.log1p(fractions * np.expm1((last - first) / exponent))
+        return np.append(before_last, last)
     if schedule == "time":
         times = np.linspace(sde.t_max, smallest_time, num_levels)
         return np.asarray(sde.log_noise_level(jnp.asarray(times)), np.float64)

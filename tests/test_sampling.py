@@ -218,6 +218,15 @@ def test_noise_levels(sde, schedule):
     np.testing.assert_allclose(np.diff(grid), (grid[-1] - grid[0]) / 10, rtol=1e-4)
 
 
+def test_power_schedule_has_no_overflow_and_no_cancellation():
+    sde = VESDE(0.01, 50)
+    uniform = noise_levels(sde, 1e-5, 6, "log_snr", 7.0)
+    np.testing.assert_allclose(noise_levels(sde, 1e-5, 6, "power", 1e12), uniform, rtol=1e-9)
+    smallest = noise_levels(sde, 1e-5, 6, "power", 1e-3)
+    np.testing.assert_allclose(smallest[:-1], uniform[0] + 1e-3 * np.log1p(-np.arange(5) / 5), rtol=1e-12)
+    assert smallest[-1] == uniform[-1]
+
+
 LAMBDAS = np.array([-2.0, -1.2, -0.9, 0.3, 0.7, 1.9])
 
 
