@@ -193,9 +193,10 @@ _BITS_PER_DIM = [
 ]
 _ABOUT_BITS_PER_DIM = (
     "The value after ± is the standard error over images; the repeats of an image are averaged first. That of the gap "
-    "is the error of the mean difference between the two values of an image. All errors are estimates in bits/dim. The error of the solver is a bias of the mean. The other errors are standard errors of the "
-    "mean: of the random probes, of the times and noise that a bound samples, and over repeats. If the error of the "
-    "solver is far below the others, a finer solve does not make the result more accurate."
+    "is the error of the mean difference between the two values of an image. All errors are estimates in bits/dim. The "
+    "error of the solver is a bias of the mean. The other errors are standard errors of the mean: of the random "
+    "probes, of the times and noise that a bound samples, and over repeats. If the error of the solver is far below "
+    "the others, a finer solve does not make the result more accurate."
 )
 
 _NATS = [
