@@ -50,7 +50,7 @@ def _training() -> ConfigDict:
     training.n_iters = 4_000_001  # step at which training ends
     # number of further steps of a run that starts from training.init_from; 0 means to train to n_iters
     training.n_iters_from_start = 0
-    training.n_jitted_steps = 1  # training steps per compiled call; more steps help if a step is very short
+    training.n_jitted_steps = 1  # training steps per compiled call; more help on CPUs, and if a step is very short
     # loss to minimise. Score matching: denoising, implicit (with the trace of the Jacobian), sliced (along random
     # projections) or sliced_vr (the same with less variance). Baselines of the paper: meng (the second order of Meng et
     # al.) or ode_likelihood (the likelihood of the ODE, differentiated through its solver). implicit and the baselines
