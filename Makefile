@@ -49,7 +49,7 @@ demo: setup
 test: setup-dev
 	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2
 
-# Runs ruff, pyright and the fast tests, for the loop between two edits. It takes a few minutes.
+# Runs ruff, pyright and the fast tests, for the loop between two edits. It takes under two minutes.
 check: lint
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 

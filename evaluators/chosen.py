@@ -42,7 +42,10 @@ def chosen_states(config: Config, checkpoints: Checkpoints, start: int = 0) -> I
         return
     missing = sorted(set(wanted) - set(steps))
     if missing:
-        raise FileNotFoundError(f"no checkpoint for step {missing[0]}; available steps: {', '.join(map(str, steps))}")
+        raise FileNotFoundError(
+            f"no checkpoint for step {missing[0]}; available steps: {', '.join(map(str, steps))}; "
+            "for the newest, set eval.end_ckpt=0"
+        )
     for step in wanted:
         yield step, checkpoints.restore(step)
 

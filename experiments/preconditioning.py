@@ -203,15 +203,15 @@ solver's own estimate, its error is at most {solver:.4f} bits/dim.
 |---|---|---|---|---|---|---|
 {rows}
 
-How much lower the bits/dim are than the published score's:
+By so much are the bits/dim lower than with the published score:
 
 | score | | difference | its standard error over images |
 |---|---|---|---|
 {differences}
 
-The noise |u|² / d with u = z + sigma s that the score leaves unexplained at single noise levels, on {level_images} test
-images with the same noise, averaged over the seeds' models. The last column has the relative difference, with
-its error over images.
+The next table has the noise |u|² / d, with u = z + sigma s, that the score leaves unexplained at single noise levels.
+It is measured on {level_images} test images with the same noise, and averaged over the seeds' models. The last column
+has the relative difference, with its error over images.
 
 | sigma | published | preconditioned | difference |
 |---|---|---|---|

@@ -309,8 +309,8 @@ are integrals over time in nats, from {times} times with {points} points each, w
   drawn uniformly and by importance sampling ([S21b] Fig. 2).
 
 ± is the standard error over seeds, which few seeds do not determine well: at the 95 % level, a difference needs 12.7
-standard errors with two seeds, and 4.3 with three. The row "exact score" has the score of the data in place of a model's score. It is
-the floor of each measurement, which comes from the solvers and the prior.
+standard errors with two seeds, and 4.3 with three. The row "exact score" has the score of the data in place of a
+model's score. It is the floor of each measurement, which comes from the solvers and the prior.
 """
 
 PATHS = """
