@@ -125,11 +125,11 @@ precision: setup
 	$(BIN)/python -m experiments.precision
 
 # Predicts the memory of a training step on an H100, without one, for docs/results/cost.md. It takes hours on two cores, and
-# resumes. It needs 8 GB of memory. The packages for GPUs need 6 GB of disk, and have a separate environment.
+# resumes. It needs 10 GB of memory. The packages for GPUs need 6 GB of disk, and have a separate environment.
 cost-h100: .venv-gpu/.installed
 	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m experiments.cifar10_cost
 
-# Measures the training steps of the CIFAR-10 networks on the GPUs of this machine, for docs/results/cost.md. It takes hours,
+# Measures the training steps of the CIFAR-10 networks on a GPU of this machine, for docs/results/cost.md. It takes hours,
 # mostly to compile, and resumes.
 cost-gpu: .venv-gpu/.installed
 	.venv-gpu/bin/python -m experiments.cifar10_cost --measure

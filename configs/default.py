@@ -382,16 +382,18 @@ def _cost() -> ConfigDict:
     cost.orders = (1, 2, 3)  # orders of score matching
     cost.batch_sizes = ()  # batch sizes, over all devices; empty means training.batch_size
     # memory settings to compare. Each is none, or FIELD=VALUE, with spaces between several, for
-    # training.accumulation_steps, training.residual_first, training.shard_state, model.remat and model.dtype, which
-    # leave the expected gradient and its noise as they are, and training.high_order_fraction, which adds noise
+    # training.accumulation_steps, training.residual_first, training.shard_state and model.remat, which leave the
+    # expected gradient and its noise as they are, model.dtype, which rounds, and training.high_order_fraction, which
+    # adds noise
     cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
     cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
-    cost.memory_gb = 0.0  # memory in GB that a batch must fit; 0 means the memory of the device
+    # memory in GB that a batch must fit; 0 means the memory that JAX may use, by default 75 % of a GPU's
+    cost.memory_gb = 0.0
     # GPU to compile for on a machine without one: h100, h200, a100, a100-40 or a6000. Then nothing is timed, and the
     # packages of requirements-gpu.txt are needed. Empty: the devices of this machine
     cost.device = ""
     cost.num_devices = 1  # number of GPUs of one machine that share the batch, with cost.device
-    # time limit in seconds for --mode=selftest to compile a training step. Without a compiled step, its memory and time
-    # are not shown
+    # time limit in seconds for --mode=selftest to compile a training step. Without a compiled step, its memory is
+    # estimated, and its time is not shown
     cost.selftest_seconds = 60.0
     return cost

@@ -75,11 +75,13 @@ def largest_batch(memory: Memory, devices: int, images: int, field: str) -> int:
 
 def likelihood_memory(run: Run) -> Memory:
     """Estimates the memory of the right-hand side of the likelihood's ODE, with the parameters."""
-    num_probes: int = run.config.eval.num_probes
+    exact = run.config.eval.probe == "exact"
+    num_estimates = 1 if exact else int(run.config.eval.num_probes)
 
     def right_hand_side(params: Params, x: Batch) -> tuple[Batch, Array]:
-        field = TimeField(run.score_fn(params), jnp.ones((num_probes, *x.shape)), run.sde)
-        return field(jnp.asarray(0.5), (x, jnp.zeros((len(x), num_probes))))
+        probes = None if exact else jnp.ones((num_estimates, *x.shape))
+        field = TimeField(run.score_fn(params), probes, run.sde)
+        return field(jnp.asarray(0.5), (x, jnp.zeros((len(x), num_estimates))))
 
     return _memory(run, right_hand_side)
 

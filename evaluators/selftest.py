@@ -11,7 +11,7 @@ from configs.default import Config
 from evaluators.features import extractor_from_config
 from evaluators.fid import published_statistics, statistics_path
 from evaluators.step_cost import case_cost
-from infra.cost import NOT_COMPILED, device_memory
+from infra.cost import NOT_COMPILED, OUT_OF_MEMORY, device_memory
 from infra.machine_checks import HEADER, check, checkpoint_bytes, collective, devices, disk, state_bytes
 from infra.workdir import Workdir
 
@@ -63,16 +63,19 @@ def _step_in_words(run: Run, size: int) -> str:
     order = f"order {training.score_matching_order}, batch {training.batch_size}"
     parts = [order, f"{row['gflop']:.4g} GFLOP", f"state {size / 1e9:.3g} GB"] if "gflop" in row else [order]
     if "total_gb" in row:
-        parts.append(f"needs {row['total_gb']:.3g} of {fields.memory_gb or device_memory():.3g} GB")
+        limit = fields.memory_gb or device_memory()
+        parts.append(f"needs {row['total_gb']:.3g} of {limit:.3g} GB")
+        if row["total_gb"] > limit:
+            row["error"] = OUT_OF_MEMORY
     if "step_seconds" in row:
         seconds = row["step_seconds"]
         steps = _num_steps(training)
         parts.append(f"{seconds:.3g} s/step, {seconds * steps / 3600:.3g} h for {steps} steps")
     text = ", ".join(parts)
     if row.get("error") == NOT_COMPILED:
-        limit = f"--config.cost.selftest_seconds={fields.selftest_seconds:g}"
-        estimate = f"{row['estimated_gb']:.3g} of {fields.memory_gb or device_memory():.3g} GB by an upper estimate"
-        return f"{text}, {estimate}; not compiled within {limit}, and a larger value shows its memory and time"
+        flag = f"--config.cost.selftest_seconds={fields.selftest_seconds:g}"
+        estimate = f"{row['estimated_gb']:.3g} of {fields.memory_gb or device_memory():.3g} GB by an estimate"
+        return f"{text}, {estimate}; not compiled within {flag}, and a larger value shows its memory and time"
     if "error" in row:
         raise RuntimeError(f"{text}: {row['error']}")
     return text

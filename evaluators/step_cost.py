@@ -10,10 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from build import TRAIN_KEY, Run, build
 from configs.default import Config
+from configs.usage import record_reads
 from datasets import LabelledBatch
 from infra import parallel
 from infra.ahead_of_time import ENDED, predicted_cost
@@ -22,6 +24,8 @@ from infra.cost import (
     HEADERS,
     NOT_COMPILED,
     OUT_OF_MEMORY,
+    Case,
+    Row,
     all_cases,
     cells,
     device_memory,
@@ -53,7 +57,11 @@ def cost(config: Config, path: Path) -> None:
     gpu = gpu_by_name(fields.device) if fields.device else None
     mesh = mesh_of(gpu, fields.num_devices) if gpu else None
     sizes = fields.batch_sizes or (config.training.batch_size,)
-    runs = {case: build(case.applied_to(config), mesh) for case in all_cases(fields.orders, sizes, fields.memory)}
+    _ = build(config, mesh, for_training=False)  # Raises for a field that is wrong in all cases.
+    cases = all_cases(fields.orders, sizes, fields.memory)
+    runs = {case: _built(case, config, mesh) for case in cases if _has_effect(case, config, mesh)}
+    if not runs:
+        raise ValueError(f"cost.memory is {tuple(fields.memory)}, but training reads none of these fields; add 'none'")
     workdir, rows = Workdir(path), []
     known = {json.dumps(row["program"]): row for row in workdir.read_costs()}
     workdir.prepare()
@@ -63,7 +71,7 @@ def cost(config: Config, path: Path) -> None:
         parallel.check_stop()
         program = program_identity(run.config, run.mesh, 0 if gpu else fields.measure_steps)
         row = known.get(json.dumps(program))
-        if row is None:
+        if row is None or not _is_final(row):
             logging.info("Measuring order %d, batch size %d, memory setting %s", *case)
             measured = cost_without_device(run) if gpu else case_cost(run, state, fields.measure_steps)
             row = case._asdict() | {"program": program} | measured
@@ -73,10 +81,40 @@ def cost(config: Config, path: Path) -> None:
                 workdir.write_costs(list(known.values()))
         rows.append(row | case._asdict())  # A known row of the same program may have the name of another setting.
         logging.info("%s", ", ".join(f"{name} {cell}" for name, cell in zip(HEADERS, cells(rows[-1]), strict=True)))
-    print(text_table(HEADERS, [cells(row) for row in rows]))
-    limit = fields.memory_gb or (gpu.usable_gb if gpu else device_memory())
-    for order in fields.orders:
-        print(fitting_text(order, rows, limit))
+    if jax.process_index() == 0:
+        print(text_table(HEADERS, [cells(row) for row in rows]))
+        limit = fields.memory_gb or (gpu.usable_gb if gpu else device_memory())
+        for order in fields.orders:
+            print(fitting_text(order, rows, limit))
+
+
+def _built(case: Case, config: Config, mesh: Mesh | None) -> Run:
+    """Builds the run of a case. An error names the case, whose fields the user has not set."""
+    changed = case.applied_to(config)
+    try:
+        return build(changed, mesh)
+    except ValueError as error:
+        raise ValueError(
+            f"cost.orders, cost.batch_sizes and cost.memory ask for order {case.order}, batch size {case.batch_size} "
+            f"and memory setting {case.memory}, which cannot be built: {error}"
+        ) from error
+
+
+def _has_effect(case: Case, config: Config, mesh: Mesh | None) -> bool:
+    """Returns whether training reads all fields of the memory setting. If not, the log names one."""
+    fresh: Config = ConfigDict(config.to_dict())
+    recorder = record_reads(fresh)
+    _ = _built(case, fresh, mesh).trainer
+    unread = sorted(case.memory_fields() - recorder.read)
+    if unread:
+        logging.info("Leaving out memory setting %s for order %d: %s has no effect", case.memory, case.order, unread[0])
+    return not unread
+
+
+def _is_final(row: Row) -> bool:
+    """Returns whether a stored row need not be measured again: other errors pass, and the memory may be raised."""
+    too_large = row.get("error") == OUT_OF_MEMORY and row.get("total_gb", 0.0) > device_memory()
+    return "error" not in row or too_large
 
 
 def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, limit: float = math.inf) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def tables(networks: Mapping[str, Sequence[Row]]) -> str:
         networks: the rows of each network, by its title. The first network is that of the picture.
     """
     rows = next(iter(networks.values()))
-    picture = ["![Memory against arithmetic](../images/cost_pareto.png)", ""] if len(front_rows(rows)) > 1 else []
+    picture = ["![Memory against arithmetic](../images/cost_pareto.png)", ""] if has_front(rows) else []
     return "\n".join([*picture, *front_table(rows), "", *network_table(networks)])
 
 
@@ -46,6 +46,12 @@ def front_rows(rows: Sequence[Row], batch_size: int = 128) -> list[Row]:
     """Returns the rows of order 3 with 32-bit floats whose memory is known, those with the least memory first."""
     chosen = [row for row in rows if (row["order"], row["batch_size"]) == (3, batch_size) and "temporary_gb" in row]
     return sorted((row for row in chosen if "bfloat16" not in row["memory"]), key=lambda row: row["temporary_gb"])
+
+
+def has_front(rows: Sequence[Row]) -> bool:
+    """Returns whether there are settings to compare, also without a setting."""
+    chosen = front_rows(rows)
+    return len(chosen) > 1 and bool(ratios(chosen))
 
 
 def in_parts(row: Row) -> bool:

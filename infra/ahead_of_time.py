@@ -9,6 +9,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -91,6 +92,7 @@ def _next(receive: Connection) -> dict[str, Any] | None:
     try:
         return receive.recv()
     except EOFError:
+        stop.check()  # A request to stop may also have ended the other process.
         return None
 
 
@@ -99,7 +101,7 @@ def _child(folder: str, lower: Lower, arguments: tuple[Any, ...]) -> Iterator[Co
     """A context with a process that runs `_compile`, and the pipe from it. The process is ended with the context."""
     context = multiprocessing.get_context("spawn")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_compile, args=(send, folder, lower, arguments), daemon=True)
+    process = context.Process(target=_compile_for_parent, args=(send, folder, lower, arguments), daemon=True)
     # The process must not use GPUs of this machine, and must not print XLA's warnings about slow compilations.
     settings = {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
     before = {name: os.environ.get(name) for name in settings}
@@ -118,6 +120,13 @@ def _child(folder: str, lower: Lower, arguments: tuple[Any, ...]) -> Iterator[Co
         receive.close()
 
 
+def _compile_for_parent(*arguments: Any) -> None:
+    """Runs `_compile` in the other process, which leaves requests to stop to its parent."""
+    for number in stop.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    _compile(*arguments)
+
+
 def _compile(send: Connection, folder: str, lower: Lower, arguments: tuple[Any, ...]) -> None:
     """Sends the costs from `lower`, and then the costs of the compiled program, unless the process is ended before."""
     try:
@@ -125,5 +134,7 @@ def _compile(send: Connection, folder: str, lower: Lower, arguments: tuple[Any, 
         send.send(costs)
         compiled = lowered.compile(compiler_options=COMPILER_OPTIONS | {"xla_dump_to": folder})
         send.send(memory_gb(compiled))
-    except (ValueError, RuntimeError, MemoryError) as error:
+    except MemoryError:  # of this machine, not of the GPU
+        send.send({"error": ENDED})
+    except (ValueError, RuntimeError) as error:
         send.send({"error": error_text(error)})

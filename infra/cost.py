@@ -66,6 +66,10 @@ class Case(NamedTuple):
             changes[field] = _literal(value)
         return changes
 
+    def memory_fields(self) -> set[str]:
+        """Returns the fields that the memory setting sets."""
+        return set(self.changes()) & set(MEMORY_FIELDS)
+
     def applied_to(self, config: Config) -> Config:
         """A copy of the configuration with the fields that the case sets.
 
@@ -100,15 +104,18 @@ def all_cases(orders: Sequence[int], batch_sizes: Sequence[int], memory: Sequenc
 
 
 def program_identity(config: Config, mesh: Mesh, measure_steps: int) -> dict[str, Any]:
-    """Everything that a row depends on, besides the code: configuration, devices, and version of JAX."""
+    """Everything that a row depends on, besides the code: configuration, devices, version and settings of JAX."""
     fields = json.loads(config.to_json_best_effort())
     relevant = json.dumps({part: fields[part] for part in ("model", "training", "data", "optim")}, sort_keys=True)
+    precision = jax.config.values["jax_default_matmul_precision"]
+    settings = {"matmul_precision": precision, "xla_flags": os.environ.get("XLA_FLAGS")}
     return {
         "configuration": hashlib.sha256(relevant.encode()).hexdigest()[:16],
         "device": mesh.devices.flat[0].device_kind,
         "devices": mesh.size,
         "jax": jax.__version__,
         "measure_steps": measure_steps,
+        **{name: value for name, value in settings.items() if value},
     }
 
 
@@ -150,8 +157,8 @@ def _inner_programs(params: Mapping[str, Any]) -> Iterator[Any]:
 def peak_bytes(jaxpr: Any) -> int:
     """Estimates the memory of a traced program: arguments, and the results of operations from their first to last use.
 
-    A compiler does not store the results of operations that it fuses, and may reorder operations. So this is an upper
-    estimate for a program that is not compiled yet.
+    A compiler does not store the results of operations that it fuses, and may reorder operations. So this is
+    mostly more than the compiled program needs.
     """
     last_use = {
         variable: number
@@ -174,7 +181,10 @@ def peak_bytes(jaxpr: Any) -> int:
 
 
 def _per_device(jaxpr: Any, devices: int) -> float:
-    """Returns `peak_bytes` of one device. It holds all arguments, and its share of the values from the batch."""
+    """Estimates the memory of one device. It holds all arguments, and its share of all other values.
+
+    For small batches on several devices this is too low, because each device also holds the whole gradients.
+    """
     arguments = sum(map(_bytes, jaxpr.invars))
     return arguments + (peak_bytes(jaxpr) - arguments) / devices
 
@@ -191,7 +201,7 @@ def traced_cost(
 
     The cost of one step has these values:
 
-    - `gflop`: operations of convolutions and matrix products.
+    - `gflop`: operations of convolutions and matrix products, on all devices together.
     - `estimated_gb`: memory per device, by `peak_bytes`.
     - `trace_seconds`.
 
@@ -219,7 +229,8 @@ def program_cost(
 
     The cost has the values of `traced_cost`, and these:
 
-    - `xla_gflop`, `gb_accessed`: counted by XLA. None if the program has loops, because XLA counts their bodies once.
+    - `xla_gflop`, `gb_accessed`: counted by XLA for one device. None if the program has loops, because XLA
+      counts their bodies once.
     - `temporary_gb`, `total_gb`: memory per device; the total includes arguments and results.
     - `compile_seconds`.
 
@@ -358,7 +369,7 @@ def fitting_text(order: int, rows: Sequence[Row], memory_gb: float) -> str:
     with which --mode=train uses both."""
     best = largest_fitting((row for row in rows if row["order"] == order), memory_gb)
     if best is None:
-        return f"order {order}: none of the batches fits {memory_gb:.3g} GB"
+        return f"order {order}: no batch without an error fits {memory_gb:.3g} GB"
     setting = "no memory setting" if best["memory"] == UNCHANGED else best["memory"]
     needed = f"{best['total_gb']:.3g} of {memory_gb:.3g} GB"
     changes = Case(order, best["batch_size"], best["memory"]).changes()

@@ -107,6 +107,6 @@ def mesh_of(gpu: Gpu, count: int = 1) -> Mesh:
         topology = topologies.get_topology_desc("", "cuda", topology=f"1x1x{count}", target_config=gpu.target())
     except NotImplementedError as error:
         raise ValueError(
-            "cost.device needs JAX_PLATFORMS=cpu in the environment, on a machine without a GPU"
+            "cost.device cannot load JAX's packages for CUDA; on a machine without a GPU, set JAX_PLATFORMS=cpu"
         ) from error
     return Mesh(np.array(topology.devices), ("data",))

@@ -28,6 +28,10 @@ def lower(size: int):
     return {"gflop": float(size), "trace_seconds": 0.0}, lowered(size)
 
 
+def raise_memory_error():
+    raise MemoryError
+
+
 def lower_nothing(size: int):
     raise ValueError(f"size is {size}\nand more")
 
@@ -46,6 +50,20 @@ def test_an_error_in_the_other_process_is_a_row(tmp_path):
     receive, send = multiprocessing.Pipe(duplex=False)
     ahead_of_time._compile(send, str(tmp_path), lower_nothing, (3,))
     assert receive.recv() == {"error": "failed: size is 3"}
+
+
+def test_a_process_that_ends_with_a_request_to_stop_is_not_a_row(stop_requested):
+    """Signals often reach both processes, and the other one may end first."""
+    receive, send = multiprocessing.Pipe(duplex=False)
+    send.close()
+    with pytest.raises(KeyboardInterrupt):
+        ahead_of_time._next(receive)
+
+
+def test_a_machine_without_memory_does_not_mean_that_the_gpu_has_too_little(tmp_path):
+    receive, send = multiprocessing.Pipe(duplex=False)
+    ahead_of_time._compile(send, str(tmp_path), raise_memory_error, ())
+    assert receive.recv() == {"error": ahead_of_time.ENDED}
 
 
 @pytest.mark.parametrize("page", ["", "page 0, "], ids=["jax 0.10", "jax 0.11"])
@@ -100,4 +118,4 @@ def test_rows_of_a_gpu_say_so_and_are_kept(monkeypatch, tmp_path, capsys):
     for _ in range(2):
         step_cost.cost(config, tmp_path)
     assert asked == [1, 3, 1]  # a row that the compiler gave no answer for is measured again
-    assert "order 3: none of the batches fits 63.7 GB" in capsys.readouterr().out
+    assert "order 3: no batch without an error fits 63.7 GB" in capsys.readouterr().out

@@ -37,6 +37,14 @@ def test_the_estimate_is_close_enough(run):
     assert SHARE * used < estimate < 10 * used
 
 
+def test_exact_divergences_need_memory_for_every_dimension(run):
+    """Their probes are the unit vectors."""
+    config, dims = get_config(), 64
+    config.eval.probe = "exact"
+    exact = likelihood_memory(build(config, for_training=False))
+    assert dims / 4 < exact.each / likelihood_memory(run).each < dims
+
+
 @pytest.mark.parametrize(
     ("gb", "images", "expected"),
     [

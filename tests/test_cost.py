@@ -18,6 +18,7 @@ from infra.cost import (
     error_text,
     fitting_text,
     peak_bytes,
+    program_identity,
     step_seconds,
 )
 from infra.workdir import Workdir
@@ -102,11 +103,64 @@ def test_known_rows_are_not_measured_again(costs, monkeypatch, capsys):
     assert measured == []
     table = capsys.readouterr().out
     assert f"{rows[1]['temporary_gb']:.4g}" in table
-    assert "order 2: none of the batches fits 1e-09 GB" in table
+    assert "order 2: no batch without an error fits 1e-09 GB" in table
     step_cost.cost(config_with(cost__memory=("none",), cost__orders=(2, 3), training__batch_size=128), workdir)
     assert measured == [2, 3]
     assert "out of memory" in capsys.readouterr().out
     assert len(Workdir(workdir).read_costs()) == 5
+
+
+def test_rows_with_errors_that_may_pass_are_measured_again(tmp_path, monkeypatch):
+    """A program that needs more than the device has is not tried again, unless the limit is raised."""
+    results = {
+        "a": {"error": "failed: INTERNAL"},
+        "b": {"error": "out of memory", "total_gb": 70.0},
+        "c": {"error": "out of memory", "total_gb": 50.0},
+    }
+    monkeypatch.setattr(step_cost, "device_memory", lambda: 60.0)
+    assert [step_cost._is_final(row) for row in results.values()] == [False, True, False]
+    monkeypatch.setattr(step_cost, "device_memory", lambda: 76.0)
+    assert not step_cost._is_final(results["b"])
+    assert step_cost._is_final({"total_gb": 90.0})
+
+
+def test_memory_settings_without_effect_are_left_out(tmp_path, monkeypatch, caplog):
+    """The network of points has no model.remat, and order 1 has no residual of order 3."""
+    measured = []
+    monkeypatch.setattr(step_cost, "case_cost", lambda run, *_: measured.append(run.config.training) or {"error": "x"})
+    settings = ("none", "model.remat=block", "training.residual_first=True")
+    with caplog.at_level("INFO"):
+        step_cost.cost(config_with(cost__memory=settings, cost__orders=(1, 3)), tmp_path)
+    tried = [(training.score_matching_order, training.residual_first) for training in measured]
+    assert tried == [(1, False), (3, False), (3, True)]
+    assert "Leaving out memory setting model.remat=block for order 1: model.remat has no effect" in caplog.text
+    with pytest.raises(ValueError, match=r"cost.memory is .*model.remat=block.*; add 'none'"):
+        step_cost.cost(config_with(cost__memory=settings[1:2]), tmp_path)
+
+
+def test_an_error_names_the_case_that_cannot_be_built(tmp_path):
+    config = config_with(cost__batch_sizes=(60,), cost__memory=("training.accumulation_steps=7",))
+    message = "ask for order 1, batch size 60 and memory setting training.accumulation_steps=7, .* built: .*batch_size"
+    with pytest.raises(ValueError, match=message):
+        step_cost.cost(config, tmp_path / "run")
+
+
+def test_rows_of_another_precision_are_others(monkeypatch):
+    run = build(config_with())
+    identities = [program_identity(run.config, run.mesh, 1)]
+    with jax.default_matmul_precision("highest"):
+        identities.append(program_identity(run.config, run.mesh, 1))
+    monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=multi_output_fusion")
+    identities.append(program_identity(run.config, run.mesh, 1))
+    assert len({json.dumps(identity) for identity in identities}) == 3
+
+
+def test_a_selftest_fails_if_the_step_does_not_fit(monkeypatch):
+    config = images_config()
+    config.cost.memory_gb = 24.0
+    monkeypatch.setattr(selftest, "case_cost", lambda *_: {"total_gb": 30.0, "step_seconds": 1.0})
+    with pytest.raises(RuntimeError, match=r"needs 30 of 24 GB.*out of memory"):
+        selftest._step_in_words(build(config), 0)
 
 
 def test_a_selftest_expects_the_steps_of_a_continued_run(monkeypatch):
