@@ -205,8 +205,9 @@ def _advice(error: Exception) -> str:
     if "RESOURCE_EXHAUSTED" not in str(error):
         return ""
     return (
-        "out of memory: for training, raise training.accumulation_steps, set model.remat=block, or lower "
-        "training.batch_size; for evaluation, lower eval.batch_size or sampling.batch_size\n"
+        "out of memory: for training, raise training.accumulation_steps, set model.remat=block (at order 3 rather "
+        "training.residual_first=True and model.remat=conv), or lower training.batch_size; for evaluation, lower "
+        "eval.batch_size or sampling.batch_size\n"
     )
 
 
