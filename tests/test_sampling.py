@@ -227,7 +227,7 @@ def test_power_schedule_has_no_overflow_and_no_cancellation():
     assert smallest[-1] == uniform[-1]
 
 
-LAMBDAS = np.array([-2.0, -1.2, -0.9, 0.3, 0.7, 1.9])
+LAMBDAS = np.array([-2.0, -1.2, -0.6, 0.1, 0.8, 1.4])
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0, 1.5])
@@ -242,6 +242,21 @@ def test_multistep_is_exact_for_polynomials(order, eta):
     for i in range(order - 1, 5):
         y = decay[i] * solution[i] + weights[i] @ p(LAMBDAS[i - np.arange(order)])
         np.testing.assert_allclose(y, solution[i + 1], rtol=1e-12)
+
+
+def test_long_steps_have_a_lower_order():
+    """With equal steps in time, the last step in lambda is longer than all before it, where polynomials diverge."""
+    score_fn, numbers = MIXTURE.score_fn(VPSDE()), jnp.arange(64)
+    exact = ODESampler(sde=VPSDE(), smallest_time=1e-3)(score_fn, jax.random.key(0), numbers, (2,)).x
+
+    def error(order: int, schedule: str) -> float:
+        settings = {"max_nfe": 10, "schedule": schedule, "order": order, "noise_removal": True}
+        x = DPMSolverSampler(sde=VPSDE(), smallest_time=1e-3, **settings)(score_fn, jax.random.key(0), numbers, (2,)).x
+        return float(jnp.sqrt(jnp.mean(jnp.square(x - exact))))
+
+    assert max(error(2, "time"), error(3, "time")) < error(1, "time")
+    weights = multistep_coefficients(noise_levels(VPSDE(), 1e-3, 10, "log_snr", 7.0), 3, False).weights
+    assert np.all(weights[2:] != 0)  # steps of equal length have the full order
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7, 1.0, 1.5])
@@ -449,6 +464,7 @@ def test_samplers_from_the_configuration():
         ("pc", "num_steps", -1, "sampling.num_steps must be at least 1, got -1"),
         ("pc", "n_steps_each", 0, "sampling.n_steps_each must be at least 1, got 0"),
         ("pc", "snr", -0.1, "sampling.snr must be positive, got -0.1"),
+        ("pc", "smallest_time", 0.02, "sampling.smallest_time is 0.02, but .* must be at most 0.01"),
         ("pc", "smallest_time", 1.0, "sampling.smallest_time must lie between 0 and 1.0, got 1.0"),
         ("ode", "ode_solver", "euler", "sampling.ode_solver must be one of dopri5, scipy, got 'euler'"),
         ("ode", "rtol", 0.0, "sampling.rtol must be positive, got 0.0"),
