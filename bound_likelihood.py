@@ -242,13 +242,13 @@ Draw = Callable[[Int[Array, ""]], PerExample]
 
 
 def _mean_and_error(draw: Draw, num: int, progress: ReportProgress | None) -> tuple[PerExample, PerExample]:
-    """Mean and standard error of the draws with numbers 0 to num - 1."""
+    """Mean and standard error of the draws with numbers 0 to num - 1. The error of a single draw is not a number."""
 
     def advance(draws: Float[Array, "num batch"], first: int, last: int) -> Float[Array, "num batch"]:
         return _draws(draw, draws, first, last)
 
     draws = in_parts(advance, _no_draws(draw, num), num, progress)
-    return jnp.mean(draws, axis=0), jnp.std(draws, axis=0) / math.sqrt(max(num - 1, 1))
+    return jnp.mean(draws, axis=0), jnp.std(draws, axis=0, ddof=1) / math.sqrt(num)
 
 
 @partial(jax.jit, static_argnames="num")

@@ -255,7 +255,8 @@ def _check_noise_level(training: Config, sde: SDE) -> None:
         return  # The check would compile five small programs.
     ends = jnp.asarray([training.smallest_time, sde.t_max])
     first, last = (float(rho) for rho in jnp.exp(sde.log_noise_level(ends)))
-    if not first <= training.noise_level <= last:
+    rounding = 1e-4  # of the levels, which are 32-bit numbers
+    if not first * (1 - rounding) <= training.noise_level <= last * (1 + rounding):
         raise ValueError(
             f"training.noise_level is {training.noise_level}; it must be 0 (all levels) or lie between {first:.3g} and "
             f"{last:.3g}, the levels of the SDE"

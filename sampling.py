@@ -34,10 +34,16 @@ from samplers.sampler import (
 )
 from sde_lib import SDE
 
+MOST_SMALLEST_TIME = 0.01
+"""The latest end of predictor-corrector sampling. It is the published one of sub-VP."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictorCorrector(Sampler):
     """Applies the corrector, then the predictor, at each of `num_steps` equidistant times ([S21a] Alg. 1).
+
+    The last of these times is `smallest_time`, but as published, each step is t_max / num_steps long. So the last step
+    leads to about time 0.
 
     If the predictor is none, the published code does not remove the noise of the last corrector. This code does.
 
@@ -57,6 +63,11 @@ class PredictorCorrector(Sampler):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.smallest_time > MOST_SMALLEST_TIME:
+            raise ValueError(
+                f"sampling.smallest_time is {self.smallest_time}, but predictor-corrector steps lead to time 0; it "
+                f"must be at most {MOST_SMALLEST_TIME}"
+            )
         check_choice("sampling.predictor", self.predictor, PREDICTORS)
         check_choice("sampling.corrector", self.corrector, CORRECTORS)
         if self.predictor == self.corrector == "none":

@@ -35,6 +35,10 @@ def chain_times(num_steps: int) -> Float[Array, " levels"]:
     return jnp.asarray(np.where(times * last < levels, np.nextafter(times, np.float32(2)), times))
 
 
+MOST_SIGMA = 1e16
+"""The largest sigma_max. Then the squared length of an image with this noise is a finite 32-bit number."""
+
+
 @dataclasses.dataclass(frozen=True)
 class VESDE(SDE):
     """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t ([S21a] Eqn. 9 and 30)."""
@@ -46,8 +50,10 @@ class VESDE(SDE):
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(f"need 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if not 0 < self.sigma_min < self.sigma_max <= MOST_SIGMA:
+            raise ValueError(
+                f"need 0 < sigma_min < sigma_max <= {MOST_SIGMA:g}, got {self.sigma_min} and {self.sigma_max}"
+            )
 
     @property
     def _log_ratio(self) -> float:
@@ -98,8 +104,8 @@ class LinearVESDE(SDE):
     sigma_max: float = 50.0
 
     def __post_init__(self) -> None:
-        if not self.sigma_max > 0:
-            raise ValueError(f"need sigma_max > 0, got {self.sigma_max}")
+        if not 0 < self.sigma_max <= MOST_SIGMA:
+            raise ValueError(f"need 0 < sigma_max <= {MOST_SIGMA:g}, got {self.sigma_max}")
 
     @property
     def prior_sigma(self) -> float:

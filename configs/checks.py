@@ -12,7 +12,7 @@ from configs.default import Config, get_config
 
 RANGES = {
     "seed": "[0, 4294967295]",
-    "training.smallest_time": "(0, 1)",
+    "training.smallest_time": "[1e-30, 0.999999]",
     "training.batch_size": "[1, inf)",
     "training.accumulation_steps": "[1, inf)",
     "training.n_iters": "[1, inf)",
@@ -69,7 +69,7 @@ RANGES = {
     "sampling.num_steps": "[0, inf)",
     "sampling.n_steps_each": "[1, inf)",
     "sampling.snr": "(0, inf)",
-    "sampling.smallest_time": "(0, 1)",
+    "sampling.smallest_time": "[1e-30, 0.999999]",
     "sampling.temperature": "[0, inf)",
     "sampling.rtol": "(0, inf)",
     "sampling.atol": "(0, inf)",

@@ -65,7 +65,7 @@ def test_nothing_is_sampled_of_the_reference_gaussian(name):
     density, sde = gaussian(mean, np.diag(std**2)), SDES[name]()
     # Linear gamma begins with so little noise that the start-time correction would be about 0.
     t_min = 0.2 if isinstance(sde, LinearGammaSDE) else 1e-2
-    solve = {"t_min": t_min, "num_times": 4, "num_starts": 1, "reference": GaussianReference(mean, std)}
+    solve = {"t_min": t_min, "num_times": 4, "num_starts": 2, "reference": GaussianReference(mean, std)}
 
     def expected(t: float) -> Batch:
         alpha, sigma = (np.asarray(a, np.float64) for a in sde.alpha_sigma(jnp.float32(t)))

@@ -6,6 +6,7 @@ import pytest
 from configs.checks import RANGES
 from sde_lib import (
     MOST_BETA,
+    MOST_SIGMA,
     SDES,
     VESDE,
     VPSDE,
@@ -191,6 +192,13 @@ def test_probability_flow_keeps_the_marginals(sde):
 def test_impossible_constants_are_refused(make):
     with pytest.raises(ValueError, match="need"):
         make()
+
+
+@pytest.mark.parametrize("build", [lambda sigma: VESDE(0.01, sigma), LinearVESDE])
+def test_the_largest_noise_has_a_prior_density_in_32_bits(build):
+    assert np.isfinite(build(MOST_SIGMA).prior_logp(jnp.full((1, 3072), MOST_SIGMA))[0])
+    with pytest.raises(ValueError, match=r"sigma_max <= 1e\+16"):
+        build(2 * MOST_SIGMA)
 
 
 def test_the_largest_constants_have_noise_levels_in_32_bits():

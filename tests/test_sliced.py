@@ -167,6 +167,11 @@ REFUSED = [
 ]
 
 
+@pytest.mark.parametrize("level", [0.01, 50.0])
+def test_the_ends_of_the_noise_levels_are_allowed(level):
+    build(config_with(toy, noise_level=level))
+
+
 @pytest.mark.parametrize(("default", "settings", "message"), REFUSED, ids=range(len(REFUSED)))
 def test_refused_settings(default, settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
