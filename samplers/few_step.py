@@ -183,11 +183,10 @@ def multistep_coefficients(log_rhos: LogNoiseLevels, order: int, to_zero: bool, 
     for i in range(steps):
         h = lambdas[i + 1] - lambdas[i]
         decay[i] = np.exp(-c * h)
-        for q in range(min(order, i + 1), 0, -1):
-            step = _adams_weights(c * h, c * (lambdas[i - q + 1 : i + 1][::-1] - lambdas[i]))
-            if np.abs(step).sum() <= 2**q - 1 + 1e-9:
-                break
-        weights[i, :q] = step
+        nodes = c * (lambdas[max(i + 1 - order, 0) : i + 1][::-1] - lambdas[i])
+        of_orders = (_adams_weights(c * h, nodes[:q]) for q in range(len(nodes), 0, -1))
+        step = next(w for w in of_orders if np.abs(w).sum() <= 2 ** len(w) - 1 + 1e-9)  # always true for order 1
+        weights[i, : len(step)] = step
         noise[i] = np.exp(-lambdas[i + 1]) * np.sqrt(-np.expm1(-2 * eta**2 * h))
     if to_zero:
         weights[-1, 0] = 1.0
