@@ -102,6 +102,8 @@ def _built(case: Case, config: Config, mesh: Mesh | None) -> Run:
 
 def _has_effect(case: Case, config: Config, mesh: Mesh | None) -> bool:
     """Returns whether training reads all fields of the memory setting. If not, the log names one."""
+    if not case.memory_fields():
+        return True
     fresh: Config = ConfigDict(config.to_dict())
     recorder = record_reads(fresh)
     _ = _built(case, fresh, mesh).trainer
