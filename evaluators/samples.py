@@ -114,8 +114,8 @@ def draw_images(
         chosen = f"sampling.method={run.config.sampling.method}" if configured else "the sampler of snapshots"
         raise RuntimeError(
             f"Sample {numbers[np.argmin(finite)]} is not finite ({np.sum(~finite)} of {len(numbers)} are not). The "
-            f"model diverged, or {chosen} diverges; try other settings of sampling. Steps of Langevin dynamics diverge "
-            "if sampling.step_size is more than four times (sigma / alpha)^2 at sampling.smallest_time"
+            f"model diverged, or {chosen} diverges; try other settings of sampling. With Langevin dynamics, "
+            "sampling.step_size must be below 4 (sigma / alpha)^2 at sampling.smallest_time"
         )
     return np.asarray(images), samples.nfe
 

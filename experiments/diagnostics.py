@@ -278,7 +278,7 @@ A network is rougher in time than the exact score of the mixture. The error of i
 RESULTS = """
 This page has the results of `--mode=diagnose` for the demo's two digits models (VE, configs/digits/ncsnpp.py): order 1
 after {first_steps} steps, and order 3, which continues from it for {more_steps} steps of batch 32. "+{more_steps}" is
-order 1, continued for as many steps of the same batch size. It shows the effect of more steps with the same order.
+order 1 after {more_steps} further steps of batch 32. It shows the effect of more steps with the same order.
 All values are means over the first {images} test images, with two probes. The models see the same images, noise and
 probes, and the column "order 3 - (+{more_steps})" is paired by image. ± is the standard error over
 images; the bands in the figure are plus and minus two standard errors. Each model was trained once. Each row of a table

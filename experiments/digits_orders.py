@@ -144,13 +144,16 @@ def gradient_noise(workdir: Path, seed: int) -> str:
 
 def gain(reference: list[np.ndarray], model: list[np.ndarray]) -> str:
     """Returns how much lower the bits/dim of `model` are, from differences of single images averaged over seeds."""
-    difference = mean_estimate(np.array(reference) - np.array(model))
-    return f"{difference.mean:+.4f} ± {difference.se:.4f}"
+    return signed(mean_estimate(np.array(reference) - np.array(model)))
 
 
 def loss_over_seeds(reference: list[np.ndarray], model: list[np.ndarray]) -> str:
     """Returns how much higher the bits/dim of `model` are, from the mean difference of each seed."""
-    difference = mean_estimate(np.mean(np.array(model) - np.array(reference), axis=1))
+    return signed(mean_estimate(np.mean(np.array(model) - np.array(reference), axis=1)))
+
+
+def signed(difference: MeanEstimate) -> str:
+    """Returns the difference with its sign and its standard error."""
     return f"{difference.mean:+.4f} ± {difference.se:.4f}"
 
 
@@ -169,8 +172,8 @@ took. The seeds are {seeds}.
 |---|---|---|---|---|---|
 {rows}
 
-The bits/dim of the third order minus those of the first are {paired} at equal steps and {timed} at equal time, with
-standard errors over seeds. A positive difference means that the third order is worse.
+The third order has {paired} bits/dim more than the first at equal steps, and {timed} more at equal time. The
+standard errors are over seeds.
 """
 
 GRADIENTS = """
