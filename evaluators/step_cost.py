@@ -139,7 +139,7 @@ def case_cost(run: Run, state: Callable[[], TrainState], measure_steps: int, lim
         if measure_steps:
             before = peak_memory()
             first = jax.device_put(state(), run.state_shardings())
-            cost |= step_seconds(lambda state: train_steps(state, batches, key)[0], first, measure_steps, steps)
+            cost |= step_seconds(lambda state: train_steps(state, batches, key), first, measure_steps, steps)
             # The device counts the peak since the process started, so a smaller program after a larger one has none.
             peak = peak_memory()
             own_peak = peak if peak is not None and peak > (before or 0) else None

@@ -5,6 +5,7 @@ A case is an order, a batch size and a memory setting. `--mode=cost` writes and 
 
 import ast
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -277,28 +278,35 @@ def _giga(value: float | None, steps: int) -> float | None:
     return None if value is None else value / steps / GIGA
 
 
-def step_seconds(call: Callable[[Any], Any], state: Any, num_calls: int, steps: int) -> dict[str, float]:
-    """Times calls one by one, after an untimed first call. Returns the median and the extremes for one step.
+def step_seconds(call: Callable[[Any], tuple[Any, Any]], state: Any, num_calls: int, steps: int) -> dict[str, float]:
+    """Times calls as training makes them, after one that is not timed. Returns median and extremes for one step.
+
+    Training issues a call while the one before is running, so the time to issue it does not count unless it is longer.
 
     Args:
-        call: maps a state, which it may donate, to the next state.
+        call: maps a state, which it may donate, to the next state and to other results.
+        num_calls: the number of timed calls, at least 1.
         steps: the number of training steps of one call.
 
     Raises:
         KeyboardInterrupt: between two calls, after a request to stop. With several processes, all take all calls.
     """
-    seconds = []
-    for _ in range(num_calls + 1):
+    state, running = call(state)
+    ends = []
+    for _ in range(num_calls):
         if jax.process_count() == 1:
             stop.check()
-        start = time.perf_counter()
-        state = jax.block_until_ready(call(state))
-        seconds.append((time.perf_counter() - start) / steps)
-    counted = seconds[1:]
+        state, issued = call(state)
+        jax.block_until_ready(running)
+        ends.append(time.perf_counter())
+        running = issued
+    jax.block_until_ready(running)
+    ends.append(time.perf_counter())
+    seconds = [(end - start) / steps for start, end in itertools.pairwise(ends)]
     return {
-        "step_seconds": statistics.median(counted),
-        "least_step_seconds": min(counted),
-        "most_step_seconds": max(counted),
+        "step_seconds": statistics.median(seconds),
+        "least_step_seconds": min(seconds),
+        "most_step_seconds": max(seconds),
     }
 
 

@@ -1,6 +1,7 @@
 """The cost of a training step, as --mode=cost measures it on the smallest networks."""
 
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -87,7 +88,26 @@ def test_a_request_to_stop_is_answered(tmp_path, stop_requested):
         step_cost.cost(config_with(), tmp_path)
     assert Workdir(tmp_path).read_costs() == []
     with pytest.raises(KeyboardInterrupt):
-        step_seconds(lambda state: state, 0, 3, 1)
+        step_seconds(lambda state: (state, state), 0, 3, 1)
+
+
+def test_calls_are_timed_as_training_makes_them():
+    """A call is issued while the one before is running. A device that waits for the next call would look slower."""
+    events = []
+
+    class Result:
+        def __init__(self, number):
+            self.number = number
+            events.append(f"issue {number}")
+
+        def block_until_ready(self):
+            time.sleep(0.01)
+            events.append(f"wait {self.number}")
+            return self
+
+    row = step_seconds(lambda number: (number + 1, Result(number)), 0, 3, 2)
+    assert events == ["issue 0", "issue 1", "wait 0", "issue 2", "wait 1", "issue 3", "wait 2", "wait 3"]
+    assert row["most_step_seconds"] >= row["step_seconds"] >= row["least_step_seconds"] >= 0.01 / 2
 
 
 def test_known_rows_are_not_measured_again(costs, monkeypatch, capsys):
