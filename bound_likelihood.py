@@ -18,7 +18,8 @@ d over ln rho is
 
     sum_i [ w_i - ln(c_i^2 + rho^2) - (x_i - m_i)^2 / (c_i^2 + rho^2) ] / 2   from one end to the other.
 
-Without a reference, c is infinite, the score of the Gaussian is 0, and the estimator is the published one.
+Without a reference, c is infinite, the score of the Gaussian is 0, and the estimator is the published one. The data
+have a mean and standard deviation in each dimension; deviations below `SMALLEST_STD` are raised.
 
 Sources: [S21b] Song et al., "Maximum Likelihood Training of Score-Based Diffusion Models", NeurIPS 2021.
 """
@@ -39,6 +40,13 @@ from derivatives import probe_divergence
 from sde_lib import SDE
 
 FORMS = ("dsm", "sm")
+
+SMALLEST_STD = 0.25
+"""The smallest standard deviation of the control variate, relative to the root mean square over all dimensions.
+
+Some pixels are nearly constant in the training images. For an image with another value there, the Gaussian would be so
+wrong that subtracting its contribution would add more noise than it removes.
+"""
 
 Keys = Key[Array, " batch"]
 
@@ -92,7 +100,7 @@ def likelihood_bound(
             error is computed as for independent times, so it is an upper limit.
         num_starts: draws of x_{t_min} for the start-time correction. 0: no correction, for a bound on the likelihood of
             x_{t_min}.
-        reference: the Gaussian of the control variate. None: no control variate, as published.
+        reference: the Gaussian of the data, for the control variate. None: no control variate, as published.
         progress: called between parts of the draws. It cannot be used under jit.
 
     Raises:
@@ -102,7 +110,7 @@ def likelihood_bound(
         raise ValueError(f"unknown form of the bound {form!r}; known: {', '.join(FORMS)}")
     if num_times < 2 or num_starts < 0:
         raise ValueError(f"need num_times >= 2 and num_starts >= 0, got {num_times} and {num_starts}")
-    score_fn = as_pytree(score_fn)
+    score_fn, reference = as_pytree(score_fn), _control_variate(reference)
     time_keys, start_keys = (jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, n) for n in range(2))
     with jax.default_matmul_precision("highest"):
         times = _StratifiedTimes(t_min, num_times, importance_sampling)
@@ -134,6 +142,7 @@ def bound_draw(
         z: standard normal noise for the integral.
         start_z: standard normal noise for the start-time correction. None: no correction.
     """
+    reference = _control_variate(reference)
     t, weight = _StratifiedTimes(t_min, 1, importance_sampling=True).at(sde, jnp.asarray(0), quantile)
     integral = weight * dsm_integrand(score_fn, sde, x, t, z, reference) + _reference_integral(sde, x, t_min, reference)
     total = integral - _drift_integral(sde, x, t_min) - expected_prior_logp(sde, x)
@@ -197,6 +206,14 @@ def _perturb(sde: SDE, x: Batch, t: PerExample, z: Batch) -> tuple[Batch, Factor
     mean, sigma = sde.marginal(x, t)
     sigma = append_dims(sigma, x)
     return mean + sigma * z, sigma
+
+
+def _control_variate(reference: GaussianReference | None) -> GaussianReference | None:
+    """Raises standard deviations below `SMALLEST_STD`."""
+    if reference is None:
+        return None
+    std = jnp.asarray(reference.std)
+    return reference._replace(std=jnp.maximum(std, SMALLEST_STD * jnp.sqrt(jnp.mean(jnp.square(std)))))
 
 
 def _reference_score(sde: SDE, xt: Batch, t: PerExample, reference: GaussianReference | None) -> Batch:

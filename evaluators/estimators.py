@@ -173,7 +173,8 @@ class BoundEstimator:
     @property
     def description(self) -> dict[str, Any]:
         names = ("importance_sampling", "num_times", "num_starts")
-        return {"bound": self.form} | {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in names}
+        return {"bound": self.form, "smallest_std": bound_likelihood.SMALLEST_STD} | settings
 
     def __call__(
         self,

@@ -90,6 +90,18 @@ def test_nothing_is_sampled_of_the_reference_gaussian(name):
     assert np.max(np.abs(expected_start())) > 5e-3
 
 
+def test_an_outlier_in_a_nearly_constant_dimension_does_not_spoil_the_control_variate():
+    """With the standard deviation of the reference itself, the error would be 16 nats instead of 0.6."""
+    mean, outlier = np.zeros(3), jnp.asarray([[0.3, -0.3, 0.5]], jnp.float32)
+    model = gaussian(mean, np.diag(np.square([0.5, 0.5, 0.1]))).score_fn(VP)
+    solve = {"t_min": 1e-4, "num_times": 1000, "num_starts": 100}
+    narrow = GaussianReference(mean, np.array([0.5, 0.5, 0.02]))
+    bound = likelihood_bound(model, VP, outlier, KEYS[:1], reference=narrow, **solve)
+    plain = likelihood_bound(model, VP, outlier, KEYS[:1], **solve)
+    assert bound.error < 0.7 * plain.error
+    assert abs(bound.total - plain.total) < 5 * np.hypot(bound.error, plain.error)
+
+
 def test_the_start_time_correction_leads_to_the_density_of_the_data():
     bound = likelihood_bound(VP_SCORE, VP, X, KEYS, t_min=1e-4, num_times=500, num_starts=500, reference=NEAR)
     mismatch = expected_prior_logp(VP, X) - expected_logp(VP, VP.t_max, 4000)[0]
