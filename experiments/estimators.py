@@ -183,7 +183,7 @@ order 3. Predictions assume that u given x_t is N(0, r I), with the measured r =
 Then the unbiased estimator has 1 / sqrt(d) of the published noise for all three terms. Each measurement has {draws}
 draws.
 
-| d | model | sigma | r | term | published: predicted | measured | unbiased: predicted | measured | sqrt(d) | ratio |
+| d | model | sigma | r | term | published, predicted | published | unbiased, predicted | unbiased | sqrt(d) | ratio |
 |---|---|---|---|---|---|---|---|---|---|---|
 {rows}
 """
