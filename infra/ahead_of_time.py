@@ -28,8 +28,13 @@ COMPILER_OPTIONS: dict[str, bool | str] = {
     "xla_gpu_enable_triton_gemm": False,
 }
 
-ASSIGNMENT, NEXT_FILE = "*-buffer-assignment.txt", "*-buffer-assignment-values.txt"
-"""The names of the file with the buffers, and of the next one that XLA writes, when the first is complete."""
+ASSIGNMENT = "*-buffer-assignment.txt"
+"""The name of the file with the buffers."""
+
+QUIET_SECONDS = 2.0
+"""The file is complete if nothing has been written for so long. XLA may create it seconds before it writes, but then
+writes without a pause. No other file shows that it is complete: XLA of jax 0.11 writes several at the same time.
+"""
 
 ENDED = "failed: the compiler ended, perhaps because the machine was out of memory"
 """The `error` if the other process ends without an answer. It does not mean that the program is too large."""
@@ -81,8 +86,11 @@ def predicted_cost(lower: Lower, *arguments: Any) -> dict[str, Any]:
 
 def _assigned(folder: Path) -> dict[str, float] | None:
     """Returns the memory, or None if it is not known yet."""
-    assignments = list(folder.glob(ASSIGNMENT))
-    return buffer_gb(assignments[0].read_text()) if assignments and any(folder.glob(NEXT_FILE)) else None
+    for path in folder.glob(ASSIGNMENT):
+        state = path.stat()
+        if state.st_size and time.time() - state.st_mtime > QUIET_SECONDS:
+            return buffer_gb(path.read_text())
+    return None
 
 
 def _next(receive: Connection) -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The memory of programs for a GPU that is not there. XLA's compiler for GPUs is not installed here."""
 
 import multiprocessing
+import os
 import re
 
 import jax
@@ -37,13 +38,29 @@ def lower_nothing(size: int):
 
 
 def test_another_process_finds_the_memory_of_the_compiled_program():
-    """The numbers of a text of buffers that XLA wrote are those of `memory_analysis`."""
     cost = predicted_cost(lower, 300)
     assert cost["gflop"] == 300
     assert cost["compile_seconds"] > 0
     expected = memory_gb(lowered(300).compile())
     assert expected["temporary_gb"] >= 300 * 4 / 1e9  # jax 0.11 does not store sin(weight)
     assert {name: cost[name] for name in expected} == expected
+
+
+def test_buffers_are_read_when_xla_has_written_all_of_them(tmp_path, monkeypatch):
+    """XLA of jax 0.11 creates the file seconds before it writes. What it has just written may not be complete."""
+    path = tmp_path / "module.gpu_after_optimizations-buffer-assignment.txt"
+    assert ahead_of_time._assigned(tmp_path) is None
+    path.touch()
+    os.utime(path, (0, 0))
+    assert ahead_of_time._assigned(tmp_path) is None
+    monkeypatch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # XLA writes nothing about a program from the cache
+    with ahead_of_time._child(str(tmp_path / "dump"), lower, (300,)) as receive:
+        memory = [receive.recv() for _ in range(2)][1]
+    (written,) = (tmp_path / "dump").glob(ahead_of_time.ASSIGNMENT)
+    path.write_text(written.read_text())
+    assert ahead_of_time._assigned(tmp_path) is None
+    os.utime(path, (0, 0))
+    assert ahead_of_time._assigned(tmp_path) == memory
 
 
 def test_an_error_in_the_other_process_is_a_row(tmp_path):
