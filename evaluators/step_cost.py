@@ -86,6 +86,8 @@ def cost(config: Config, path: Path) -> None:
         limit = fields.memory_gb or (gpu.usable_gb if gpu else device_memory())
         for order in fields.orders:
             print(fitting_text(order, rows, limit))
+        if gpu:
+            print("Leave memory free: programs of order 3 needed 4 to 25 % more than predicted (docs/results/cost.md)")
 
 
 def _built(case: Case, config: Config, mesh: Mesh | None) -> Run:
