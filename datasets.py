@@ -192,6 +192,17 @@ class Preprocess:
         if self.rounding not in ROUNDINGS:
             raise ValueError(f"eval.rounding is {self.rounding!r}; known: {', '.join(ROUNDINGS)}")
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """The settings by which levels become data, without mirroring, and samples become levels."""
+        in_bins = self.dequantize or self.bin_centers
+        return self.data_description | {"rounding": "down" if in_bins else self.rounding}
+
+    @property
+    def data_description(self) -> dict[str, Any]:
+        """The settings by which levels become data, without mirroring."""
+        return {"dequantize": self.dequantize, "bin_centers": self.bin_centers}
+
     def __call__(self, key: Array, images: Array) -> Batch:
         """Mirrors images at random and dequantizes them, if configured, then scales them for the network."""
         flip_key, noise_key = jax.random.split(key)
@@ -228,7 +239,7 @@ class Preprocess:
     def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
         """Converts samples to integer levels. By bin, if data have noise or are middles of bins, else by `rounding`."""
         unit = self.unscale(x)
-        if self.dequantize or self.bin_centers:
+        if self.dequantize or self.bin_centers:  # "down"
             level = jnp.floor(unit * self.levels)
         else:
             level = ROUNDINGS[self.rounding](unit * (self.levels - 1))

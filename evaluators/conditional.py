@@ -112,8 +112,7 @@ class ConditionalEvaluator:
             **self.problem.description,
             **images,
             "sampling": fields,
-            "rounding": self.preprocess.rounding,
-            "dequantize": self.preprocess.dequantize,
+            **self.preprocess.description,
             "seed": self.run.config.seed,
         }
 
@@ -230,6 +229,8 @@ class ClassesEvaluator:
             "guided_by": self.origin,
             "round_size": self.round_size,
             "sampling": run.sampling_description(),
+            "num_scales": run.config.model.num_scales,
+            **self.preprocess.description,
             "seed": run.config.seed,
         }
         cache = BatchCache(folder.path, self.name, settings | {"network": run.evaluated_network()}, params)

@@ -22,6 +22,7 @@ from dequantization.noise import Dequantizer
 from evaluation import mean_estimate
 from evaluators.bits_per_dim import dequantized, example_keys
 from evaluators.cache import BatchCache, Values
+from evaluators.control_inputs import require_images
 from evaluators.estimators import as_float64, evaluation_source, fetch_and_check, ode_estimator_from_config
 from infra import parallel
 from infra.workdir import EvaluationFolder
@@ -58,14 +59,12 @@ class DiagnosticsEvaluator:
 
     def __init__(self, run: Run, dequantizer: Dequantizer):
         settings = run.config.eval
-        if run.density is not None:
-            raise ValueError(f"data.dataset is {run.config.data.dataset!r}, but --mode=diagnose is for images")
-        self.run, self.dequantizer, self.source = run, dequantizer, evaluation_source(run.config)
+        self.run, self.preprocess = run, require_images(run, "diagnose")
+        self.dequantizer, self.source = dequantizer, evaluation_source(run.config)
         self.estimator, self.num_steps = ode_estimator_from_config(run.config), settings.ode_steps
         if self.num_steps < 2:
             raise ValueError(f"eval.ode_steps is {self.num_steps}; --mode=diagnose needs at least 2")
         self._reference_source = datasets.source_from_config(run.config, "train")
-        self.preprocess = run.preprocess.without_flip()
         self.batch_size = _batch_size(settings.batch_size, min(len(self.source), settings.diagnose_images))
         self.sizes = evaluation_batch_sizes(self.source, self.batch_size, settings.diagnose_images)
         t_min = dequantizer.t_min
@@ -103,7 +102,8 @@ class DiagnosticsEvaluator:
         settings = self.run.config.eval
         batches = {"batch_size": self.batch_size, "diagnose_images": settings.diagnose_images}
         reference = {"reference_data": self._reference_source.description, "reference_images": REFERENCE_EXAMPLES}
-        known = self.description | batches | reference | {"network": self.run.evaluated_network()}
+        data = self.preprocess.data_description
+        known = self.description | batches | reference | data | {"network": self.run.evaluated_network()}
         cache = BatchCache(folder.path, "diagnostics", known, params)
         parts = [("time", number) for number in range(len(self.nodes.t))]
         parts += [("start", number) for number in range(len(self.starts))]

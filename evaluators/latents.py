@@ -50,9 +50,8 @@ class Codec:
 
     def settings(self) -> dict[str, Any]:
         """Returns all settings that the values of a batch depend on, except the parameters and the input."""
-        dequantize = {"dequantize": self.preprocess.dequantize, "rounding": self.preprocess.rounding}
         network = {"network": self.run.evaluated_network(), "batch_size": self.batch_size}
-        return self.description | dequantize | network
+        return self.description | self.preprocess.description | network
 
     def encode(self, params: Params, x: Batch, show: ReportProgress | None = None) -> tuple[Batch, int]:
         """Returns the latents of data x, and the number of network evaluations."""
@@ -104,7 +103,7 @@ class EncodeEvaluator:
         sizes = {f"batch{number}": size for number, size in enumerate(self.sizes)}
         batches = cache.all(sizes, lambda number, show: self._batch(params, number, show), "encoding", "image")
         stored = {name: np.concatenate([batch[name] for batch in batches]) for name in PER_IMAGE}
-        file = folder.workdir.latents / f"{folder.label}.npz"
+        file = folder.workdir.latents / f"{folder.artefact_label}.npz"
         codes = {"latents": stored["latents"], "ids": np.arange(len(stored["latents"])), "step": folder.step}
         if jax.process_index() == 0:
             write_npz(file, **codes, parameters=params_digest(params), data=self.source.description)
@@ -204,7 +203,7 @@ class DecodeEvaluator:
         }
 
     def _of_checkpoint(self, folder: EvaluationFolder, params: Params) -> Float[np.ndarray, "n h w c"]:
-        file = folder.workdir.latents / f"{folder.label}.npz"
+        file = folder.workdir.latents / f"{folder.artefact_label}.npz"
         if not file.is_file():
             raise FileNotFoundError(
                 f"there are no latents in {file}; run --mode=encode first, or set control.latents to a file"

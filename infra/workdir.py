@@ -286,7 +286,7 @@ class EvaluationFolder:
 
     @property
     def artefact_label(self) -> str:
-        """The label in samples/ and density/, where the artefacts of all evaluation folders are."""
+        """The label outside of `path`, in the folders that hold the artefacts of all evaluation folders."""
         return self.label if self.name == "eval" else f"{self.label}_{self.name.replace('/', '_')}"
 
     def write_picture(self, what: str, images: NumpyImages, levels: int, columns: int = 0) -> None:

@@ -1,6 +1,7 @@
 """The modes for latent codes and conditional samples, on a small network: files, results, resumption, bad input."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,11 +14,14 @@ import main
 import run_lib
 from build import build
 from configs.digits.smoke import get_config
+from dequantization.training import evaluation_dequantizer
 from evaluators import MODES
+from evaluators.conditional import ClassesEvaluator, ConditionalEvaluator
 from evaluators.control_inputs import MASKS, inpainting, restoration
-from evaluators.latents import EncodeEvaluator
+from evaluators.diagnostics import DiagnosticsEvaluator
+from evaluators.latents import EncodeEvaluator, InterpolateEvaluator
 from infra.files import read_npz
-from infra.workdir import Workdir
+from infra.workdir import EvaluationFolder, Workdir
 from models.ncsnpp import ncsnpp_from_config
 from models.score import IMAGE_NETWORKS
 from report.run_files import read_run
@@ -99,6 +103,65 @@ def test_codes_are_encoded_decoded_and_interpolated(workdir, monkeypatch):
     assert np.mean(strips[:, -1] != originals[1:6:2]) < 0.1
     assert np.mean(strips[:, 2] != originals[0:6:2]) > 0.3
     assert len(read_run(workdir).pictures) == 3
+
+
+class UsedSettings(BaseException):
+    """Ends an evaluation where its values would be computed or read."""
+
+
+def used_settings(evaluator_of, **fields) -> dict:
+    """Returns the settings that identify the stored values of an evaluator."""
+
+    def stored(folder, what, settings, params):
+        raise UsedSettings(json.dumps(settings, sort_keys=True))
+
+    run = build(config_with(**{"data__uniform_dequantization": False, **fields}))
+    evaluator = evaluator_of(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(f"{type(evaluator).__module__}.BatchCache", stored)
+        with pytest.raises(UsedSettings) as caught:
+            evaluator({}, EvaluationFolder(Workdir(Path("none")), "eval", "step_0", 0))
+    return caught.value.args[0]
+
+
+def diagnostics(run):
+    return DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(Path("none"))))
+
+
+@pytest.mark.parametrize(
+    ("evaluator_of", "always"),
+    [
+        (EncodeEvaluator, {}),
+        (InterpolateEvaluator, {}),
+        (partial(ConditionalEvaluator, mode="inpaint"), {}),
+        (partial(ClassesEvaluator, workdir=Workdir(Path("none"))), {"data__num_classes": 10}),
+        (diagnostics, {"eval__rounding": None}),
+    ],
+    ids=["encode", "interpolate", "inpaint", "classes", "diagnose"],
+)
+def test_stored_values_belong_to_the_settings_of_data_and_sampler(evaluator_of, always):
+    changes = {
+        "data__bin_centers": True,
+        "data__uniform_dequantization": True,
+        "eval__rounding": "truncate",
+        "model__num_scales": 7,
+    }
+    base = {name: value for name, value in always.items() if value is not None}
+    if "data__num_classes" not in always:
+        del changes["model__num_scales"]
+    known = {used_settings(evaluator_of, **base)}
+    for field, value in changes.items():
+        if field not in always:
+            known.add(used_settings(evaluator_of, **base, **{field: value}))
+    assert len(known) == 1 + len(changes.keys() - always.keys())
+
+
+def test_codes_of_two_evaluation_folders_are_kept_apart(workdir):
+    for folder, most in (("first", 2), ("second", 3)):
+        run_lib.control(config_with(eval__max_examples=most), workdir, "encode", eval_folder=folder)
+    assert len(read_npz(workdir / "latents" / "step_0_first.npz")["latents"]) == 2
+    run_lib.control(config_with(eval__max_examples=2), workdir, "decode", eval_folder="first")
+    assert json.loads((workdir / "first" / "step_0.json").read_text())["decoded"]["n"] == 2
 
 
 def test_known_parts_are_kept(workdir, tmp_path):
