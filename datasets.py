@@ -31,10 +31,12 @@ from sources.splits import SPLITS as SPLITS
 
 
 def labels_of(source: Source) -> Int[np.ndarray, " n"]:
-    """Returns the class of each image. Raises ValueError if the data have no classes."""
+    """Returns the class of each image. Raises ValueError if the data have no classes, or a class is negative."""
     labels = getattr(source, "labels", None)
     if labels is None:
         raise ValueError(f"{source.description} has no class labels; set data.dataset to data with labels, as digits")
+    if np.min(labels) < 0:
+        raise ValueError(f"{source.description} has class {np.min(labels)}; classes are numbered from 0")
     return np.asarray(labels, np.int32)
 
 

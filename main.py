@@ -66,7 +66,9 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: the number of processes.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the number of this process, from 0.")
-_COMPARE = flags.DEFINE_list("compare", [], "Other workdirs that the report shows next to this one.")
+_COMPARE = flags.DEFINE_multi_string(
+    "compare", [], "Other workdirs that the report shows next to this one, separated by commas or in several flags."
+)
 
 
 _OF_SEVERAL_HOSTS = tuple(mode for mode in MODES if mode not in ("report", "prepare"))
@@ -181,7 +183,7 @@ def _run(mode: str, workdir: Path) -> None:
     elif mode == "selftest":
         selftest.selftest(_CONFIG.value, workdir)
     else:
-        run_lib.report(workdir, [Path(other).expanduser() for other in _COMPARE.value or []])
+        run_lib.report(workdir, [Path(other).expanduser() for each in _COMPARE.value for other in each.split(",")])
     if _CONFIG.value is not None:
         unused_fields.warn_unused(_CONFIG.value, mode)
 

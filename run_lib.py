@@ -73,8 +73,8 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
     _ = workdir.last_step(config.training)  # Raises for a damaged file, before anything is written.
     workdir.prepare()
     with workdir.lock(), run.open_checkpoints(workdir) as checkpoints:
-        if new and init_state is not None:
-            workdir.write_start(config.training.init_from, int(init_state.step))
+        if new:
+            workdir.write_start(config.training.init_from, int(init_state.step) if init_state else 0)
         end = workdir.last_step(config.training)
         checkpoints.check_network()
         programs = first_program(run, checkpoints.newest() or (int(init_state.step) if init_state else 0), end)
@@ -83,7 +83,7 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
         _check_not_beyond(int(state.step), end, f"training.{field}", workdir)
         if checkpoints.newest() is None and init_state is not None:
             checkpoints.save(state)  # The run may resume when the checkpoint that it started from no longer exists.
-        workdir.write_description(config, num_parameters(state))
+        _write_description(config, workdir, state, end)
         with MetricsWriter(workdir.train) as metrics:
             snapshots.draw(state)  # An interruption may have prevented the snapshot of this checkpoint.
             callbacks = [
@@ -110,6 +110,14 @@ def _check_not_beyond(step: int, end: int, field: str, workdir: Workdir) -> None
             f"{field} asks for training to step {end}, but the newest checkpoint in {workdir.checkpoints} is at step "
             f"{step}: nothing to train; raise {field}, or use another workdir"
         )
+
+
+def _write_description(config: Config, folder: Workdir, state: TrainState, end: int) -> None:
+    """Writes the settings and the environment, unless nothing is left to train: then these have trained nothing."""
+    if int(state.step) < end or not folder.config.exists():
+        folder.write_description(config, num_parameters(state))
+    else:
+        logging.info("Nothing to train: the newest checkpoint in %s is at the last step, %d", folder.checkpoints, end)
 
 
 def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | None) -> TrainState:
@@ -249,7 +257,7 @@ def _train_beside(
 ) -> None:
     """Trains a dequantizer or a classifier in its folder, from this state to the last step of `training`."""
     order = config.training.score_matching_order
-    folder.write_description(config, num_parameters(state))
+    _write_description(config, folder, state, training.last_step)
     with MetricsWriter(folder.train) as metrics:
         callbacks = [
             record_metrics(metrics, order, shown="bpd" if mode == "train_deq" else "loss"),

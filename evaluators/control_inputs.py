@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
-from PIL import Image
 
 from arrays import Batch
 from build import EVAL_KEY, Run
@@ -22,6 +21,7 @@ from infra import parallel
 from infra.files import read_npz
 from samplers.controllable import basis_of_matrix, colorization_basis
 from samplers.sampler import image_keys
+from sources.resizing import decode_grey
 
 
 def require_images(run: Run, mode: str) -> Preprocess:
@@ -162,10 +162,9 @@ def _mask_in_file(path: Path) -> np.ndarray:
         raise FileNotFoundError(f"control.mask is {str(path)!r}, which is neither a file nor one of {', '.join(MASKS)}")
     if path.suffix != ".npz":
         try:
-            with Image.open(path) as picture:
-                return np.asarray(picture.convert("L")) > 127
-        except OSError as error:
-            raise ValueError(f"cannot read control.mask={path} as an .npz file or a picture: {error}") from error
+            return decode_grey(path) > 127
+        except (OSError, ValueError) as error:
+            raise ValueError(f"control.mask={path} is no .npz file, and no picture: it {error}") from error
     mask = named_array(path, "mask", "control.mask")
     if mask.ndim not in (2, 3, 4) or not np.isin(mask, (0, 1)).all():
         raise ValueError(

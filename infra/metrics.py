@@ -112,8 +112,8 @@ def _last_seconds(path: Path) -> float:
     """The run's total time in the last complete record."""
     if not path.exists():
         return 0.0
-    for line in reversed(path.read_text().splitlines()):
-        with contextlib.suppress(json.JSONDecodeError, KeyError):
+    for line in reversed(path.read_text(errors="replace").splitlines()):
+        with contextlib.suppress(KeyError, TypeError, ValueError):
             return float(json.loads(line)["seconds"])
     return 0.0
 
@@ -145,11 +145,11 @@ def read_metrics(folder: Path) -> RunCurves:
     """
     path = folder / FILE
     by_step: dict[str, dict[int, dict[str, Any]]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
             by_step.setdefault(record["split"], {})[int(record["step"])] = record
-        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError):
             continue
     return {split: _curves(records) for split, records in by_step.items()}
 

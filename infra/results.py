@@ -9,6 +9,7 @@ A result names the folder with the values of each image, which `bits_per_dim_of_
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from absl import logging
 from jaxtyping import Float
 
-from infra.files import read_npz, write_atomic
+from infra.files import read_json, read_npz, write_atomic
 
 IDENTITY = ("values", "n", "features_hash", "statistics_hash")
 """Fields that differ between settings: the name of the stored values, and what samples are compared with."""
@@ -51,8 +52,8 @@ class Results:
         before = [*content.pop("earlier", []), *([{name: content[name]}] if name in content else [])]
         earlier = [each for each in before if not (name in each and _identity(each[name]) == _identity(part))]
         content |= {name: part} | ({"earlier": earlier} if earlier else {})
-        write_atomic(seconds_file(self.path), json.dumps(seconds, indent=1))
-        write_atomic(self.path, json.dumps(content, indent=1))
+        write_atomic(seconds_file(self.path), _json(seconds))
+        write_atomic(self.path, _json(content))
 
     def _content(self) -> dict[str, Any]:
         """Returns the metadata, and the results in the file unless they belong to other parameters."""
@@ -104,7 +105,21 @@ def _identity(part: Mapping[str, Any]) -> Iterable[Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"Cannot read {path} as JSON ({error}); delete it to evaluate again") from error
+    problems: list[str] = []
+    content = read_json(path, problems)
+    if problems:
+        raise ValueError(f"{problems[0]}; delete it to evaluate again")
+    return content or {}
+
+
+def _json(content: Any) -> str:
+    """Returns the content as JSON, which has no numbers that are not finite: they become null."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: finite(each) for name, each in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(each) for each in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(content), indent=1)

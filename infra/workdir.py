@@ -177,8 +177,12 @@ class Workdir:
         if jax.process_index() != 0:
             return
         fields = json.loads(config.to_json_best_effort())
-        if self.config.exists():
-            _log_changes(json.loads(self.config.read_text()), fields)
+        problems: list[str] = []
+        before = read_json(self.config, problems)
+        if before is not None:
+            _log_changes(before, fields)
+        for problem in problems:
+            logging.warning("%s; it is written again", problem)
         write_atomic(self.config, json.dumps(fields, indent=1))
         packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "diffrax", "numpy", "scipy")
         environment = {
@@ -214,9 +218,13 @@ class Workdir:
         return rows
 
     def write_start(self, init_from: str, step: int) -> None:
-        """Writes which checkpoint the run starts from."""
-        if jax.process_index() == 0:
+        """Writes which checkpoint the run starts from. A fresh run, with an empty `init_from`, has no such file."""
+        if jax.process_index() != 0:
+            return
+        if init_from:
             write_atomic(self.start, json.dumps({"init_from": init_from, "step": step}))
+        else:
+            self.start.unlink(missing_ok=True)  # of a run whose checkpoints have been removed
 
     def read_start(self) -> dict[str, Any]:
         """Returns `init_from` and `step` of the checkpoint that the run started from; step 0 for a fresh run.

@@ -78,7 +78,8 @@ def _bounds_the_same(part: Result, name: str) -> bool:
 
 
 def _compared_by(result: Result, part: str) -> list[object]:
-    of_part = (result[part].get(name) for name in ("data", "dequantization", "dequantizer", "t_min", "n"))
+    names = ("data", "dequantization", "dequantizer", "tau", "t_min", "n", "importance_samples")
+    of_part = (result[part].get(name) for name in names)
     return [result["checkpoint_step"], result.get("parameters"), *of_part]
 
 
@@ -148,8 +149,8 @@ def _table(part: str, fields: Sequence[Field], runs: Sequence[RunFiles], title: 
 # --- columns ---
 
 
-def _interval(ends: Sequence[float] | None) -> str:
-    return f"{ends[0]:.4f} to {ends[1]:.4f}" if ends else MISSING
+def _interval(ends: Sequence[float | None] | None) -> str:
+    return f"{ends[0]:.4f} to {ends[1]:.4f}" if ends and None not in ends else MISSING
 
 
 def _estimator(part: Result) -> str:

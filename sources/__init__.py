@@ -6,7 +6,7 @@ To add a source, write a function like `load_digits` and name it in SOURCES.
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from sources.folder import load_folder
 from sources.npz import load_npz
 from sources.points import draw_points
 from sources.source import MemorySource, Source
+from sources.splits import SPLITS
 
 __all__ = ["MemorySource", "Source", "check_levels", "prepare", "source_from_config"]
 
@@ -92,20 +93,23 @@ def source_from_config(config: Config, split: str) -> Source:
     if data.dataset in DENSITIES:
         return draw_points(data, split)
     _check_fields(data)
-    if data.dataset in SOURCES:
-        source = SOURCES[data.dataset](data, split)
-    elif data.dataset in CATALOGUE:
-        source = load_entry(data, split)
-    else:
-        raise ValueError(f"data.dataset is {data.dataset!r}; known: {', '.join((*SOURCES, *CATALOGUE, *DENSITIES))}")
+    source = _opened(data, split)
     wanted = (data.image_size, data.image_size, data.num_channels)
     if source.image_shape != wanted:
         raise ValueError(
             f"{source.description} has images of {source.image_shape}, but data.image_size and data.num_channels "
             f"ask for {wanted}"
         )
-    check_levels(source, data.levels)
+    check_levels(source, data.levels, lambda: [_opened(data, other) for other in SPLITS if other != split])
     return source
+
+
+def _opened(data: Config, split: str) -> Source:
+    if data.dataset in SOURCES:
+        return SOURCES[data.dataset](data, split)
+    if data.dataset in CATALOGUE:
+        return load_entry(data, split)
+    raise ValueError(f"data.dataset is {data.dataset!r}; known: {', '.join((*SOURCES, *CATALOGUE, *DENSITIES))}")
 
 
 def _check_fields(data: Config) -> None:
@@ -124,16 +128,24 @@ def prepare(config: Config) -> None:
     print(prepare_entry(config.data))
 
 
-def check_levels(source: Source, levels: int) -> None:
+def check_levels(source: Source, levels: int, others: Callable[[], Sequence[Source]] = lambda: ()) -> None:
     """Checks data.levels on a sample of the images: all levels must be below it, and some in its upper half.
+
+    Args:
+        others: opens the other splits of the data. In one of the splits, all images may be dark.
 
     Raises:
         ValueError: if data.levels does not fit.
     """
-    count = min(len(source), CHECKED_IMAGES, max(1, CHECKED_BYTES // math.prod(source.image_shape)))
-    highest = int(source.images(np.linspace(0, len(source) - 1, count, dtype=int)).max())
-    if not levels // 2 <= highest < levels:
+    highest = _brightest(source)
+    if (highest < levels // 2 and all(_brightest(other) < levels // 2 for other in others())) or highest >= levels:
         raise ValueError(
             f"data.levels is {levels}, but the brightest pixel of {source.description} has level {highest}; bits/dim "
             "would be wrong, so set data.levels to the number of grey levels of a channel"
         )
+
+
+def _brightest(source: Source) -> int:
+    """Returns the highest level in a sample of the images."""
+    count = min(len(source), CHECKED_IMAGES, max(1, CHECKED_BYTES // math.prod(source.image_shape)))
+    return int(source.images(np.linspace(0, len(source) - 1, count, dtype=int)).max())

@@ -4,12 +4,15 @@ The decoded images are cached on disk. If some files cannot be decoded, or decod
 so far are kept, and the next run decodes only the others.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +32,12 @@ DECODING = 1
 0: EXIF orientation was ignored, 16-bit images were refused.
 1: EXIF orientation is applied, 16-bit images are reduced to 8 bits.
 """
+
+SCRATCH, IN_USE = "decoding_", "in_use"
+"""The beginning of the names of temporary folders, and the file in each that its process locks."""
+
+YOUNG_SECONDS = 60.0
+"""A temporary folder may be younger than this without a lock, because it is locked after it is created."""
 
 NAMED_UNREADABLE = 20
 """The number of unreadable files that an error names."""
@@ -141,8 +150,14 @@ def _decode_into(
         ValueError: naming the files that cannot be decoded.
     """
     cache.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(cache.parent)
     _check_space(cache.parent, 2 * len(files) * math.prod(decoder.shape))  # decoded images and their stored copy
-    with tempfile.TemporaryDirectory(dir=cache.parent, prefix="decoding_") as scratch:
+    with (
+        tempfile.TemporaryDirectory(dir=cache.parent, prefix=SCRATCH) as scratch,
+        (Path(scratch) / IN_USE).open("w") as in_use,
+    ):
+        with contextlib.suppress(OSError):  # Some file systems have no locks.
+            fcntl.flock(in_use, fcntl.LOCK_EX)
         rows, whole, replaced = (Path(scratch) / part for part in ("rows", "whole", "replaced"))
         rows.mkdir()
         problems: list[str] = []
@@ -159,6 +174,15 @@ def _decode_into(
         if stored_decoding(cache) != DECODING:  # Another host may have been faster.
             _replace(whole, cache, replaced)
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes what decodings have left that were killed. They no longer lock their file."""
+    for path in folder.glob(f"{SCRATCH}*/{IN_USE}"):
+        with contextlib.suppress(OSError), path.open("a") as in_use:  # in use, or removed by another host
+            if time.time() - path.stat().st_mtime > YOUNG_SECONDS:
+                fcntl.flock(in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _replace(new: Path, target: Path, replaced: Path) -> None:

@@ -118,6 +118,11 @@ def decode_image(
     return np.asarray(framed).reshape(size, size, num_channels)
 
 
+def decode_grey(path: Path) -> UInt8[np.ndarray, "height width"]:
+    """Decodes an image file as grey, as large as it is. Raises ValueError as `decode_image` does."""
+    return np.asarray(_eight_bit(_load(path)).convert("L"))
+
+
 def _load(encoded: Path | bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(encoded) if isinstance(encoded, bytes) else encoded, formats=formats()) as image:

@@ -277,6 +277,9 @@ def test_masks_and_matrices_in_files(tmp_path):
     np.testing.assert_array_equal(problem.mask_of(np.array([1, 1, 0])), each[[1, 1, 0]])
     with pytest.raises(ValueError, match=r"control\.mask=.* has shape \(2, 4, 4, 1\); it must be \[h, w\]"):
         inpainting(config, shape, 3)
+    Image.fromarray(np.where(each[0, ..., 0], 40000, 2000).astype(np.uint16)).save(tmp_path / "mask.png")
+    deep = inpainting(config_with(control__mask=str(tmp_path / "mask.png")), shape, 1)
+    np.testing.assert_array_equal(deep.mask_of(np.array([0]))[0], each[0], "16-bit pixels")
     np.savez(tmp_path / "mask.npz", mask=np.concatenate([each[:1], np.ones_like(each[:1])]))
     with pytest.raises(ValueError, match="makes all pixels known in an image"):
         inpainting(config, shape, 2)

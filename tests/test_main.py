@@ -79,6 +79,15 @@ def test_flags_without_effect_are_refused(name, flags_of_main, capsys):
     assert message in line
 
 
+def test_all_runs_to_compare_with_are_shown(flags_of_main, monkeypatch):
+    seen = []
+    monkeypatch.setattr(console, "quiet_libraries", lambda: None)  # which would stay for other tests
+    monkeypatch.setattr(run_lib, "report", lambda workdir, others: seen.extend([workdir, *others]))
+    with flags_of_main(mode="report", workdir="a", compare=["b,c", "d"]):
+        assert main.main(["main.py"]) == 0
+    assert seen == [Path(name).absolute() if name == "a" else Path(name) for name in "abcd"]
+
+
 def test_exit_codes_and_paths(flags_of_main, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setattr(console, "quiet_libraries", lambda: None)  # which would stay for other tests

@@ -256,6 +256,7 @@ def test_the_gap_between_ode_and_bound_is_taken_at_the_same_point(tmp_path):
         "ode": {"bpd": ode | {"mean": 2.0}, "bpd_tmin": ode | {"mean": 2.125}},
         "bound": {"bpd_tmin": bound | {"mean": 2.1, "num_starts": 0}, "bpd": bound | {"mean": 2.1, "num_starts": 0}},
         "others": {"bpd_tmin": bound | {"mean": 2.3, "num_starts": 0, "n": 9}},
+        "tighter": {"bpd_tmin": ode | {"mean": 1.9, "importance_samples": 20}},
         "later": {"bpd_tmin": bound | {"mean": 2.2, "num_starts": 0, "t_min": 0.1}},
     }
     for name, content in results.items():

@@ -88,6 +88,21 @@ def test_the_report_shows_all_evaluations_with_their_times(tmp_path):
 
 def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "eval").mkdir()
-    (tmp_path / "eval" / "step_4.json").write_text('{"checkpoint_step": ')
-    with pytest.raises(ValueError, match=r"Cannot read .*step_4.json as JSON .*; delete it"):
-        Results(tmp_path / "eval" / "step_4.json", {})
+    path = tmp_path / "eval" / "step_4.json"
+    for content, said in ((b'{"checkpoint_step": ', "as JSON"), (b"[]", "list instead of"), (b"\xff", "as JSON")):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"cannot read .*step_4.json.*{said}.*; delete it"):
+            Results(path, {})
+
+
+def test_numbers_that_are_not_finite_are_no_numbers_in_json(tmp_path):
+    """One image has no standard error."""
+    nan = float("nan")
+    add(
+        tmp_path, bpd=UNIFORM | {"se": nan, "ci95": (nan, nan), "errors": {"probe_error": nan}, "largest": float("inf")}
+    )
+    text = (tmp_path / "eval" / "step_4.json").read_text()
+    part = json.loads(text, parse_constant=lambda name: pytest.fail(name))["bpd"]
+    assert (part["se"], part["ci95"], part["errors"]) == (None, [None, None], {"probe_error": None})
+    write_report(tmp_path)
+    assert ">nan" not in (tmp_path / "report.html").read_text()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -326,6 +327,25 @@ def test_fewer_steps_than_were_trained_are_refused(trained):
     with pytest.raises(ValueError, match=message):
         run_lib.train(config_with(training__n_iters=5), trained)
     assert (trained / "config.json").read_bytes() == before
+
+
+def test_a_finished_training_keeps_the_settings_that_it_was_trained_with(trained):
+    files = [trained / name for name in ("config.json", "environment.json", "train/metrics.jsonl")]
+    before = [path.read_bytes() for path in files]
+    run_lib.train(config_with(optim__lr=0.5), trained)
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_a_fresh_run_forgets_where_an_earlier_one_in_its_folder_started(trained, tmp_path):
+    workdir = tmp_path / "run"
+    run_lib.train(config_with(training__n_iters_from_start=1, training__init_from=str(trained)), workdir)
+    assert Workdir(workdir).read_start()["step"] == 12
+    for name in ("checkpoints", "train"):
+        shutil.rmtree(workdir / name)
+    (workdir / "config.json").write_text("")  # A damaged file only prevents the list of what has changed.
+    run_lib.train(config_with(training__n_iters=2), workdir)
+    assert Workdir(workdir).read_start() == {"init_from": "", "step": 0}
+    assert json.loads((workdir / "config.json").read_text())["training"]["n_iters"] == 2
 
 
 def test_a_full_device_is_answered_with_advice(tmp_path, monkeypatch, capsys):

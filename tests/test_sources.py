@@ -1,5 +1,6 @@
 """Files of each kind are written and read back; errors name the file that is wrong."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from PIL import Image
 
 import run_lib
 from configs.digits.smoke import get_config
+from datasets import check_classes
 from sources import MemorySource, check_levels, resizing, source_from_config
 from sources.image_files import find_images
 
@@ -89,7 +91,7 @@ def test_descriptions_tell_contents_apart(tmp_path):
         ({"x_train": random_images(4, 8, 8), "y_train": np.arange(3)}, "4 images in x_train, but 3 labels in y_train"),
         ({"x_train": np.zeros((0, 8, 8), np.uint8)}, "has no train images"),
         ({"x_train": random_images(4, 9, 9)}, r"has images of \(9, 9, 1\), but data.image_size"),
-        ({"x_train": np.ones((4, 8, 8), np.uint8)}, "brightest pixel of .* has level 1"),
+        (dict.fromkeys(("x_train", "x_test"), np.ones((4, 8, 8), np.uint8)), "brightest pixel of .* has level 1"),
     ],
 )
 def test_npz_that_does_not_fit_is_refused(tmp_path, arrays, message):
@@ -211,6 +213,38 @@ def test_too_little_space_is_said_before_decoding(folder, tmp_path, monkeypatch)
     with pytest.raises(OSError, match=r"data has 0.0 GB free, .* set data.dir to a larger disk"):
         source_from_config(config, "train")
     assert not list((tmp_path / "data").iterdir())
+
+
+def test_what_a_killed_decoding_left_is_removed(folder, tmp_path):
+    """But not the temporary folder of a decoding that is running, nor one that may not be locked yet."""
+    left = {name: tmp_path / "data" / f"decoding_{name}" for name in ("killed", "running", "young")}
+    for path in left.values():
+        (path / "rows").mkdir(parents=True)
+        (path / "in_use").touch()
+    for name in ("killed", "running"):
+        os.utime(left[name] / "in_use", (0, 0))
+    with (left["running"] / "in_use").open("a") as running:
+        fcntl.flock(running, fcntl.LOCK_EX)
+        both_splits(config_for("folder", tmp_path, path=str(folder), image_size=16, num_channels=3))
+    assert [path.exists() for path in left.values()] == [False, True, True]
+
+
+def test_one_split_may_be_dark(tmp_path):
+    """But not both: then data.levels is probably wrong."""
+    path, dark = tmp_path / "a.npz", RNG.integers(0, 86, (6, 8, 8), dtype=np.uint8)
+    config = config_for("npz", tmp_path, path=str(path))
+    np.savez(path, x_train=random_images(6, 8, 8), x_test=dark)
+    assert images_of(both_splits(config)[1]).max() < 86
+    np.savez(path, x_train=dark, x_test=dark)
+    with pytest.raises(ValueError, match=r"brightest pixel of npz a.npz, test, .* has level 8"):
+        source_from_config(config, "test")
+
+
+def test_negative_classes_are_refused(tmp_path):
+    path = tmp_path / "a.npz"
+    np.savez(path, x_train=random_images(4, 8, 8), y_train=np.array([-1, 0, 1, 2]), x_test=random_images(2, 8, 8))
+    with pytest.raises(ValueError, match=r"a.npz.* has class -1; classes are numbered from 0"):
+        check_classes(source_from_config(config_for("npz", tmp_path, path=str(path)), "train"), 3)
 
 
 def test_corrupt_image_is_named(folder, tmp_path):
