@@ -222,6 +222,7 @@ def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True
         _check_kind_of_data(config)
         _check_classes(config)
         model = score_model_from_config(config)
+        _check_smallest_times(config, model.sde)
         objective = _trainer(config, mesh, model, training_preprocess(config)).objective
         _check_derivatives(config, objective.needs_jacobian)
         if for_training:
@@ -247,6 +248,22 @@ def _trainer(config: Config, mesh: Mesh, model: ScoreModel, preprocess: Preproce
         num_classes=config.data.num_classes,
         label_dropout=config.training.label_dropout if config.data.num_classes else 0.0,
     )
+
+
+def _check_smallest_times(config: Config, sde: SDE) -> None:
+    """Raises ValueError for a time so small that 32-bit numbers do not hold its noise."""
+    training, sampling, evaluation = config.training, config.sampling, config.eval
+    times = {
+        "training.smallest_time": training.smallest_time,
+        "sampling.smallest_time": sampling.smallest_time,
+        "eval.start_time": evaluation.start_time,
+    }
+    for field, time in times.items():
+        if not 0 < time < 1e-10:  # The check would compile small programs.
+            continue
+        t = jnp.asarray(time)
+        if not (sde.diffusion(t) > 0 and jnp.isfinite(sde.log_noise_level(t))):
+            raise ValueError(f"{field} is {time}, where training.sde={training.sde} has too little noise: raise it")
 
 
 def _check_noise_level(training: Config, sde: SDE) -> None:
@@ -303,6 +320,11 @@ def _check_classes(config: Config) -> None:
         raise ValueError(
             f"data.num_classes is {config.data.num_classes}, but only ncsnpp with model.conditional=True is told "
             "classes: set it to 0"
+        )
+    if not config.training.label_dropout:
+        raise ValueError(
+            f"training.label_dropout is 0 and data.num_classes is {config.data.num_classes}, but bits/dim and samples "
+            "use the score without a class, which would not be trained: set it above 0"
         )
 
 

@@ -203,12 +203,12 @@ def _model() -> ConfigDict:
     model.mlp_time_widths = (128, 128, 128)  # widths of the mlp's layers that see only the time
     model.mlp_data_widths = (128, 128, 128)  # widths of the mlp's layers that see only the point
     model.mlp_widths = (512, 512)  # widths of the mlp's layers that see both
-    # precision of the feature maps of ncsnpp: float32 or bfloat16. Parameters, their gradients, the moments of feature
-    # maps and losses always have 32 bits. A model trained with bfloat16 can be evaluated with float32
+    # precision of the feature maps of ncsnpp and ddpm: float32 or bfloat16. Parameters, their gradients, the moments of
+    # feature maps and losses always have 32 bits. A model trained with bfloat16 can be evaluated with float32
     model.dtype = "float32"
-    # what the backward pass recomputes inside each block and each layer that resamples, for less memory and more time:
-    # none; block, everything; conv, everything but convolutions and other linear maps of the channels. True of older
-    # configurations means block, False means none
+    # what the backward pass of ncsnpp, ddpm and vdm recomputes inside each block and each layer that resamples, for
+    # less memory and more time: none; block, everything; conv, everything but convolutions and other linear maps of the
+    # channels. True of older configurations means block, False means none
     model.remat = "none"
     return model
 

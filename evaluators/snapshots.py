@@ -96,7 +96,8 @@ def snapshot_sampler(run: Run) -> Sampler:
         raise ValueError(f"training.snapshot_sampler is {name!r}; it must be few_step or configured")
     # Samples from the ODE of a VE model keep every error of the score at large noise.
     eta = 1.0 if run.sde.variance_exploding else 0.0
-    return DPMSolverSampler(sde=run.sde, eta=eta, data_range=run.preprocess.data_range)
+    smallest = max(DPMSolverSampler.smallest_time, run.config.training.smallest_time)
+    return DPMSolverSampler(sde=run.sde, smallest_time=smallest, eta=eta, data_range=run.preprocess.data_range)
 
 
 def _stored_digest(path: Path) -> str | None:

@@ -34,6 +34,8 @@ class DDPM(NCSNpp):
 
     def __post_init__(self) -> None:
         check_normalization(self.normalization, self.nf)
+        if self.dtype != "float32" and self.normalization != "GroupNorm":
+            raise ValueError(f"dtype is {self.dtype!r}, but normalization {self.normalization!r} needs 'float32'")
         super().__post_init__()
 
     @property

@@ -344,8 +344,6 @@ def ncsnpp_from_fields(model: Config, centered: bool, ladder: Ladder | None = No
         embedding_type=model.embedding_type,
         fourier_scale=model.fourier_scale,
         init_scale=model.init_scale,
-        dtype=model.dtype,
-        remat=str(REMAT_SYNONYMS.get(model.remat, model.remat)),
     )
 
 
@@ -353,4 +351,5 @@ def u_net_fields(model: Config, centered: bool, ladder: Ladder | None) -> dict[s
     """Returns the fields of config.model that NCSN++ and DDPM have in common, as fields of the network."""
     names = ("nf", "num_res_blocks", "nonlinearity", "dropout", "resamp_with_conv", "conditional", "scale_by_sigma")
     tuples = {name: tuple(model[name]) for name in ("ch_mult", "attn_resolutions")}
-    return {name: model[name] for name in names} | tuples | {"ladder": ladder, "centered": centered}
+    arithmetic = {"dtype": model.dtype, "remat": str(REMAT_SYNONYMS.get(model.remat, model.remat))}
+    return {name: model[name] for name in names} | tuples | arithmetic | {"ladder": ladder, "centered": centered}

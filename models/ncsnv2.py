@@ -132,7 +132,9 @@ def ncsnv2_from_fields(model: Config, centered: bool) -> NCSNv2:
 
 
 def refine_net_from_fields(network: type[NCSNv2], model: Config, centered: bool) -> NCSNv2:
-    """Builds a network of this class with the fields of config.model."""
+    """Builds a network of this class with the fields of config.model. Raises ValueError for a dtype of 16 bits."""
+    if model.dtype != "float32":
+        raise ValueError(f"model.dtype is {model.dtype!r}; with model.name={model.name} it must be 'float32'")
     return network(
         ladder=ladder_from_fields(model),
         nf=model.nf,

@@ -60,9 +60,6 @@ class _Interval(NamedTuple):
             safety=0.9,
             factormin=0.2,
             factormax=10.0,
-            # A step below the rounding error of t does not change t.
-            dtmin=0.1 * jnp.finfo(self.t0.dtype).eps * jnp.abs(self.t1 - self.t0),
-            force_dtmin=False,
         )
 
 
@@ -144,7 +141,7 @@ def _steps_until(interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Arr
             term, solve.t, solve.t_next, solve.y, None, solve.solver_state, made_jump=False
         )
         error = jax.tree.map(lambda a: jnp.where(jnp.isnan(a), jnp.inf, a), error)
-        accepted, t, t_next, _, controller_state, controlled = controller.adapt_step_size(
+        accepted, t, t_next, _, controller_state, _ = controller.adapt_step_size(
             solve.t,
             solve.t_next,
             solve.y,
@@ -161,7 +158,8 @@ def _steps_until(interval: _Interval, solve: _AdaptiveSolve, most_steps: Int[Arr
             lambda new, old: jnp.where(accepted, new, old), (y, solver_state), (solve.y, solve.solver_state)
         )
         successful = diffrax.RESULTS.successful
-        healthy = (~accepted | (solved == successful)) & (controlled == successful)
+        # A step below the rounding error of t does not change t.
+        healthy = (~accepted | (solved == successful)) & ((t_next > t) | (t >= end))
         return _AdaptiveSolve(solve.steps + 1, t, t_next, y, healthy, solver_state, controller_state)  # pyright: ignore[reportArgumentType]
 
     return jax.lax.while_loop(unfinished, attempt, solve)

@@ -109,7 +109,7 @@ class UsedSettings(BaseException):
     """Ends an evaluation where its values would be computed or read."""
 
 
-def used_settings(evaluator_of, **fields) -> dict:
+def used_settings(evaluator_of, **fields) -> str:
     """Returns the settings that identify the stored values of an evaluator."""
 
     def stored(folder, what, settings, params):

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import print_saved_residuals
 
 from configs.ve.cifar10_ncsnpp_continuous import get_config
 from models import resample
+from models.ddpm import ddpm_from_fields
 from models.layers import (
     NIN,
     NONLINEARITIES,
@@ -26,6 +27,7 @@ from models.layers import (
     num_groups,
     positional_embedding,
 )
+from models.ncsn import ncsn_from_fields
 from models.ncsnpp import CHOICES, REMAT_POLICIES, NCSNpp
 from models.score import ScoreModel, build_network
 from sde_lib import VESDE, VPSDE, sde_from_config
@@ -278,6 +280,26 @@ def test_bfloat16_is_for_feature_maps_only(resblock_type: str) -> None:
     convolutions = [e for e in operations(traced.jaxpr) if e.primitive.name == "conv_general_dilated"]
     assert len(convolutions) > 10
     assert {v.aval.dtype for e in convolutions for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_ddpm_has_the_precision_and_the_memory_setting_of_its_fields() -> None:
+    model = get_config().model
+    model.update(name="ddpm", nf=32, ch_mult=(1,), num_res_blocks=1, attn_resolutions=(), dtype="bfloat16")
+    x, labels = images(2, 4, 4, 1), jnp.array([1.0, 500.0])
+    params = ScoreModel(ddpm_from_fields(model, True), VPSDE()).init(KEY, x.shape[1:])
+    model.remat = "block"
+    network = ddpm_from_fields(model, True)
+    traced = jax.make_jaxpr(lambda x: network.apply({"params": params}, x, labels, False))(x)
+    found = list(operations(traced.jaxpr))
+    convolutions = [e for e in found if e.primitive.name == "conv_general_dilated"]
+    assert {v.aval.dtype for e in convolutions for v in e.invars} == {jnp.dtype(jnp.bfloat16)}
+    assert any("remat" in e.primitive.name or "checkpoint" in e.primitive.name for e in found)
+    model.normalization = "InstanceNorm"
+    with pytest.raises(ValueError, match=r"dtype is 'bfloat16', but normalization 'InstanceNorm' needs 'float32'"):
+        ddpm_from_fields(model, True)
+    model.name = "ncsn"
+    with pytest.raises(ValueError, match=r"model.dtype is 'bfloat16'; with model.name=ncsn it must be 'float32'"):
+        ncsn_from_fields(model, True)
 
 
 def test_bfloat16_changes_the_output_by_its_rounding() -> None:

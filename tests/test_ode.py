@@ -163,6 +163,14 @@ def test_failure_is_data_and_named_on_request(method, field, worst_example):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "scipy"])
+def test_steps_may_be_as_small_as_the_time(method):
+    """dy/dt = y / (2 t): the first steps are about as long as t, and y grows as its root."""
+    y, info = integrate(lambda t, y: 0.5 * y / t, jnp.ones((2, 3)), 1e-9, 1.0, method=method)
+    info.require_success()
+    np.testing.assert_allclose(y, 1e-9**-0.5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "scipy"])
 def test_too_many_steps_are_a_failure(method):
     y, info = integrate(spiral, START, 0.0, 1.5, method=method, max_steps=4)
     assert np.isfinite(y["x"]).all()

@@ -286,11 +286,29 @@ def test_missing_and_unwritable_workdirs(name, refused):
         ("training__init_reset", "opt", "init_reset is 'opt', but training.init_from is empty"),
         ("model__ema_rate", 1.0, "model.ema_rate is 1.0"),
         ("training__sde", "vp", "training.sde is 'vp'; known: vesde"),
+        (
+            "training__high_order_fraction",
+            1e-310,
+            r"high_order_fraction is 1e-310; it must lie in \[1e-6, 1\]",
+        ),
     ],
 )
 def test_impossible_configurations_are_refused(field, value, message):
     with pytest.raises(ValueError, match=message):
         build(config_with(**{field: value}))
+
+
+def test_times_without_noise_are_refused():
+    """In 32 bits, the noise variance of this SDE at 1e-20, 20 t^2 / 2, is 0."""
+    fields = {"training__sde": "vpsde", "model__scale_by_sigma": False, "model__beta_min": 0.0}
+    assert build(config_with(training__smallest_time=1e-9, **fields)) is not None
+    with pytest.raises(ValueError, match=r"training.smallest_time is 1e-20, where training.sde=vpsde has too little"):
+        build(config_with(training__smallest_time=1e-20, **fields))
+
+
+def test_the_score_without_a_class_must_be_trained():
+    with pytest.raises(ValueError, match=r"training.label_dropout is 0 and data.num_classes is 10, but bits/dim"):
+        build(config_with(data__num_classes=10, training__label_dropout=0.0))
 
 
 def test_calls_of_several_steps_end_at_the_checkpoints_to_keep(monkeypatch):

@@ -261,6 +261,9 @@ def test_a_snapshot_shows_its_weights_by_the_same_noise(params, tmp_path):
     run = build(pc_config())
     assert snapshot_sampler(run) == DPMSolverSampler(sde=run.sde, eta=1.0, data_range=run.preprocess.data_range)
     config = pc_config()
+    config.training.smallest_time = 0.01
+    assert snapshot_sampler(build(config)).smallest_time == 0.01, "not at times that training does not use"
+    config = pc_config()
     config.training.snapshot_sampler = "configured"
     run = build(config)
     state = run.fresh_state().replace(step=np.int32(6), ema_params=params)
