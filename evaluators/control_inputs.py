@@ -14,14 +14,13 @@ from jaxtyping import Array, Bool, Float, UInt8
 from arrays import Batch
 from build import EVAL_KEY, Run
 from configs.default import Config
-from datasets import MemorySource, Preprocess, Source
+from datasets import MemorySource, Preprocess, Source, decode_grey
 from evaluators.estimators import evaluation_source
 from evaluators.extractor import array_hash
 from infra import parallel
 from infra.files import read_npz
 from samplers.controllable import basis_of_matrix, colorization_basis
 from samplers.sampler import image_keys
-from sources.resizing import decode_grey
 
 
 def require_images(run: Run, mode: str) -> Preprocess:
