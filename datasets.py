@@ -26,8 +26,8 @@ from sources import MemorySource as MemorySource  # re-exported: callers need on
 from sources import Source as Source
 from sources import source_from_config as source_from_config
 from sources.densities import DENSITIES
-from sources.source import Examples
 from sources.resizing import decode_grey as decode_grey
+from sources.source import Examples
 from sources.splits import SPLITS as SPLITS
 
 
