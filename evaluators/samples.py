@@ -25,6 +25,7 @@ from evaluators.fid import Comparison
 from infra import parallel
 from infra.workdir import PER_GRID, EvaluationFolder
 from models.score import Params
+from samplers.langevin import LangevinSampler
 from samplers.sampler import Sampler
 
 
@@ -52,7 +53,7 @@ class SamplesEvaluator:
             RuntimeError: if a sample is not finite, or the solve of the ODE sampler fails.
         """
         run, config = self.run, self.run.config
-        _warn_about_ode_samples(run)
+        _warn_about_sampler(run)
         self.comparison.prepare()  # Errors in the real images are reported before any sample is drawn.
         in_bins = config.data.uniform_dequantization or config.data.bin_centers
         described = {
@@ -74,9 +75,17 @@ class SamplesEvaluator:
         return result
 
 
-def _warn_about_ode_samples(run: Run) -> None:
-    """Logs a warning if the sampler follows the ODE of a variance exploding SDE."""
-    if run.sampler().follows_ode and run.sde.variance_exploding:
+def _warn_about_sampler(run: Run) -> None:
+    """Logs a warning about the ODE of a variance exploding SDE, and about Langevin steps that can diverge."""
+    sampler = run.sampler()
+    if isinstance(sampler, LangevinSampler) and sampler.step_size >= sampler.stable_step_size:
+        logging.warning(
+            "sampling.step_size is %g: Langevin dynamics diverges from about %.3g on, 4 (sigma / alpha)^2 at "
+            "sampling.smallest_time",
+            sampler.step_size,
+            sampler.stable_step_size,
+        )
+    if sampler.follows_ode and run.sde.variance_exploding:
         logging.warning(
             "Samples from the ODE of a VE model are often poor, because they keep every error of the score at large "
             "noise. --config.sampling.method=dpm_solver --config.sampling.eta=1 follows the SDE instead"
@@ -114,8 +123,8 @@ def draw_images(
         chosen = f"sampling.method={run.config.sampling.method}" if configured else "the sampler of snapshots"
         raise RuntimeError(
             f"Sample {numbers[np.argmin(finite)]} is not finite ({np.sum(~finite)} of {len(numbers)} are not). The "
-            f"model diverged, or {chosen} diverges; try other settings of sampling. With Langevin dynamics, "
-            "sampling.step_size must be below 4 (sigma / alpha)^2 at sampling.smallest_time"
+            f"model diverged, or {chosen} diverges; try other settings of sampling, with Langevin dynamics a smaller "
+            "sampling.step_size"
         )
     return np.asarray(images), samples.nfe
 

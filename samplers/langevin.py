@@ -10,6 +10,7 @@ Source: [SE19] Song & Ermon, NeurIPS 2019.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -120,6 +121,14 @@ class LangevinSampler(Sampler):
         """Returns ln rho of the levels."""
         # The smallest level comes last, so that it is also the only one.
         return noise_levels(self.sde, self.smallest_time, max(self.num_levels, 2), "log_snr", 1.0)[-self.num_levels :]
+
+    @property
+    def stable_step_size(self) -> float:
+        """4 rho_L^2: with larger steps, differences from a point or a surface of data grow.
+
+        Near it, the score of y is -(y - x) / rho^2, so a step multiplies the difference by 1 - a / (2 rho^2).
+        """
+        return 4 * math.exp(2 * float(self.log_rhos[-1]))
 
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         noise = jax.tree_util.Partial(first_noise, keys)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 
 from arrays import as_pytree
 from configs.toy.smoke import get_config
@@ -77,6 +78,23 @@ def test_langevin_gets_the_weights_of_far_modes_wrong_and_annealing_right():
         weights[num_levels] = float(jnp.mean(x[:, 0] + x[:, 1] < 0))
     assert abs(weights[1] - 0.5) < 5 * 0.5 / n**0.5
     assert abs(weights[10] - 0.2) < 5 * 0.4 / n**0.5
+
+
+@pytest.mark.parametrize("sde", [VESDE(0.01, 1.0), VPSDE()], ids=["ve", "vp"])
+def test_steps_are_stable_up_to_the_stated_size(sde: SDE):
+    """All data are at 0, so the score of x is -x / sigma^2."""
+
+    def score_fn(x: Array, t: Array) -> Array:
+        return -x / sde.alpha_sigma(t)[1][:, None] ** 2
+
+    stable = LangevinSampler(sde=sde, num_levels=1).stable_step_size
+    largest = []
+    for factor in (0.95, 1.05):
+        sampler = LangevinSampler(sde=sde, num_levels=1, steps_per_level=500, step_size=factor * stable)
+        x = sampler(score_fn, jax.random.key(0), jnp.arange(8), (3,)).x
+        largest.append(float(jnp.abs(x).max()))
+    assert largest[0] < 1
+    assert not largest[1] < 1e10
 
 
 @pytest.mark.parametrize(
