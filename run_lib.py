@@ -45,7 +45,7 @@ from infra.training_loop import (
 )
 from infra.workdir import EvaluationFolder, Workdir
 from report.comparison import comparison_table
-from report.run_files import read_run
+from report.run_files import read_runs
 from train_state import TrainingBatches, TrainState, reset_parts
 
 
@@ -390,7 +390,8 @@ def report(path: Path, others: Sequence[Path] = ()) -> None:
             reason = "it holds no config.json" if folder.is_dir() else "there is no such folder"
             raise FileNotFoundError(f"no run in {folder}: {reason}")
     _write_report(path, others)
-    print(comparison_table([result for folder in (*others, path) for result in read_run(folder).results]))
+    run, *compared = read_runs([path, *others])
+    print(comparison_table([result for each in (*compared, run) for result in each.results]))
     print(f"\nreport: {Workdir(path).report}")
 
 

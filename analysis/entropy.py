@@ -88,7 +88,7 @@ def entropy(
     form: str = "score",
     num_batches: int = 16,
 ) -> MeanEstimate:
-    """Estimates the entropy of q_min in nats, from samples of the data.
+    """Estimates the entropy of q_min in nats, from samples of the data. The estimate's `n` is the number of batches.
 
     Args:
         x0: samples of the data, each used with one time and noise.
@@ -110,7 +110,7 @@ def entropy(
     total = float(sde.importance_weight(jnp.asarray(sde.t_max), t_min))
     # g^2 / 2 dt = sigma^2 / 2 dZ
     values = _known_terms(sde, num_dims(x0), t_min) - 0.5 * total * np.asarray(means, np.float64)
-    return mean_estimate(values)._replace(n=len(x0))
+    return mean_estimate(values)
 
 
 def _check(sde: SDE, num_examples: int, t_min: float, num_batches: int) -> None:

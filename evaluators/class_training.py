@@ -43,6 +43,11 @@ class ClassifierTraining:
         )
         self.test_labels = datasets.labels_of(self.test_source)
         self.num_classes = number_of_classes(self.train_source)
+        if self.num_classes <= self.test_labels.max():
+            raise ValueError(
+                f"{self.test_source.description} has class {self.test_labels.max()}, but the largest class of the "
+                f"training images is {self.num_classes - 1}"
+            )
         self.network = WideResnet(self.num_classes, control.classifier_blocks, control.classifier_width)
         self.optimizer = optimizer_from_config(run.config.optim, control.classifier_n_iters)
         self.last_step: int = control.classifier_n_iters

@@ -44,7 +44,8 @@ class InceptionFeatures:
 
     @property
     def hash(self) -> str:
-        return self.params_hash if self.centre == 128 else f"{self.params_hash}-{self.centre:g}"
+        centre = "" if self.centre == 128 else f"-{self.centre:g}"
+        return f"{self.params_hash}{centre}" + ("" if self.levels == 256 else f"-levels{self.levels}")
 
     @property
     def num_features(self) -> int:

@@ -17,7 +17,14 @@ from coordinates import GaussianReference
 from datasets import evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values, draw_in_rounds
-from evaluators.estimators import Estimate, as_float64, estimator_from_config, evaluation_source, fetch_and_check
+from evaluators.estimators import (
+    BoundEstimator,
+    Estimate,
+    as_float64,
+    estimator_from_config,
+    evaluation_source,
+    fetch_and_check,
+)
 from infra import parallel
 from infra.artefacts import DensityGrid, PointCloud
 from infra.workdir import DATA, EvaluationFolder
@@ -134,9 +141,9 @@ class PointLikelihoodEvaluator:
         return self.estimator(self.run.score_fn(params), self.run.sde, x, keys, t_min, self.reference, show)
 
     def _draw_density(self, params: Params, folder: EvaluationFolder) -> None:
-        """Writes the densities of the model and of the data on a grid for the report, in one or two dimensions."""
+        """Writes the densities of the model's ODE and of the data on a grid, in one or two dimensions."""
         density, cells = self.run.density, self.settings.density_grid
-        if density is None or density.dims > 2 or cells == 0:
+        if density is None or density.dims > 2 or cells == 0 or isinstance(self.estimator, BoundEstimator):
             return
         limit = GRID_MARGIN * float(np.max(np.abs(self.source.images(np.arange(len(self.source))))))
         cells = cells if density.dims == 2 else CELLS_PER_LINE * cells

@@ -1,7 +1,7 @@
 """Statistics of the features of real images, with which samples are compared, and their files."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax
@@ -172,7 +172,13 @@ def load_statistics(path: Path, *, features: str = "inception") -> Statistics:
         ValueError: if the file is damaged, contains neither, or has arrays of wrong shapes or values that are not
             finite.
     """
-    arrays = read_npz(path)
+    try:
+        return _statistics_in(path, read_npz(path), features)
+    except TypeError as error:
+        raise ValueError(f"{path} has arrays of a wrong type or shape: {error}") from error
+
+
+def _statistics_in(path: Path, arrays: Mapping[str, np.ndarray], features: str) -> Statistics:
     name, digest = str(arrays.get("features", features)), str(arrays.get("features_hash", ""))
     data = str(arrays.get("data", path.name))
     if "pool_3" in arrays:

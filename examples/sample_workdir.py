@@ -62,8 +62,10 @@ def draw_samples(run: Run, score_fn: NetworkScore, count: int) -> np.ndarray:
 
 
 def image_bits(run: Run, score_fn: NetworkScore, count: int) -> np.ndarray:
-    """Returns bits/dim of each of the first test images under the model's ODE."""
-    images = jnp.asarray(source_from_config(run.config, "test").images(np.arange(count)))
+    """Returns bits/dim of each of the first `count` test images under the model's ODE, or of all if there are fewer."""
+    source = source_from_config(run.config, "test")
+    count = min(count, len(source))
+    images = jnp.asarray(source.images(np.arange(count)))
     noise_key, probe_key = jax.random.split(jax.random.key(1))
 
     # Noise within each grey level turns an image into a point with a density.

@@ -60,11 +60,11 @@ def main(
 
 
 def train(state: TrainState, order: int, num_steps: int) -> TrainState:
-    """Returns the state after `num_steps` more steps with the objective of this order."""
+    """Returns the state after `num_steps` more steps, rounded up to whole calls, with the objective of this order."""
     objective = Objective(order, T_MIN, second_weight=0.5, third_weight=0.1, exact=True)
     trainer = Trainer(MODEL, objective, OPTIMIZER, preprocess=lambda key, points: points, ema_rate=0.995)
     train_steps = jax.jit(trainer.train_steps)
-    for call in range(num_steps // STEPS_PER_CALL):
+    for call in range(-(-num_steps // STEPS_PER_CALL)):
         data_key, key = jax.random.split(jax.random.fold_in(jax.random.key(2), call))
         batches = DATA.sample(data_key, (STEPS_PER_CALL * BATCH_SIZE, 2)).reshape(STEPS_PER_CALL, BATCH_SIZE, 2)
         state, _ = train_steps(state, batches, key)

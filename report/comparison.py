@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from infra.console import text_table
-from report.fields import Field, Result, field, run_and_file
+from report.fields import Field, Result, field, likelihood, run_and_file
 from report.formatting import estimate, whole_number, with_error
 
 
@@ -19,6 +19,8 @@ def comparison_table(results: Iterable[Result]) -> str:
 
 
 def _table(fields: Sequence[Field], results: Sequence[Result], several_runs: bool) -> str:
+    at_x_tmin = any("bpd_tmin" in result for result in results)
+    fields = [each for each in fields if at_x_tmin or each is not _AT_X_TMIN]
     fields = [*run_and_file(results, several_runs), *fields]
     return text_table([each.header for each in fields], [[each.show(result) for each in fields] for result in results])
 
@@ -40,9 +42,13 @@ def _costs(likelihood: str, samples: str) -> list[Field]:
 
 _CHECKPOINT = [field("order", "order"), field("steps", "checkpoint_step")]
 
+_AT_X_TMIN = field("bits/dim at x_tmin", "bpd_tmin", show=likelihood)
+"""A column of tables that have such a result."""
+
 _IMAGE_FIELDS = [
     *_CHECKPOINT,
-    field("bits/dim", "bpd", show=estimate),
+    field("bits/dim", "bpd", show=likelihood),
+    _AT_X_TMIN,
     field("FID", "samples.fid"),
     field("IS", "samples.is_mean", "samples.is_std", show=with_error),
     *_costs("bpd", "samples"),
@@ -50,7 +56,7 @@ _IMAGE_FIELDS = [
 
 _POINT_FIELDS = [
     *_CHECKPOINT,
-    field("NLL nats", "nll", show=estimate),
+    field("NLL nats", "nll", show=likelihood),
     field("KL nats", "nll.kl", show=estimate),
     *_costs("nll", "points"),
 ]

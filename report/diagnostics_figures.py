@@ -19,7 +19,10 @@ PANELS = (
 
 
 def diagnostics_figure(models: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draws a panel for each curve, with a line for each model. Bands are plus and minus two standard errors."""
+    """Draws a panel for each curve, with a line for each model.
+
+    Bands are plus and minus two standard errors; a single image has none.
+    """
     figure = Figure(figsize=(9.2, 6.4), layout="constrained")
     panels = figure.subplots(2, 2).ravel()
     for panel, (name, title, xlabel, ylabel) in zip(panels, PANELS, strict=True):
@@ -32,7 +35,10 @@ def diagnostics_figure(models: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _draw(panel: Axes, x: Sequence[float], estimates: Sequence[Mapping[str, float]], colour: str, label: str) -> None:
-    mean, se = (np.array([estimate[part] for estimate in estimates]) for part in ("mean", "se"))
+def _draw(
+    panel: Axes, x: Sequence[float], estimates: Sequence[Mapping[str, float | None]], colour: str, label: str
+) -> None:
+    # null in the file becomes NaN.
+    mean, se = (np.array([estimate[part] for estimate in estimates], np.float64) for part in ("mean", "se"))
     panel.plot(x, mean, ".-", color=colour, linewidth=1.5, label=label)
     panel.fill_between(x, mean - 2 * se, mean + 2 * se, color=colour, alpha=0.15, linewidth=0)

@@ -3,10 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
-from report.formatting import number
+from report.formatting import estimate, number
 
 Result: TypeAlias = Mapping[str, Any]
 """A stored evaluation, or one part of it such as `bpd`."""
+
+
+OTHER_CHECKPOINT = "checkpoint"
+"""The field of an evaluation that names its checkpoint, if that is not the run's own (eval.checkpoint)."""
 
 
 class Field(NamedTuple):
@@ -30,6 +34,12 @@ def lookup(result: Result, path: str) -> Any:
 
 
 def run_and_file(results: Sequence[Result], several_runs: bool) -> list[Field]:
-    """Columns that tell evaluations apart: the run if there are several, and the file if a step has several files."""
+    """Columns that tell evaluations apart: the run if there are several, and the file if the step does not tell."""
     several_files = len({(result.get("run"), result.get("checkpoint_step")) for result in results}) < len(results)
-    return [field(name, name) for name, needed in (("run", several_runs), ("file", several_files)) if needed]
+    needed = {"run": several_runs, "file": several_files or any(OTHER_CHECKPOINT in result for result in results)}
+    return [field(name, name) for name, is_needed in needed.items() if is_needed]
+
+
+def likelihood(part: Any) -> str:
+    """Formats a likelihood, or says that it is a bound."""
+    return f"{estimate(part)} (bound)" if isinstance(part, Mapping) and "bound" in part else estimate(part)

@@ -29,8 +29,8 @@ TITLES = {
 """Titles of the losses and the gradient norm, by the names of the metrics, in the order that they are shown in."""
 
 
-def loss_figure(runs: Mapping[str, RunCurves]) -> Figure:
-    """Draws a panel for each term of the loss that any run has, and one for the gradient norm."""
+def loss_figure(runs: Mapping[str, RunCurves], unit: str = "dimensionless") -> Figure:
+    """Draws a panel for each term of the loss that any run has, in this unit, and one for the gradient norm."""
     present = {name for curves in runs.values() for of_split in curves.values() for name in of_split}
     if len(present & TERMS.keys()) == 1:
         present -= {"total", "loss"}  # equal to the only term
@@ -42,7 +42,7 @@ def loss_figure(runs: Mapping[str, RunCurves]) -> Figure:
     for panel, name in zip(panels, names, strict=False):
         for colour, curves in zip(colours(len(runs)), runs.values(), strict=True):
             _draw_curves(panel, colour, {split: c[name] for split, c in curves.items() if name in c})
-        _style_steps(panel, TITLES[name], "norm" if name == "grad_norm" else "loss (dimensionless)")
+        _style_steps(panel, TITLES[name], "norm" if name == "grad_norm" else f"loss ({unit})")
     for panel in panels[len(names) :]:
         panel.set_axis_off()
     _loss_legend(figure, runs)
@@ -153,9 +153,12 @@ def figure_png(figure: Figure) -> bytes:
 
 
 def snapshot_grid(grids: Sequence[ImageGrid], per_row: int = 8) -> Image.Image:
-    """Draws a row for each snapshot, with its first `per_row` images. A column is one image during training."""
-    shown = [grid.images[:per_row] for grid in grids]
-    return image_grid(np.concatenate(shown), grids[0].levels, columns=len(shown[0]))
+    """Draws a row for each snapshot, with its first images: `per_row`, or as many as all have.
+
+    A column is one image during training.
+    """
+    count = min(per_row, *(len(grid.images) for grid in grids))
+    return image_grid(np.concatenate([grid.images[:count] for grid in grids]), grids[0].levels, columns=count)
 
 
 def captioned(images: Mapping[str, Image.Image]) -> Image.Image:

@@ -109,9 +109,14 @@ def _fid(samples: Result) -> str:
     return f"FID {number(samples.get('fid'))} ({samples.get('fid_features', 'unknown')} features)"
 
 
+def _bound(part: Result) -> str:
+    return " (bound)" if "bound" in part else ""
+
+
 _SUMMARY: Mapping[str, Callable[[Result], str]] = {
-    "bpd": lambda bpd: f"{estimate(bpd)} bits/dim",
-    "nll": lambda nll: f"{estimate(nll)} nats",
+    "bpd": lambda bpd: f"{estimate(bpd)} bits/dim{_bound(bpd)}",
+    "bpd_tmin": lambda bpd: f"{estimate(bpd)} bits/dim at x_tmin{_bound(bpd)}",
+    "nll": lambda nll: f"{estimate(nll)} nats{_bound(nll)}",
     "samples": _fid,
 }
 """The results in the summary, by the parts of an evaluation."""

@@ -10,6 +10,7 @@ from infra.files import read_json
 from infra.metrics import RunCurves, read_metrics, value_at
 from infra.results import evaluations, seconds_file
 from infra.workdir import DATA, Workdir
+from report.fields import OTHER_CHECKPOINT
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,16 +55,18 @@ class RunFiles:
         return any(name in self.metrics.get("train", {}) for name in names)
 
     def newest_result(self, part: str) -> tuple[dict[str, Any] | None, str]:
-        """Returns the result of the newest checkpoint that has this part, and " of FILE" if it has several.
+        """Returns the result of the newest checkpoint that has this part, and " of FILE" if it is not the only one.
 
-        Of several results, it returns one in eval/ if there is one, and the most recent of those.
+        Of several results, it returns one in eval/ if there is one, and the most recent of those. Results of a
+        checkpoint that is not the run's own (eval.checkpoint) count only if there are no others.
         """
         having = [result for result in self.results if part in result]
+        having = [result for result in having if OTHER_CHECKPOINT not in result] or having
         newest = [result for result in having if result["checkpoint_step"] == having[-1]["checkpoint_step"]]
         if not newest:
             return None, ""
         chosen = ([result for result in newest if result["file"].startswith("eval/")] or newest)[-1]
-        return chosen, f" of {chosen['file']}" if len(newest) > 1 else ""
+        return chosen, f" of {chosen['file']}" if len(newest) > 1 or OTHER_CHECKPOINT in chosen else ""
 
 
 def read_runs(paths: Iterable[Path]) -> list[RunFiles]:
@@ -126,7 +129,8 @@ def _read_results(workdir: Path, metrics: RunCurves, problems: list[str]) -> lis
         content = read_json(path, problems)
         if content is None or "checkpoint_step" not in content:
             continue
-        file, seconds = str(path.relative_to(workdir)), value_at(metrics, "seconds", content["checkpoint_step"])
+        file = str(path.relative_to(workdir))
+        seconds = None if OTHER_CHECKPOINT in content else value_at(metrics, "seconds", content["checkpoint_step"])
         common = {"run": workdir.resolve().name} | ({} if seconds is None else {"train_seconds": seconds})
         *earlier, last = evaluations(content, read_json(seconds_file(path), problems) or {})
         results += [result | common | {"file": f"{file}, earlier {n}"} for n, result in enumerate(earlier, 1)]

@@ -33,12 +33,23 @@ def loss_curves(runs: Runs) -> list[Block]:
     curves = {run.title: run.metrics for run in runs if run.has_curves(TITLES)}
     if not curves:
         return []
-    note = (
-        "Each panel shows one term of the objective, without its weight. The total is the loss that training "
-        "minimises. Losses are squared errors relative to the noise and have no unit. Test losses use the averaged "
-        "parameters."
-    )
-    return [_plot("loss", loss_figure(curves), "Loss curves"), Note(note)]
+    units = {_loss_unit(run) for run in runs if run.title in curves}
+    notes = [
+        "The total is the loss that training minimises. Test losses use the averaged parameters.",
+        *(_ABOUT_UNITS[unit] for unit in sorted(units)),
+    ]
+    return [_plot("loss", loss_figure(curves, " or ".join(sorted(units))), "Loss curves"), Note(" ".join(notes))]
+
+
+_ABOUT_UNITS = {
+    "dimensionless": "Terms that are squared errors relative to the noise have no unit, and are shown without weight.",
+    "bits/dim": "Terms in bits/dim are those of the bound on -ln p, with their weights in it.",
+}
+"""What the units of the losses mean."""
+
+
+def _loss_unit(run: RunFiles) -> str:
+    return "bits/dim" if (run.config or {}).get("training", {}).get("bits_per_dim") else "dimensionless"
 
 
 def samples(runs: Runs) -> list[Block]:

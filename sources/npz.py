@@ -100,4 +100,4 @@ def _checked_labels(labels: np.ndarray, name: str, count: int, images_name: str,
         raise ValueError(f"{name} in {path} has shape {labels.shape}; it must be [n], one label per image")
     if len(labels) != count:
         raise ValueError(f"{path} has {count} images in {images_name}, but {len(labels)} labels in {name}")
-    return labels.ravel()
+    return labels.ravel().astype(np.int64)

@@ -16,6 +16,7 @@ from build import build
 from configs.digits.smoke import get_config
 from dequantization.training import evaluation_dequantizer
 from evaluators import MODES
+from evaluators.class_training import ClassifierTraining
 from evaluators.conditional import ClassesEvaluator, ConditionalEvaluator
 from evaluators.control_inputs import MASKS, inpainting, restoration
 from evaluators.diagnostics import DiagnosticsEvaluator
@@ -154,6 +155,14 @@ def test_stored_values_belong_to_the_settings_of_data_and_sampler(evaluator_of, 
         if field not in always:
             known.add(used_settings(evaluator_of, **base, **{field: value}))
     assert len(known) == 1 + len(changes.keys() - always.keys())
+
+
+def test_all_classes_must_be_among_the_training_images(tmp_path):
+    images = np.full((8, 8, 8, 1), 16, np.uint8)
+    np.savez(tmp_path / "a.npz", x_train=images, y_train=np.arange(8) % 3.0, x_test=images, y_test=np.arange(8) % 4)
+    run = build(config_with(data__dataset="npz", data__path=str(tmp_path / "a.npz")))
+    with pytest.raises(ValueError, match=r"a.npz, test.* has class 3, but the largest class of the training .* is 2"):
+        ClassifierTraining(run)
 
 
 def test_codes_of_two_evaluation_folders_are_kept_apart(workdir):

@@ -148,9 +148,10 @@ def test_centres(centre, black, white):
     np.testing.assert_allclose(x[:, 0, 0, 0], [black, white], rtol=1e-6)
 
 
-def test_the_centre_is_part_of_the_hash(extractor):
+def test_the_centre_and_the_levels_are_part_of_the_hash(extractor):
     assert extractor.hash == "12ab"
     assert InceptionFeatures(extractor.params, "12ab", levels=256, centre=127.5).hash == "12ab-127.5"
+    assert InceptionFeatures(extractor.params, "12ab", levels=17).hash == "12ab-levels17", "pixels are scaled by it"
 
 
 # --- weights ---

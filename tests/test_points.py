@@ -64,6 +64,14 @@ def test_training_records_the_exact_terms_and_resumes_bit_for_bit(trained, tmp_p
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_bound_draws_no_density(trained):
+    """The report says that densities are those of the ODE."""
+    fields = {"eval__bound": True, "eval__bound_times": 4, "eval__bound_starts": 2, "eval__max_examples": 8}
+    run_lib.evaluate(config_with(eval__enable_sampling=False, **fields), trained, "bound")
+    assert json.loads((trained / "bound" / "step_40.json").read_text())["nll"]["bound"] == "dsm"
+    assert not (trained / "density" / "step_40_bound.npz").exists()
+
+
 def test_evaluation_reports_nats_and_resumes(trained, monkeypatch, capsys):
     config = config_with(training__score_matching_order=3, eval__enable_loss=True)
     run_lib.evaluate(config, trained, "eval")

@@ -21,7 +21,8 @@ from infra.metrics import MetricCurve, read_metrics
 from losses import TERMS
 from report.comparison import comparison_table
 from report.content import Table
-from report.figures import TITLES, captioned, loss_figure, seconds_figure
+from report.diagnostics_figures import diagnostics_figure
+from report.figures import TITLES, captioned, figure_png, loss_figure, seconds_figure
 from report.formatting import duration, number, with_error
 from report.page import render, write_report
 from report.run_files import read_run
@@ -455,6 +456,52 @@ def test_comparison_table_is_aligned_and_plain(tmp_path):
     assert lines[3].split() == ["1", "12,000", *"-------"]
     assert comparison_table(results).isascii()
     assert comparison_table([]).startswith("order")
+
+
+def test_a_bound_and_a_likelihood_at_x_tmin_are_told_apart(tmp_path):
+    results = {
+        "ode": {"bpd": BPD, "bpd_tmin": BPD | {"mean": 3.1}},
+        "bound": {"bpd": BPD | {"bound": "dsm", "num_times": 10, "num_starts": 2}},
+    }
+    for name, result in results.items():
+        write_json(tmp_path / "eval" / f"{name}.json", {"checkpoint_step": 5} | result)
+    lines = comparison_table(read_run(tmp_path).results).splitlines()
+    assert "bits/dim at x_tmin" in lines[0]
+    assert "2.052 +- 0.021 (bound)" in lines[2]
+    assert "2.052 +- 0.021 3.100 +- 0.021" in words(lines[3])
+    assert "3.100 ± 0.021 bits/dim at x_tmin" in page_of(tmp_path).sections[""]
+
+
+def test_the_result_of_another_checkpoint_is_not_that_of_the_run(tmp_path):
+    run = write_run(tmp_path / "run")
+    other = {"checkpoint_step": 10**6, "checkpoint": "/published/checkpoint_26", "bpd": BPD | {"mean": 3.44}}
+    write_json(run / "eval" / "checkpoint_26.json", other)
+    assert "2.052 ± 0.021 bits/dim" in page_of(run).sections[""]
+    *_, line = comparison_table(read_run(run).results).splitlines()
+    assert line.startswith("eval/checkpoint_26.json")
+    assert "train_seconds" not in read_run(run).results[-1]
+    for path in (run / "eval").glob("step_*.json"):
+        path.unlink()
+    assert "3.440 ± 0.021 bits/dim of eval/checkpoint_26.json" in page_of(run).sections[""]
+
+
+def test_losses_in_bits_per_dim_say_so(tmp_path):
+    for name, config in (("a", {"training": {"bits_per_dim": True}}), ("b", {"training": {}})):
+        run = write_run(tmp_path / name)
+        write_json(run / "config.json", config)
+    text = words(page_of(tmp_path / "a").sections["Loss"])
+    assert "bits/dim are those of the bound" in text
+    assert "have no unit" not in text
+    assert "have no unit" in words(page_of(tmp_path / "a", others=[tmp_path / "b"]).sections["Loss"])
+    figure = loss_figure({"a": curves(total=np.ones(5))}, "bits/dim")
+    assert figure.axes[0].get_ylabel() == "loss (bits/dim)"
+
+
+def test_one_diagnosed_image_has_no_band():
+    estimates = [{"mean": 1.0, "se": None}, {"mean": 2.0, "se": None}]
+    names = ("bpd", "difference", "first", "trace_bias")
+    model = dict.fromkeys(names, estimates) | {"start_log_noise_level": [-2, 0], "log_noise_level": [-2, 0]}
+    figure_png(diagnostics_figure({"model": model}))
 
 
 def test_comparison_table_tells_runs_and_evaluations_apart(tmp_path):

@@ -19,6 +19,7 @@ from evaluators.samples import SamplesEvaluator, draw_images
 from evaluators.snapshots import Snapshots, snapshot_sampler
 from evaluators.statistics import statistics_of
 from infra import console, workdir
+from infra.artefacts import ImageGrid
 from infra.files import read_npz
 from infra.image_grid import image_grid
 from infra.workdir import EvaluationFolder, Workdir
@@ -254,6 +255,13 @@ def test_the_report_shows_snapshots(trained):
     assert rows.shape == (2 * 42 - 2, 4 * 42 - 2)
     for row, grid in ((rows[:40], first.raw), (rows[42:], second.raw)):
         np.testing.assert_array_equal(row, np.asarray(image_grid(grid.images[:4], 17, columns=4)))
+
+
+def test_snapshots_of_different_numbers_of_images_have_a_row_each():
+    grids = [ImageGrid(np.zeros((count, 8, 8, 1), np.uint8), 17, 0) for count in (4, 8)]
+    both = np.asarray(snapshot_grid(grids))
+    assert both.shape == np.asarray(snapshot_grid([grids[0], grids[0]])).shape
+    np.testing.assert_array_equal(both.shape, np.asarray(snapshot_grid(grids[::-1])).shape)
 
 
 def test_a_snapshot_shows_its_weights_by_the_same_noise(params, tmp_path):

@@ -90,6 +90,21 @@ def test_wrong_statistics_show_in_the_test(config, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"mu": np.zeros(2), "sigma": np.eye(2), "n": np.array([5, 6])},
+        {"mu": np.array(["a", "b"]), "sigma": np.eye(2)},
+        {"pool_3": np.float64(3)},
+    ],
+    ids=["n", "mu", "pool_3"],
+)
+def test_statistics_of_wrong_types_are_named(tmp_path, arrays):
+    np.savez(tmp_path / "wrong.npz", **arrays)
+    with pytest.raises(ValueError, match=r"wrong.npz has arrays of a wrong type or shape"):
+        load_statistics(tmp_path / "wrong.npz")
+
+
 def test_samples_are_compared_with_the_file_that_is_named(config, tmp_path):
     """Published files: all features, or mean and covariance."""
     pool = pool_of(config, "test")
