@@ -49,9 +49,11 @@ from infra import stop  # Modules with JAX are imported later, so that --help an
 CONTROL = ("encode", "decode", "interpolate", "inpaint", "colorize", "restore", "classes")
 """The modes for latent codes and conditional samples."""
 
+TRAINING = ("train", "train_deq", "train_classifier")
+
 MODES = (
-    *("train", "train_deq", "train_classifier", "eval", "diagnose", *CONTROL),
-    *("export", "report", "prepare", "stats", "cost", "selftest"),
+    *TRAINING,
+    *("eval", "diagnose", *CONTROL, "export", "report", "prepare", "stats", "cost", "selftest"),
 )
 BAD_INPUT, FAILED = 2, 1
 """Exit codes other than 0, stop.STOPPED and stop.KILLED."""
@@ -145,8 +147,7 @@ def _run(mode: str, workdir: Path) -> None:
 
     gc.set_threshold(50_000)  # Tracing makes many objects that stay in use, so collecting garbage often is a waste.
     console.quiet_libraries()
-    if mode != "cost":  # That mode measures how long a program takes to compile.
-        startup.use_compilation_cache()
+    startup.use_compilation_cache(mode != "cost")  # That mode measures how long a program takes to compile.
     if _COORDINATOR.value:
         seconds = parallel.JOIN_SECONDS if mode != "selftest" else parallel.JOIN_SECONDS / 5
         parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds)
@@ -184,7 +185,7 @@ def _run(mode: str, workdir: Path) -> None:
         selftest.selftest(_CONFIG.value, workdir)
     else:
         run_lib.report(workdir, [Path(other).expanduser() for each in _COMPARE.value for other in each.split(",")])
-    if _CONFIG.value is not None:
+    if _CONFIG.value is not None and mode not in TRAINING:  # Trainings warn after their first call.
         unused_fields.warn_unused(_CONFIG.value, mode)
 
 

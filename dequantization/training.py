@@ -37,6 +37,7 @@ class DequantizerTraining:
         self.train_source, self.test_source = (
             datasets.source_from_config(run.config, split) for split in datasets.SPLITS
         )
+        self.eval_batches: int = run.config.training.eval_batches
         data = run.config.data
         reference = datasets.data_reference(self.train_source, data.levels, data.levels, data.centered)
         replicated, along = parallel.replicated(run.mesh), parallel.along_batch(run.mesh)
@@ -80,7 +81,7 @@ class DequantizerTraining:
         Returns None after a request to stop.
         """
         training, key = self.run.config.training, self.run.key(EVAL_KEY)
-        sizes = evaluation_batch_sizes(self.test_source, training.batch_size)[: training.eval_batches]
+        sizes = evaluation_batch_sizes(self.test_source, training.batch_size)[: self.eval_batches]
         values: list[dict[str, np.ndarray]] = []
         for number, size in enumerate(sizes):
             if parallel.stop_requested():

@@ -27,7 +27,7 @@ from evaluators.control_inputs import (
     finite_levels,
     inpainting,
     input_source,
-    pad_to_devices,
+    padded_round,
     require_images,
     restoration,
 )
@@ -63,7 +63,7 @@ class ConditionalEvaluator:
         self.problem = build(run.config, run.data_shape, self.num_images)
         parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
         self.count = self.num_images * self.num_draws
-        self.round_size = min(run.config.sampling.batch_size, pad_to_devices(self.count))
+        self.round_size = min(run.config.sampling.batch_size, padded_round(self.count))
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
         """Draws the images in rounds. An interrupted run resumes with the next round.
@@ -145,7 +145,7 @@ class ConditionalEvaluator:
 
     def _picture(self, images: np.ndarray) -> np.ndarray:
         """Makes a row of each original, its known part and the images drawn for it. All hosts must call this."""
-        shown = np.arange(pad_to_devices(min(self.num_images, SHOWN)))
+        shown = np.arange(padded_round(min(self.num_images, SHOWN)))
         indices = np.minimum(shown, self.num_images - 1)
         x0, observation = self._observation(indices)
         fill = self.preprocess.scale(jnp.full_like(x0, self.problem.fill))
@@ -213,7 +213,7 @@ class ClassesEvaluator:
         self.scale, self.num_draws = float(control.guidance), control.num_draws
         parallel.divisible(run.config.sampling.batch_size, "sampling.batch_size")
         self.count = len(self.labels) * self.num_draws
-        self.round_size = min(run.config.sampling.batch_size, pad_to_devices(self.count))
+        self.round_size = min(run.config.sampling.batch_size, padded_round(self.count))
 
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
         """Draws the images in rounds. An interrupted run resumes with the next round.

@@ -229,9 +229,14 @@ def _block_means(height: int, width: int, channels: int) -> Float[np.ndarray, "m
     return matrix
 
 
-def pad_to_devices(size: int) -> int:
-    """Rounds this size up to a multiple of the number of devices."""
-    return -(-size // jax.device_count()) * jax.device_count()
+def padded_round(size: int) -> int:
+    """Rounds this size up to a multiple of the number of devices, and of 8.
+
+    The images of a round are coupled by Langevin correctors, those that only fill it, too. Because of the 8, up to 8
+    devices give the same images.
+    """
+    multiple = math.lcm(8, jax.device_count())
+    return -(-size // multiple) * multiple
 
 
 def finite_levels(preprocess: Preprocess, x: Batch, what: str) -> UInt8[np.ndarray, "batch h w c"]:

@@ -36,7 +36,7 @@ WITH_GRADIENT = [name for name, term in TERMS.items() if term.order]
 def main(argv: list[str]) -> None:
     del argv
     config = _CONFIG.value
-    config.training.score_matching_order = 3
+    config.training.score_matching_order, config.training.exact_derivatives = 3, False
     run = build(config)
     params = run.load_state(Path(str(_WORKDIR.value))).ema_params
     gradients = term_gradients(run, params, _BATCHES.value)

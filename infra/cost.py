@@ -110,6 +110,8 @@ def program_identity(config: Config, mesh: Mesh, measure_steps: int) -> dict[str
     relevant = json.dumps({part: fields[part] for part in ("model", "training", "data", "optim")}, sort_keys=True)
     precision = jax.config.values["jax_default_matmul_precision"]
     settings = {"matmul_precision": precision, "xla_flags": os.environ.get("XLA_FLAGS")}
+    if jax.process_count() > 1:  # Rows of older versions do not have this number.
+        settings["processes"] = jax.process_count()
     return {
         "configuration": hashlib.sha256(relevant.encode()).hexdigest()[:16],
         "device": mesh.devices.flat[0].device_kind,

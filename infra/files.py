@@ -11,15 +11,22 @@ from numpy.typing import ArrayLike
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes `data` (text as UTF-8) to `path` and creates its folder. Readers see the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes `data` (text as UTF-8) to `path` and creates its folder. Readers see the old file or the new one.
+
+    Raises:
+        OSError: naming the file, if it cannot be written.
+    """
     # The process id separates processes that write the same file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def write_npz(path: Path, **arrays: ArrayLike) -> None:

@@ -16,8 +16,9 @@ COMPILATION_CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 """The compilation cache of all runs. JAX names its files by program, version and kind of device or processor."""
 
 
-def use_compilation_cache() -> None:
-    """Keeps compiled programs in `COMPILATION_CACHE`, or in the folder that JAX_COMPILATION_CACHE_DIR names."""
+def use_compilation_cache(use: bool = True) -> None:
+    """Keeps compiled programs in `COMPILATION_CACHE`, or in the folder that JAX_COMPILATION_CACHE_DIR names, or not."""
+    jax.config.update("jax_enable_compilation_cache", use)
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(COMPILATION_CACHE))
     jax.config.update("jax_compilation_cache_dir", folder)
 

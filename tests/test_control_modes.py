@@ -18,7 +18,7 @@ from dequantization.training import evaluation_dequantizer
 from evaluators import MODES
 from evaluators.class_training import ClassifierTraining
 from evaluators.conditional import ClassesEvaluator, ConditionalEvaluator
-from evaluators.control_inputs import MASKS, inpainting, restoration
+from evaluators.control_inputs import MASKS, inpainting, padded_round, restoration
 from evaluators.diagnostics import DiagnosticsEvaluator
 from evaluators.latents import EncodeEvaluator, InterpolateEvaluator
 from infra.files import read_npz
@@ -155,6 +155,13 @@ def test_stored_values_belong_to_the_settings_of_data_and_sampler(evaluator_of, 
         if field not in always:
             known.add(used_settings(evaluator_of, **base, **{field: value}))
     assert len(known) == 1 + len(changes.keys() - always.keys())
+
+
+def test_up_to_eight_devices_draw_the_same_images(monkeypatch):
+    """Langevin correctors couple the images of a round, those that only fill it, too."""
+    for devices, sizes in ((1, [8, 8, 16]), (2, [8, 8, 16]), (8, [8, 8, 16]), (16, [16, 16, 16])):
+        monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
+        assert [padded_round(size) for size in (1, 8, 9)] == sizes
 
 
 def test_all_classes_must_be_among_the_training_images(tmp_path):

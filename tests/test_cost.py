@@ -165,14 +165,16 @@ def test_an_error_names_the_case_that_cannot_be_built(tmp_path):
         step_cost.cost(config, tmp_path / "run")
 
 
-def test_rows_of_another_precision_are_others(monkeypatch):
+def test_rows_of_another_precision_or_more_processes_are_others(monkeypatch):
     run = build(config_with())
     identities = [program_identity(run.config, run.mesh, 1)]
     with jax.default_matmul_precision("highest"):
         identities.append(program_identity(run.config, run.mesh, 1))
     monkeypatch.setenv("XLA_FLAGS", "--xla_disable_hlo_passes=multi_output_fusion")
     identities.append(program_identity(run.config, run.mesh, 1))
-    assert len({json.dumps(identity) for identity in identities}) == 3
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    identities.append(program_identity(run.config, run.mesh, 1))
+    assert len({json.dumps(identity) for identity in identities}) == 4
 
 
 def test_a_selftest_fails_if_the_step_does_not_fit(monkeypatch):

@@ -1,5 +1,6 @@
 """What the command says to flags and configurations that it cannot read."""
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +54,9 @@ def test_where_an_error_comes_from_is_shown_on_demand(tmp_path):
 def flags_of_main():
     if not flags.FLAGS.is_parsed():
         flags.FLAGS(["main.py"])
-    return flagsaver.as_parsed
+    level = logging.getLogger("absl").level
+    yield flagsaver.as_parsed
+    logging.getLogger("absl").setLevel(level)  # which main.py sets
 
 
 CONFIG = str(ROOT / "configs" / "toy" / "smoke.py")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from infra.files import write_atomic
 from infra.results import Results
 from report.comparison import comparison_table
 from report.page import write_report
@@ -93,6 +94,12 @@ def test_a_damaged_file_is_named(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"cannot read .*step_4.json.*{said}.*; delete it"):
             Results(path, {})
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "eval").write_text("not a folder")
+    with pytest.raises(OSError, match=r"^cannot write .*eval/step_4.json: (File exists|Not a directory)$"):
+        write_atomic(tmp_path / "eval" / "step_4.json", "{}")
 
 
 def test_numbers_that_are_not_finite_are_no_numbers_in_json(tmp_path):
