@@ -20,7 +20,7 @@ from configs.default import Config, get_config
 from datasets import Preprocess, source_from_config
 from dequantization.noise import dequantizer_from_config
 from evaluation import MeanEstimate, mean_estimate
-from infra.console import quiet_libraries
+from infra.console import one_line_errors, quiet_libraries
 from infra.image_grid import save_grid
 from infra.workdir import Workdir
 from likelihood import bits_per_dim, draw_probes, ode_log_likelihood
@@ -89,4 +89,5 @@ if __name__ == "__main__":
     parser.add_argument("--num_samples", type=int, default=16, help="images to draw (default: %(default)s)")
     parser.add_argument("--num_images", type=int, default=32, help="test images for bits/dim (default: %(default)s)")
     quiet_libraries()  # the checkpoint library warns of folders that are opened to read only
-    main(**vars(parser.parse_args()))
+    with one_line_errors():
+        main(**vars(parser.parse_args()))

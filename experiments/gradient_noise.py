@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from build import TRAIN_KEY, Run, build
 from datasets import BatchOrder, source_from_config
-from infra.console import text_table
+from infra.console import one_line_errors, text_table
 from losses import TERMS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The configuration of the run.")
@@ -90,4 +90,5 @@ def mean_products(gradients: np.ndarray) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    with one_line_errors():
+        app.run(main)

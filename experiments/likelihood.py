@@ -24,7 +24,7 @@ from ml_collections import config_flags
 from arrays import Batch, num_dims
 from build import EVAL_KEY, build
 from datasets import preprocess_from_config, source_from_config
-from infra.console import text_table
+from infra.console import one_line_errors, text_table
 from likelihood import GaussianReference, LogLikelihood, Probes, draw_probes, ode_log_likelihood
 from models.score import NetworkScore, score_model_from_config
 from tests.golden_common import golden_config, golden_params
@@ -126,4 +126,5 @@ def per_dim(nats: Array, x: Batch) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    with one_line_errors():
+        app.run(main)

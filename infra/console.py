@@ -1,9 +1,10 @@
 """The output of a running program: progress bars, log lines and tables."""
 
+import contextlib
 import logging
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -53,6 +54,16 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exception(), OSError):
             super().handleError(record)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A context for a script: bad input ends it with one line and exit code 2, as in main.py."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
 
 
 def quiet_libraries() -> None:

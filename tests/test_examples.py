@@ -1,6 +1,9 @@
 """The scripts in examples/, each in a small size, and the numbers that they return."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from build import build
 from configs.digits.smoke import get_config as digits
 from configs.toy.smoke import get_config as checkerboard
 from examples import mixture_likelihood, sample_workdir, train_density
+
+ROOT = Path(__file__).parent.parent
 
 
 def assert_picture(path, width, height):
@@ -72,3 +77,12 @@ def test_a_run_on_points_has_no_images():
     run = build(checkerboard())
     with pytest.raises(ValueError, match="give the folder of a run on images"):
         sample_workdir.draw_samples(run, run.score_fn({}), 4)
+
+
+@pytest.mark.parametrize("module", ["examples.sample_workdir", "experiments.sample_devices"])
+def test_a_wrong_folder_is_one_line(module, tmp_path):
+    argument = str(tmp_path / "none") if module.startswith("examples") else f"--workdir={tmp_path / 'none'}"
+    result = subprocess.run([sys.executable, "-m", module, argument], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    assert str(tmp_path / "none") in result.stderr.splitlines()[-1]
