@@ -93,12 +93,17 @@ class Run:
         return pc_from_config(self.config, self.sde)
 
     def sampling_description(self) -> dict[str, Any]:
-        """The fields of `sampling` that the sampler reads, with their values. Samples depend on no others."""
+        """The fields of `sampling` that the sampler reads, with their values."""
         copy = ConfigDict(self.config.to_dict())
         recorder = record_reads(copy)
         sampler_from_config(copy, self.sde, self.preprocess.data_range)
         used = {field.removeprefix("sampling.") for field in recorder.read if field.startswith("sampling.")}
         return {name: self.config.sampling[name] for name in sorted(used | {"batch_size"})}
+
+    def sample_settings(self) -> dict[str, Any]:
+        """Everything that samples depend on, besides the network and its parameters."""
+        config = self.config
+        return {"sampling": self.sampling_description(), "num_scales": config.model.num_scales, "seed": config.seed}
 
     @functools.cached_property
     def _init(self) -> jax.stages.Wrapped:

@@ -198,13 +198,17 @@ class Preprocess:
     @property
     def description(self) -> dict[str, Any]:
         """The settings by which levels become data, without mirroring, and samples become levels."""
-        in_bins = self.dequantize or self.bin_centers
-        return self.data_description | {"rounding": "down" if in_bins else self.rounding}
+        return self.data_description | {"rounding": "down" if self._in_bins else self.rounding}
 
     @property
     def data_description(self) -> dict[str, Any]:
         """The settings by which levels become data, without mirroring."""
         return {"dequantize": self.dequantize, "bin_centers": self.bin_centers}
+
+    @property
+    def _in_bins(self) -> bool:
+        """Whether data lie inside the bins of their levels, so that samples are rounded down to levels."""
+        return self.dequantize or self.bin_centers
 
     def __call__(self, key: Array, images: Array) -> Batch:
         """Mirrors images at random and dequantizes them, if configured, then scales them for the network."""
@@ -242,10 +246,7 @@ class Preprocess:
     def to_levels(self, x: Float[Array, "batch height width channel"]) -> Array:
         """Converts samples to integer levels. By bin, if data have noise or are middles of bins, else by `rounding`."""
         unit = self.unscale(x)
-        if self.dequantize or self.bin_centers:  # "down"
-            level = jnp.floor(unit * self.levels)
-        else:
-            level = ROUNDINGS[self.rounding](unit * (self.levels - 1))
+        level = jnp.floor(unit * self.levels) if self._in_bins else ROUNDINGS[self.rounding](unit * (self.levels - 1))
         return jnp.clip(level, 0, self.levels - 1).astype(jnp.uint8)
 
 

@@ -45,7 +45,7 @@ from infra.training_loop import (
 )
 from infra.workdir import EvaluationFolder, Workdir
 from report.comparison import comparison_table
-from report.run_files import read_runs
+from report.run_files import RunFiles
 from train_state import TrainingBatches, TrainState, reset_parts
 
 
@@ -73,11 +73,12 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
     _ = workdir.last_step(config.training)  # Raises for a damaged file, before anything is written.
     workdir.prepare()
     with workdir.lock(), run.open_checkpoints(workdir) as checkpoints:
+        start = int(init_state.step) if init_state else 0
         if new:
-            workdir.write_start(config.training.init_from, int(init_state.step) if init_state else 0)
+            workdir.write_start(config.training.init_from, start)
         end = workdir.last_step(config.training)
         checkpoints.check_network()
-        programs = first_program(run, checkpoints.newest() or (int(init_state.step) if init_state else 0), end)
+        programs = first_program(run, checkpoints.newest() or start, end)
         state = resume_or_init(run, checkpoints, init_state)
         field = "n_iters_from_start" if config.training.n_iters_from_start else "n_iters"
         _check_not_beyond(int(state.step), end, f"training.{field}", workdir)
@@ -113,7 +114,7 @@ def _check_not_beyond(step: int, end: int, field: str, workdir: Workdir) -> None
 
 
 def _write_description(config: Config, folder: Workdir, state: TrainState, end: int) -> None:
-    """Writes the settings and the environment, unless nothing is left to train: then these have trained nothing."""
+    """Writes the settings and the environment. If nothing is left to train, it keeps those of the training."""
     if int(state.step) < end or not folder.config.exists():
         folder.write_description(config, num_parameters(state))
     else:
@@ -389,14 +390,16 @@ def report(path: Path, others: Sequence[Path] = ()) -> None:
         if not Workdir(folder).config.is_file():
             reason = "it holds no config.json" if folder.is_dir() else "there is no such folder"
             raise FileNotFoundError(f"no run in {folder}: {reason}")
-    _write_report(path, others)
-    run, *compared = read_runs([path, *others])
+    run, *compared = _write_report(path, others)
     print(comparison_table([result for each in (*compared, run) for result in each.results]))
     print(f"\nreport: {Workdir(path).report}")
 
 
-def _write_report(path: Path, others: Sequence[Path] = ()) -> None:
-    """Writes the page of the run. Its module imports matplotlib, which training does not need before the first step."""
+def _write_report(path: Path, others: Sequence[Path] = ()) -> list[RunFiles]:
+    """Writes the page of the run, and returns the files that it shows.
+
+    Its module imports matplotlib, which training does not need before the first step.
+    """
     from report.page import write_report
 
-    write_report(path, others=others)
+    return write_report(path, others=others)

@@ -228,10 +228,8 @@ class ClassesEvaluator:
             "guidance": self.scale,
             "guided_by": self.origin,
             "round_size": self.round_size,
-            "sampling": run.sampling_description(),
-            "num_scales": run.config.model.num_scales,
+            **run.sample_settings(),
             **self.preprocess.description,
-            "seed": run.config.seed,
         }
         cache = BatchCache(folder.path, self.name, settings | {"network": run.evaluated_network()}, params)
         sizes = _rounds(self.count, self.round_size)

@@ -162,8 +162,8 @@ def _mask_in_file(path: Path) -> np.ndarray:
     if path.suffix != ".npz":
         try:
             return decode_grey(path) > 127
-        except (OSError, ValueError) as error:
-            raise ValueError(f"control.mask={path} is no .npz file, and no picture: it {error}") from error
+        except ValueError as error:
+            raise ValueError(f"control.mask={path}, which is not an .npz file, {error}") from error
     mask = named_array(path, "mask", "control.mask")
     if mask.ndim not in (2, 3, 4) or not np.isin(mask, (0, 1)).all():
         raise ValueError(
@@ -232,8 +232,8 @@ def _block_means(height: int, width: int, channels: int) -> Float[np.ndarray, "m
 def padded_round(size: int) -> int:
     """Rounds this size up to a multiple of the number of devices, and of 8.
 
-    The images of a round are coupled by Langevin correctors, those that only fill it, too. Because of the 8, up to 8
-    devices give the same images.
+    Langevin correctors average over all images of a round, also those that only fill it. With a multiple of 8, the
+    size is the same on 1, 2, 4 and 8 devices, and so are the images.
     """
     multiple = math.lcm(8, jax.device_count())
     return -(-size // multiple) * multiple

@@ -223,8 +223,7 @@ class PointSamplesEvaluator:
             RuntimeError: if a point is not finite, or the solve of the ODE sampler fails.
         """
         config = self.run.config
-        sampling = self.run.sampling_description()
-        described = {"sampling": sampling, "num_scales": config.model.num_scales, "seed": config.seed}
+        described = self.run.sample_settings()
         cache = BatchCache(folder.path, "points", described | {"network": self.run.evaluated_network()}, params)
         draw = functools.partial(self._draw, params)
         drawn = draw_in_rounds(cache, "point", self.num_samples, config.sampling.batch_size, draw)

@@ -21,6 +21,7 @@ from arrays import Batch, ReportProgress
 from build import SAMPLE_KEY, Run
 from datasets import Preprocess
 from evaluators.cache import BatchCache, draw_in_rounds
+from evaluators.control_inputs import require_images
 from evaluators.fid import Comparison
 from infra import parallel
 from infra.workdir import PER_GRID, EvaluationFolder
@@ -55,13 +56,8 @@ class SamplesEvaluator:
         run, config = self.run, self.run.config
         _warn_about_sampler(run)
         self.comparison.prepare()  # Errors in the real images are reported before any sample is drawn.
-        in_bins = config.data.uniform_dequantization or config.data.bin_centers
-        described = {
-            "sampling": run.sampling_description(),
-            "num_scales": config.model.num_scales,
-            "seed": config.seed,
-            "rounding": "down" if in_bins else config.eval.rounding,
-        }
+        rounding = require_images(run, "eval").description["rounding"]
+        described = run.sample_settings() | {"rounding": rounding}
         cache = BatchCache(folder.path, "samples", described | {"network": run.evaluated_network()}, params)
         count, size = config.eval.num_samples, config.sampling.batch_size
         drawn = draw_in_rounds(cache, "sample", count, size, functools.partial(draw_images, run, params))

@@ -108,10 +108,11 @@ def program_identity(config: Config, mesh: Mesh, measure_steps: int) -> dict[str
     """Everything that a row depends on, besides the code: configuration, devices, version and settings of JAX."""
     fields = json.loads(config.to_json_best_effort())
     relevant = json.dumps({part: fields[part] for part in ("model", "training", "data", "optim")}, sort_keys=True)
-    precision = jax.config.values["jax_default_matmul_precision"]
-    settings = {"matmul_precision": precision, "xla_flags": os.environ.get("XLA_FLAGS")}
-    if jax.process_count() > 1:  # Rows of older versions do not have this number.
-        settings["processes"] = jax.process_count()
+    settings = {  # Rows of older versions do not have them.
+        "matmul_precision": jax.config.values["jax_default_matmul_precision"],
+        "xla_flags": os.environ.get("XLA_FLAGS"),
+        "processes": jax.process_count() if jax.process_count() > 1 else None,
+    }
     return {
         "configuration": hashlib.sha256(relevant.encode()).hexdigest()[:16],
         "device": mesh.devices.flat[0].device_kind,

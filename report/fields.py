@@ -41,5 +41,10 @@ def run_and_file(results: Sequence[Result], several_runs: bool) -> list[Field]:
 
 
 def likelihood(part: Any) -> str:
-    """Formats a likelihood, or says that it is a bound."""
-    return f"{estimate(part)} (bound)" if isinstance(part, Mapping) and "bound" in part else estimate(part)
+    """Formats a likelihood, and says so if it is a bound."""
+    return estimate(part) + bound_mark(part)
+
+
+def bound_mark(part: Any) -> str:
+    """Returns what marks a bound; nothing for the likelihood of the ODE."""
+    return " (bound)" if isinstance(part, Mapping) and "bound" in part else ""

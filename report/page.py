@@ -14,7 +14,7 @@ from infra.files import write_atomic
 from infra.workdir import Workdir
 from report import result_tables, sections
 from report.content import Block, Gallery, Note, Plot
-from report.fields import Result
+from report.fields import Result, bound_mark
 from report.formatting import estimate, number
 from report.run_files import RunFiles, read_runs
 
@@ -46,11 +46,14 @@ SECTIONS = (
 """The page from top to bottom. A part is a function from the runs to blocks of content."""
 
 
-def write_report(workdir: Path, *, others: Sequence[Path] = ()) -> None:
+def write_report(workdir: Path, *, others: Sequence[Path] = ()) -> list[RunFiles]:
     """Writes report.html into a run's folder, and copies of its pictures into figures/.
 
     Args:
         others: folders of runs to compare with: their curves, rows and pictures are shown with those of this run.
+
+    Returns:
+        The files of this run and of the others.
 
     Raises:
         FileNotFoundError: if a folder does not exist.
@@ -62,6 +65,7 @@ def write_report(workdir: Path, *, others: Sequence[Path] = ()) -> None:
             write_atomic(Workdir(workdir).figures / f"{block.name}.png", block.copy)
     title = " and ".join(run.name for run in runs)
     write_atomic(Workdir(workdir).report, render(title, [_summary(run) for run in runs], content))
+    return runs
 
 
 def render(title: str, summaries: Sequence[str], sections: Mapping[str, Sequence[Block]]) -> str:
@@ -109,14 +113,10 @@ def _fid(samples: Result) -> str:
     return f"FID {number(samples.get('fid'))} ({samples.get('fid_features', 'unknown')} features)"
 
 
-def _bound(part: Result) -> str:
-    return " (bound)" if "bound" in part else ""
-
-
 _SUMMARY: Mapping[str, Callable[[Result], str]] = {
-    "bpd": lambda bpd: f"{estimate(bpd)} bits/dim{_bound(bpd)}",
-    "bpd_tmin": lambda bpd: f"{estimate(bpd)} bits/dim at x_tmin{_bound(bpd)}",
-    "nll": lambda nll: f"{estimate(nll)} nats{_bound(nll)}",
+    "bpd": lambda bpd: f"{estimate(bpd)} bits/dim{bound_mark(bpd)}",
+    "bpd_tmin": lambda bpd: f"{estimate(bpd)} bits/dim at x_tmin{bound_mark(bpd)}",
+    "nll": lambda nll: f"{estimate(nll)} nats{bound_mark(nll)}",
     "samples": _fid,
 }
 """The results in the summary, by the parts of an evaluation."""

@@ -57,8 +57,8 @@ class RunFiles:
     def newest_result(self, part: str) -> tuple[dict[str, Any] | None, str]:
         """Returns the result of the newest checkpoint that has this part, and " of FILE" if it is not the only one.
 
-        Of several results, it returns one in eval/ if there is one, and the most recent of those. Results of a
-        checkpoint that is not the run's own (eval.checkpoint) count only if there are no others.
+        Of several results, it returns one in eval/ if there is one, and the most recent of those. Results of the
+        checkpoint that eval.checkpoint names are used only if the run has none of its own.
         """
         having = [result for result in self.results if part in result]
         having = [result for result in having if OTHER_CHECKPOINT not in result] or having

@@ -42,10 +42,10 @@ def loss_curves(runs: Runs) -> list[Block]:
 
 
 _ABOUT_UNITS = {
-    "dimensionless": "Terms that are squared errors relative to the noise have no unit, and are shown without weight.",
-    "bits/dim": "Terms in bits/dim are those of the bound on -ln p, with their weights in it.",
+    "dimensionless": "Squared errors relative to the noise have no unit. They do not include their weights.",
+    "bits/dim": "Terms in bits/dim are those of the bound on -ln p. They include their weights.",
 }
-"""What the units of the losses mean."""
+"""An explanation of each unit of the losses."""
 
 
 def _loss_unit(run: RunFiles) -> str:

@@ -6,7 +6,7 @@ To add a source, write a function like `load_digits` and name it in SOURCES.
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,7 @@ def source_from_config(config: Config, split: str) -> Source:
             f"{source.description} has images of {source.image_shape}, but data.image_size and data.num_channels "
             f"ask for {wanted}"
         )
-    check_levels(source, data.levels, lambda: [_opened(data, other) for other in SPLITS if other != split])
+    check_levels(source, data.levels, (_opened(data, other) for other in SPLITS if other != split))
     return source
 
 
@@ -128,17 +128,18 @@ def prepare(config: Config) -> None:
     print(prepare_entry(config.data))
 
 
-def check_levels(source: Source, levels: int, others: Callable[[], Sequence[Source]] = lambda: ()) -> None:
+def check_levels(source: Source, levels: int, others: Iterable[Source] = ()) -> None:
     """Checks data.levels on a sample of the images: all levels must be below it, and some in its upper half.
 
     Args:
-        others: opens the other splits of the data. In one of the splits, all images may be dark.
+        others: the other splits of the data. They are read only if all images of this split are dark, which is
+            allowed if those of another are not.
 
     Raises:
         ValueError: if data.levels does not fit.
     """
     highest = _brightest(source)
-    if (highest < levels // 2 and all(_brightest(other) < levels // 2 for other in others())) or highest >= levels:
+    if (highest < levels // 2 and all(_brightest(other) < levels // 2 for other in others)) or highest >= levels:
         raise ValueError(
             f"data.levels is {levels}, but the brightest pixel of {source.description} has level {highest}; bits/dim "
             "would be wrong, so set data.levels to the number of grey levels of a channel"
