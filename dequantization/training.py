@@ -31,7 +31,7 @@ class DequantizerTraining:
 
     def __init__(self, run: Run):
         _check_images(run)
-        _check_single_steps(run.config.training)
+        _check_whole_batches(run.config.training)
         self.run = run
         self.trainer = dequantizer_trainer_from_config(run.config, run.sde)
         self.train_source, self.test_source = (
@@ -182,14 +182,13 @@ def _check_images(run: Run) -> None:
         raise ValueError(f"data.dataset is {run.config.data.dataset!r}, but only images have levels to dequantize")
 
 
-def _check_single_steps(training: Config) -> None:
-    """Raises ValueError for settings that only the training of score models supports."""
-    for field in ("accumulation_steps", "n_jitted_steps"):
-        if training[field] != 1:
-            raise ValueError(
-                f"training.{field} is {training[field]}, but --mode=train_deq makes one step in a call, on the whole "
-                "batch: set it to 1"
-            )
+def _check_whole_batches(training: Config) -> None:
+    """Raises ValueError if the batch would be computed in parts, which only the training of score models supports."""
+    if training.accumulation_steps != 1:
+        raise ValueError(
+            f"training.accumulation_steps is {training.accumulation_steps}, but --mode=train_deq computes the whole "
+            "batch at once: set it to 1"
+        )
 
 
 def _description(run: Run) -> dict[str, Any]:

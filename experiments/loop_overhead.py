@@ -1,14 +1,15 @@
 """Measures how much time a training run spends outside its training steps: data, records and checkpoints.
 
-A run on the digits with its usual records, test losses and checkpoints pauses regularly, half-way between two test
-losses. In each pause, the same compiled step is called alone, on one batch, as often as in the part of the run before.
-The overhead is the time of the part divided by the time of the calls alone, minus 1. Test losses do not count as
-overhead, so their time is subtracted and printed separately. Times are printed for the clock and for the processor;
-other programs on the machine disturb processor time less. Processor time is meaningful only if steps run on the CPU.
-Choose the number of parts so that they contain whole intervals between checkpoints; by default, five parts contain one.
+A run with its usual records, test losses and checkpoints pauses regularly. In each pause, the same compiled call is
+made alone, on one batch, as often as in the part of the run before. The overhead is the time of the part divided by the
+time of the calls alone, minus 1. Test losses do not count as overhead, so their time is subtracted and printed
+separately. Times are printed for the clock and for the processor; other programs on the machine disturb processor time
+less. Processor time is meaningful only if steps run on the CPU. Choose the number of parts so that they contain whole
+intervals between checkpoints; by default, five parts contain one.
 
     python -m experiments.loop_overhead
-    python -m experiments.loop_overhead --order=3 --parts=4
+    python -m experiments.loop_overhead --parts=4 --config.training.score_matching_order=3
+    python -m experiments.loop_overhead --config=configs/ve/cifar10_ncsnpp_continuous.py
 """
 
 import argparse
@@ -21,12 +22,13 @@ from unittest import mock
 
 import jax
 import numpy as np
+from absl import flags
+from ml_collections import config_flags
 
-import configs.digits.ncsnpp
 import run_lib
 from configs.default import Config
 from experiments.toy_step import Seconds, now
-from infra.console import text_table
+from infra.console import one_line_errors, text_table
 from infra.metrics import MetricsWriter
 from infra.training_loop import Call, Callback, Training, record_test_loss, training_loop
 
@@ -53,11 +55,11 @@ class Clock:
 
         return timed
 
-    def pause(self, call: Call, training: Training, steps: int, *, first: bool) -> None:
-        """Ends a part of the run, times `steps` calls alone, and starts the next part. The first part is left out."""
+    def pause(self, call: Call, training: Training, calls: int, *, first: bool) -> None:
+        """Ends a part of the run, times `calls` calls alone, and starts the next part. The first part is left out."""
         jax.block_until_ready(call.metrics)
         part = _difference(_difference(now(), self._since), self._testing)
-        alone = _alone(call, training, steps)
+        alone = _alone(call, training, calls)
         if not first:
             self.in_run.append(part)
             self.alone.append(alone)
@@ -65,11 +67,11 @@ class Clock:
         self._since, self._testing = now(), Seconds(0.0, 0.0)
 
 
-def _alone(call: Call, training: Training, steps: int) -> Seconds:
-    """Times calls of the compiled step on the batch of the call, from a copy of its state, because it is donated."""
+def _alone(call: Call, training: Training, calls: int) -> Seconds:
+    """Times compiled calls on the batches of this call, from a copy of its state, because the state is donated."""
     state = jax.block_until_ready(jax.tree.map(lambda a: a.copy(), call.state))
     start, metrics = now(), None
-    for _ in range(steps):
+    for _ in range(calls):
         state, metrics = training.update(state, call.batches)
     jax.block_until_ready((state, metrics))
     return _difference(now(), start)
@@ -84,14 +86,21 @@ def _difference(a: Seconds, b: Seconds) -> Seconds:
 
 
 def measure(config: Config, parts: int, steps: int, workdir: Path) -> Clock:
-    """Trains for `parts` parts of `steps` steps, after a first one that is not measured."""
+    """Trains for `parts` parts of `steps` steps, after a first one that is not measured.
+
+    Raises:
+        ValueError: if the middle of a part is not the end of a compiled call.
+    """
+    per_call = config.training.n_jitted_steps
+    if steps % (2 * per_call):
+        raise ValueError(f"--steps={steps} must be a multiple of {2 * per_call}, twice training.n_jitted_steps")
     config.training.n_iters = steps * (parts + 1)
     clock = Clock()
 
     def paused_loop(training: Training, state: Any, training_config: Config, callbacks: Sequence[Callback]) -> Any:
         def pause(call: Call) -> None:
             if call.step % steps == steps // 2:
-                clock.pause(call, training, steps, first=call.step < steps)
+                clock.pause(call, training, steps // per_call, first=call.step < steps)
 
         return training_loop(training, state, training_config, [*callbacks, pause])
 
@@ -106,16 +115,38 @@ def measure(config: Config, parts: int, steps: int, workdir: Path) -> Clock:
     return clock
 
 
+def parsed_config(arguments: Sequence[str]) -> Config:
+    """Returns the configuration that these flags choose, as main.py takes them; that of the digits without --config.
+
+    Raises:
+        ValueError: for other arguments.
+    """
+    values = flags.FlagValues()
+    try:
+        config = config_flags.DEFINE_config_file("config", "configs/digits/ncsnpp.py", flag_values=values)
+        unknown = values(["loop_overhead", *arguments])[1:]
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    except AttributeError as error:
+        raise ValueError(f"the configuration has no field {error}") from error
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]}")
+    return config.value
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--order", type=int, default=1, help="order of score matching")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Flags that begin with --config choose the configuration, as for main.py.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--parts", type=int, default=5, help="parts of the run that are measured")
     parser.add_argument("--steps", type=int, default=200, help="training steps of a part")
-    arguments = parser.parse_args()
-    config = configs.digits.ncsnpp.get_config()
-    config.training.score_matching_order = arguments.order
-    steps = arguments.steps
-    with tempfile.TemporaryDirectory() as folder:
+    arguments, others = parser.parse_known_args()
+    with one_line_errors(), tempfile.TemporaryDirectory() as folder:
+        config = parsed_config(others)
+        steps = arguments.steps
         clock = measure(config, arguments.parts, steps, Path(folder) / "run")
     in_run, alone, tests = (np.array(each) for each in (clock.in_run, clock.alone, clock.tests))
     print(
@@ -128,8 +159,9 @@ def main() -> None:
         error = np.std(overhead, ddof=1) / np.sqrt(len(overhead))
         per_step = (f"{1e3 * np.mean(seconds) / steps:.2f}" for seconds in (part, calls, test))
         rows.append((name, *per_step, f"{np.mean(overhead):.1f} ± {error:.1f} %"))
-    print(f"digits, order {arguments.order}, batch {config.training.batch_size}")
-    print(f"{arguments.parts} parts of {steps} steps")
+    training = config.training
+    print(f"{config.data.dataset}, order {training.score_matching_order}, batch {training.batch_size}")
+    print(f"{arguments.parts} parts of {steps} steps, {training.n_jitted_steps} in a call")
     print(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores, possibly shared")
     print(text_table(("seconds of", "ms a step in the run", "alone", "of test losses", "overhead"), rows))
 

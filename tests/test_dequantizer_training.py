@@ -258,7 +258,6 @@ def test_a_dequantizer_goes_on_with_its_own_score_model_only(trained, tmp_path):
         ("deq__n_iters", 0, "deq.n_iters is 0; it must be at least 1"),
         ("deq__name", "glow", "deq.name is 'glow'; known: "),
         ("training__accumulation_steps", 2, "training.accumulation_steps is 2, but --mode=train_deq .*: set it to 1"),
-        ("training__n_jitted_steps", 5, "training.n_jitted_steps is 5, but --mode=train_deq .*: set it to 1"),
         ("deq__filters", 8, "another network: deq.filters is 4 there, but 8 in the configuration"),
     ],
 )

@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 CONFIGS = [*sorted((ROOT / "configs").glob("*/*.py")), ROOT / "configs" / "score_sde.py"]
-SOURCES = [path for path in ROOT.rglob("*.py") if not {".venv", ".cache"} & set(path.relative_to(ROOT).parts)]
+SOURCES = [path for path in ROOT.rglob("*.py") if not any(part[0] == "." for part in path.relative_to(ROOT).parts)]
 
 LONGEST_README = 130
 PROGRAM = re.compile(r"(?:srun )?(?:\.venv/bin/)?(?:python (?:main\.py|-m [\w.]+)|make|pip install)(?= |$)")

@@ -21,6 +21,7 @@ def get_config() -> Config:
 
     config.training.batch_size = 16
     config.training.n_iters = 60
+    config.training.n_jitted_steps = 1  # as for networks for which a call takes long
     config.training.log_freq = 10
     config.training.eval_freq = 20
     config.training.snapshot_freq = 40
