@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Shaped, UInt8
 
 from arrays import Batch
 from build import EVAL_KEY, Run
@@ -114,22 +114,28 @@ def inpainting(config: Config, shape: tuple[int, int, int], count: int) -> Probl
     """
     name = config.control.mask
     known = MASKS[name](*shape[:2]) if name in MASKS else _mask_in_file(Path(name))
-    if known.ndim == 2:
-        known = known[..., None]
-    if known.ndim == 3 and known.shape[:2] != shape[:2] and known.shape == (count, *shape[:2]):
-        known = known[..., None]
-    try:
-        mask = np.broadcast_to(known, (count, *shape) if known.ndim == 4 else shape).astype(np.float32)
-    except ValueError as error:
+    mask = _fitted(known, shape, count)
+    if mask is None:
         raise ValueError(
-            f"control.mask={name} has shape {known.shape}; it must be [h, w], [h, w, c] or [n, h, w, c] for "
+            f"control.mask={name} has shape {known.shape}; it must be [h, w], [h, w, c], [n, h, w] or [n, h, w, c] for "
             f"{count} images of shape {shape}"
-        ) from error
+        )
     shares = mask.reshape(-1, math.prod(shape)).mean(axis=1)  # one for each image of a mask that has images
     if not np.all((shares > 0) & (shares < 1)):
         which = "all" if shares.max() == 1 else "no"
         raise ValueError(f"control.mask={name} makes {which} pixels known in an image; it must have both")
     return Problem(mask, None, {"mask": name if name in MASKS else array_hash(mask)}, fill=0.5)
+
+
+def _fitted(
+    known: Shaped[np.ndarray, "..."], shape: tuple[int, int, int], count: int
+) -> Float[np.ndarray, "*n h w c"] | None:
+    """Returns the mask for images of this shape. A mask with an axis for images keeps it. None if it does not fit."""
+    if known.ndim == 2 or (known.ndim == 3 and known.shape not in (shape, (*shape[:2], 1))):
+        known = known[..., None]
+    *images, height, width, channels = known.shape
+    fits = (height, width) == shape[:2] and channels in (1, shape[2]) and images in ([], [1], [count])
+    return np.broadcast_to(known, (count, *shape) if images else shape).astype(np.float32) if fits else None
 
 
 def _half(height: int, width: int, rows: slice, columns: slice) -> Bool[np.ndarray, "h w"]:
@@ -195,6 +201,7 @@ def restoration(config: Config, shape: tuple[int, int, int], count: int) -> Prob
     else:
         matrix = named_array(Path(name), "matrix", "control.matrix")
         observations = read_npz(Path(name)).get("observations")
+        _check_numbers(matrix, f"the matrix in control.matrix={name}")
     if matrix.ndim != 2 or matrix.shape[1] != dims or not matrix.any():
         raise ValueError(
             f"the matrix in control.matrix={name} has shape {matrix.shape}; it must be [m, {dims}], with an entry that "
@@ -212,10 +219,30 @@ def restoration(config: Config, shape: tuple[int, int, int], count: int) -> Prob
             f"observations in control.matrix={name} have shape {observations.shape}; they must be [{count}, "
             f"{len(matrix)}], one row for each image of control.num_images"
         )
+    _check_numbers(observations, f"observations in control.matrix={name}")
+    known = observations @ to_components
+    difference = np.abs(known @ basis[:, :rank].T @ matrix.T - observations).max()
+    if difference > CONTRADICTION * np.abs(observations).max():
+        raise ValueError(
+            f"observations in control.matrix={name} contradict each other: the nearest ones that an image can have "
+            f"differ from them by {difference:.2g}"
+        )
     components = np.zeros((count, dims), np.float32)
-    components[:, :rank] = observations @ to_components
+    components[:, :rank] = known
     described = description | {"observations": array_hash(observations)}
     return Problem(mask, basis, described, components=components.reshape(count, *shape))
+
+
+CONTRADICTION = 1e-3
+"""The largest difference between observations and those of an image, relative to the largest observation. Observations
+of dependent rows of a matrix may be rounded, but without noise they agree."""
+
+
+def _check_numbers(array: Shaped[np.ndarray, "..."], what: str) -> None:
+    """Raises ValueError if the array has other values than finite real numbers."""
+    real = array.dtype.kind in "biuf"
+    if not real or not np.isfinite(array).all():
+        raise ValueError(f"{what} must be finite real numbers, but there are {'others' if real else array.dtype}")
 
 
 def _block_means(height: int, width: int, channels: int) -> Float[np.ndarray, "m d"]:

@@ -254,7 +254,8 @@ class InterpolateEvaluator:
         cache = BatchCache(folder.path, "interpolation", self.codec.settings() | settings | temperature, params)
         together = max(1, self.codec.batch_size // self.steps)
         firsts = range(0, self.pairs, together)
-        sizes = {f"pair{first}_{together}": min(together, self.pairs - first) for first in firsts}
+        counts = {first: min(together, self.pairs - first) for first in firsts}
+        sizes = {f"pair{first}_{count}": count for first, count in counts.items()}
 
         def strips(number: int, show: ReportProgress) -> Values:
             return self._strips(params, np.arange(self.pairs)[number * together : (number + 1) * together], show)

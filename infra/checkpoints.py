@@ -297,7 +297,7 @@ def _checksums(arrays: dict[str, Any], description: dict[str, Any]) -> dict[str,
     for _, leaf in leaves:
         leaf.addressable_data(0).copy_to_host_async()
     contents = {jax.tree_util.keystr(path): _on_host(leaf) for path, leaf in leaves}
-    sums = {path: zlib.crc32(np.ascontiguousarray(array)) for path, array in contents.items()}
+    sums = {path: zlib.crc32(array.tobytes()) for path, array in contents.items()}
     return sums | {_DESCRIPTION: _checksum_of_text(description)}
 
 
@@ -318,7 +318,7 @@ def params_digest(params: Params) -> str:
     """The first digits of the SHA-256 of the parameters, which identify them."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(parallel.fetch(params)):
-        digest.update(np.ascontiguousarray(leaf))
+        digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -105,6 +105,9 @@ def test_codes_are_encoded_decoded_and_interpolated(workdir, monkeypatch):
     assert np.mean(strips[:, 2] != originals[0:6:2]) > 0.3
     assert len(read_run(workdir).pictures) == 3
 
+    run_lib.control(config_with(control__num_images=2), workdir, "interpolate")  # The stored strips are one too many.
+    assert picture(workdir, "interpolation").size == 2 * 5 * 8 * 8
+
 
 class UsedSettings(BaseException):
     """Ends an evaluation where its values would be computed or read."""
@@ -296,6 +299,13 @@ def test_masks_and_matrices_in_files(tmp_path):
     Image.fromarray(np.where(each[0, ..., 0], 40000, 2000).astype(np.uint16)).save(tmp_path / "mask.png")
     deep = inpainting(config_with(control__mask=str(tmp_path / "mask.png")), shape, 1)
     np.testing.assert_array_equal(deep.mask_of(np.array([0]))[0], each[0], "16-bit pixels")
+    for count in (3, 4):  # With four images, [n, h, w] could be [h, w, c] with four channels.
+        some = np.random.default_rng(1).integers(0, 2, (count, 4, 4))
+        np.savez(tmp_path / "mask.npz", mask=some)
+        np.testing.assert_array_equal(inpainting(config, shape, count).mask_of(np.arange(count))[..., 0], some)
+    np.savez(tmp_path / "mask.npz", mask=np.array([[1, 0, 1, 0]]))
+    with pytest.raises(ValueError, match=r"has shape \(1, 4\); it must be \[h, w\]"):
+        inpainting(config, shape, 2)
     np.savez(tmp_path / "mask.npz", mask=np.concatenate([each[:1], np.ones_like(each[:1])]))
     with pytest.raises(ValueError, match="makes all pixels known in an image"):
         inpainting(config, shape, 2)
@@ -312,6 +322,20 @@ def test_masks_and_matrices_in_files(tmp_path):
     np.testing.assert_allclose(image @ matrix.T, 1, atol=1e-5)
     with pytest.raises(ValueError, match=r"observations in control\.matrix=.* must be \[3, 2\]"):
         restoration(config, shape, 3)
+    wrong = {
+        "the matrix in .* must be finite real numbers, but there are others": {"matrix": matrix * np.nan},
+        "the matrix in .* but there are complex128": {"matrix": matrix * 1j},
+        "observations in .* must be finite": {"matrix": matrix, "observations": np.full((2, 2), np.inf)},
+        "observations in .* but there are <U1": {"matrix": matrix, "observations": np.full((2, 2), "1")},
+        "contradict each other: .* differ from them by 0.5": {
+            "matrix": np.ones((2, 16)),
+            "observations": np.array([[0, 1], [1, 1]]),
+        },
+    }
+    for message, arrays in wrong.items():
+        np.savez(tmp_path / "matrix.npz", **arrays)
+        with pytest.raises(ValueError, match=message):
+            restoration(config, shape, 2)
     np.savez(tmp_path / "matrix.npz", matrix=np.ones((2, 15)))
     with pytest.raises(ValueError, match=r"has shape \(2, 15\); it must be \[m, 16\]"):
         restoration(config, shape, 2)
