@@ -11,7 +11,6 @@ again to resume.
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,7 +33,9 @@ from evaluators.diagnostics import BY_TIME, errors_at_time, start_times
 from evaluators.estimators import as_float64
 from experiments.pages import Page, wrapped
 from experiments.provenance import origin
+from experiments.run_results import newest_result
 from infra.commits import commit
+from infra.console import one_line_errors
 from infra.files import read_npz, write_atomic, write_npz
 from infra.startup import use_compilation_cache
 from likelihood import GaussianReference, ode_log_likelihood, to_bits_per_dim
@@ -109,9 +110,7 @@ def diagnoses(runs: Path) -> dict[str, dict[str, Any]]:
 def finer_diagnosis(runs: Path) -> dict[str, Any] | None:
     """Reads the diagnosis of the first model with twice as many steps, if there is one."""
     folder = runs / MODELS["order 1"] / FINER
-    paths = sorted(folder.glob("step_*.json"))
-    found = [json.loads(path.read_text()) for path in paths if not path.stem.endswith("_seconds")]
-    return found[-1]["diagnostics"] if found else None
+    return newest_result(folder)["diagnostics"] if folder.is_dir() else None
 
 
 def mixture_of_digits(run: Run) -> GaussianMixture:
@@ -333,4 +332,5 @@ The trace's bias is (sigma^2 tr J + d - |sigma s + z|^2) / d, which has the mean
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -29,8 +29,9 @@ from experiments.fashion_orders_plan import (
     long,
     samples,
 )
-from experiments.main_calls import call_main, is_evaluated, is_trained
+from experiments.main_calls import call_main, evaluate_once, is_trained
 from experiments.noise_levels import measure_levels
+from infra.console import one_line_errors
 
 
 def main() -> None:
@@ -110,23 +111,23 @@ def train(plan: Plan, branch: str, seed: int, steps: int) -> None:
         settings |= {f"training.{name}": value for name, value in BRANCHES[branch.removesuffix("_long")].items()}
     workdir = plan.folder(branch, seed)
     if not is_trained(workdir, steps):
-        call(plan, "train", workdir, settings)
+        call_main(*call_arguments(plan, "train", workdir, settings))
 
 
 def evaluate(plan: Plan, branch: str, seed: int, evaluations: Mapping[str, Mapping[str, object]]) -> None:
     """Makes the evaluations that are not there yet, given by their folders and settings. Resumes."""
     workdir = plan.folder(branch, seed)
     for folder, settings in evaluations.items():
-        if not is_evaluated(workdir / folder):
-            call(plan, "eval", workdir, {"seed": SEEDS[0]} | dict(settings), f"--eval_folder={folder}")
+        arguments = call_arguments(plan, "eval", workdir, {"seed": SEEDS[0]} | dict(settings))
+        evaluate_once(workdir, folder, *arguments, f"--eval_folder={folder}")
 
 
-def call(plan: Plan, mode: str, workdir: Path, settings: Mapping[str, object], *flags: str) -> None:
-    """Calls main.py."""
+def call_arguments(plan: Plan, mode: str, workdir: Path, settings: Mapping[str, object]) -> list[str]:
+    """Returns the arguments of main.py."""
     fields = [f"--config.{name}={value}" for name, value in settings.items()]
-    run = ("--config=configs/fashion/ncsnpp.py", f"--workdir={workdir}", f"--mode={mode}")
-    call_main(*run, *flags, *fields, *plan.extra)
+    return ["--config=configs/fashion/ncsnpp.py", f"--workdir={workdir}", f"--mode={mode}", *fields, *plan.extra]
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -25,7 +25,7 @@ from experiments.fashion_orders_plan import (
 from experiments.main_calls import is_evaluated
 from experiments.noise_levels import BATCH, SIGMAS, Levels, levels_file, read_levels
 from experiments.pages import Page, wrapped
-from experiments.provenance import origin
+from experiments.provenance import noted_commits, origin
 from experiments.run_results import newest_result, seconds_per_step
 from infra.commits import commit
 from infra.metrics import read_metrics
@@ -130,7 +130,8 @@ def page_parts(plan: Plan, images: Path) -> dict[str, str]:
         solver=max(solver_error(plan, *case) for case in values),
     )
     command = f"python -m experiments.fashion_orders {plan.arguments}".strip()
-    return {"results": wrapped(text), "provenance": wrapped(origin(command, [commit()]))}
+    commits = {*noted_commits(plan.folder(*case) for case in values), commit()}
+    return {"results": wrapped(text), "provenance": wrapped(origin(command, commits))}
 
 
 def solver_error(plan: Plan, name: str, seed: int) -> float:

@@ -36,6 +36,7 @@ from evaluators.fid import Comparison, comparison_from_config
 from experiments.pages import Page, wrapped
 from experiments.provenance import note_commit, noted_commits, origin
 from infra.commits import commit
+from infra.console import one_line_errors
 from infra.files import read_npz, write_atomic
 from infra.startup import use_compilation_cache
 from report.figures import COLOURS, figure_png
@@ -273,4 +274,5 @@ The best FID is {best}.
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

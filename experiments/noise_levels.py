@@ -16,6 +16,7 @@ from build import Run, build
 from configs.default import Config
 from datasets import source_from_config
 from evaluation import MeanEstimate, mean_estimate
+from experiments.main_calls import newest_step
 from infra.files import read_npz, write_npz
 from losses import Objective
 from models.score import Params
@@ -56,10 +57,12 @@ def measure_levels(config: Config, workdir: Path, batches: int) -> None:
     Args:
         batches: of `BATCH` test images each.
     """
-    if not levels_file(workdir).exists():
+    file, made_from = levels_file(workdir), {"step": newest_step(workdir), "batches": batches}
+    stored = read_npz(file) if file.exists() else {}
+    if any(stored.get(name) != number for name, number in made_from.items()):
         run = build(config)
         levels = terms_at_levels(run, run.load_state(workdir).ema_params, batches)
-        write_npz(levels_file(workdir), **levels._asdict())
+        write_npz(file, **levels._asdict(), **made_from)
 
 
 def terms_at_levels(run: Run, params: Params, batches: int) -> Levels:

@@ -92,7 +92,8 @@ def _wrapped_block(block: str) -> str:
 
 
 def _wrapped_lines(line: str, indent: str) -> str:
-    """Breaks a line, but not inside of code."""
+    """Breaks a line, but not inside of code, and not before what would begin a list or a heading."""
     joined = re.sub(r"`[^`]+`", lambda code: code[0].replace(" ", _SPACE), line)
+    joined = re.sub(r" (?=([-+*]|#+|\d+[.)]) )", _SPACE, joined)
     filled = textwrap.fill(joined, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
     return filled.replace(_SPACE, " ")

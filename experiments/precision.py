@@ -25,7 +25,9 @@ from configs.default import Config
 from datasets import source_from_config
 from experiments.pages import Page, wrapped
 from experiments.provenance import note_commit, noted_commits, origin
+from infra.checkpoints import params_digest
 from infra.commits import commit
+from infra.console import one_line_errors
 from infra.files import write_atomic
 from infra.results import bits_per_dim_of_images
 from losses import ORDERS, TERMS, Noise, Objective
@@ -93,23 +95,34 @@ def compared(true: np.ndarray, other: np.ndarray) -> dict[str, float]:
 
 
 def measured_draws(runs: Mapping[str, Run], params: Params, path: Path) -> list[dict]:
-    """Returns the rows of all draws, and writes each to the file as soon as it is known."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """Returns the rows of all draws, and writes each to the file as soon as it is known.
+
+    Rows of other parameters are measured again.
+    """
+    model = params_digest(params)
+    stored = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [row for row in stored if row.get("parameters") == model]
     gradients = {dtype: gradient_of(run) for dtype, run in runs.items()}
     for number in range(len(rows), DRAWS):
-        rows.append(draw_row(runs, gradients, params, number))
+        rows.append(draw_row(runs, gradients, params, number) | {"parameters": model})
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         note_commit(path.parent)
     return rows
 
 
-def bits_per_dim(config: Config, model: Path, workdir: Path) -> np.ndarray:
-    """Returns bits/dim of each test image for each repeat, [repeats, images]."""
+def bits_per_dim(config: Config, model: Path, digest: str, workdir: Path) -> np.ndarray:
+    """Returns bits/dim of each test image for each repeat, [repeats, images].
+
+    Args:
+        digest: of the parameters of the model.
+    """
     config.eval.checkpoint, config.eval.num_repeats = str(model), REPEATS
     config.eval.enable_bpd, config.eval.enable_sampling, config.eval.enable_loss = True, False, False
     run_lib.evaluate(config, workdir, "eval")
-    results = [path for path in (workdir / "eval").glob("*.json") if not path.stem.endswith("_seconds")]
-    stored = workdir / "eval" / json.loads(results[0].read_text())["bpd"]["values"]
+    files = [path for path in (workdir / "eval").glob("*.json") if not path.stem.endswith("_seconds")]
+    results = [json.loads(path.read_text()) for path in files]
+    (result,) = (each for each in results if each["parameters"] == digest)
+    stored = workdir / "eval" / result["bpd"]["values"]
     return np.stack([bits_per_dim_of_images(stored, repeat) for repeat in range(REPEATS)])
 
 
@@ -183,9 +196,13 @@ def main() -> None:
     runs = {dtype: build(config_with(dtype)) for dtype in DTYPES}
     params = runs["float32"].load_state(arguments.model).ema_params
     rows = measured_draws(runs, params, arguments.runs / "draws.jsonl")
-    values = {dtype: bits_per_dim(run.config, arguments.model, arguments.runs / dtype) for dtype, run in runs.items()}
+    values = {
+        dtype: bits_per_dim(run.config, arguments.model, params_digest(params), arguments.runs / dtype)
+        for dtype, run in runs.items()
+    }
     PAGE.write(page_parts(rows, values, {*noted_commits([arguments.runs]), commit()}), arguments.out)
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -19,12 +19,13 @@ from build import build
 from configs.default import Config
 from configs.digits import ncsnpp, preconditioned
 from evaluation import mean_estimate
-from experiments.main_calls import call_main, is_evaluated, is_trained
+from experiments.main_calls import call_main, evaluate_once, is_trained
 from experiments.noise_levels import BATCH, SIGMAS, Levels, measure_levels, read_levels
 from experiments.pages import Page, wrapped
 from experiments.provenance import noted_commits, origin
 from experiments.run_results import newest_result, seconds_per_step
 from infra.commits import commit
+from infra.console import one_line_errors
 from infra.files import write_atomic
 from infra.results import bits_per_dim_of_images
 from report.figures import colours, figure_png, style_panel
@@ -78,17 +79,16 @@ def run_model(name: str, seed: int, workdir: Path) -> None:
     """Trains and evaluates one model, as far as this has not been done."""
     config = config_of(name, seed)
     if not is_trained(workdir, config.training.n_iters):
-        call(name, workdir, f"--config.seed={seed}", "--mode=train")
+        call_main(*flags(name, workdir), f"--config.seed={seed}", "--mode=train")
     for folder, settings in EVALUATIONS.items():
-        if not is_evaluated(workdir / folder):
-            fields = [f"--config.{field}={value}" for field, value in settings.items()]
-            call(name, workdir, f"--config.seed={SEEDS[0]}", "--mode=eval", f"--eval_folder={folder}", *fields)
+        fields = [f"--config.{field}={value}" for field, value in {"seed": SEEDS[0], **settings}.items()]
+        evaluate_once(workdir, folder, *flags(name, workdir), "--mode=eval", f"--eval_folder={folder}", *fields)
     measure_levels(config, workdir, LEVEL_BATCHES)
 
 
-def call(name: str, workdir: Path, *arguments: str) -> None:
-    """Calls main.py with the configuration of the model."""
-    call_main(f"--config={FILES[name]}", f"--workdir={workdir}", *arguments)
+def flags(name: str, workdir: Path) -> tuple[str, str]:
+    """Returns the flags of main.py for the configuration and the workdir of a model."""
+    return f"--config={FILES[name]}", f"--workdir={workdir}"
 
 
 def page_parts(runs: Path, images: Path) -> dict[str, str]:
@@ -225,4 +225,5 @@ large noise levels.
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

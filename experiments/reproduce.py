@@ -40,6 +40,7 @@ from experiments.synthetic_measurements import (
     sde_of,
 )
 from infra.commits import commit
+from infra.console import one_line_errors
 from infra.files import read_npz, write_atomic, write_npz
 from infra.startup import use_compilation_cache
 from likelihood import GaussianReference, ode_log_likelihood
@@ -92,12 +93,23 @@ def run_seed(problem: Problem, seed: int, folder: Path) -> None:
             own["training.init_from"] = str(folder / "order1" / "checkpoints" / str(half))
         train(problem, folder / name, settings | own)
         study(problem, folder, name, folder / name, problem.steps, settings)
-    ratio = seconds_per_step(folder / "order3") / seconds_per_step(folder / "order1")
-    longer = round(problem.steps * min(max(ratio, 1), 8) / 100) * 100  # other work can disturb the ratio
     if not (folder / "order1_long.json").exists():
-        train(problem, folder / "order1", settings | {"training.n_iters": longer}, at_least=longer - 500)
-        step = max(steps_of(folder / "order1"))
-        study(problem, folder, "order1_long", folder / "order1", step, settings)
+        longer = equal_time_steps(problem, folder)
+        train(problem, folder / "order1", settings | {"training.n_iters": longer})
+        study(problem, folder, "order1_long", folder / "order1", longer, settings)
+
+
+def equal_time_steps(problem: Problem, folder: Path) -> int:
+    """Returns the steps of order 1 that take as long as the run of order 3.
+
+    The number is written to the folder, because the longer run changes what its records say about the time of a step.
+    """
+    path = folder / "longer.json"
+    if not path.exists():
+        ratio = seconds_per_step(folder / "order3") / seconds_per_step(folder / "order1")
+        longer = round(problem.steps * min(max(ratio, 1), 8) / 100) * 100  # other work can disturb the ratio
+        write_atomic(path, json.dumps(longer))
+    return json.loads(path.read_text())
 
 
 def study_floor(problem: Problem, folder: Path) -> None:
@@ -125,9 +137,9 @@ def config_of(problem: Problem, settings: dict[str, Any]) -> Config:
     return config
 
 
-def train(problem: Problem, workdir: Path, settings: dict[str, Any], at_least: int | None = None) -> None:
-    """Trains to `training.n_iters`, unless a checkpoint of at least `at_least` steps exists."""
-    if max(steps_of(workdir), default=0) >= (at_least or settings["training.n_iters"]):
+def train(problem: Problem, workdir: Path, settings: dict[str, Any]) -> None:
+    """Trains to `training.n_iters`, unless a checkpoint of at least as many steps exists."""
+    if max(steps_of(workdir), default=0) >= settings["training.n_iters"]:
         return
     print_command(problem, "train", workdir, settings)
     run_lib.train(config_of(problem, settings), workdir)
@@ -225,4 +237,5 @@ def save_paths(problem: Problem, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -49,7 +49,11 @@ Models = dict[str, list[dict[str, Any]]]
 
 
 def write_page(problems: Sequence[Problem], runs: Path, docs: Path) -> None:
-    """Writes the page and the figures for all complete comparisons."""
+    """Writes the page and the figures for all complete comparisons.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
     sections, took = [], []
     for problem in problems:
         folders = [
@@ -61,6 +65,8 @@ def write_page(problems: Sequence[Problem], runs: Path, docs: Path) -> None:
         for kind, figure in problem_figures(problem, folders).items():
             write_atomic(docs / "images" / f"synthetic_{problem.name}_{kind}.png", figure_png(figure))
         sections.append(section(problem, folders))
+    if not sections:
+        raise FileNotFoundError(f"{runs} has no complete comparison; the page is not changed")
     minutes, cpu = (sum(each[kind] for each in took) / 60 for kind in ("wall", "cpu"))
     commits = {each["commit"] for each in took}
     provenance = f"{origin('make reproduce', commits)} It took {minutes:.0f} minutes, {cpu:.0f} of CPU time."

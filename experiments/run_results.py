@@ -18,5 +18,12 @@ def seconds_per_step(workdir: Path) -> float:
 
 
 def newest_result(folder: Path) -> dict[str, Any]:
-    """Returns the result of the newest checkpoint in the folder of an evaluation."""
-    return json.loads(max(folder.glob(RESULTS), key=lambda path: int(path.stem.split("_")[1])).read_text())
+    """Returns the result of the newest checkpoint in the folder of an evaluation.
+
+    Raises:
+        FileNotFoundError: if there is no result.
+    """
+    paths = {int(path.stem.split("_")[1]): path for path in folder.glob(RESULTS)}
+    if not paths:
+        raise FileNotFoundError(f"no results in {folder}")
+    return json.loads(paths[max(paths)].read_text())

@@ -101,3 +101,10 @@ def test_wrapping_keeps_tables_code_and_items() -> None:
     assert f"\n\n{table}\n\n{code}\n\n- one item\n- word" in text
     assert max(map(len, text.splitlines())) <= 120
     assert wrapped(text) == text
+
+
+@pytest.mark.parametrize("beginning", ["-", "+", "*", "##", "12."])
+def test_no_line_begins_with_what_would_be_a_list_or_a_heading(beginning: str) -> None:
+    lines = [wrapped(f"{'x' * length} {beginning} (+800) is paired").splitlines() for length in range(95, 125)]
+    assert all(len(each) == 1 or not each[1].startswith(f"{beginning} ") for each in lines)
+    assert any(len(each) == 2 for each in lines)

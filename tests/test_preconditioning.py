@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import preconditioning
+from experiments import main_calls, preconditioning
 from experiments.noise_levels import SIGMAS, levels_file
-from experiments.preconditioning import MODELS, QUANTITIES, SEEDS, folder_of, page_parts, run_model
+from experiments.preconditioning import LEVEL_BATCHES, MODELS, QUANTITIES, SEEDS, folder_of, page_parts, run_model
 from infra.files import write_atomic, write_npz
+from infra.workdir import Workdir
 
 IMAGES = 8
 
@@ -30,7 +31,7 @@ def write_run(runs: Path, name: str, seed: int) -> None:
         result[part] = {"values": part, "errors": {"solver_error": -0.001}}
         write_atomic(path, json.dumps(result))
     terms = np.full((len(SIGMAS), IMAGES), 0.2 if name == "published" else 0.1)
-    write_npz(levels_file(folder), first=terms, second=terms)
+    write_npz(levels_file(folder), first=terms, second=terms, step=0, batches=LEVEL_BATCHES)
 
 
 def test_the_page(tmp_path: Path) -> None:
@@ -53,14 +54,25 @@ def test_the_page(tmp_path: Path) -> None:
 
 def test_what_exists_is_not_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(preconditioning, "call", lambda *arguments: calls.append(arguments))
+
+    def call(*arguments: str) -> None:
+        calls.append(arguments[2:4])
+        if "--eval_folder=eval_bound" in arguments and interrupted:
+            raise KeyboardInterrupt
+
+    for module in (preconditioning, main_calls):
+        monkeypatch.setattr(module, "call_main", call)
     write_run(tmp_path, "published", 1)
-    folder = folder_of(tmp_path, "published", 1)
+    folder, interrupted = folder_of(tmp_path, "published", 1), True
+    training, evaluation = ("--config.seed=1", "--mode=train"), ("--mode=eval", "--eval_folder=eval")
+    bound = ("--mode=eval", "--eval_folder=eval_bound")
+    with pytest.raises(KeyboardInterrupt):
+        run_model("published", 1, folder)
+    assert calls == [training, evaluation, bound], "a result may have only some of its parts"
+    (Workdir(folder).checkpoints / "4000").mkdir(parents=True)
+    write_npz(levels_file(folder), first=np.ones(1), second=np.ones(1), step=4000, batches=LEVEL_BATCHES)
+    interrupted = False
     run_model("published", 1, folder)
-    assert calls == [("published", folder, "--config.seed=1", "--mode=train")]
-    (folder / "checkpoints" / "4000").mkdir(parents=True)
+    assert calls[3:] == [evaluation, bound], "the checkpoint is another one"
     run_model("published", 1, folder)
-    assert len(calls) == 1
-    (folder / "eval_bound" / "step_4000.json").unlink()
-    run_model("published", 1, folder)
-    assert calls[1][3:5] == ("--mode=eval", "--eval_folder=eval_bound")
+    assert len(calls) == 5, "the same calls again"

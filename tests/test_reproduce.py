@@ -10,7 +10,7 @@ import pytest
 
 from build import build
 from configs.toy.smoke import get_config
-from experiments.reproduce import config_of
+from experiments.reproduce import config_of, equal_time_steps
 from experiments.reproduce_page import write_page
 from experiments.synthetic import BRANCHES, PROBLEMS, STARTS, Problem
 from experiments.toy_step import changed
@@ -67,6 +67,22 @@ def test_page(tmp_path: Path) -> None:
     write_atomic(path, text + "\nBy hand.\n")
     write_page(PROBLEMS, tmp_path / "runs", tmp_path / "docs")
     assert path.read_text() == text + "\nBy hand.\n"
+
+
+def test_a_page_without_results_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no complete comparison"):
+        write_page(PROBLEMS, tmp_path / "missing", tmp_path / "docs")
+    assert not (tmp_path / "docs").exists()
+
+
+def test_the_longer_run_does_not_change_its_own_length(tmp_path: Path) -> None:
+    for name, rate in (("order1", 300.0), ("order3", 100.0)):
+        record = {"step": 100, "split": "train", "first": 1.0, "steps_per_second": rate}
+        write_atomic(tmp_path / name / "train" / "metrics.jsonl", json.dumps(record) + "\n")
+    assert equal_time_steps(BOARD, tmp_path) == 3 * BOARD.steps
+    with (tmp_path / "order1" / "train" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 200, "split": "train", "first": 1.0, "steps_per_second": 600.0}) + "\n")
+    assert equal_time_steps(BOARD, tmp_path) == 3 * BOARD.steps
 
 
 def test_a_setting_that_is_no_field_is_refused():
