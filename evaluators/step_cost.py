@@ -87,7 +87,7 @@ def cost(config: Config, path: Path) -> None:
         for order in fields.orders:
             print(fitting_text(order, rows, limit))
         if gpu:
-            print("Leave memory free: programs of order 3 needed 4 to 25 % more than predicted (docs/results/cost.md)")
+            print("Leave memory free: on an H200, programs needed up to 4 % more than predicted (docs/results/cost.md)")
 
 
 def _built(case: Case, config: Config, mesh: Mesh | None) -> Run:

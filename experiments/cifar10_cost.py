@@ -6,20 +6,22 @@ compiles them for an H100 without having one, and writes the tables of predicted
 
     python -m experiments.cifar10_cost --measure
 
-compiles and times them on a GPU of this machine, and writes the table of measured costs. Each network has a
-folder in runs/predicted or runs/measured, with the rows that `--mode=cost` writes, as by
+compiles and times them on a GPU of this machine, and writes the tables of measured costs. Each network has a
+folder in runs/predicted_h100 or runs/measured, with the rows that `--mode=cost` writes, as by
 
-    python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=runs/predicted/ve --mode=cost \
+    python main.py --config=configs/ve/cifar10_ncsnpp_continuous.py --workdir=runs/predicted_h100/ve --mode=cost \
         --config.cost.device=h100 --config.cost.orders="(3,)" --config.cost.batch_sizes="(128,)" \
         --config.cost.memory="('none', 'model.remat=conv')"
 
-Each takes hours. If it is interrupted, run the same command again to resume. With --table-only, it writes its part of
-the page from the rows that exist, without compiling.
+Each takes hours. If it is interrupted, run the same command again to resume. All rows of the page are kept in
+docs/results/cost_rows.json, also those of other machines. With --table-only, the command adds the rows that the folders
+have, and writes the tables, without compiling.
 """
 
 import argparse
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,9 +31,22 @@ from configs.default import Config
 from configs.ve import cifar10_ncsnpp_continuous, cifar10_ncsnpp_deep_continuous
 from configs.vp import cifar10_ddpmpp_continuous, cifar10_ddpmpp_deep_continuous
 from evaluators.step_cost import cost
-from experiments.cifar10_cost_page import BFLOAT16, NONE, PAGE, front_figure, has_front, measured_table, tables
+from experiments.cifar10_cost_page import (
+    BFLOAT16,
+    NONE,
+    PAGE,
+    front_figure,
+    has_front,
+    is_measured,
+    measured_tables,
+    row_case,
+    tables,
+)
 from infra import stop, waiting
+from infra.commits import commit
+from infra.cost import Case, Row
 from infra.files import write_atomic
+from infra.gpus import GPUS
 from infra.workdir import Workdir
 from report.figures import figure_png
 
@@ -80,34 +95,43 @@ GROUPS = (
 )
 """All cases, the most important first."""
 
+ROWS = Path("docs/results/cost_rows.json")
+"""The rows of the page. Besides a case and its `NUMBERS`, each names its network, device, version of JAX and commit."""
+
+NUMBERS = ("gflop", "temporary_gb", "total_gb", "peak_gb", "step_seconds", "images_per_second")
+"""What is kept of a row of `--mode=cost`, as `infra.cost` describes it."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measure", action="store_true", help="measure on a GPU of this machine")
-    parser.add_argument("--predicted", type=Path, default=Path("runs/predicted"), help="folder for predicted rows")
-    parser.add_argument("--measured", type=Path, default=Path("runs/measured"), help="folder for measured rows")
+    parser.add_argument("--device", default="h100", choices=GPUS, help="the GPU for which costs are predicted")
+    parser.add_argument("--folder", type=Path, help="folder for the new rows of each network")
+    parser.add_argument("--rows", type=Path, default=ROWS, help="file with all rows")
     parser.add_argument("--out", type=Path, default=PAGE.path, help="page with the tables")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/cost_pareto.png"), help="picture of the front")
-    parser.add_argument("--table-only", action="store_true", help="write the tables from the rows that exist")
+    parser.add_argument("--table-only", action="store_true", help="write the tables without compiling")
     arguments = parser.parse_args()
     if arguments.measure and jax.device_count() > 1:
         parser.error("--measure compares with predictions for one GPU; set CUDA_VISIBLE_DEVICES=0")
-    folder = arguments.measured if arguments.measure else arguments.predicted
+    kind = "measured" if arguments.measure else f"predicted_{arguments.device}"
+    folder = arguments.folder or Path("runs") / kind
     if not arguments.table_only:
         try:
             with stop.on_signals():
-                compute(folder, "" if arguments.measure else "h100")
+                compute(folder, "" if arguments.measure else arguments.device)
         except KeyboardInterrupt:
             sys.stderr.write("Interrupted. Run the same command again to resume.\n")
             sys.exit(waiting.leave(stop.STOPPED))
-    predicted = _rows(arguments.predicted)
-    if arguments.measure:
-        texts = {"measured costs": measured_table(_rows(folder), predicted)}
-        PAGE.only(*texts).write(texts, arguments.out)
-        return
+    rows = read_rows(arguments.rows)
+    for network in NETWORKS:
+        rows = merged(rows, network, Workdir(folder / network).read_costs(), commit())
+    write_rows(rows, arguments.rows)
+    predicted = by_title(row for row in rows if not is_measured(row) and row["device"] == GPUS["h100"].name)
     if has_front(predicted["NCSN++ (VE)"]):
         write_atomic(arguments.plot, figure_png(front_figure(predicted["NCSN++ (VE)"])))
-    PAGE.only("predicted costs").write({"predicted costs": tables(predicted)}, arguments.out)
+    measured = measured_tables([row | {"network": NETWORKS[row["network"]][0]} for row in rows])
+    PAGE.write({"predicted costs": tables(predicted), "measured costs": measured}, arguments.out)
 
 
 def compute(folder: Path, device: str) -> None:
@@ -119,9 +143,53 @@ def compute(folder: Path, device: str) -> None:
         cost(config, folder / group.network)
 
 
-def _rows(folder: Path) -> dict[str, list[dict[str, Any]]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Returns the rows in this file; none if it does not exist."""
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def write_rows(rows: Iterable[Row], path: Path) -> None:
+    """Writes the rows in the order of networks and cases, one in a line, so that versions are easy to compare."""
+
+    def place(row: Row) -> tuple[Any, ...]:
+        return list(NETWORKS).index(row["network"]), row["device"], is_measured(row), *row_case(row)
+
+    lines = [json.dumps(row) for row in sorted(rows, key=place)]
+    write_atomic(path, "[\n" + ",\n".join(lines) + "\n]\n")
+
+
+def merged(rows: Sequence[Row], network: str, new: Iterable[Row], code: str) -> list[dict[str, Any]]:
+    """Returns the rows, with the new ones of a network in place of those of the same case on the same device.
+
+    Args:
+        rows: as in the file.
+        new: as `--mode=cost` writes them. Rows with an error are left out.
+        code: the commit of the new rows. A new row with the same numbers as before keeps its commit.
+    """
+    known = {_identity(row): dict(row) for row in rows}
+    for row in new:
+        if "error" in row:
+            continue
+        device = {name: row["program"][name] for name in ("device", "jax")}
+        numbers = {name: row[name] if row[name] is None else round(row[name], 5) for name in NUMBERS if name in row}
+        fields = {name: row[name] for name in Case._fields}
+        entry = {"network": network, **fields, **device, "commit": code, **numbers}
+        before = known.get(_identity(entry), {})
+        if any(before.get(name) != value for name, value in numbers.items()):
+            known[_identity(entry)] = entry
+    return list(known.values())
+
+
+def _identity(row: Row) -> tuple[Any, ...]:
+    return row["network"], row["device"], is_measured(row), *row_case(row)
+
+
+def by_title(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Returns the rows of each network, by its title."""
-    return {title: Workdir(folder / name).read_costs() for name, (title, _) in NETWORKS.items()}
+    networks: dict[str, list[Row]] = {title: [] for title, _ in NETWORKS.values()}
+    for row in rows:
+        networks[NETWORKS[row["network"]][0]].append(row)
+    return networks
 
 
 if __name__ == "__main__":

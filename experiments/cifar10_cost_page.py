@@ -103,7 +103,7 @@ def network_table(networks: Mapping[str, Sequence[Row]]) -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for title, rows in networks.items():
-        known = {_case(row): row for row in rows if "temporary_gb" in row}
+        known = {row_case(row): row for row in rows if "temporary_gb" in row}
         for size, order in sorted({(size, order) for size, order, _ in known}):
             full, half = (known.get((size, order, memory)) for memory in (NONE, BFLOAT16))
             if not full and not half:
@@ -114,30 +114,49 @@ def network_table(networks: Mapping[str, Sequence[Row]]) -> list[str]:
     return lines
 
 
-def measured_table(networks: Mapping[str, Sequence[Row]], predicted: Mapping[str, Sequence[Row]]) -> str:
-    """Returns the table of the steps that were timed, with the predicted memory where it is known.
+def measured_tables(rows: Sequence[Row]) -> str:
+    """Returns a table for each device on which steps were timed, with the memory that was predicted for this device.
+
+    Seconds of rows with `waited` are marked: each of their steps was timed alone, with the time to issue it.
 
     Args:
-        networks, predicted: the rows of each network, by its title.
+        rows: timed and predicted rows, whose `network` is a title.
     """
-    lines = [
-        "| network | batch | order | memory | temporary GB | predicted | peak GB | s/step | images/s | TFLOP/s |",
-        f"|{'---|' * 10}",
-    ]
-    for title, rows in networks.items():
-        known = {_case(row): row["temporary_gb"] for row in predicted[title] if "temporary_gb" in row}
-        for row in sorted((row for row in rows if "step_seconds" in row), key=_case):
-            seconds, temporary, guess = row["step_seconds"], row["temporary_gb"], known.get(_case(row))
-            cells = [title, str(row["batch_size"]), str(row["order"]), f"`{row['memory']}`", f"{temporary:.2f}"]
-            cells.append(f"{guess:.2f} ({guess / temporary - 1:+.1%})" if guess else MISSING)
-            cells.append(f"{row['peak_gb']:.2f}" if row["peak_gb"] else MISSING)
-            cells += [f"{seconds:.4f}", f"{row['images_per_second']:,.0f}", f"{row['gflop'] / seconds / 1000:.0f}"]
-            lines.append(f"| {' | '.join(cells)} |")
+    predicted = {(row["network"], row["device"], *row_case(row)): row for row in rows if not is_measured(row)}
+    titles = list(dict.fromkeys(row["network"] for row in rows))
+    timed = sorted(filter(is_measured, rows), key=lambda row: (titles.index(row["network"]), *row_case(row)))
+    lines = []
+    for device in sorted({row["device"] for row in timed}):
+        lines += [
+            f"One {device}:",
+            "",
+            "| network | batch | order | memory | temporary GB | predicted | peak GB | s/step | images/s | TFLOP/s |",
+            f"|{'---|' * 10}",
+        ]
+        for row in (row for row in timed if row["device"] == device):
+            guess = predicted.get((row["network"], device, *row_case(row)))
+            lines.append(f"| {' | '.join(_measured_cells(row, guess))} |")
+        lines.append("")
     return "\n".join(lines)
 
 
-def _case(row: Row) -> tuple[int, int, str]:
+def _measured_cells(row: Row, guess: Row | None) -> list[str]:
+    seconds, temporary = row["step_seconds"], row["temporary_gb"]
+    cells = [row["network"], str(row["batch_size"]), str(row["order"]), f"`{row['memory']}`", f"{temporary:.2f}"]
+    cells.append(f"{guess['temporary_gb']:.2f} ({guess['temporary_gb'] / temporary - 1:+.1%})" if guess else MISSING)
+    cells.append(f"{row['peak_gb']:.2f}" if row["peak_gb"] else MISSING)
+    cells += [f"{seconds:.4f}{' *' if row.get('waited') else ''}", f"{row['images_per_second']:,.0f}"]
+    return [*cells, f"{row['gflop'] / seconds / 1000:.0f}"]
+
+
+def row_case(row: Row) -> tuple[int, int, str]:
+    """Returns the batch size, the order and the memory setting."""
     return row["batch_size"], row["order"], row["memory"]
+
+
+def is_measured(row: Row) -> bool:
+    """Returns whether a step was timed on a device, or the memory predicted without it."""
+    return "step_seconds" in row
 
 
 def _gb(row: Row | None, name: str) -> str:

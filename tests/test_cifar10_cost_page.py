@@ -1,6 +1,9 @@
 """The tables of predicted and measured costs: which settings are on the front, and the rows of the tables."""
 
-from experiments.cifar10_cost_page import front_rows, measured_table, network_table, on_front, tables
+from experiments import cifar10_cost
+from experiments.cifar10_cost import NETWORKS, merged, read_rows, write_rows
+from experiments.cifar10_cost_page import PAGE, front_rows, measured_tables, network_table, on_front, tables
+from experiments.pages import with_parts
 from report.formatting import MISSING
 
 
@@ -41,11 +44,51 @@ def test_rows_that_are_not_known_yet_are_left_out():
     ]
 
 
-def test_measured_rows_are_compared_with_predictions_of_the_same_case():
+def test_measured_rows_are_compared_with_predictions_for_the_same_device():
     timed = {"step_seconds": 0.05, "images_per_second": 2560.0, "peak_gb": 42.5}
-    known, unknown = row("none", 50.0, 100.0) | timed, row("model.remat=conv", 41.0, 100.0, batch_size=48) | timed
-    not_timed = ROWS[1] | {"error": "out of memory"}
-    assert measured_table({"network": [known, not_timed, unknown]}, {"network": ROWS}).splitlines()[2:] == [
-        f"| network | 48 | 3 | `model.remat=conv` | 41.00 | {MISSING} | 42.50 | 0.0500 | 2,560 | 2 |",
-        "| network | 128 | 3 | `none` | 50.00 | 40.00 (-20.0%) | 42.50 | 0.0500 | 2,560 | 2 |",
+    known, other = row("none", 50.0, 100.0), row("model.remat=conv", 41.0, 100.0, batch_size=48)
+    rows = [
+        row("none", 40.0, 100.0) | {"device": "A"},
+        row("none", 45.0, 100.0) | {"device": "B"},
+        known | timed | {"device": "B"},
+        other | timed | {"device": "B", "waited": True, "peak_gb": None},
+        known | timed | {"device": "C"},
     ]
+    lines = measured_tables([row | {"network": "network"} for row in rows]).splitlines()
+    assert lines[0] == "One B:"
+    assert lines[4:7] == [
+        f"| network | 48 | 3 | `model.remat=conv` | 41.00 | {MISSING} | {MISSING} | 0.0500 * | 2,560 | 2 |",
+        "| network | 128 | 3 | `none` | 50.00 | 45.00 (-10.0%) | 42.50 | 0.0500 | 2,560 | 2 |",
+        "",
+    ]
+    assert lines[7] == "One C:"
+    assert lines[11] == f"| network | 128 | 3 | `none` | 50.00 | {MISSING} | 42.50 | 0.0500 | 2,560 | 2 |"
+
+
+def test_new_rows_replace_those_of_the_same_case_and_device(tmp_path):
+    def new(memory, temporary_gb, device="A", **costs):
+        return row(memory, temporary_gb, 100.0) | {"program": {"device": device, "jax": "0.11"}} | costs
+
+    timed = {"step_seconds": 0.05, "images_per_second": 2560.0, "peak_gb": None}
+    rows = merged([], "ve", [new("none", 40.0), new("model.remat=conv", 41.0)], "first")
+    rows = merged(rows, "ve", [new("none", 42.0), new("model.remat=conv", 41.0), new("none", 1.0, "B")], "second")
+    rows = merged(rows, "ve", [new("none", 42.0, **timed), new("model.remat=block", 1.0, error="failed")], "third")
+    rows = merged(rows, "vp", [new("none", 39.0)], "third")
+    write_rows(rows, tmp_path / "rows.json")
+    assert [tuple(row[name] for name in ("network", "device", "memory", "temporary_gb", "commit")) for row in rows] == [
+        ("ve", "A", "none", 42.0, "second"),
+        ("ve", "A", "model.remat=conv", 41.0, "first"),
+        ("ve", "B", "none", 1.0, "second"),
+        ("ve", "A", "none", 42.0, "third"),
+        ("vp", "A", "none", 39.0, "third"),
+    ]
+    assert sorted(map(str, read_rows(tmp_path / "rows.json"))) == sorted(map(str, rows))
+
+
+def test_the_page_shows_the_stored_rows():
+    networks = {name: title for name, (title, _) in NETWORKS.items()}
+    rows = [row | {"network": networks[row["network"]]} for row in read_rows(cifar10_cost.ROWS)]
+    predicted = {title: [row for row in rows if row["network"] == title] for title in networks.values()}
+    h100 = {title: [row for row in rows if "H100" in row["device"]] for title, rows in predicted.items()}
+    page = PAGE.path.read_text()
+    assert with_parts(page, {"predicted costs": tables(h100), "measured costs": measured_tables(rows)}) == page
