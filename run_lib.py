@@ -114,7 +114,7 @@ def _check_not_beyond(step: int, end: int, field: str, workdir: Workdir) -> None
 
 
 def _write_description(config: Config, folder: Workdir, state: TrainState, end: int) -> None:
-    """Writes the settings and the environment. If nothing is left to train, it keeps those of the training."""
+    """Writes the settings and the environment. A finished run keeps the files of its training."""
     if int(state.step) < end or not folder.config.exists():
         folder.write_description(config, num_parameters(state))
     else:

@@ -234,8 +234,8 @@ def restoration(config: Config, shape: tuple[int, int, int], count: int) -> Prob
 
 
 CONTRADICTION = 1e-3
-"""The largest difference between observations and those of an image, relative to the largest observation. Observations
-of dependent rows of a matrix may be rounded, but without noise they agree."""
+"""Observations may be rounded. If each image differs from them by more than this share of the largest observation, they
+contradict each other."""
 
 
 def _check_numbers(array: Shaped[np.ndarray, "..."], what: str) -> None:

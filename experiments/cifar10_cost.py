@@ -13,9 +13,9 @@ folder in runs/predicted_h100 or runs/measured, with the rows that `--mode=cost`
         --config.cost.device=h100 --config.cost.orders="(3,)" --config.cost.batch_sizes="(128,)" \
         --config.cost.memory="('none', 'model.remat=conv')"
 
-Each takes hours. If it is interrupted, run the same command again to resume. All rows of the page are kept in
-docs/results/cost_rows.json, also those of other machines. With --table-only, the command adds the rows that the folders
-have, and writes the tables, without compiling.
+Each takes hours. If it is interrupted, run the same command again to resume. The command adds its rows to
+docs/results/cost_rows.json, which has the rows of all machines, and writes the tables from this file. With
+--table-only, it compiles nothing.
 """
 
 import argparse
@@ -99,7 +99,7 @@ ROWS = Path("docs/results/cost_rows.json")
 """The rows of the page. Besides a case and its `NUMBERS`, each names its network, device, version of JAX and commit."""
 
 NUMBERS = ("gflop", "temporary_gb", "total_gb", "peak_gb", "step_seconds", "images_per_second")
-"""What is kept of a row of `--mode=cost`, as `infra.cost` describes it."""
+"""The values of a row of `--mode=cost` that the file keeps. infra/cost.py describes them."""
 
 
 def main() -> None:
@@ -159,7 +159,7 @@ def write_rows(rows: Iterable[Row], path: Path) -> None:
 
 
 def merged(rows: Sequence[Row], network: str, new: Iterable[Row], code: str) -> list[dict[str, Any]]:
-    """Returns the rows, with the new ones of a network in place of those of the same case on the same device.
+    """Adds new rows of a network. A new row replaces the row of the same case on the same device.
 
     Args:
         rows: as in the file.

@@ -110,7 +110,10 @@ def diagnoses(runs: Path) -> dict[str, dict[str, Any]]:
 def finer_diagnosis(runs: Path) -> dict[str, Any] | None:
     """Reads the diagnosis of the first model with twice as many steps, if there is one."""
     folder = runs / MODELS["order 1"] / FINER
-    return newest_result(folder)["diagnostics"] if folder.is_dir() else None
+    try:
+        return newest_result(folder)["diagnostics"]
+    except FileNotFoundError:
+        return None
 
 
 def mixture_of_digits(run: Run) -> GaussianMixture:

@@ -116,7 +116,7 @@ def measure(config: Config, parts: int, steps: int, workdir: Path) -> Clock:
 
 
 def parsed_config(arguments: Sequence[str]) -> Config:
-    """Returns the configuration that these flags choose, as main.py takes them; that of the digits without --config.
+    """Returns the configuration that the flags of main.py choose. Without --config, it is the one of the digits.
 
     Raises:
         ValueError: for other arguments.

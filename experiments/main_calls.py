@@ -48,6 +48,7 @@ def is_evaluated(folder: Path) -> bool:
 
 
 def last_call(folder: Path) -> Path:
+    """Returns the file with the last call that has succeeded for this folder of an evaluation."""
     return folder / "last_call.txt"
 
 

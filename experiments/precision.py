@@ -94,17 +94,19 @@ def compared(true: np.ndarray, other: np.ndarray) -> dict[str, float]:
     }
 
 
-def measured_draws(runs: Mapping[str, Run], params: Params, path: Path) -> list[dict]:
+def measured_draws(runs: Mapping[str, Run], params: Params, digest: str, path: Path) -> list[dict]:
     """Returns the rows of all draws, and writes each to the file as soon as it is known.
 
     Rows of other parameters are measured again.
+
+    Args:
+        digest: of the parameters.
     """
-    model = params_digest(params)
     stored = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    rows = [row for row in stored if row.get("parameters") == model]
+    rows = [row for row in stored if row.get("parameters") == digest]
     gradients = {dtype: gradient_of(run) for dtype, run in runs.items()}
     for number in range(len(rows), DRAWS):
-        rows.append(draw_row(runs, gradients, params, number) | {"parameters": model})
+        rows.append(draw_row(runs, gradients, params, number) | {"parameters": digest})
         write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
         note_commit(path.parent)
     return rows
@@ -195,10 +197,10 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = {dtype: build(config_with(dtype)) for dtype in DTYPES}
     params = runs["float32"].load_state(arguments.model).ema_params
-    rows = measured_draws(runs, params, arguments.runs / "draws.jsonl")
+    digest = params_digest(params)
+    rows = measured_draws(runs, params, digest, arguments.runs / "draws.jsonl")
     values = {
-        dtype: bits_per_dim(run.config, arguments.model, params_digest(params), arguments.runs / dtype)
-        for dtype, run in runs.items()
+        dtype: bits_per_dim(run.config, arguments.model, digest, arguments.runs / dtype) for dtype, run in runs.items()
     }
     PAGE.write(page_parts(rows, values, {*noted_commits([arguments.runs]), commit()}), arguments.out)
 

@@ -27,6 +27,7 @@ from analysis.trajectories import ode_path, sde_path
 from build import build
 from configs.default import Config
 from evaluation import mean_estimate
+from experiments.main_calls import newest_step
 from experiments.reproduce_page import write_page
 from experiments.synthetic import BRANCHES, PROBLEMS, SEEDS, STARTS, TEST_POINTS, Problem
 from experiments.synthetic_measurements import (
@@ -138,15 +139,11 @@ def config_of(problem: Problem, settings: dict[str, Any]) -> Config:
 
 
 def train(problem: Problem, workdir: Path, settings: dict[str, Any]) -> None:
-    """Trains to `training.n_iters`, unless a checkpoint of at least as many steps exists."""
-    if max(steps_of(workdir), default=0) >= settings["training.n_iters"]:
+    """Trains to `training.n_iters`. Does nothing if the run is at this step or beyond."""
+    if newest_step(workdir) >= settings["training.n_iters"]:
         return
     print_command(problem, "train", workdir, settings)
     run_lib.train(config_of(problem, settings), workdir)
-
-
-def steps_of(workdir: Path) -> list[int]:
-    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
 
 
 def print_command(problem: Problem, mode: str, workdir: Path, settings: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ def newest_result(folder: Path) -> dict[str, Any]:
     """Returns the result of the newest checkpoint in the folder of an evaluation.
 
     Raises:
-        FileNotFoundError: if there is no result.
+        FileNotFoundError: if the folder has none.
     """
     paths = {int(path.stem.split("_")[1]): path for path in folder.glob(RESULTS)}
     if not paths:

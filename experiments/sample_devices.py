@@ -39,7 +39,7 @@ def main() -> int:
     if arguments.num_samples <= 2 * BATCH:
         parser.error(f"--num-samples is {arguments.num_samples}; it must be over {2 * BATCH} for two interruptions")
     if not (arguments.workdir / "config.json").is_file():
-        parser.error(f"there is no run in --workdir={arguments.workdir}; train one first")
+        parser.error(f"--workdir={arguments.workdir} has no run; train one first")
     # Background jobs of a shell ignore SIGINT. The processes that are started here must not inherit this.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     images = {n: drawn_on(n, arguments.workdir, arguments.num_samples) for n in DEVICES}

@@ -132,8 +132,8 @@ def check_levels(source: Source, levels: int, others: Iterable[Source] = ()) -> 
     """Checks data.levels on a sample of the images: all levels must be below it, and some in its upper half.
 
     Args:
-        others: the other splits of the data. They are read only if all images of this split are dark, which is
-            allowed if those of another are not.
+        others: the other splits of the data. They are read only if this split has no bright image. Then one of them
+            must have one.
 
     Raises:
         ValueError: if data.levels does not fit.

@@ -100,7 +100,8 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
         write_run(plan, branch, seed, tmin.get(branch, 3.0))
 
     monkeypatch.setattr(fashion_orders, "train", train)
-    monkeypatch.setattr(fashion_orders, "evaluate_once", lambda *arguments: None)
+    evaluated: list[Path] = []
+    monkeypatch.setattr(fashion_orders, "evaluate_once", lambda run, folder, *_: evaluated.append(run / folder))
     for module in (fashion_orders, fashion_orders_page):
         monkeypatch.setattr(module, "gflop_per_step", lambda branch: 4.0 if branch == "V2" else 1.0)
     monkeypatch.setattr(fashion_orders_page, "measured_residuals", lambda *_: (np.ones(2), np.ones(2)))
@@ -122,6 +123,9 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
         ("K_long", 1, 12),
         ("C_long", 1, 12),
     ]
+    folders = [*likelihoods(plan), *samples(plan)]
+    models = [plan.folder(branch, seed) for branch, seed, _ in calls]
+    assert sorted(evaluated) == sorted(model / folder for model in models for folder in folders), "each once"
     first, fifth, last = pages
     assert "Not finished: C, 2, W, V2, 3, V3, K_long, C_long" in first
     assert "Not finished: 3, V3, K_long, C_long" in fifth
