@@ -28,7 +28,7 @@ Normalization: TypeAlias = Callable[[], Callable[[FeatureMap], FeatureMap]]
 
 
 @jax.custom_jvp
-def swish(x: Array) -> Array:
+def _swish(x: Array) -> Array:
     """x sigmoid(x). Each of its first three derivatives is a function of x alone, so a backward pass saves only x.
 
     The sigmoid has another form here than in the derivatives: if XLA recognised that they are the same, it would save
@@ -57,9 +57,12 @@ def _third_derivative(x: Array) -> Array:
     return slope * (odd * (3 + x * odd) - 2 * x * slope)
 
 
-swish.defjvps(lambda tangent, _, x: tangent * _first_derivative(x))
+_swish.defjvps(lambda tangent, _, x: tangent * _first_derivative(x))
 _first_derivative.defjvps(lambda tangent, _, x: tangent * _second_derivative(x))
 _second_derivative.defjvps(lambda tangent, _, x: tangent * _third_derivative(x))
+
+swish = jax.jit(_swish)
+"""x sigmoid(x), traced once for each shape, as `group_norm` is."""
 
 NONLINEARITIES: dict[str, Nonlinearity] = {
     "swish": swish,
@@ -126,11 +129,23 @@ class GroupNorm(nn.Module):
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
-        groups, precision = self.groups or num_groups(channels), x.dtype
-        x = x.astype(jnp.promote_types(precision, jnp.float32))
-        mean, variance = _group_moments(x, groups)
-        factor = jax.lax.rsqrt(variance + self.epsilon) * _per_channel(scale, x)
-        return (x * factor + (_per_channel(bias, x) - mean * factor)).astype(precision)
+        return group_norm(x, scale, bias, self.groups or num_groups(channels), self.epsilon)
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def group_norm(
+    x: FeatureMap, scale: Float[Array, " channels"], bias: Float[Array, " channels"], groups: int, epsilon: float
+) -> FeatureMap:
+    """Normalises the groups of channels of each example, then multiplies and shifts each channel.
+
+    It is compiled as part of a larger program. `jax.jit` only makes the network faster to trace: JAX then traces and
+    differentiates the function once for each shape, instead of once for each layer.
+    """
+    precision = x.dtype
+    x = x.astype(jnp.promote_types(precision, jnp.float32))
+    mean, variance = _group_moments(x, groups)
+    factor = jax.lax.rsqrt(variance + epsilon) * _per_channel(scale, x)
+    return (x * factor + (_per_channel(bias, x) - mean * factor)).astype(precision)
 
 
 def num_groups(channels: int) -> int:
@@ -317,6 +332,7 @@ class AttnBlockpp(nn.Module):
         return gain * x + NIN(channels, init_scale=self.init_scale, gain=gain)(h).reshape(x.shape)
 
 
+@jax.jit
 def attention(
     query: Float[Array, "batch q channels"], key: Float[Array, "batch k channels"], value: Float[Array, "batch k _"]
 ) -> Float[Array, "batch q _"]:
