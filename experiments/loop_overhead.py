@@ -5,7 +5,7 @@ made alone, on one batch, as often as in the part of the run before. The overhea
 time of the calls alone, minus 1. Test losses do not count as overhead, so their time is subtracted and printed
 separately. Times are printed for the clock and for the processor; other programs on the machine disturb processor time
 less. Processor time is meaningful only if steps run on the CPU. Choose the number of parts so that they contain whole
-intervals between checkpoints; by default, five parts contain one.
+intervals between checkpoints; by default, ten parts contain one.
 
     python -m experiments.loop_overhead
     python -m experiments.loop_overhead --parts=4 --config.training.score_matching_order=3
@@ -141,7 +141,7 @@ def main() -> None:
         epilog="Flags that begin with --config choose the configuration, as for main.py.",
         allow_abbrev=False,
     )
-    parser.add_argument("--parts", type=int, default=5, help="parts of the run that are measured")
+    parser.add_argument("--parts", type=int, default=10, help="parts of the run that are measured")
     parser.add_argument("--steps", type=int, default=200, help="training steps of a part")
     arguments, others = parser.parse_known_args()
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:

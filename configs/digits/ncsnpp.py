@@ -43,8 +43,8 @@ def get_config() -> Config:
     config.training.n_jitted_steps = 5  # on a CPU, a call spends 6 to 15 % of a step on memory and on the host
     config.training.eval_freq = 200
     config.training.eval_batches = 6
-    config.training.snapshot_freq = 1000
-    config.training.snapshot_freq_for_preemption = 1000  # a checkpoint takes as long as 20 steps
+    config.training.snapshot_freq = 2000
+    config.training.snapshot_freq_for_preemption = 2000  # a checkpoint takes as long as 20 steps
     config.training.snapshot_sampling = False
 
     config.sampling.method = "dpm_solver"
