@@ -21,10 +21,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 import run_lib
 from build import build
+from configs.default import Config
 from configs.digits.smoke import get_config
 from infra.metrics import read_metrics
 from infra.workdir import Workdir
@@ -71,13 +71,13 @@ def row(order: int, kills: int, seed: int, folder: Path) -> dict[str, int]:
     }
 
 
-def config_of(order: int, kills: int) -> ConfigDict:
+def config_of(order: int, kills: int) -> Config:
     config = get_config()
     config.training.update(SETTINGS, n_iters=STEPS_PER_KILL * (kills + 2), score_matching_order=order)
     return config
 
 
-def kill_once(config: ConfigDict, workdir: Path, moments: random.Random) -> dict[str, int]:
+def kill_once(config: Config, workdir: Path, moments: random.Random) -> dict[str, int]:
     """Starts the training and kills it after some steps and a random time; every second kill waits for a save to begin.
 
     Returns:
@@ -103,7 +103,7 @@ def kill_once(config: ConfigDict, workdir: Path, moments: random.Random) -> dict
     return {"reached": last_step(workdir), "saved": newest_step(workdir), "saving": int(seen_saving)}
 
 
-def order_of(config: ConfigDict) -> int:
+def order_of(config: Config) -> int:
     return config.training.score_matching_order
 
 
@@ -122,7 +122,7 @@ def last_step(workdir: Path) -> int:
     return int(curves["order"].steps[-1]) if "order" in curves else 0
 
 
-def differing_arrays(config: ConfigDict, one: Path, other: Path) -> int:
+def differing_arrays(config: Config, one: Path, other: Path) -> int:
     """The number of arrays of the newest states that are not the same bit for bit."""
     run, states = build(config), []
     for workdir in (one, other):
