@@ -26,6 +26,7 @@ import run_lib
 from build import build
 from configs.default import Config
 from configs.digits.smoke import get_config
+from infra.files import write_atomic
 from infra.metrics import read_metrics
 from infra.workdir import Workdir
 
@@ -59,8 +60,7 @@ def row(order: int, kills: int, seed: int, folder: Path) -> dict[str, int]:
         shutil.rmtree(killed, ignore_errors=True)
     for number in range(len(records), kills):
         records.append(kill_once(config, killed, random.Random(f"{seed} {order} {number}")))
-        with log.open("a") as file:
-            file.write(json.dumps(records[-1]) + "\n")
+        write_atomic(log, "".join(json.dumps(record) + "\n" for record in records))
     run_lib.train(config, killed)
     return {
         "order": order,
