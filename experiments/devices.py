@@ -6,8 +6,8 @@ Each layout trains the smallest model of digits for 20 steps of each order, eval
 also resumes the run of 8 devices for 5 more steps. Every layout is compared with one device. The parameters must agree
 to 1e-4 in relative norm, and bits/dim to 1e-4. At most one in a thousand pixels of the samples may differ, by one
 level. --data=points does the same with a model of points, which is much quicker: the likelihood must agree to 1e-4
-nats, and all but one in a thousand coordinates to 1e-3. Finished layouts are not run again. The exit status is 1 if a
-difference is larger.
+nats, and all but one in a thousand coordinates to 1e-3. Each commit has a folder of its own, in which finished layouts
+are not run again. The exit status is 1 if a difference is larger.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from ml_collections import ConfigDict
 
 from configs.digits.smoke import get_config as digits
 from configs.toy.smoke import get_config as points
+from experiments.provenance import noted_commits
+from infra.commits import commit
 from infra.files import read_npz, write_npz
 from infra.startup import use_compilation_cache
 from infra.waiting import waiting
@@ -76,7 +78,8 @@ def main() -> int:
     if arguments.layout is not None:
         run_layout(Layout(*arguments.layout), arguments.folder, images, arguments.coordinator)
         return 0
-    folder = arguments.folder / arguments.data
+    # Layouts run by different code could differ because of the code.
+    folder = arguments.folder / commit() / arguments.data
     for layout in LAYOUTS:
         start_layout(layout, folder, arguments.data)
     rows = list(compare(folder, images))
@@ -85,6 +88,7 @@ def main() -> int:
     print("|---|---|---|---|---|---|")
     for row in rows:
         print("| " + " | ".join(f"{value:.1e}" if isinstance(value, float) else str(value) for value in row) + " |")
+    print(f"\nCommits of the runs: {', '.join(sorted(noted_commits(folder.iterdir())))}.")
     # A comparison with NaN is false, so it counts as a difference.
     return int(not all(max(row[2], row[3], row[5]) <= LARGEST and row[4] <= LARGEST_SHARE for row in rows))
 

@@ -6,7 +6,8 @@ For each order, the smallest model of digits is trained twice: once without inte
 killed (SIGKILL) at moments drawn from a seed, also while they save, and started again. The parameters, averages and
 states of the optimizer must be the same bit for bit. A restarted training repeats the steps since the last complete
 checkpoint: at most one save interval, or two if the kill interrupts a save. Each kill is recorded in a .jsonl file
-beside the run, so the experiment resumes. The exit status is 1 if anything differs.
+beside the run, so the experiment resumes. Each commit has a folder of its own, because results of older code say
+nothing about the current code. The exit status is 1 if anything differs.
 """
 
 import argparse
@@ -26,6 +27,8 @@ import run_lib
 from build import build
 from configs.default import Config
 from configs.digits.smoke import get_config
+from experiments.provenance import noted_commits, origin
+from infra.commits import commit
 from infra.files import write_atomic
 from infra.metrics import read_metrics
 from infra.workdir import Workdir
@@ -42,17 +45,21 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="where the runs are")
     arguments = parser.parse_args()
-    rows = [row(order, arguments.kills, arguments.seed, arguments.folder) for order in ORDERS]
+    kills, seed = arguments.kills, arguments.seed
+    folder = arguments.folder / commit() / f"seed{seed}_kills{kills}"
+    rows = [row(order, kills, seed, folder) for order in ORDERS]
     print("| order | kills | while saving | steps repeated, at most | arrays that differ |\n|---|---|---|---|---|")
     for entry in rows:
         print("| " + " | ".join(map(str, entry.values())) + " |")
+    command = f"python -m experiments.faults --kills={kills} --seed={seed}"
+    print(f"\n{origin(command, noted_commits(folder.iterdir()))}")
     return int(any(entry["differing"] or entry["repeated"] > 2 * SAVE_EVERY for entry in rows))
 
 
 def row(order: int, kills: int, seed: int, folder: Path) -> dict[str, int]:
     """Returns one row of the table: the effects of the kills on a training of this order."""
     config = config_of(order, kills)
-    whole, killed = (folder / f"seed{seed}_kills{kills}" / f"order{order}_{name}" for name in ("whole", "killed"))
+    whole, killed = (folder / f"order{order}_{name}" for name in ("whole", "killed"))
     run_lib.train(config, whole)
     log = killed.with_suffix(".jsonl")
     records = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []

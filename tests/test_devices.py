@@ -4,6 +4,9 @@ experiments/devices.py compares images, bits/dim, samples, 8 devices and several
 """
 
 import dataclasses
+import json
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,7 +20,9 @@ from configs.digits.smoke import get_config as digits
 from configs.toy.smoke import get_config as toy
 from evaluators.export import export
 from evaluators.loss import LossEvaluator
+from experiments import devices as experiment
 from infra import parallel
+from infra.files import write_atomic
 from infra.workdir import Workdir
 from train_state import TrainState
 
@@ -90,3 +95,31 @@ def test_the_loss_needs_a_batch_that_fits_the_devices():
     config.training.batch_size = 6
     with pytest.raises(ValueError, match=r"training\.batch_size is 6, which is not divisible by 4 devices"):
         LossEvaluator(build(config, for_training=False), datasets.source_from_config(config, "test"))
+
+
+def test_layouts_of_another_commit_run_again(tmp_path, monkeypatch, capsys):
+    started = []
+
+    class Process:
+        """Writes what a layout leaves in its folder."""
+
+        def __init__(self, command, env):
+            folder, (processes, devices) = command[3].removeprefix("--folder="), command[6:8]
+            started.append(folder)
+            for order in experiment.ORDERS:
+                workdir = Path(folder, f"{processes}x{devices}_order{order}")
+                write_atomic(workdir.with_suffix(".npz"), "")
+                write_atomic(Workdir(workdir).environment, json.dumps({"commits": [experiment.commit()]}))
+
+        def wait(self):
+            return 0
+
+    monkeypatch.setattr(experiment.subprocess, "Popen", Process)
+    monkeypatch.setattr(experiment, "compare", lambda *_: [])
+    monkeypatch.setattr(sys, "argv", ["devices", f"--folder={tmp_path}"])
+    starts = sum(layout.processes for layout in experiment.LAYOUTS)
+    for commit, total in (("abc", starts), ("abc", starts), ("def", 2 * starts)):
+        monkeypatch.setattr(experiment, "commit", lambda commit=commit: commit)
+        assert experiment.main() == 0
+        assert len(started) == total
+        assert f"Commits of the runs: {commit}." in capsys.readouterr().out
