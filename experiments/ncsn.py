@@ -2,7 +2,7 @@
 
 It draws samples by Langevin dynamics with and without annealing: on two modes of unequal weights, with the exact score
 and with trained networks, and on digits. On digits, it also varies the smallest noise level and the number of levels.
-Each comparison takes equal numbers of steps.
+The ladders of a comparison take nearly equal numbers of steps.
 
     python -m experiments.ncsn --runs=runs/ncsn
 

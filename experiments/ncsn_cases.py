@@ -10,7 +10,7 @@ from configs.default import Config
 SAMPLING_SEEDS, TRAINING_SEEDS = range(5), range(3)
 POINTS, IMAGES = 5000, 256
 POINT_STEPS, IMAGE_STEPS = 1000, 200
-"""The number of steps of Langevin dynamics, over all levels."""
+"""About the number of steps of Langevin dynamics over all levels. Each level has the same number of steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,14 @@ class Case:
         noisy, longer = "" if self.denoised else "_noisy", "" if self.longer == 1 else f"_longer{self.longer}"
         return f"levels{self.levels}_to{self.smallest:g}{noisy}{longer}"
 
+    def steps_per_level(self, steps: int) -> int:
+        """Returns the steps at each level that make about `steps` steps over all levels, times `longer`."""
+        return round(self.longer * steps / self.levels)
+
+    def total_steps(self, steps: int) -> int:
+        """Returns the steps that the sampler takes over all levels."""
+        return self.levels * self.steps_per_level(steps)
+
     def configure(self, config: Config, steps: int) -> Config:
         """Sets the sampler of this case, with about `steps` steps over all levels. Returns the configuration.
 
@@ -41,7 +49,7 @@ class Case:
         config.sampling.update(
             method="annealed_langevin" if self.levels > 1 else "langevin",
             num_levels=self.levels,
-            steps_per_level=round(self.longer * steps / self.levels),
+            steps_per_level=self.steps_per_level(steps),
             step_size=0.2 * self.smallest**2,
             smallest_time=max(smallest_time, 1e-5),
             noise_removal=self.denoised,

@@ -45,12 +45,15 @@ SHOWN = 36
 
 
 def write_page(runs: Path, docs: Path) -> None:
-    """Writes the page and its figures into the folder of the documentation. Parts without results are left out."""
+    """Writes the page and its figures into the folder of the documentation.
+
+    A dash stands for samples that have not been drawn. The digits are left out if one of their cases is missing.
+    """
     pictures = docs / "images"
     write_atomic(pictures / "ncsn_points.png", figure_png(points_figure(runs)))
     points = POINTS_SECTION.format(
         points=POINTS,
-        point_rows=table(point_row(runs, c) for c in (*POINT_CASES, *LONG_CASES) if drawn(runs / "exact", c)),
+        point_rows=table(point_row(runs, case) for case in (*POINT_CASES, *LONG_CASES)),
         sampling_seeds=len(SAMPLING_SEEDS),
         training_seeds=len(TRAINING_SEEDS),
     )
@@ -72,6 +75,7 @@ def digits_section(runs: Path) -> str:
     return DIGITS_SECTION.format(
         images=IMAGES,
         image_steps=IMAGE_STEPS,
+        smallest_steps=ANNEALED.total_steps(IMAGE_STEPS),
         plain_rows=table([*(level_row(measure, c) for c in PLAIN_CASES), level_row(measure, ANNEALED)]),
         level_rows=table(level_row(measure, case) for case in LEVEL_CASES),
         smallest_rows=table(
@@ -94,36 +98,32 @@ def weight_of_small_mode(points: Float[np.ndarray, "n 2"]) -> float:
 
 
 def point_row(runs: Path, case: Case) -> list[str]:
-    cells = [ladder(case), f"{case.longer * POINT_STEPS:,}"]
+    cells = [ladder(case), f"{case.total_steps(POINT_STEPS):,}"]
     for kind, seeds in (("exact", SAMPLING_SEEDS), ("network", TRAINING_SEEDS)):
-        if kind == "network" and case.longer > 1:
+        paths = [points_path(runs, kind, case, seed) for seed in seeds]
+        if not all(path.exists() for path in paths):
             cells.append(MISSING)
             continue
-        weights = [weight_of_small_mode(samples(runs / kind / f"{case.name}_seed{seed}.npz")) for seed in seeds]
-        estimate = mean_estimate(np.array(weights))
+        estimate = mean_estimate(np.array([weight_of_small_mode(samples(path)) for path in paths]))
         cells.append(f"{estimate.mean:.4f} ± {estimate.se:.4f}")
     return cells
 
 
 def points_figure(runs: Path) -> Figure:
-    """Draws the data, and samples of one seed without and with annealing."""
-    plain, annealed = POINT_CASES[0].name, next(c.name for c in POINT_CASES if c.levels == 10)
+    """Draws the data, and the existing samples of one seed without and with annealing."""
+    cases = {"one level": POINT_CASES[0], "annealed": next(case for case in POINT_CASES if case.levels == 10)}
     clouds = {"data": np.asarray(far_modes().sample(jax.random.key(0), (POINTS, 2)))}
     for kind, title in (("exact", "exact score"), ("network", "network")):
-        clouds[f"{title}, one level"] = samples(runs / kind / f"{plain}_seed0.npz")
-        clouds[f"{title}, annealed"] = samples(runs / kind / f"{annealed}_seed0.npz")
+        paths = {name: points_path(runs, kind, case, 0) for name, case in cases.items()}
+        clouds |= {f"{title}, {name}": samples(path) for name, path in paths.items() if path.exists()}
     figure = Figure(figsize=(13.0, 3.1), layout="constrained")
-    panels = figure.subplots(1, len(clouds), sharex=True, sharey=True)
+    (panels,) = figure.subplots(1, len(clouds), sharex=True, sharey=True, squeeze=False)
     for panel, (label, points) in zip(panels, clouds.items(), strict=True):
         panel.plot(points[:, 0], points[:, 1], ".", color=COLOURS[0], markersize=2, alpha=0.3)
         panel.set(xlim=(-11, 11), ylim=(-11, 11))
         panel.text(-1.5, -6, f"{weight_of_small_mode(points):.2f}", fontsize=10)
         style_panel(panel, label, "$x_1$", "$x_2$" if panel is panels[0] else "")
     return figure
-
-
-def drawn(folder: Path, case: Case) -> bool:
-    return all((folder / f"{case.name}_seed{seed}.npz").exists() for seed in SAMPLING_SEEDS)
 
 
 # --- digits ---
@@ -159,7 +159,7 @@ def class_error(features: Features) -> float:
 
 
 def level_row(measure: Callable[[Case], list[str]], case: Case) -> list[str]:
-    return [ladder(case), *measure(case)]
+    return [ladder(case), str(case.total_steps(IMAGE_STEPS)), *measure(case)]
 
 
 # --- files ---
@@ -167,6 +167,11 @@ def level_row(measure: Callable[[Case], list[str]], case: Case) -> list[str]:
 
 def ladder(case: Case) -> str:
     return f"{case.levels} levels to {case.smallest:g}" if case.levels > 1 else f"one level, {case.smallest:g}"
+
+
+def points_path(runs: Path, kind: str, case: Case, seed: int) -> Path:
+    """Returns the file of the points that were drawn with the score of this kind, "exact" or "network"."""
+    return runs / kind / f"{case.name}_seed{seed}.npz"
 
 
 def image_path(runs: Path, case: Case) -> Path:
@@ -205,30 +210,30 @@ The numbers in the figure are the weights of the samples.
 DIGITS_SECTION = """
 ## Digits, without and with annealing
 
-The model is configs/digits/ncsn.py, with noise levels from 5 to 0.01. {images} samples after {image_steps} steps and a
-last step that removes the noise of the smallest level are compared with the training images. FID uses the features of
-the classifier trained on the digits, so it is only comparable within this page. ± is the jackknife error over 16 parts
-of the samples. The last column is half the sum over the ten classes of the absolute difference between the frequency of
-the class, as the classifier sees it, and one tenth. About 0.08 of it is the noise of {images} samples.
+The model is configs/digits/ncsn.py, with noise levels from 5 to 0.01. {images} samples after about {image_steps} steps
+and a last step that removes the noise of the smallest level are compared with the training images. FID uses the
+features of the classifier trained on the digits, so it is only comparable within this page. ± is the jackknife error
+over 16 parts of the samples. The last column is half the sum over the ten classes of the absolute difference between
+the frequency of the class, as the classifier sees it, and one tenth. About 0.08 of it is the noise of {images} samples.
 
-| noise levels | FID | error of the classes |
-| --- | --- | --- |
+| noise levels | steps | FID | error of the classes |
+| --- | --- | --- | --- |
 {plain_rows}
 
 ![Digits without and with annealing](../images/ncsn_digits_annealing.png)
 
 ## The number of noise levels
 
-| noise levels | FID | error of the classes |
-| --- | --- | --- |
+| noise levels | steps | FID | error of the classes |
+| --- | --- | --- | --- |
 {level_rows}
 
 ![Digits by the number of noise levels](../images/ncsn_digits_levels.png)
 
 ## The smallest noise level
 
-All ladders have 10 levels from 5 to the smallest level. The last column is without the last step that removes the
-noise, as in [SE19]. [SE20] takes that step.
+All ladders have 10 levels from 5 to the smallest level, and {smallest_steps} steps. The last column is without the last
+step that removes the noise, as in [SE19]. [SE20] takes that step.
 
 | smallest noise level | FID | error of the classes | FID of noisy samples |
 | --- | --- | --- | --- |

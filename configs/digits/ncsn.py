@@ -7,7 +7,8 @@ The network is conditioned on sigma, and is trained at all noise levels between 
 model is enough for all ladders of levels. The largest is about the largest distance between two training images, and
 the step size is 0.2 times the square of the smallest level of the ladder, as in [SE20] Sec. 3.1 and [SE19] Sec. 5.
 
-`make ncsn` compares ladders of 200 steps. The best ladder ends at sigma = 0.3, where the last step removes the noise.
+`make ncsn` compares ladders of about 200 steps. The best ladder ends at sigma = 0.3, where the last step removes the
+noise.
 """
 
 import math
