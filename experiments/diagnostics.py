@@ -32,7 +32,7 @@ from evaluators.cache import Values
 from evaluators.diagnostics import BY_TIME, errors_at_time, start_times
 from evaluators.estimators import as_float64
 from experiments.pages import Page, wrapped
-from experiments.provenance import origin
+from experiments.provenance import noted_commits, origin
 from experiments.run_results import newest_result
 from infra.commits import commit
 from infra.console import one_line_errors
@@ -73,12 +73,10 @@ def main() -> None:
     results, finer = diagnoses(arguments.runs), finer_diagnosis(arguments.runs)
     models = {name: result["diagnostics"] for name, result in results.items()}
     write_atomic(arguments.docs / "images" / "diagnostics.png", figure_png(diagnostics_figure(models)))
-    took = ", ".join(f"{seconds(arguments.runs / MODELS[name], each):.0f} s ({name})" for name, each in models.items())
-    provenance = (
-        f"{origin('make diagnostics', {str(floor['commit']), commit()})} The diagnoses took {took}, and the floor took "
-        f"{float(floor['seconds']):.0f} s."
-    )
-    texts = {"results": results_part(run, arguments.runs, results, finer, floor), "provenance": wrapped(provenance)}
+    texts = {
+        "results": results_part(run, arguments.runs, results, finer, floor),
+        "provenance": provenance_part(arguments.runs, models, floor),
+    }
     PAGE.write(texts, arguments.docs / "results" / PAGE.path.name)
 
 
@@ -251,6 +249,15 @@ def results_part(
         integrals=" | ".join(shown(each, 4, "+" if k >= len(MODELS) else "") for k, each in enumerate(integrals)),
     )
     return wrapped(text)
+
+
+def provenance_part(runs: Path, models: Mapping[str, Mapping[str, Any]], floor: Values) -> str:
+    commits = {*noted_commits(runs / folder for folder in MODELS.values()), str(floor["commit"]), commit()}
+    took = ", ".join(f"{seconds(runs / MODELS[name], each):.0f} s ({name})" for name, each in models.items())
+    return wrapped(
+        f"{origin('make diagnostics', commits)} The diagnoses took {took}, and the floor took "
+        f"{float(floor['seconds']):.0f} s."
+    )
 
 
 def solver_section(runs: Path, finer: Mapping[str, Any], difference: np.ndarray, noise: Sequence[float]) -> str:

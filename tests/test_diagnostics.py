@@ -16,7 +16,9 @@ from dequantization.noise import dequantizer_from_config
 from dequantization.training import evaluation_dequantizer
 from evaluators.bits_per_dim import BitsPerDimEvaluator
 from evaluators.diagnostics import DiagnosticsEvaluator
+from experiments import diagnostics
 from infra import parallel
+from infra.files import write_atomic, write_npz
 from infra.workdir import EvaluationFolder, Workdir
 from tests.tiny_network import tiny_network
 
@@ -74,3 +76,14 @@ def test_diagnosis_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not list((tmp_path / "stopped").glob("*/*.npz"))
     with pytest.raises(ValueError, match="--mode=diagnose is for images"):
         run_lib.diagnose(points(), tmp_path)
+
+
+def test_the_page_names_the_commits_of_its_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, folder in enumerate(diagnostics.MODELS.values()):
+        write_atomic(Workdir(tmp_path / folder).environment, json.dumps({"commits": [f"abc{number}"]}))
+        write_npz(tmp_path / folder / "eval" / "values" / "batch0_time0.npz", seconds=np.array(10.0 * number))
+    monkeypatch.setattr(diagnostics, "commit", lambda: "def0")
+    models = {name: {"values": "values"} for name in diagnostics.MODELS}
+    part = diagnostics.provenance_part(tmp_path, models, {"commit": np.array("abc9"), "seconds": np.array(5.0)})
+    assert "commits abc0, abc1, abc2, abc9, def0," in " ".join(part.split())
+    assert "20 s (order 3), and the floor took 5 s." in " ".join(part.split())
