@@ -19,6 +19,7 @@ from pathlib import Path
 from experiments.fashion_orders_page import PAGE, best_branch, page_parts
 from experiments.fashion_orders_plan import (
     BRANCHES,
+    CONFIG,
     CONTROLS,
     LEVEL_BATCHES,
     SEEDS,
@@ -27,6 +28,7 @@ from experiments.fashion_orders_plan import (
     gflop_per_step,
     likelihoods,
     long,
+    objective,
     samples,
 )
 from experiments.main_calls import call_main, evaluate_once, is_trained
@@ -68,7 +70,7 @@ def run_all(plan: Plan, after_each: Callable[[], None]) -> None:
         train(plan, branch, seed, steps)
         evaluate(plan, branch, seed, likelihoods(plan))
         if seed == SEEDS[0]:
-            measure_levels(branch_config(branch), plan.folder(branch, seed), LEVEL_BATCHES)
+            measure_levels(branch_config(plan, branch), plan.folder(branch, seed), LEVEL_BATCHES)
         models.append((branch, seed))
         if branch != "base":
             after_each()
@@ -90,7 +92,7 @@ def equal_cost_steps(plan: Plan, control: str, best: str) -> int:
 
     The arithmetic is counted, because the seconds of a run depend on what else the machine does.
     """
-    return max(round(plan.steps * gflop_per_step(best) / gflop_per_step(control)), 1)
+    return max(round(plan.steps * gflop_per_step(plan, best) / gflop_per_step(plan, control)), 1)
 
 
 def train(plan: Plan, branch: str, seed: int, steps: int) -> None:
@@ -108,7 +110,7 @@ def train(plan: Plan, branch: str, seed: int, steps: int) -> None:
             "optim.warmup": 0,
             "optim.grad_clip": -1.0,
         }
-        settings |= {f"training.{name}": value for name, value in BRANCHES[branch.removesuffix("_long")].items()}
+        settings |= objective(branch)
     workdir = plan.folder(branch, seed)
     if not is_trained(workdir, steps):
         call_main(*call_arguments(plan, "train", workdir, settings))
@@ -124,8 +126,7 @@ def evaluate(plan: Plan, branch: str, seed: int, evaluations: Mapping[str, Mappi
 
 def call_arguments(plan: Plan, mode: str, workdir: Path, settings: Mapping[str, object]) -> list[str]:
     """Returns the arguments of main.py."""
-    fields = [f"--config.{name}={value}" for name, value in settings.items()]
-    return ["--config=configs/fashion/ncsnpp.py", f"--workdir={workdir}", f"--mode={mode}", *fields, *plan.extra]
+    return [f"--config={CONFIG}", f"--workdir={workdir}", f"--mode={mode}", *plan.fields(settings)]
 
 
 if __name__ == "__main__":

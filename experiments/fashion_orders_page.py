@@ -191,7 +191,7 @@ def row(plan: Plan, name: str, seed: int) -> str:
         title,
         str(seed),
         str(result["checkpoint_step"]),
-        f"{gflop_per_step(name):.1f}",
+        f"{gflop_per_step(plan, name):.1f}",
         f"{seconds_per_step(folder):.3f}",
         *(with_error(each) for each in (values.ode_x, values.ode_tmin, values.bound)),
         with_error(against.ode_tmin - values.ode_tmin, "+"),
@@ -244,9 +244,9 @@ def draw_figures(plan: Plan, names: list[str], levels: Mapping[str, Levels], ima
         colour, line = colour_of[branch], "o-" if name == branch else "s--"
         done, losses = test_curve(plan, name)
         steps.plot(done, losses, line, color=colour, label=name, markersize=4)
-        arithmetic.plot(done * gflop_per_step(name) / 1000, losses, line, color=colour, markersize=4)
+        arithmetic.plot(done * gflop_per_step(plan, name) / 1000, losses, line, color=colour, markersize=4)
         if BRANCHES[branch].get("first_order_weighting") == "residual":
-            measured = measured_residuals(name, plan.folder(name, SEEDS[0]))
+            measured = measured_residuals(plan, name)
             residuals.loglog(*measured, line[1:], color=colour, label=name)
         if {name, "base"} <= levels.keys():
             estimates = levels[name].change_from(levels["base"])["first"]
@@ -264,9 +264,9 @@ def draw_figures(plan: Plan, names: list[str], levels: Mapping[str, Levels], ima
     figure.savefig(images / "orders.png", dpi=120)
 
 
-def measured_residuals(name: str, workdir: Path) -> tuple[np.ndarray, np.ndarray]:
+def measured_residuals(plan: Plan, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Returns noise levels, and r there as the run measured it."""
-    config = branch_config(name)
+    config, workdir = branch_config(plan, name), plan.folder(name, SEEDS[0])
     run = build(config)
     table = run.load_state(workdir).residuals
     if table is None:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 from build import build
 from configs.default import Config
-from configs.fashion.ncsnpp import get_config
 from evaluators.step_cost import traced_step
+from experiments.main_calls import parsed_config
 
+CONFIG = "configs/fashion/ncsnpp.py"
 RESIDUAL = {"first_order_weighting": "residual", "high_order_weighting": "residual"}
 UNBIASED = {"high_order_estimator": "unbiased"}
 BRANCHES: dict[str, dict[str, object]] = {
@@ -59,6 +61,10 @@ class Plan:
             [*sizes, *(["--set"] if self.extra else []), *(e.removeprefix("--config.") for e in self.extra)]
         )
 
+    def fields(self, settings: Mapping[str, object]) -> list[str]:
+        """Returns the arguments of main.py for these settings. A setting in `extra` overrides one of them."""
+        return [*(f"--config.{name}={value}" for name, value in settings.items()), *self.extra]
+
     def folder(self, branch: str, seed: int) -> Path:
         return self.runs / "base" if branch == "base" else self.runs / f"{branch}_seed{seed}"
 
@@ -69,14 +75,17 @@ def long(control: str) -> str:
 
 
 @functools.cache
-def gflop_per_step(branch: str) -> float:
-    return traced_step(build(branch_config(branch)))[0]["gflop"]
+def gflop_per_step(plan: Plan, branch: str) -> float:
+    return traced_step(build(branch_config(plan, branch)))[0]["gflop"]
 
 
-def branch_config(branch: str) -> Config:
-    config = get_config()
-    config.training.update(BRANCHES.get(branch.removesuffix("_long"), {}))
-    return config
+def branch_config(plan: Plan, branch: str) -> Config:
+    return parsed_config(plan.fields(objective(branch)), CONFIG)
+
+
+def objective(branch: str) -> dict[str, object]:
+    """Returns the settings in which a branch differs from the base model. A longer control has those of its control."""
+    return {f"training.{name}": value for name, value in BRANCHES.get(branch.removesuffix("_long"), {}).items()}
 
 
 def likelihoods(plan: Plan) -> dict[str, dict[str, object]]:

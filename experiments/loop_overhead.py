@@ -22,11 +22,10 @@ from unittest import mock
 
 import jax
 import numpy as np
-from absl import flags
-from ml_collections import config_flags
 
 import run_lib
 from configs.default import Config
+from experiments.main_calls import parsed_config
 from experiments.toy_step import Seconds, now
 from infra.console import one_line_errors, text_table
 from infra.metrics import MetricsWriter
@@ -115,25 +114,6 @@ def measure(config: Config, parts: int, steps: int, workdir: Path) -> Clock:
     return clock
 
 
-def parsed_config(arguments: Sequence[str]) -> Config:
-    """Returns the configuration that the flags of main.py choose. Without --config, it is the one of the digits.
-
-    Raises:
-        ValueError: for other arguments.
-    """
-    values = flags.FlagValues()
-    try:
-        config = config_flags.DEFINE_config_file("config", "configs/digits/ncsnpp.py", flag_values=values)
-        unknown = values(["loop_overhead", *arguments])[1:]
-    except flags.Error as error:
-        raise ValueError(str(error)) from error
-    except AttributeError as error:
-        raise ValueError(f"the configuration has no field {error}") from error
-    if unknown:
-        raise ValueError(f"unknown argument {unknown[0]}")
-    return config.value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -145,7 +125,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="training steps of a part")
     arguments, others = parser.parse_known_args()
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
-        config = parsed_config(others)
+        config = parsed_config(others, default="configs/digits/ncsnpp.py")
         steps = arguments.steps
         clock = measure(config, arguments.parts, steps, Path(folder) / "run")
     in_run, alone, tests = (np.array(each) for each in (clock.in_run, clock.alone, clock.tests))

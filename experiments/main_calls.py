@@ -1,11 +1,16 @@
-"""Calls of main.py, and what they have left in the folder of a run."""
+"""Calls of main.py, their configurations, and what they have left in the folder of a run."""
 
 import json
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+from absl import flags
+from ml_collections import config_flags
+
+from configs.default import Config
 from infra.files import write_atomic
 from infra.workdir import Workdir
 
@@ -21,6 +26,29 @@ def call_main(*arguments: str) -> None:
     """
     print("python", shlex.join(["main.py", *arguments]), flush=True)
     subprocess.run([sys.executable, "main.py", *arguments], check=True)
+
+
+def parsed_config(arguments: Sequence[str], default: str) -> Config:
+    """Returns the configuration that these flags of main.py choose.
+
+    Args:
+        arguments: --config and --config.FIELD.
+        default: the file that is used without --config.
+
+    Raises:
+        ValueError: for other arguments, or a value that does not fit its field.
+    """
+    values, argv = flags.FlagValues(), ["main.py", *arguments]
+    try:
+        config = config_flags.DEFINE_config_file("config", default, flag_values=values, sys_argv=argv)
+        unknown = values(argv)[1:]
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    except AttributeError as error:
+        raise ValueError(f"the configuration has no field {error}") from error
+    if unknown:
+        raise ValueError(f"unknown argument {unknown[0]}")
+    return config.value
 
 
 def is_trained(workdir: Path, step: int) -> bool:

@@ -1,5 +1,6 @@
 """The rule of the experiment on FashionMNIST, its settings, and its page from stored results."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -10,13 +11,24 @@ import pytest
 from build import build
 from configs.digits.smoke import get_config as get_digits_config
 from configs.fashion.ncsnpp import get_config
-from experiments import fashion_orders, fashion_orders_page, noise_levels
+from experiments import fashion_orders, fashion_orders_page, fashion_orders_plan, noise_levels
 from experiments.fashion_orders_page import Values, best_branch, helps, page_parts, verdict
-from experiments.fashion_orders_plan import BRANCHES, LEVEL_BATCHES, Plan, likelihoods, samples
+from experiments.fashion_orders_plan import (
+    BRANCHES,
+    LEVEL_BATCHES,
+    Plan,
+    branch_config,
+    gflop_per_step,
+    likelihoods,
+    samples,
+)
 from experiments.main_calls import last_call
 from experiments.noise_levels import SIGMAS, Levels, levels_file, terms_at_levels
 from losses import objective_from_config
 from tests.tiny_network import tiny_network
+
+# ml_collections loads files in a way that Python deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 IMAGES = 16
 
@@ -64,6 +76,27 @@ def test_branches_are_objectives() -> None:
         objective_from_config(config)
 
 
+def test_settings_of_all_calls_count_for_the_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting of all calls overrides one of the branch, as on the command line of main.py."""
+    monkeypatch.setattr(
+        fashion_orders_plan, "traced_step", lambda run: ({"gflop": float(run.config.training.batch_size)}, None)
+    )
+    extra = ("--config.training.batch_size=16", "--config.training.high_order_weighting=constant")
+    plan = Plan(Path("runs"), 3, 3, IMAGES, 8, extra)
+    with tiny_network():
+        assert gflop_per_step(plan, "V2") == 16.0
+        assert gflop_per_step(dataclasses.replace(plan, extra=()), "V2") == get_config().training.batch_size
+    fields = ("score_matching_order", "first_order_weighting", "high_order_weighting")
+    found = {name: [branch_config(plan, name).training[field] for field in fields] for name in ("V2", "C_long", "base")}
+    assert found == {
+        "V2": [2, "residual", "constant"],
+        "C_long": [1, "residual", "constant"],
+        "base": [1, "constant", "constant"],
+    }
+    with pytest.raises(ValueError, match="batchsize"):
+        branch_config(dataclasses.replace(plan, extra=("--config.training.batchsize=16",)), "K")
+
+
 def write_run(plan: Plan, branch: str, seed: int, tmin: float) -> None:
     """Writes the files of a trained and evaluated branch that the page reads."""
     folder = plan.folder(branch, seed)
@@ -103,7 +136,7 @@ def test_the_page_and_the_order_of_the_calls(tmp_path: Path, monkeypatch: pytest
     evaluated: list[Path] = []
     monkeypatch.setattr(fashion_orders, "evaluate_once", lambda run, folder, *_: evaluated.append(run / folder))
     for module in (fashion_orders, fashion_orders_page):
-        monkeypatch.setattr(module, "gflop_per_step", lambda branch: 4.0 if branch == "V2" else 1.0)
+        monkeypatch.setattr(module, "gflop_per_step", lambda _, branch: 4.0 if branch == "V2" else 1.0)
     monkeypatch.setattr(fashion_orders_page, "measured_residuals", lambda *_: (np.ones(2), np.ones(2)))
     pages: list[str] = []
 
