@@ -65,7 +65,7 @@ def _training() -> ConfigDict:
     # compute orders 2 and 3 from the exact Jacobian instead of probes; only for points of few dimensions
     training.exact_derivatives = False
     # compute the gradient of order 3 from its residual and forward derivatives only. It adds a third to the
-    # arithmetic; together with model.remat=conv it needs half of the memory
+    # arithmetic; together with model.remat=conv it needs 0.4 of the memory
     training.residual_first = False
     # estimator of orders 2 and 3 with probes: published (one probe, an upper bound), or unbiased (two probes: less
     # noise, for up to twice the cost; see docs/method.md). For order 2 with the trace alone: squared_trace (one probe,
