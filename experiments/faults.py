@@ -27,6 +27,7 @@ import run_lib
 from build import build
 from configs.default import Config
 from configs.digits.smoke import get_config
+from experiments.main_calls import newest_step
 from experiments.provenance import noted_commits, origin
 from infra.commits import commit
 from infra.files import write_atomic
@@ -117,10 +118,6 @@ def order_of(config: Config) -> int:
 def is_saving(workdir: Path) -> bool:
     """Returns whether a checkpoint is incomplete, so that a save is running or was interrupted."""
     return any("tmp" in path.name for path in Workdir(workdir).checkpoints.glob("*"))
-
-
-def newest_step(workdir: Path) -> int:
-    return max((int(p.name) for p in Workdir(workdir).checkpoints.glob("*") if p.name.isdigit()), default=0)
 
 
 def last_step(workdir: Path) -> int:
