@@ -54,6 +54,7 @@ class BitsPerDimEvaluator:
                 raise ValueError(f"eval.{field} is {settings[field]}; it must be at least 1")
         self.run, self.dequantizer = run, dequantizer
         self.estimator = estimator_from_config(run.config, at)
+        parallel.divisible(settings.batch_size, "eval.batch_size")
         self.source = evaluation_source(run.config)
         self._reference_source = (
             datasets.source_from_config(run.config, "train") if self.estimator.needs_reference else None

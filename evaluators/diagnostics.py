@@ -60,6 +60,7 @@ class DiagnosticsEvaluator:
     def __init__(self, run: Run, dequantizer: Dequantizer):
         settings = run.config.eval
         self.run, self.preprocess = run, require_images(run, "diagnose")
+        parallel.divisible(settings.batch_size, "eval.batch_size")
         self.dequantizer, self.source = dequantizer, evaluation_source(run.config)
         self.estimator, self.num_steps = ode_estimator_from_config(run.config), settings.ode_steps
         if self.num_steps < 2:

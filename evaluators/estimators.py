@@ -14,6 +14,7 @@ import bound_likelihood
 import datasets
 from arrays import Batch, PerExample, ReportProgress, ScoreFn, append_dims
 from configs.default import Config
+from configs.usage import unrecorded
 from coordinates import TAIL_DENSITY, GaussianReference
 from datasets import SPLITS, Source
 from infra import parallel
@@ -203,18 +204,20 @@ class BoundEstimator:
 
 
 def evaluation_source(config: Config) -> Source:
-    """Loads the images, or points, of `eval.bpd_dataset`, and checks the fields that select and batch them.
+    """Loads the images, or points, of `eval.bpd_dataset`, and checks the fields that select them.
 
     Raises:
         ValueError: for a field whose value is not allowed.
         OSError: if the data are missing.
     """
     settings = config.eval
-    if settings.max_examples < 0:
-        raise ValueError(f"eval.max_examples is {settings.max_examples}; use 0 for all examples, or a positive number")
+    with unrecorded(config):  # Some evaluators choose the number of examples by another field.
+        if settings.max_examples < 0:
+            raise ValueError(
+                f"eval.max_examples is {settings.max_examples}; use 0 for all examples, or a positive number"
+            )
     if settings.bpd_dataset not in SPLITS:
         raise ValueError(f"eval.bpd_dataset is {settings.bpd_dataset!r}; known: {', '.join(SPLITS)}")
-    parallel.divisible(settings.batch_size, "eval.batch_size")
     return datasets.source_from_config(config, settings.bpd_dataset)
 
 

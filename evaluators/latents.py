@@ -15,6 +15,7 @@ from jaxtyping import Float
 
 from arrays import Batch, ReportProgress
 from build import Run
+from configs.usage import count_reads, unrecorded
 from datasets import evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values
@@ -38,7 +39,9 @@ class Codec:
     def __init__(self, run: Run, mode: str):
         self.run, self.preprocess = run, require_images(run, mode)
         parallel.divisible(run.config.eval.batch_size, "eval.batch_size")
-        self.sampler = ode_from_config(run.config, run.sde)
+        with unrecorded(run.config):  # A field of the sampler may have no effect on codes.
+            self.sampler = ode_from_config(run.config, run.sde)
+        count_reads(run.config.sampling, *_fields_of_codes(mode))
         self.batch_size: int = run.config.eval.batch_size
 
     @property
@@ -71,6 +74,12 @@ class Codec:
         x, nfe = self.decode(params, parallel.global_array(self.run.mesh, rows), show)
         images = finite_levels(self.preprocess, x, "Cannot decode the latents")[:count]
         return {"images": images, "nfe": np.asarray(nfe), "seconds": np.asarray(time.monotonic() - started)}
+
+
+def _fields_of_codes(mode: str) -> tuple[str, ...]:
+    """The fields of `sampling` that have an effect in a mode. Only latents that are decoded have a temperature."""
+    solver = ("ode_solver", "rtol", "atol", "smallest_time")
+    return solver if mode == "encode" else (*solver, "temperature")
 
 
 class EncodeEvaluator:

@@ -71,6 +71,7 @@ class PointLikelihoodEvaluator:
             raise ValueError(f"eval.density_grid is {settings.density_grid}; use 0 for no grid, or a positive number")
         self.run, self.settings = run, settings
         self.estimator = estimator_from_config(run.config)
+        parallel.divisible(settings.batch_size, "eval.batch_size")
         self.source = evaluation_source(run.config)
         self.sizes = evaluation_batch_sizes(self.source, settings.batch_size, settings.max_examples)
 

@@ -14,6 +14,7 @@ import main
 import run_lib
 from build import build
 from configs.digits.smoke import get_config
+from configs.usage import record_reads
 from dequantization.training import evaluation_dequantizer
 from evaluators import MODES
 from evaluators.class_training import ClassifierTraining
@@ -275,6 +276,36 @@ BAD_INPUT = {
     "no such class": ("classes", {"control__labels": (10,)}, "the classes of digits are 0 to 9"),
     "batch size": ("encode", {"eval__batch_size": 7}, "eval.batch_size is 7, which is not divisible by 4 devices"),
 }
+
+
+FIELDS = {
+    # fields with an effect in a mode, and fields without one
+    "encode": (
+        ("sampling.rtol", "eval.batch_size", "eval.max_examples"),
+        ("sampling.temperature", "sampling.noise_removal"),
+    ),
+    "decode": (("sampling.rtol", "eval.batch_size", "sampling.temperature"), ("sampling.noise_removal",)),
+    "interpolate": (("eval.batch_size", "sampling.temperature"), ("sampling.noise_removal", "eval.max_examples")),
+    "inpaint": (("sampling.temperature", "sampling.noise_removal"), ("eval.batch_size", "eval.max_examples")),
+    "restore": (("eval.bpd_dataset", "sampling.batch_size"), ("eval.batch_size", "eval.max_examples")),
+}
+
+
+@pytest.mark.parametrize("mode", FIELDS)
+def test_only_fields_with_an_effect_in_a_mode_count_as_read(mode, workdir):
+    """A field that counts as read without an effect would be ignored without a warning."""
+    used, unused = FIELDS[mode]
+    config = config_with()
+    recorder = record_reads(config, (*used, *unused))
+    MODES[mode](build(config, for_training=False), Workdir(workdir))
+    assert recorder.unused() == list(unused)
+
+
+def test_conditional_modes_accept_an_evaluation_batch_that_they_do_not_use(workdir):
+    run = build(config_with(eval__batch_size=7), for_training=False)
+    MODES["inpaint"](run, Workdir(workdir))
+    with pytest.raises(ValueError, match=r"eval\.batch_size is 7, which is not divisible by 4 devices"):
+        DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(workdir)))
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
