@@ -29,6 +29,7 @@ from evaluators.control_inputs import (
     input_source,
     padded_round,
     require_images,
+    require_images_of_levels,
     restoration,
 )
 from infra import parallel
@@ -55,7 +56,7 @@ class ConditionalEvaluator:
     """
 
     def __init__(self, run: Run, mode: str):
-        self.run, self.preprocess = run, require_images(run, mode)
+        self.run, self.preprocess = run, require_images_of_levels(run, mode)
         self.source, control = input_source(run), run.config.control
         self.num_images, self.num_draws = min(control.num_images, len(self.source)), control.num_draws
         self.sampler = run.predictor_corrector()

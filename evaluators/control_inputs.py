@@ -30,6 +30,15 @@ def require_images(run: Run, mode: str) -> Preprocess:
     return run.preprocess.without_flip()
 
 
+def require_images_of_levels(run: Run, mode: str) -> Preprocess:
+    """Returns the scaling of `require_images` for modes that reproduce levels: they round to the nearest level.
+
+    Pixels that are known or decoded differ from their level by the rounding of 32-bit numbers or the error of a solver.
+    Truncation, which is for samples, would lower about half of them by a level.
+    """
+    return dataclasses.replace(require_images(run, mode), rounding="nearest")
+
+
 def input_source(run: Run) -> Source:
     """Opens the images of `control.images`, or of `eval.bpd_dataset` if that field is empty.
 

@@ -19,7 +19,13 @@ from configs.usage import count_reads, unrecorded
 from datasets import evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
 from evaluators.cache import BatchCache, Values
-from evaluators.control_inputs import device_images, finite_levels, input_source, named_array, require_images
+from evaluators.control_inputs import (
+    device_images,
+    finite_levels,
+    input_source,
+    named_array,
+    require_images_of_levels,
+)
 from evaluators.extractor import array_hash
 from infra import parallel
 from infra.checkpoints import params_digest
@@ -37,7 +43,7 @@ class Codec:
     """
 
     def __init__(self, run: Run, mode: str):
-        self.run, self.preprocess = run, require_images(run, mode)
+        self.run, self.preprocess = run, require_images_of_levels(run, mode)
         parallel.divisible(run.config.eval.batch_size, "eval.batch_size")
         with unrecorded(run.config):  # A field of the sampler may have no effect on codes.
             self.sampler = ode_from_config(run.config, run.sde)

@@ -136,9 +136,9 @@ def diagnostics(run):
 @pytest.mark.parametrize(
     ("evaluator_of", "always"),
     [
-        (EncodeEvaluator, {}),
-        (InterpolateEvaluator, {}),
-        (partial(ConditionalEvaluator, mode="inpaint"), {}),
+        (EncodeEvaluator, {"eval__rounding": None}),
+        (InterpolateEvaluator, {"eval__rounding": None}),
+        (partial(ConditionalEvaluator, mode="inpaint"), {"eval__rounding": None}),
         (partial(ClassesEvaluator, workdir=Workdir(Path("none"))), {"data__num_classes": 10}),
         (diagnostics, {"eval__rounding": None}),
     ],
@@ -166,6 +166,28 @@ def test_up_to_eight_devices_draw_the_same_images(monkeypatch):
     for devices, sizes in ((1, [8, 8, 16]), (2, [8, 8, 16]), (8, [8, 8, 16]), (16, [16, 16, 16])):
         monkeypatch.setattr(jax, "device_count", lambda devices=devices: devices)
         assert [padded_round(size) for size in (1, 8, 9)] == sizes
+
+
+def test_known_and_decoded_pixels_keep_their_level_with_truncation(tmp_path):
+    """A pixel is a little above or below its level: by the rounding of 32-bit numbers, or by the error of a solver."""
+    levels = np.arange(256, dtype=np.uint8).reshape(4, 8, 8, 1)
+    np.savez(tmp_path / "all.npz", images=levels)
+    fields = {
+        "control__images": str(tmp_path / "all.npz"),
+        "control__num_images": 4,
+        "data__levels": 256,
+        "data__centered": True,
+        "data__uniform_dequantization": False,
+        "eval__rounding": "truncate",
+    }
+    run = build(config_with(**fields))
+    params = run.fresh_state().params
+    folder = EvaluationFolder(Workdir(tmp_path), "eval", "step_0", 0)
+    MODES["inpaint"](run, Workdir(tmp_path))(params, folder)
+    rows = read_npz(tmp_path / "pictures" / "step_0_inpainting.npz")["samples"].reshape(4, 4, 8, 8, 1)
+    known = np.repeat(levels[:, None, :, :4], 3, axis=1)
+    np.testing.assert_array_equal(rows[:, 1:, :, :4], known)
+    assert MODES["encode"](run, Workdir(tmp_path))(params, folder)["changed_levels"] == 0
 
 
 def test_all_classes_must_be_among_the_training_images(tmp_path):
