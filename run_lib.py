@@ -391,7 +391,7 @@ def report(path: Path, others: Sequence[Path] = ()) -> None:
             reason = "it holds no config.json" if folder.is_dir() else "there is no such folder"
             raise FileNotFoundError(f"no run in {folder}: {reason}")
     run, *compared = _write_report(path, others)
-    print(comparison_table([result for each in (*compared, run) for result in each.results]))
+    print(comparison_table([result for each in (*compared, run) for result in each.results], several_runs=bool(others)))
     print(f"\nreport: {Workdir(path).report}")
 
 

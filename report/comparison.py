@@ -7,12 +7,16 @@ from report.fields import Field, Result, field, likelihood, run_and_file
 from report.formatting import estimate, whole_number, with_error
 
 
-def comparison_table(results: Iterable[Result]) -> str:
-    """Formats evaluations, such as `run_files.read_run(workdir).results`. Evaluations of points get their own table."""
+def comparison_table(results: Iterable[Result], several_runs: bool = False) -> str:
+    """Formats evaluations, such as `run_files.read_run(workdir).results`. Evaluations of points get their own table.
+
+    Args:
+        several_runs: name the run of each result even if all results belong to one, because others have none.
+    """
     results = list(results)
     points = [result for result in results if "nll" in result or "points" in result]
     images = [result for result in results if result not in points]
-    several_runs = len({result["run"] for result in results if "run" in result}) > 1
+    several_runs = several_runs or len({result["run"] for result in results if "run" in result}) > 1
     tables = [_table(_IMAGE_FIELDS, images, several_runs)] if images or not points else []
     tables += [_table(_POINT_FIELDS, points, several_runs)] if points else []
     return "\n\n".join(tables)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import run_lib
 from infra.console import text_table
 from infra.files import write_npz
 from infra.image_grid import image_grid, save_grid
@@ -515,6 +516,16 @@ def test_comparison_table_tells_runs_and_evaluations_apart(tmp_path):
         "eval/step_2000.json",
         "fast/step_2000.json",
     ]
+
+
+def test_results_of_one_of_two_compared_runs_are_named(tmp_path, capsys):
+    """Without a name, they would look like results of the run of the report."""
+    evaluated, trained = write_run(tmp_path / "a"), write_run(tmp_path / "b")
+    for path in (trained / "eval").glob("step_*.json"):
+        path.unlink()
+    run_lib.report(trained, [evaluated])
+    header, _, line, *_ = capsys.readouterr().out.splitlines()
+    assert (header.split()[0], line.split()[0]) == ("run", "a")
 
 
 NLL = {
