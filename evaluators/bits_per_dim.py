@@ -202,7 +202,8 @@ ERRORS = ("solver_error", "probe_error", "sampling_error")
 
 
 MOST_SOLVER_ERROR = 0.005
-"""An estimated error of the solver above this (in bits/dim), or above half the standard error, causes a warning."""
+"""An estimated error of the solver above this (in bits/dim for images, in nats for points), or above half the standard
+error, causes a warning."""
 
 
 def summary(repeats: list[list[Values]]) -> dict[str, Any]:
@@ -247,17 +248,18 @@ def _error_of_mean(errors: dict[str, np.ndarray]) -> dict[str, float | None]:
     return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
 
-def solver_warning(solver_error: float | None, se: float) -> str:
+def solver_warning(solver_error: float | None, se: float, unit: str = "bits/dim") -> str:
     """Returns and logs a warning if the solver's error is not small; an empty text otherwise.
 
     Args:
-        solver_error: the solver's estimate of the error of the mean, in bits/dim; None if it makes none.
+        solver_error: the solver's estimate of the error of the mean, in this unit; None if it makes none.
         se: the standard error of the mean.
+        unit: the unit of the likelihood.
     """
     if solver_error is None or abs(solver_error) <= min(MOST_SOLVER_ERROR, 0.5 * se if se > 0 else math.inf):
         return ""
     warning = (
-        f"The solver estimates that bits/dim are off by {abs(solver_error):.1g}, but the standard error is {se:.1g}; "
+        f"The solver estimates that {unit} are off by {abs(solver_error):.1g}, but the standard error is {se:.1g}; "
         "raise eval.ode_steps, or set eval.ode_solver=dopri5"
     )
     logging.warning("%s", warning)

@@ -16,6 +16,7 @@ from build import EVAL_KEY, SAMPLE_KEY, Run
 from coordinates import GaussianReference
 from datasets import evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
+from evaluators.bits_per_dim import solver_warning
 from evaluators.cache import BatchCache, Values, draw_in_rounds
 from evaluators.estimators import (
     BoundEstimator,
@@ -179,7 +180,10 @@ def grid_points(limit: float, cells: int, dims: int) -> Float[np.ndarray, "n d"]
 
 
 def summary(batches: list[Values], entropy: float | None) -> dict[str, Any]:
-    """Averages the batches over points, with standard errors, in nats; see `PointLikelihoodEvaluator`."""
+    """Averages the batches over points, with standard errors, in nats; see `PointLikelihoodEvaluator`.
+
+    The result has a `warning` if the solver's own estimate of its error is not small.
+    """
 
     def per_point(name: str) -> np.ndarray:
         return np.concatenate([batch[name] for batch in batches])
@@ -194,6 +198,8 @@ def summary(batches: list[Values], entropy: float | None) -> dict[str, Any]:
         result["entropy"] = entropy
     if "solver_error" in batches[0] and math.isfinite(error := float(per_point("solver_error").mean())):
         result["solver_error"] = error
+        if warning := solver_warning(error, nll.se, "nats"):
+            result["warning"] = warning
     return result | {
         "terms": {name: float(per_point(name).mean()) for name in terms},
         "nfe": float(np.mean([batch["nfe"] for batch in batches])),

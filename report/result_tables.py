@@ -89,7 +89,7 @@ def nats(runs: Sequence[RunFiles]) -> list[Block]:
         *_table("nll", _NATS, runs),
         *_table("nll", _LIKELIHOOD_SETTINGS, runs, "Settings of the likelihood"),
     ]
-    return [*tables, Note(_ABOUT_NATS)] if tables else []
+    return [*tables, Note(_ABOUT_NATS), *_warnings("nll", runs)] if tables else []
 
 
 def sample_quality(runs: Sequence[RunFiles]) -> list[Block]:

@@ -25,6 +25,9 @@ from infra import parallel
 from infra.workdir import EvaluationFolder, Workdir
 from models.mlp import MLP
 from models.score import ScoreModel
+from report.content import Note
+from report.result_tables import nats
+from report.run_files import read_run
 from sde_lib import SDE, VESDE
 from sources.densities import paper_mixture
 from tests.golden_common import load_config
@@ -144,6 +147,18 @@ def test_without_a_known_density_there_is_no_divergence():
     result = summary([batch, batch], entropy=None)
     assert (result["mean"], result["n"], result["terms"]) == (1.5, 8, {"prior": 1.5})
     assert result.keys().isdisjoint({"kl", "entropy", "solver_error"})
+
+
+def test_a_coarse_solve_of_points_is_warned_about(tmp_path):
+    nll = np.linspace(0, 4, 8)
+    batch = {"nll": nll, "prior": nll, "nfe": np.asarray(9), "seconds": np.asarray(1.0)}
+    fine, coarse = (summary([batch | {"solver_error": np.full(8, error)}], None) for error in (1e-3, -4.0))
+    assert "warning" not in fine
+    assert coarse["warning"].startswith("The solver estimates that nats are off by 4")
+    (tmp_path / "eval").mkdir()
+    (tmp_path / "eval" / "step_1.json").write_text(json.dumps({"checkpoint_step": 1, "nll": coarse}))
+    *_, last = nats([read_run(tmp_path)])
+    assert last == Note(f"{coarse['warning']}.", "warning")
 
 
 def test_points_are_those_of_every_run_and_split():
