@@ -173,15 +173,22 @@ def unused_fields(config: Config, build_settings: Callable[[Config], None]) -> l
 
 
 def _reads_of_alternatives(config: Config, build_settings: Callable[[Config], None]) -> list[tuple[str, set[str]]]:
-    """Returns, for each setting that decides about others, the fields that are read with another value of it."""
+    """Returns, for each setting that decides about others, the fields that are read only with another value of it."""
+    unchanged = _reads(ConfigDict(config.to_dict()), build_settings)
     reads = []
     for name, _, changed in alternatives(config):
-        recorder = record_reads(changed)
-        with contextlib.suppress(ValueError, OSError):
-            build_settings(changed)
+        more = _reads(changed, build_settings) - unchanged
         with unrecorded(config):
-            reads.append((f"{name}={functools.reduce(getattr, name.split('.'), config)!r}", recorder.read))
+            reads.append((f"{name}={functools.reduce(getattr, name.split('.'), config)!r}", more))
     return reads
+
+
+def _reads(config: Config, build_settings: Callable[[Config], None]) -> set[str]:
+    """Returns the fields that `build_settings` reads until it raises, if it does."""
+    recorder = record_reads(config)
+    with contextlib.suppress(ValueError, OSError):
+        build_settings(config)
+    return recorder.read
 
 
 def _disabling_setting(field: str, read_with: list[tuple[str, set[str]]]) -> str | None:

@@ -66,6 +66,16 @@ def test_the_setting_that_disables_a_field_is_named(name, caplog):
     assert message.startswith(f"--config.{field} has no effect with {reason}")
 
 
+def test_a_setting_that_disables_nothing_is_not_named(caplog):
+    """--mode=stats has no network, so no value of another field gives those of the network an effect."""
+    config = get_config()
+    record_reads(config, ["model.nf", "training.sde"])
+    with caplog.at_level("WARNING"):
+        warn_unused(config, "stats")
+    ends = {record.getMessage().partition(" has no effect with ")[2] for record in caplog.records}
+    assert ends == {"the other settings of --mode=stats"}
+
+
 DPM_POWER = {"sampling.method": "dpm_solver", "sampling.schedule": "power"}
 WEIGHTED = {"training.likelihood_weighting": True, "training.importance_weighting": True}
 SLICED = {"training.objective": "sliced", "training.score_matching_order": 1}
