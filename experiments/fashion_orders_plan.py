@@ -84,7 +84,7 @@ def branch_config(plan: Plan, branch: str) -> Config:
 
 
 def objective(branch: str) -> dict[str, object]:
-    """Returns the settings in which a branch differs from the base model. A longer control has those of its control."""
+    """Returns the settings that a branch changes in the base model. A control and its longer version share them."""
     return {f"training.{name}": value for name, value in BRANCHES.get(branch.removesuffix("_long"), {}).items()}
 
 
