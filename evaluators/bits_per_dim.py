@@ -96,7 +96,7 @@ class BitsPerDimEvaluator:
             sizes, lambda position, show: self._batch(params, *each[position], show), "bits/dim", "image"
         )
         repeats = [batches[r * per_repeat : (r + 1) * per_repeat] for r in range(num_repeats)]
-        return summary(repeats) | self.description | {"values": cache.folder.name}
+        return summary(repeats) | self.description | cache.origin()
 
     def settings(self) -> dict[str, Any]:
         """Returns everything that the values of a batch depend on, except the parameters."""

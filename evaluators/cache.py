@@ -15,8 +15,9 @@ from absl import logging
 from arrays import ReportProgress
 from infra import parallel
 from infra.checkpoints import params_digest
+from infra.commits import commit
 from infra.console import progress
-from infra.files import read_npz, write_atomic, write_npz
+from infra.files import read_json, read_npz, write_atomic, write_npz
 from models.score import Params
 
 Values = dict[str, np.ndarray]
@@ -29,7 +30,8 @@ ComputeBatch = Callable[[int, ReportProgress], Values]
 class BatchCache:
     """Results of batches in a folder whose name is a hash of the settings and parameters.
 
-    A batch is computed once for the same settings and parameters, and read from its file after that.
+    A batch is computed once for the same settings and parameters, and read from its file after that. The folder also
+    records the commits of the code that computed its batches.
 
     Raises:
         ValueError: if the hosts have different settings, which identify the data, or different parameters.
@@ -42,6 +44,7 @@ class BatchCache:
         self.folder = folder / f"{what}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
         if jax.process_index() == 0:
             write_atomic(self.folder / "settings.json", text)
+        self.commit = commit()  # Now, because the files of the code may change during a long evaluation.
 
     def __call__(self, name: str, compute: Callable[[], Values]) -> Values:
         """Returns the values in the file of this name, or computes and writes them.
@@ -57,8 +60,27 @@ class BatchCache:
             return stored
         values = compute()
         if jax.process_index() == 0:
+            self._record_commit()
             write_npz(path, **values)
         return values
+
+    def origin(self) -> dict[str, Any]:
+        """The fields of a result that say where its values come from: the name of the folder, and the commits.
+
+        The list of commits is empty if the folder was written by a version that did not record them.
+        """
+        recorded = read_json(self._record, []) or {"commits": []}
+        return {"values": self.folder.name, **recorded}
+
+    @property
+    def _record(self) -> Path:
+        return self.folder / "commits.json"
+
+    def _record_commit(self) -> None:
+        """Adds the commit of this code to those that computed earlier batches."""
+        known = self.origin()["commits"]
+        if self.commit not in known:
+            write_atomic(self._record, json.dumps({"commits": [*known, self.commit]}))
 
     def all(self, sizes: Mapping[str, int], compute: ComputeBatch, description: str, unit: str) -> list[Values]:
         """Returns the values of all batches in order, reading or computing each.

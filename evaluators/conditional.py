@@ -99,7 +99,7 @@ class ConditionalEvaluator:
             **settings,
             "nfe": int(rounds[0]["nfe"]),
             "seconds": float(sum(each["seconds"] for each in rounds)),
-            "values": cache.folder.name,
+            **cache.origin(),
         }
 
     def _settings(self) -> dict[str, Any]:
@@ -249,7 +249,7 @@ class ClassesEvaluator:
             **settings,
             "nfe": int(rounds[0]["nfe"]),
             "seconds": float(sum(each["seconds"] for each in rounds)),
-            "values": cache.folder.name,
+            **cache.origin(),
         }
 
     def _guided(self, params: Params, labels: Array) -> ScoreFn:

@@ -128,7 +128,7 @@ class DiagnosticsEvaluator:
         return self._result(values) | {
             "seconds": float(sum(part["seconds"] for part in stored)),
             **self.description,
-            "values": cache.folder.name,
+            **cache.origin(),
         }
 
     def _result(self, values: Mapping[str, np.ndarray]) -> dict[str, Any]:

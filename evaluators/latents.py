@@ -136,7 +136,7 @@ class EncodeEvaluator:
             "file": str(file.relative_to(folder.workdir.path)),
             "data": self.source.description,
             **self.codec.description,
-            "values": cache.folder.name,
+            **cache.origin(),
         }
 
     def _batch(self, params: Params, number: int, show: ReportProgress) -> Values:
@@ -214,7 +214,7 @@ class DecodeEvaluator:
             **settings,
             **_cost(batches),
             **self.codec.description,
-            "values": cache.folder.name,
+            **cache.origin(),
         }
 
     def _of_checkpoint(self, folder: EvaluationFolder, params: Params) -> Float[np.ndarray, "n h w c"]:
@@ -286,7 +286,7 @@ class InterpolateEvaluator:
             **temperature,
             **_cost(batches),
             **self.codec.description,
-            "values": cache.folder.name,
+            **cache.origin(),
         }
 
     def _strips(self, params: Params, pairs: np.ndarray, show: ReportProgress) -> Values:

@@ -102,7 +102,7 @@ class PointLikelihoodEvaluator:
         batches = cache.all(sizes, lambda number, show: self._batch(params, number, show), "likelihood", "point")
         assert self.run.density is not None
         self._draw_density(params, folder)
-        return summary(batches, self.run.density.entropy) | self.description | {"values": cache.folder.name}
+        return summary(batches, self.run.density.entropy) | self.description | cache.origin()
 
     @functools.cached_property
     def reference(self) -> GaussianReference:
@@ -236,7 +236,7 @@ class PointSamplesEvaluator:
         drawn = draw_in_rounds(cache, "point", self.num_samples, config.sampling.batch_size, draw)
         cost = {"sampler": config.sampling.method, "n": self.num_samples, "nfe": drawn.nfe, "seconds": drawn.seconds}
         self._write(drawn.samples, folder)
-        return cost | described | {"values": cache.folder.name}
+        return cost | described | cache.origin()
 
     def _draw(self, params: Params, numbers: np.ndarray, show: ReportProgress) -> tuple[np.ndarray, int]:
         local = numbers[parallel.local_rows(len(numbers))]

@@ -63,7 +63,7 @@ class SamplesEvaluator:
         drawn = draw_in_rounds(cache, "sample", count, size, functools.partial(draw_images, run, params))
         cost = {"sampler": config.sampling.method, "nfe": drawn.nfe, "seconds": drawn.seconds}
         cost |= {"images_per_second": drawn.per_second}
-        result = self.comparison(drawn.samples) | cost | described | {"values": cache.folder.name}
+        result = self.comparison(drawn.samples) | cost | described | cache.origin()
         if jax.process_index() == 0:
             source, levels = datasets.source_from_config(config, "test"), config.data.levels
             real = source.images(np.arange(min(PER_GRID, len(source))))

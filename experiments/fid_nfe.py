@@ -34,7 +34,7 @@ from evaluators.cache import params_digest
 from evaluators.extractor import Features, Images, extract_features
 from evaluators.fid import Comparison, comparison_from_config
 from experiments.pages import Page, wrapped
-from experiments.provenance import note_commit, noted_commits, origin
+from experiments.provenance import noted_commits, origin
 from infra.commits import commit
 from infra.console import one_line_errors
 from infra.files import read_npz, write_atomic
@@ -63,8 +63,6 @@ ABLATION: dict[str, dict[str, Any]] = {
     "DPM-Solver++ 2, ODE, not clipped": FAST["DPM-Solver++ 2, ODE"] | {"max_nfe": 20, "clip_denoised": False},
 }
 FOLDERS = {"adaptive, ODE": "ode", "predictor-corrector, SDE": "pc2000"}
-ROUNDS = "samples-*/round*.npz"
-"""The files of samples in an evaluation folder."""
 
 GROUPS = 16
 """The number of parts of the samples. The jackknife leaves out one part at a time."""
@@ -124,16 +122,12 @@ def folder_of(label: str) -> str:
 
 
 def draw(workdir: Path, label: str, settings: Mapping[str, Any], num_samples: int) -> None:
-    """Runs the evaluation of one sampler, and notes the commit. Samples that exist are not drawn again."""
+    """Runs the evaluation of one sampler. Samples that exist are not drawn again."""
     print(f"{label}: {folder_of(label)}", flush=True)
     config: Config = get_config()
     config.sampling.update(settings)
     config.eval.update(enable_bpd=False, enable_sampling=True, num_samples=num_samples)
-    folder = workdir.absolute() / folder_of(label)
-    before = set(folder.glob(ROUNDS))
-    run_lib.evaluate(config, workdir.absolute(), folder.name)
-    if set(folder.glob(ROUNDS)) != before:
-        note_commit(folder)
+    run_lib.evaluate(config, workdir.absolute(), folder_of(label))
 
 
 def newest_model(workdir: Path) -> tuple[int, str]:

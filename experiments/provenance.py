@@ -1,5 +1,6 @@
 """The commit and the machine that the numbers of a page come from."""
 
+import json
 import platform
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,16 +18,18 @@ def machine() -> str:
 
 
 def note_commit(folder: Path) -> None:
-    """Adds the current commit to the commits noted in a folder. A run records its commits itself."""
+    """Adds the current commit to the commits noted in a folder. Runs and evaluations record theirs."""
     write_atomic(folder / "commits.txt", "\n".join(sorted({*noted_commits([folder]), commit()})))
 
 
 def noted_commits(folders: Iterable[Path]) -> set[str]:
-    """Returns the commits of folders: those that runs recorded themselves, and those that `note_commit` added."""
+    """Returns the commits of folders of runs or evaluations: the recorded ones, and those that `note_commit` added."""
     noted = set[str]()
     for folder in folders:
         file = folder / "commits.txt"
         noted.update(file.read_text().split() if file.exists() else (), Workdir(folder).commits())
+        for record in (*folder.glob("*/commits.json"), *folder.glob("*/*/commits.json")):  # of evaluations
+            noted.update(json.loads(record.read_text())["commits"])
     return noted
 
 

@@ -156,6 +156,16 @@ def test_the_rate_is_that_of_samples_drawn_now(tmp_path, monkeypatch):
     assert [(bar.initial, bar.n) for bar in bars] == [(0, 6), (8, 20)]
 
 
+def test_a_result_names_the_commits_that_computed_its_values(tmp_path, monkeypatch):
+    for commit, wanted, commits in (("a", 8, ["a"]), ("b", 8, ["a"]), ("c", 16, ["a", "c"])):
+        monkeypatch.setattr(cache, "commit", lambda commit=commit: commit)
+        stored = BatchCache(tmp_path, "samples", {}, {})
+        draw_in_rounds(stored, "sample", wanted, 8, lambda numbers, _: (numbers.copy(), 5))
+        assert stored.origin() == {"values": stored.folder.name, "commits": commits}
+    (stored.folder / "commits.json").unlink()
+    assert BatchCache(tmp_path, "samples", {}, {}).origin()["commits"] == [], "written by an older version"
+
+
 @pytest.mark.parametrize(
     ("sde", "fields", "warns"),
     [
