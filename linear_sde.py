@@ -90,15 +90,17 @@ class SDE(abc.ABC):
         """Returns ln P(x0 | x_t = x) in nats, if entries of x0 are independent and all `values` equally probable.
 
         Where the noise is small compared with the distance between values, this is nearly exact for every prior.
+        Entries of x0 count as the nearest of `values`, from which rounding separates them: at the smallest noise, this
+        difference would count.
         """
         alpha, rho = append_dims(self.alpha_sigma(t)[0], x), append_dims(jnp.exp(self.log_noise_level(t)), x)
-        y = x / alpha
+        y, column = x / alpha, values.reshape(-1, *(1,) * x.ndim)
 
         def logit(value: Array, y: Array, rho: Array) -> Array:
             return -0.5 * jnp.square((y - value) / rho)
 
-        logits = logit(values.reshape(-1, *(1,) * x.ndim), y[None], rho[None])
-        logp = logit(x0, y, rho) - jax.nn.logsumexp(logits, axis=0)
+        nearest = values[jnp.argmin(jnp.abs(x0[None] - column), axis=0)]
+        logp = logit(nearest, y, rho) - jax.nn.logsumexp(logit(column, y[None], rho[None]), axis=0)
         return jnp.sum(logp, axis=range(1, x.ndim))
 
     def importance_weight(self, t: Times, t_min: float) -> Times:

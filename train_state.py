@@ -50,8 +50,11 @@ class TrainState(flax.struct.PyTreeNode):
         return TrainState(self.step + 1, params, ema_params, opt_state, self.residuals)
 
     def unless(self, failed: Bool[Array, ""], before: "TrainState") -> "TrainState":
-        """Returns this state or, if the step to it failed, the state `before` with this state's step number."""
-        skipped = before.replace(step=self.step)
+        """Returns this state or, if the step to it failed, the state `before` with this state's step number.
+
+        The learning rate follows the step number.
+        """
+        skipped = before.replace(step=self.step, opt_state=schedules_at(before.opt_state, self.step))
         return jax.tree.map(lambda new, old: jnp.where(failed, old, new), self, skipped)
 
 
@@ -112,15 +115,21 @@ def optimizer_from_config(optim: Config, n_iters: int) -> optax.GradientTransfor
 
 
 def _with_decay(adam: optax.GradientTransformation, optim: Config) -> optax.GradientTransformation:
-    """Adds a multiple of the parameters to Adam's updates; biases are left out unless `decay_biases`."""
+    """Adds a multiple of the parameters to Adam's updates.
+
+    Frequencies of Fourier features are left out, because they are not trained. So are biases, unless `decay_biases`.
+    """
     rate: float = optim.weight_decay
     if not rate:
         return adam
     decay_biases: bool = optim.decay_biases
 
     def decay(path: Any, leaf: Array) -> Array:
-        is_bias = path[-1] == jax.tree_util.DictKey("bias")
-        return jnp.zeros_like(leaf) if is_bias and not decay_biases else rate * leaf
+        place = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = place.rpartition("/")[2]
+        is_fixed = name == "W" and "GaussianFourierProjection" in place
+        is_bias = name in ("bias", "b") or name.endswith("_b")
+        return jnp.zeros_like(leaf) if is_fixed or (is_bias and not decay_biases) else rate * leaf
 
     def update(updates: Params, state: optax.OptState, params: Params = None) -> tuple[Params, optax.OptState]:
         updates, state = adam.update(updates, state, params)
@@ -188,7 +197,8 @@ class Trainer:
 
         Returns:
             The next state; the batch means of the loss and its terms; `grad_norm`, the global norm of the gradient;
-            `failed`, 1 if the loss or the gradient is not finite, so that only the step number changes, otherwise 0;
+            `failed`, 1 if the loss or the gradient is not finite, so that only the step number changes, and the
+            learning rate that follows it, otherwise 0;
             and `largest_times`, the times of the examples with the largest losses.
         """
         gradient, losses, table = self.gradient_and_residuals(

@@ -222,7 +222,7 @@ def _optim() -> ConfigDict:
     optim.beta2 = 0.999  # decay of the second moment
     optim.eps = 1e-8  # constant added to the denominator of an update
     optim.weight_decay = 0.0  # decoupled weight decay, as a multiple of the learning rate
-    optim.decay_biases = True  # apply the weight decay to parameters named bias, too
+    optim.decay_biases = True  # apply the weight decay to biases, too
     optim.warmup = 5000  # steps over which the learning rate rises linearly from 0
     # factor of the learning rate over the run, besides the warm-up: constant; or linear or cosine, which fall to 0 at
     # the last step

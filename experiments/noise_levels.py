@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from arrays import Batch, PerExample
 from build import Run, build
@@ -37,9 +37,15 @@ class Levels(NamedTuple):
         """Returns the relative change of each term from another model at each level, with errors paired by image."""
         pairs = {name: (getattr(self, name), getattr(start, name)) for name in self._fields}
         return {
-            name: [mean_estimate((a - b) / b.mean()) for a, b in zip(ours, others, strict=True)]
+            name: [relative_change(a, b) for a, b in zip(ours, others, strict=True)]
             for name, (ours, others) in pairs.items()
         }
+
+
+def relative_change(values: Float[np.ndarray, " n"], start: Float[np.ndarray, " n"]) -> MeanEstimate:
+    """Returns the ratio of the means minus 1, for paired values, with its standard error to first order."""
+    ratio = values.mean() / start.mean()
+    return mean_estimate((values - ratio * start) / start.mean())._replace(mean=float(ratio - 1))
 
 
 def levels_file(workdir: Path) -> Path:

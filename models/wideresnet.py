@@ -90,7 +90,8 @@ class WideResnetBlock(nn.Module):
 def _shortcut(x: FeatureMap, channels: int, stride: int) -> AnySize:
     """Averages pixels if the resolution falls, and appends channels of zeros if the width grows."""
     if stride > 1:
-        x = nn.avg_pool(x, (stride, stride), (stride, stride))
+        # An odd size is rounded up, as by the convolution beside it.
+        x = nn.avg_pool(x, (stride, stride), (stride, stride), "SAME", count_include_pad=False)
     return jnp.pad(x, [(0, 0), (0, 0), (0, 0), (0, channels - x.shape[-1])])
 
 

@@ -68,13 +68,14 @@ def variance_weights(estimator: str, r: PerExample, d: int) -> dict[str, PerExam
     """Returns the weights of the terms of orders 2 and 3, relative to the weight of the first order.
 
     They come from generalised least squares (ours), which divides each squared error by its variance. The variance is
-    known if u given x_t is N(0, r I).
+    known if u given x_t is N(0, r I). For the third order, it is that of (|u|^2 - (d + 2) r) u.
 
     Args:
         estimator: "published", "exact", or an unbiased one.
     """
-    unbiased = {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d / (2 * r**2)}
+    third = 1 / (2 * r**2 * (d + 2))
+    unbiased = {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d**2 * third}
     return {
-        "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": 1 / (2 * r**2)},
-        "exact": {"second_frob": d / (2 * r), "third": 1 / (2 * r**2 * d)},
+        "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": d * third},
+        "exact": {"second_frob": d / (2 * r), "third": third},
     }.get(estimator, unbiased)

@@ -197,3 +197,10 @@ def test_the_published_classifier_has_the_published_number_of_parameters():
     network = WideResnet(num_outputs=10)
     shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)), jnp.ones(1))
     assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == 38_913_242
+
+
+@pytest.mark.parametrize("size", [1, 6, 7, 14, 15])
+def test_the_classifier_takes_images_of_any_size(size):
+    images = jnp.zeros((2, size, size, 1))
+    logits, _ = jax.eval_shape(WideResnet(num_outputs=3).init_with_output, jax.random.key(0), images, jnp.ones(2))
+    assert logits.shape == (2, 3)

@@ -190,9 +190,15 @@ def test_the_terms_of_a_score_of_zero_at_each_level(monkeypatch: pytest.MonkeyPa
     np.testing.assert_allclose(second, 1 / 64 - 2 * first / 64 + first**2, rtol=1e-3)
 
 
-def test_changes_are_paired() -> None:
-    start = np.array([[1.0, 2.0, 3.0]])
-    changes = Levels(0.9 * start, start).change_from(Levels(start, start))
-    assert changes["first"][0].mean == pytest.approx(-0.1)
-    assert changes["first"][0].se == pytest.approx(0.05 * 2 / math.sqrt(3) / 2, rel=0.01)
-    assert changes["second"][0] == (0.0, 0.0, 3)
+@pytest.mark.parametrize(("ratio", "paired"), [(0.01, 0.5), (0.8, 1.0), (1.0, 0.9), (5.0, 0.0)])
+def test_errors_of_changes_are_their_spread_over_draws(ratio: float, paired: float) -> None:
+    """Also of changes that are not small: their errors include that of the denominator, which `paired` values share."""
+    draws, n = 2000, 100
+    shared, own, others = np.random.default_rng(0).gamma(3.0, size=(3, draws, n))
+    start, ours = shared, ratio * (paired * shared + (1 - paired) * own) + 0.001 * others
+    changes = Levels(ours, start).change_from(Levels(start, start))
+    first = np.array([(change.mean, change.se) for change in changes["first"]])
+    assert first[:, 0].mean() == pytest.approx(ratio + 0.001 - 1, abs=5 * first[:, 0].std() / math.sqrt(draws) + ratio / n)
+    # A standard deviation over 2000 draws has an error of 1.6 %, and the mean of the errors a bias of order 1 / n.
+    assert np.median(first[:, 1]) == pytest.approx(first[:, 0].std(), rel=0.1)
+    assert changes["second"][0] == (0.0, 0.0, n)

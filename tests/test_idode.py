@@ -212,14 +212,29 @@ def test_the_terms_without_gradient(sde: LinearGammaSDE) -> None:
     assert jnp.max(reconstruction(sde, values[:, None], jnp.ones((5, 1)), 0.0, values)) < 1e-6
 
 
+@pytest.mark.parametrize("gamma_min", [-13.0, -30.0, -60.0])
+def test_no_level_is_more_probable_than_1(gamma_min: float) -> None:
+    """Also where the noise is smaller than the rounding error of the data, which is not that of the values."""
+    sde = LinearGammaVPSDE(gamma_min, 5.0)
+    for bare in (True, False):
+        values = jnp.asarray(level_values(100, centered=True, bare=bare))
+        preprocess = Preprocess(levels=100, centered=True, bin_centers=not bare)
+        x0 = jax.jit(preprocess)(KEY, jnp.arange(100).reshape(4, 5, 5, 1))
+        nats = reconstruction(sde, x0, jax.random.normal(KEY, x0.shape), 0.0, values)
+        assert jnp.all((nats >= 0) & (nats < 1e-3))
+
+
 def test_weight_decay_without_biases() -> None:
     config = get_config()
     config.optim.update(weight_decay=0.1, warmup=0, lr=0.5, decay_biases=False)
     optimizer = optimizer_from_config(config.optim, 10)
     params = {"conv": {"kernel": jnp.ones(2), "bias": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
+    params |= {"NIN_0": {"W": jnp.ones(2), "b": jnp.ones(2)}, "norm1_b": jnp.ones(2)}
+    params |= {"GaussianFourierProjection_0": {"W": jnp.ones(2)}}
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = optimizer.update(zeros, optimizer.init(params), params)
     expected = {"conv": {"kernel": -0.05, "bias": 0.0}, "norm": {"scale": -0.05}}
+    expected |= {"NIN_0": {"W": -0.05, "b": 0.0}, "norm1_b": 0.0, "GaussianFourierProjection_0": {"W": 0.0}}
     jax.tree.map(lambda update, value: np.testing.assert_allclose(update, value, atol=1e-7), updates, expected)
 
 

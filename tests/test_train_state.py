@@ -220,8 +220,9 @@ def test_a_step_that_is_not_finite_changes_only_the_step(batches):
     noise_key = jax.random.split(jax.random.fold_in(key, 1), 3)[1]
     noise = trainer.objective.draw_noise(noise_key, run.sde, images[1].shape)
     assert failure["largest_times"][0] == pytest.approx(float(noise.t[5]), rel=1e-5)
-    unchanged = first.replace(step=first.step + 1)
+    unchanged = first.replace(step=first.step + 1, opt_state=schedules_at(first.opt_state, first.step + 1))
     jax.tree.map(np.testing.assert_array_equal, skipped, unchanged)
+    assert optax.tree.get(skipped.opt_state, "ScaleByScheduleState").count == skipped.step == 2, "the learning rate"
     third, _ = jax.jit(trainer.train_step)(skipped, images[2], key)
     assert relative_distance(after.params, third.params) < 1e-5
 
