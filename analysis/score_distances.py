@@ -312,7 +312,7 @@ def curve_of(nodes: TimeNodes, values: Float[np.ndarray, "times points"]) -> Dis
 
 
 class KLIdentity(NamedTuple):
-    """Both sides of [L22] Theorem 3.1, in nats, computed independently: from likelihoods and from scores."""
+    """Both sides of [L22] Theorem 3.1, in nats, computed in two ways: from likelihoods and from scores."""
 
     start: MeanEstimate
     """KL(q_min || p_min): the mean of ln q - ln p, with ln p from likelihood.py."""

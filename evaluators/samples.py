@@ -26,7 +26,6 @@ from evaluators.fid import Comparison
 from infra import parallel
 from infra.workdir import PER_GRID, EvaluationFolder
 from models.score import Params
-from samplers.langevin import LangevinSampler
 from samplers.sampler import Sampler
 
 
@@ -54,7 +53,8 @@ class SamplesEvaluator:
             RuntimeError: if a sample is not finite, or the solve of the ODE sampler fails.
         """
         run, config = self.run, self.run.config
-        _warn_about_sampler(run)
+        for concern in run.sampler().concerns(discrete=run.model.levels is not None):
+            logging.warning("%s", concern)
         self.comparison.prepare()  # Errors in the real images are reported before any sample is drawn.
         rounding = require_images(run, "eval").description["rounding"]
         described = run.sample_settings() | {"rounding": rounding}
@@ -69,23 +69,6 @@ class SamplesEvaluator:
             real = source.images(np.arange(min(PER_GRID, len(source))))
             folder.workdir.write_samples(drawn.samples, real, folder.artefact_label, levels, folder.step)
         return result
-
-
-def _warn_about_sampler(run: Run) -> None:
-    """Logs a warning about the ODE of a variance exploding SDE, and about Langevin steps that can diverge."""
-    sampler = run.sampler()
-    if isinstance(sampler, LangevinSampler) and sampler.step_size >= sampler.stable_step_size:
-        logging.warning(
-            "sampling.step_size is %g: Langevin dynamics diverges from about %.3g on, 4 (sigma / alpha)^2 at "
-            "sampling.smallest_time",
-            sampler.step_size,
-            sampler.stable_step_size,
-        )
-    if sampler.follows_ode and run.sde.variance_exploding:
-        logging.warning(
-            "Samples from the ODE of a VE model are often poor, because they keep every error of the score at large "
-            "noise. --config.sampling.method=dpm_solver --config.sampling.eta=1 follows the SDE instead"
-        )
 
 
 def draw_images(

@@ -130,6 +130,14 @@ class LangevinSampler(Sampler):
         """
         return 4 * math.exp(2 * float(self.log_rhos[-1]))
 
+    def concerns(self, *, discrete: bool) -> list[str]:
+        if self.step_size < self.stable_step_size:
+            return super().concerns(discrete=discrete)
+        return [
+            f"sampling.step_size is {self.step_size:g}: Langevin dynamics diverges from about "
+            f"{self.stable_step_size:.3g} on, 4 (sigma / alpha)^2 at sampling.smallest_time"
+        ]
+
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         noise = jax.tree_util.Partial(first_noise, keys)
         settings = self.log_rhos, self.steps_per_level, self.step_size, noise, progress

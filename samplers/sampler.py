@@ -93,6 +93,20 @@ class Sampler(abc.ABC):
         """Whether samples follow the probability-flow ODE, so that noise enters only at t_max."""
         return False
 
+    def concerns(self, *, discrete: bool) -> list[str]:
+        """Returns sentences about settings with which even a good model gives poor samples.
+
+        Args:
+            discrete: the model knows data only at the noise levels of a discrete chain.
+        """
+        del discrete
+        if not (self.follows_ode and self.sde.variance_exploding):
+            return []
+        return [
+            "Samples from the ODE of a VE model are often poor, because they keep every error of the score at large "
+            "noise. --config.sampling.method=dpm_solver --config.sampling.eta=1 follows the SDE instead"
+        ]
+
     @abc.abstractmethod
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         """Computes images from x at t_max. The score function is a pytree."""

@@ -303,6 +303,23 @@ def test_the_sde_forgets_what_the_ode_keeps():
     assert moved[1.0] < 0.5 * moved[0.0], moved
 
 
+@pytest.mark.parametrize(("sde", "predictor"), [(VPSDE(), "reverse_diffusion"), (LinearVESDE(), "euler_maruyama")])
+def test_steps_that_are_longer_than_the_noise_cause_a_concern_and_its_advice_helps(sde, predictor):
+    """With the exact score of two points, every sample must end at one of them."""
+    points = GaussianMixture(np.full(2, 0.5), np.array([[-1.0], [1.0]]), np.zeros((2, 1, 1)))
+    distances = []
+    for smallest_time in (1e-5, 1e-2):
+        settings = {"smallest_time": smallest_time, "num_steps": 200, "predictor": predictor, "corrector": "none"}
+        sampler = PredictorCorrector(sde=sde, **settings)
+        concerns = sampler.concerns(discrete=False)
+        assert len(concerns) == (smallest_time == 1e-5)
+        assert all("raise sampling.smallest_time (to about 0.0" in concern for concern in concerns)
+        assert not sampler.concerns(discrete=True)
+        x = sampler(points.score_fn(sde), jax.random.key(0), jnp.arange(200), (1,)).x
+        distances.append(float(jnp.sqrt(jnp.mean((jnp.abs(x) - 1) ** 2))))
+    assert distances[1] < 0.5 < 10 < distances[0]
+
+
 @pytest.mark.parametrize("kind", [DPMSolverSampler, HeunSampler])
 def test_denoised_images_are_held_in_the_range_of_the_data(kind):
     def draw(data_range):
