@@ -81,16 +81,22 @@ class VESDE(SDE):
     def discretize(self, x: Batch, t: PerExample, num_steps: int) -> tuple[Batch, PerExample]:
         """The SMLD chain: G_i^2 = sigma_i^2 - sigma_{i-1}^2 on a geometric ladder, sigma_{-1} = 0 ([S21a] Eqn. 8)."""
         sigma, below = self.chain_sigmas(t, num_steps)
-        log_step = self._log_ratio / max(num_steps - 1, 1)
+        log_step = self._log_ratio / (num_steps - 1)
         return jnp.zeros_like(x), sigma * jnp.where(below == 0, 1.0, math.sqrt(-math.expm1(-2 * log_step)))
 
     def chain_alpha_sigma(self, t: PerExample, num_steps: int) -> tuple[PerExample, PerExample]:
         return jnp.ones_like(t), self.chain_sigmas(t, num_steps)[0]
 
     def chain_sigmas(self, t: PerExample, num_steps: int) -> tuple[PerExample, PerExample]:
-        """sigma_i and sigma_{i-1} of the SMLD chain with `num_steps` steps."""
+        """sigma_i and sigma_{i-1} of the SMLD chain with `num_steps` steps.
+
+        Raises:
+            ValueError: for a single step, because the chain begins at sigma_min and ends at sigma_max.
+        """
+        if num_steps < 2:
+            raise ValueError(f"the discrete chain of {self} needs at least 2 steps, got {num_steps}")
         i = _chain_index(t, num_steps)
-        log_step = self._log_ratio / max(num_steps - 1, 1)
+        log_step = self._log_ratio / (num_steps - 1)
         sigma = self.sigma_min * jnp.exp(i * log_step)
         return sigma, jnp.where(i == 0, 0.0, math.exp(-log_step) * sigma)
 

@@ -529,6 +529,9 @@ def test_too_short_a_chain_is_refused(predictor):
     PredictorCorrector(sde=VPSDE(), predictor=predictor, num_steps=21)
     with pytest.raises(ValueError, match=r"sampling.num_steps is too small: .*more than 20.0 steps, got 20"):
         PredictorCorrector(sde=VPSDE(), predictor=predictor, num_steps=20)
+    PredictorCorrector(sde=VESDE(), predictor=predictor, num_steps=2)
+    with pytest.raises(ValueError, match=r"sampling.num_steps is too small: .*at least 2 steps, got 1"):
+        PredictorCorrector(sde=VESDE(), predictor=predictor, num_steps=1)
 
 
 def test_none_twice_is_refused():
