@@ -14,6 +14,7 @@ from build import build
 from configs.digits.smoke import get_config as digits
 from configs.toy.smoke import get_config as checkerboard
 from examples import mixture_likelihood, sample_workdir, train_density
+from tests.tiny_network import tiny_network
 
 ROOT = Path(__file__).parent.parent
 
@@ -44,12 +45,13 @@ def test_training_on_a_density(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run of two steps on digits, and its configuration."""
+    """A run of two steps on digits with a small network, and its configuration."""
     workdir, config = tmp_path_factory.mktemp("trained") / "run", digits()
     config.training.n_iters = 2
     config.training.eval_freq = 2
-    run_lib.train(config, workdir)
-    return workdir, config
+    with tiny_network():
+        run_lib.train(config, workdir)
+        yield workdir, config
 
 
 def test_samples_and_bits_of_a_workdir(trained, tmp_path, capsys):
