@@ -141,17 +141,24 @@ RunCurves = Mapping[str, Mapping[str, MetricCurve]]
 def read_metrics(folder: Path) -> RunCurves:
     """The curves that a `MetricsWriter` wrote into the folder; none if it holds no metrics.
 
-    If a resumed run wrote a step again, the later line counts. Lines that a kill cut short are left out.
+    If a resumed run went back to an earlier step, records of later steps that were written before count no longer: the
+    parameters that they describe are lost. Lines that a kill cut short are left out.
     """
     path = folder / FILE
     by_step: dict[str, dict[int, dict[str, Any]]] = {}
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         try:
             record = json.loads(line)
-            by_step.setdefault(record["split"], {})[int(record["step"])] = record
+            split, step = record["split"], int(record["step"])
         except (KeyError, TypeError, ValueError):
             continue
-    return {split: _curves(records) for split, records in by_step.items()}
+        by_step.setdefault(split, {})
+        for other, records in by_step.items():
+            # Other splits may have a record of the same step. The steps of each split ascend.
+            while records and next(reversed(records)) >= step + (other != split):
+                records.popitem()
+        by_step[split][step] = record
+    return {split: _curves(records) for split, records in by_step.items() if records}
 
 
 def _curves(records: dict[int, dict[str, Any]]) -> dict[str, MetricCurve]:

@@ -60,12 +60,20 @@ def write_report(workdir: Path, *, others: Sequence[Path] = ()) -> list[RunFiles
     """
     runs = read_runs([workdir, *others])
     content = {section.heading: _blocks(section, runs) for section in SECTIONS}
-    for block in (block for blocks in content.values() for block in blocks):
-        if isinstance(block, Plot | Gallery):
-            write_atomic(Workdir(workdir).figures / f"{block.name}.png", block.copy)
+    _write_figures(Workdir(workdir).figures, [block for blocks in content.values() for block in blocks])
     title = " and ".join(run.name for run in runs)
     write_atomic(Workdir(workdir).report, render(title, [_summary(run) for run in runs], content))
     return runs
+
+
+def _write_figures(folder: Path, blocks: Sequence[Block]) -> None:
+    """Writes the pictures of these blocks, and deletes those of an earlier page, which may show other runs."""
+    pictures = {f"{block.name}.png": block.copy for block in blocks if isinstance(block, Plot | Gallery)}
+    for name, picture in pictures.items():
+        write_atomic(folder / name, picture)
+    for path in folder.glob("*.png"):
+        if path.name not in pictures:
+            path.unlink(missing_ok=True)
 
 
 def render(title: str, summaries: Sequence[str], sections: Mapping[str, Sequence[Block]]) -> str:

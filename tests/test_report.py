@@ -157,9 +157,13 @@ def test_report_loads_no_solvers_or_networks():
     assert subprocess.check_output([sys.executable, "-c", program], text=True) == "[]\n"
 
 
-def test_report_leaves_png_copies(tmp_path):
-    write_report(write_run(tmp_path / "run"))
-    for name in ("loss", "samples", "seconds"):
+def test_report_leaves_png_copies_of_its_own_figures_only(tmp_path):
+    names, figures = ("loss", "samples", "seconds"), write_run(tmp_path / "run") / "figures"
+    figures.mkdir()
+    (figures / "control.png").write_bytes(b"of a run that an earlier report was compared with")
+    write_report(tmp_path / "run")
+    assert {path.name for path in figures.iterdir()} == {f"{name}.png" for name in names}
+    for name in names:
         with Image.open(tmp_path / "run" / "figures" / f"{name}.png") as image:
             assert image.format == "PNG"
             assert image.width > 300
@@ -333,6 +337,22 @@ def test_later_records_of_a_step_count(tmp_path):
     np.testing.assert_array_equal(metrics["train"]["total"].steps, [1, 2, 3])
     np.testing.assert_array_equal(metrics["train"]["total"].values, [5, 1, 2])
     np.testing.assert_array_equal(metrics["test"]["total"].values, [0.5])
+
+
+@pytest.mark.parametrize(
+    ("splits_and_steps", "expected"),
+    [
+        ("train 20, test 20, train 40, test 40, train 60, test 60, start 5, train 15", {"train": [15], "start": [5]}),
+        ("start 5, train 20, test 20, train 30, start 25, train 30, train 40, test 40", None),
+    ],
+)
+def test_records_after_the_step_of_a_later_record_do_not_count(splits_and_steps, expected, tmp_path):
+    """A run that starts again from an earlier checkpoint, or from none, overwrites its later steps."""
+    records = [name.split() for name in splits_and_steps.split(", ")]
+    (tmp_path / "metrics.jsonl").write_text("".join(record(int(step), split, total=1.0) for split, step in records))
+    curves = read_metrics(tmp_path)
+    steps = {split: curve["total"].steps.tolist() for split, curve in curves.items()}
+    assert steps == (expected or {"start": [5, 25], "train": [20, 30, 40], "test": [20, 40]})
 
 
 def test_terms_may_come_later(tmp_path):
