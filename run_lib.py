@@ -43,7 +43,7 @@ from infra.training_loop import (
     stop_after_failures,
     training_loop,
 )
-from infra.workdir import EvaluationFolder, Workdir
+from infra.workdir import EvaluationFolder, Workdir, check_deq_folder, check_subfolder
 from report.comparison import comparison_table
 from report.run_files import RunFiles
 from train_state import TrainingBatches, TrainState, reset_parts
@@ -213,9 +213,8 @@ def train_deq(config: Config, path: Path, deq_folder: str) -> None:
         ValueError, OSError: for bad input, before anything is written.
         FloatingPointError: after `training.max_nonfinite` steps in a row whose loss or gradient is not finite.
     """
+    check_deq_folder(deq_folder)
     run, folder = build(config), Workdir(path / deq_folder)
-    if folder.path == path:
-        raise ValueError(f"--deq_folder={deq_folder} is the workdir of the score model; name a folder inside it")
     training = DequantizerTraining(run)
     params = score_params(run, Workdir(path))
     score_fn = run.score_fn(params)
@@ -285,7 +284,7 @@ def evaluate(config: Config, path: Path, eval_folder: str, deq_folder: str = "de
         RuntimeError: if an ODE solve fails.
     """
     run = build(config, for_training=False)
-    _check_eval_folder(eval_folder)
+    _check_eval_folder(eval_folder, deq_folder)
     choose_batch_sizes(run)
     evaluators = evaluators_from_config(run, lambda: evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, evaluators, Workdir(path), eval_folder)
@@ -300,7 +299,7 @@ def diagnose(config: Config, path: Path, eval_folder: str = "eval", deq_folder: 
         FileNotFoundError, ValueError, OSError, RuntimeError: as in `evaluate`.
     """
     run = build(config, for_training=False)
-    _check_eval_folder(eval_folder)
+    _check_eval_folder(eval_folder, deq_folder)
     choose_batch_sizes(run)
     evaluator = DiagnosticsEvaluator(run, evaluation_dequantizer(run, Workdir(path / deq_folder)))
     evaluate_with(run, [evaluator], Workdir(path), eval_folder)
@@ -333,12 +332,14 @@ def evaluate_with(run: Run, evaluators: Sequence[Evaluator], workdir: Workdir, e
             evaluate_checkpoint(evaluators, state, folder, metadata)
 
 
-def _check_eval_folder(name: str) -> None:
+def _check_eval_folder(name: str, deq_folder: str = "deq") -> None:
     """Raises ValueError unless this is a subfolder of the workdir that is free for results."""
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts or path.parts[:1] in ((), *((f,) for f in Workdir.OTHER_FOLDERS)):
+    check_subfolder("--eval_folder", name, "results only, like eval_uniform")
+    check_deq_folder(deq_folder)
+    if Path(name).is_relative_to(deq_folder):
         raise ValueError(
-            f"--eval_folder={name} must name a subfolder of the workdir for results only, like eval_uniform"
+            f"--eval_folder={name} is in the dequantizer's folder {deq_folder}; name another subfolder of the workdir "
+            "for the results, like eval_uniform"
         )
 
 

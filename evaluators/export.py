@@ -9,7 +9,7 @@ from build import build
 from configs.default import Config
 from dequantization.training import dequantizer_state
 from infra.published_checkpoints import write_published_checkpoint
-from infra.workdir import Workdir
+from infra.workdir import Workdir, check_deq_folder
 
 
 def export(config: Config, path: Path, deq_folder: str = "deq") -> Path:
@@ -22,6 +22,7 @@ def export(config: Config, path: Path, deq_folder: str = "deq") -> Path:
         FileNotFoundError: if there is no checkpoint.
         ValueError, OSError: for bad input, before anything is written.
     """
+    check_deq_folder(deq_folder)
     run, workdir = build(config, for_training=False), Workdir(path)
     if config.eval.dequantizer:
         state = dequantizer_state(run, Workdir(path / deq_folder))

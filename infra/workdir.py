@@ -31,7 +31,7 @@ import importlib.metadata
 import json
 import platform
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -270,6 +270,23 @@ class Workdir:
             part, name = images[first : first + PER_FILE], f"images_{first:06d}"
             ImageGrid(part, levels, step).write(self.samples / label / f"{name}.npz")
             save_grid(self.samples / label / f"{name}.png", part[:PER_GRID], levels)
+
+
+def check_deq_folder(name: str) -> None:
+    """Raises ValueError unless this is a subfolder of the workdir that is free for a dequantizer."""
+    check_subfolder("--deq_folder", name, "a dequantizer only, like deq_uniform", ("eval",))
+
+
+def check_subfolder(flag: str, name: str, content: str, reserved: Collection[str] = ()) -> None:
+    """Raises ValueError unless `name` is a subfolder of the workdir that nothing else uses.
+
+    Args:
+        content: what the folder is for, with an example of a name, for the error message.
+        reserved: names that are not allowed besides `Workdir.OTHER_FOLDERS`.
+    """
+    path, used = Path(name), (*Workdir.OTHER_FOLDERS, *reserved)
+    if path.is_absolute() or ".." in path.parts or not path.parts or path.parts[0] in used:
+        raise ValueError(f"{flag}={name} must name a subfolder of the workdir for {content}")
 
 
 @dataclasses.dataclass(frozen=True)

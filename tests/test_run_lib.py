@@ -1,6 +1,7 @@
 """The loops as their users run them, on a tiny network, and what they say to bad input."""
 
 import dataclasses
+import functools
 import json
 import shutil
 import signal
@@ -19,6 +20,7 @@ import main
 import run_lib
 from build import build
 from configs.digits.smoke import get_config
+from evaluators import export
 from evaluators.bits_per_dim import BitsPerDimEvaluator
 from infra import console, parallel, stop, training_loop
 from infra.files import read_npz
@@ -392,9 +394,21 @@ def test_an_evaluation_of_nothing_is_refused(trained):
 
 
 @pytest.mark.parametrize("name", ["", ".", "checkpoints", "samples/eval", "../eval", "/eval"])
-def test_results_have_a_folder_of_their_own(trained, name):
+def test_results_and_a_dequantizer_have_folders_of_their_own(trained, name):
     with pytest.raises(ValueError, match="must name a subfolder of the workdir for results only"):
         run_lib.evaluate(config_with(), trained, name)
+    for call in (run_lib.train_deq, export.export, functools.partial(run_lib.evaluate, eval_folder="x")):
+        with pytest.raises(ValueError, match="must name a subfolder of the workdir for a dequantizer only"):
+            call(config_with(), trained, deq_folder=name)
+
+
+@pytest.mark.parametrize(("eval_folder", "deq_folder"), [("deq", "deq"), ("d/eval", "d"), ("x", "eval")])
+def test_results_and_a_dequantizer_do_not_mix(trained, eval_folder, deq_folder):
+    with pytest.raises(ValueError, match=r"is in the dequantizer's folder|--deq_folder=eval must name"):
+        run_lib.evaluate(config_with(), trained, eval_folder, deq_folder)
+    if deq_folder == "deq":
+        with pytest.raises(ValueError, match="is in the dequantizer's folder deq"):
+            run_lib.control(config_with(), trained, "encode", eval_folder)
 
 
 def test_a_folder_without_a_run_gets_no_report(trained, tmp_path):
