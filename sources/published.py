@@ -191,6 +191,11 @@ def prepare_published(published: Published, archive: Path, accepted: Collection[
 
 def find_files(published: Published, archive: Path) -> dict[str, Path]:
     """Returns the path of each published file. A single file may have another name."""
+    if not archive.exists():
+        raise FileNotFoundError(
+            f"data.archive is {str(archive)!r}, but there is no such file or folder; get {', '.join(published.sha256)} "
+            f"from the authors of {published.title}"
+        )
     if archive.is_file() and len(published.sha256) == 1:
         return dict.fromkeys(published.sha256, archive)
     folder = archive.parent if archive.is_file() else archive

@@ -337,6 +337,9 @@ def test_what_is_not_the_published_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"data.archive is empty; for CIFAR10 set it to .*cifar-10-binary.tar.gz"):
         prepare(config)
     config.data.archive = str(tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match=r"there is no such file or folder; get cifar-10-binary.tar.gz from"):
+        prepare(config)
+    (tmp_path / "data").mkdir()
     with pytest.raises(FileNotFoundError, match=r"there is no cifar-10-binary.tar.gz in"):
         prepare(config)
     config.data.dataset = "digits"
