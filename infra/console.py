@@ -73,6 +73,7 @@ def quiet_libraries() -> None:
     prints the error of the main thread. The other errors are logged with --verbosity=1. Orbax also logs errors that it
     raises.
     """
+    absl_logging.get_absl_logger().addFilter(_of_interest)  # A script without absl's app.run has other handlers.
     handler = absl_logging.get_absl_handler()
     handler.addFilter(_of_interest)
     handler.addFilter(_not_of_orbax)

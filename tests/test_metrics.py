@@ -74,6 +74,15 @@ def test_of_libraries_only_what_is_wrong_is_logged(tmp_path):
     assert said == ["orbax ERROR", "jax WARNING", "jax ERROR", "project INFO", "project WARNING", "project ERROR"]
 
 
+def test_libraries_are_quiet_in_scripts_without_app_run(caplog):
+    """Their handler is the one of Python's logging, which absl adds at the first message."""
+    logger = absl_logging.get_absl_logger()
+    quiet_libraries()
+    for path in ("/lib/site-packages/orbax/manager.py", "/project/examples/sample_workdir.py"):
+        logger.handle(logging.LogRecord("absl", logging.WARNING, path, 1, path, None, None))
+    assert caplog.messages == ["/project/examples/sample_workdir.py"]
+
+
 def test_a_log_on_a_full_disk_is_no_traceback(capsys):
     logger, handlers = absl_logging.get_absl_logger(), list(absl_logging.get_absl_logger().handlers)
     log_to_file(Path("/dev/full"))
