@@ -6,7 +6,8 @@ With the values of score_sde instead: --config=configs/score_sde.py:ve/cifar10_n
 
 [L22] continues a first-order model for 100,000 steps, with order 2 at batch size 128 or with order 3 at batch size 48:
 
-    --config.training.score_matching_order=3 --config.training.init_from=FIRST_ORDER_CHECKPOINT
+    --config.training.score_matching_order=3 --config.training.init_from=FIRST_ORDER_CHECKPOINT \\
+        --config.training.n_iters_from_start=100000
 
 62.8M parameters. Published results of order 1: FID 2.38 by predictor-corrector ([S21a]), for which add
 --config.sampling.method=pc. Order 2: 3.44 bits/dim and FID 2.37; order 3: 3.38 bits/dim and FID 2.95 ([L22]).
