@@ -124,6 +124,11 @@ def join_processes(
             # Devices wait for each other for only 30 s, so they must connect before any process compiles.
             multihost_utils.sync_global_devices("joined")
     except (RuntimeError, ValueError, OSError) as error:
+        if not given and "coordinator_address should be defined" in str(error):  # what JAX says without a cluster
+            raise ValueError(
+                "--coordinator=auto: no cluster was found (SLURM, Open MPI, Kubernetes or a TPU pod); for one process, "
+                "leave the flag out, else use --coordinator=HOST:PORT with --num_processes and --process_id"
+            ) from error
         raise ValueError(f"--coordinator={coordinator}: cannot connect to the other processes: {error}") from error
 
 

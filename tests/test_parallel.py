@@ -2,6 +2,7 @@
 
 import jax
 import pytest
+from jax._src.distributed import State
 
 from infra import parallel
 
@@ -38,6 +39,16 @@ def test_gpus_that_no_task_would_use_are_named(tasks, nodes, visible, refused, m
 def test_a_port_that_cannot_be_is_one_line(address):
     with pytest.raises(ValueError, match=f"--coordinator={address} has no port between 1 and 65535"):
         parallel.join_processes(address, 2, 0)
+
+
+def test_auto_without_a_cluster_is_one_line(monkeypatch):
+    def initialize(*arguments, **options):
+        State().initialize(*arguments, **options | {"cluster_detection_method": "deactivate"})
+
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ValueError, match=r"no cluster was found .* for one process, leave the flag out"):
+        parallel.join_processes("auto", None, None)
 
 
 @pytest.mark.parametrize(
