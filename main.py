@@ -35,7 +35,7 @@ Errors are one line. Use --verbosity=1 to print the full traceback. The folder d
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -87,6 +87,12 @@ EFFECT = {
 }
 """The modes in which each flag has an effect."""
 
+GIVEN_ONCE = ("config", "workdir", "mode", "eval_folder", "deq_folder")
+"""Flags of which absl would silently use the last one."""
+
+HELP = {"help", "?", "helpshort", "helpfull", "helpxml"}
+"""The flags of absl that print text and end the program."""
+
 
 def main(argv: Sequence[str]) -> int:
     """Runs the mode of the command line, and returns the exit code."""
@@ -108,10 +114,17 @@ def main(argv: Sequence[str]) -> int:
             )
     if not _COORDINATOR.value and (_NUM_PROCESSES.present or _PROCESS_ID.present):
         return _complain("--num_processes and --process_id need --coordinator; without it, each process runs alone")
+    if not all(_compared()):
+        return _complain("--compare has an empty name; name workdirs, separated by commas")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.INFO)
     with stop.on_signals():
         return _leave(_run_and_report(str(_MODE.value), Path(_WORKDIR.value or "").expanduser().absolute()))
+
+
+def _compared() -> list[str]:
+    """Returns the names of all workdirs in --compare."""
+    return [name for each in _COMPARE.value for name in each.split(",")]
 
 
 def _leave(code: int) -> int:
@@ -184,7 +197,7 @@ def _run(mode: str, workdir: Path) -> None:
     elif mode == "selftest":
         selftest.selftest(_CONFIG.value, workdir)
     else:
-        run_lib.report(workdir, [Path(other).expanduser() for each in _COMPARE.value for other in each.split(",")])
+        run_lib.report(workdir, [Path(other).expanduser() for other in _compared()])
     if _CONFIG.value is not None and mode not in TRAINING:  # Trainings warn after their first call.
         unused_fields.warn_unused(_CONFIG.value, mode)
 
@@ -216,28 +229,45 @@ def _advice(error: Exception) -> str:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses the flags; a wrong flag ends the program with one line instead of a traceback."""
+    for name in GIVEN_ONCE:
+        if sum(argument.lstrip("-").split("=")[0] == name for argument in argv[1:] if argument.startswith("-")) > 1:
+            sys.exit(_complain(f"--{name} is given twice; give one"))
     try:
         rest = flags.FLAGS(argv)
+    except SystemExit as end:  # The flags for help end the program with absl's code 1.
+        sys.exit(0 if {argument.lstrip("-") for argument in argv} & HELP else end.code)
     except (KeyError, AttributeError) as error:
         if "no attribute 'get_config'" in str(error):
             sys.exit(_complain(f"{_config_argument(argv)} has no function get_config"))
         said = " ".join(str(error.args[0]).replace("\\n", " ").replace("\\'", "'").split())
-        said = said.replace("' Did", "; did").strip("'\"")
+        said = said.replace("' Did", "; did").strip("'\"").rpartition("Attempting to lookup: ")[2]
         sys.exit(_complain(f"the configuration has no such field: {said}"))
     except SyntaxError as error:
         sys.exit(_complain(f"cannot parse the configuration {_config_argument(argv)}: {error}"))
     except Exception as error:  # absl's own errors, and any error that the configuration file raises
-        unknown = _unknown_field(argv) if isinstance(error, TypeError) else None
-        if unknown:
-            sys.exit(_complain(f"the configuration has no such field: {unknown}"))
-        inside = "Traceback" in str(error) or not isinstance(error, flags.Error | TypeError | ValueError | OSError)
-        last = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        sys.exit(_complain(f"cannot load {_config_argument(argv)}: {last}" if inside else str(error)))
+        sys.exit(_complain(_flag_error(error, argv)))
     if flags.FLAGS["config"].present:
         path = _config_file()
         if not Path(path).is_file():
             sys.exit(_complain(f"--config={path}: there is no such file"))
     return rest
+
+
+def _flag_error(error: Exception, argv: Sequence[str]) -> str:
+    """Returns the message for an error of absl, or for one that the configuration file raises."""
+    said, known = str(error), flat(get_config())
+    unknown = _unknown_field(argv, known) if isinstance(error, TypeError) else None
+    if unknown:
+        return f"the configuration has no such field: {unknown}"
+    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname in known:
+        return f"{said}; did you mean --config.{error.flagname}?"
+    if "get_config() takes 0 positional arguments" in said:
+        return f"{_config_argument(argv)}: this file takes no name after the colon"
+    if "Non-boolean argument" in said:
+        return f"{said.split(': (')[0]}: it must be True or False"
+    inside = "Traceback" in said or not isinstance(error, flags.Error | TypeError | ValueError | OSError)
+    last = (said.strip().splitlines() or [type(error).__name__])[-1]
+    return f"cannot load {_config_argument(argv)}: {last}" if inside else said
 
 
 def _config_file() -> str:
@@ -249,11 +279,10 @@ def _config_argument(argv: Sequence[str]) -> str:
     return next((argument for argument in argv if argument.startswith(("--config=", "-config="))), "--config")
 
 
-def _unknown_field(argv: Sequence[str]) -> str | None:
+def _unknown_field(argv: Sequence[str], known: Collection[str]) -> str | None:
     """Returns the first field among the arguments that no configuration has, for errors that do not name it."""
     given = (argument.split("=")[0].lstrip("-") for argument in argv if argument.lstrip("-").startswith("config."))
-    known = {f"config.{field}" for field in flat(get_config())}
-    return next((field for field in given if field not in known), None)
+    return next((field for field in given if field.removeprefix("config.") not in known), None)
 
 
 if __name__ == "__main__":

@@ -224,8 +224,8 @@ def get_config(name: str = "") -> Config:
         ValueError: if the name is empty or unknown.
     """
     if name not in CONFIGURATIONS:
-        known = ", ".join(CONFIGURATIONS)
-        raise ValueError(f"--config=configs/score_sde.py:{name} needs a name after the colon; known: {known}")
+        problem = f"has no configuration {name!r}" if name else "needs a name after the colon"
+        raise ValueError(f"configs/score_sde.py {problem}; known: {', '.join(CONFIGURATIONS)}")
     config = default()
     config.update_from_flattened_dict(_differences(name))
     return config

@@ -179,6 +179,7 @@ def test_targets_and_requirements_exist(words: list[str]) -> None:
 
 def test_help_lists_the_modes() -> None:
     result = _run("main.py", "--help")
+    assert result.returncode == 0
     assert all(mode in result.stdout for mode in MODES)
 
 

@@ -28,6 +28,18 @@ UNREADABLE = {
         ["--config=configs/digits/smoke.py", "--config.training.batchsize=3"],
         'no such field: batchsize; did you mean "batch_size"',
     ),
+    "field of a number": (["--config=configs/digits/smoke.py", "--config.seed.a=3"], "no such field: seed.a"),
+    "forgotten config.": (
+        ["--config=configs/digits/smoke.py", "--training.n_iters=3"],
+        "flag 'training.n_iters'; did you mean --config.training.n_iters?",
+    ),
+    "no Boolean": (
+        ["--config=configs/digits/smoke.py", "--config.eval.enable_sampling=flase"],
+        "flag --config.eval.enable_sampling=flase: it must be True or False",
+    ),
+    "name for a file without names": (["--config=configs/digits/smoke.py:foo"], "this file takes no name after the"),
+    "unknown name": (["--config=configs/score_sde.py:nope"], "has no configuration 'nope'; known: ve/"),
+    "twice": (["--config=configs/digits/smoke.py", "--workdir=other"], "--workdir is given twice; give one"),
 }
 
 
@@ -36,7 +48,7 @@ def test_what_cannot_be_read_is_one_line(name, tmp_path):
     arguments, message = UNREADABLE[name]
     command = [sys.executable, "main.py", *arguments, "--mode=train", f"--workdir={tmp_path / 'run'}"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
+    assert result.returncode == main.BAD_INPUT
     (line,) = result.stderr.splitlines()
     assert message in line
     assert not (tmp_path / "run").exists()
@@ -69,6 +81,7 @@ REFUSED = {
     "workdir": ({"mode": "stats", "config": CONFIG, "workdir": "x"}, "--workdir has no effect with --mode=stats"),
     "eval_folder": ({"mode": "train", "config": CONFIG, "workdir": "x", "eval_folder": "e"}, "only with eval"),
     "config": ({"mode": "report", "config": CONFIG, "workdir": "x"}, "--config has no effect with --mode=report"),
+    "no name": ({"mode": "report", "workdir": "x", "compare": "y,"}, "--compare has an empty name"),
     "no coordinator": ({"mode": "eval", "config": CONFIG, "workdir": "x", "process_id": "0"}, "need --coordinator"),
 }
 
