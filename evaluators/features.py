@@ -119,7 +119,8 @@ def inception_from_config(config: Config) -> Callable[[], InceptionFeatures]:
         raise FileNotFoundError(
             f"eval.inception is {str(path)!r}, but there is no such file. FID needs the weights of Inception; convert "
             "them once from weights-inception-2015-12-05-6726825d.pth by python -m evaluators.convert_inception PATH. "
-            "To do without them, set eval.enable_sampling=False, or eval.features=classifier if the data have labels"
+            "To do without them, set eval.features=classifier if the data have labels, or, for --mode=eval, "
+            "eval.enable_sampling=False"
         )
     if config.data.num_channels not in (1, 3):
         raise ValueError(f"data.num_channels is {config.data.num_channels}; Inception needs images of 1 or 3 channels")

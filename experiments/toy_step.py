@@ -11,6 +11,7 @@ machine disturb processor time less. Processor time is meaningful only if the st
 
 import argparse
 import ast
+import difflib
 import os
 import tempfile
 import time
@@ -25,6 +26,7 @@ import numpy as np
 import datasets
 import run_lib
 from build import TRAIN_KEY, Run, build
+from configs.checks import flat
 from configs.default import Config
 from infra import parallel
 from infra.console import text_table
@@ -50,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         config = changed(load_config(f"toy.{arguments.config}"), arguments.set)
-    except (KeyError, TypeError, ValueError, SyntaxError) as error:
+    except (KeyError, ValueError) as error:
         parser.error(f"{error.args[0]}")
     rows, first = [], None
     for order in ORDERS:
@@ -76,12 +78,18 @@ def changed(config: Config, changes: Sequence[str]) -> Config:
     """Changes fields of a configuration and returns it. Each change has the form FIELD=VALUE.
 
     Raises:
-        KeyError, TypeError, ValueError, SyntaxError: if the field does not exist or the value does not fit it.
+        KeyError, ValueError: if the field does not exist or the value does not fit it.
     """
-    config.lock()  # An unlocked configuration would create unknown fields.
+    known = flat(config)
     for change in changes:
         field, _, value = change.partition("=")
-        config.update_from_flattened_dict({field: ast.literal_eval(value)})
+        if field not in known:
+            near = difflib.get_close_matches(field, known, 1)
+            raise KeyError(f"the configuration has no field {field}" + (f"; did you mean {near[0]}?" if near else ""))
+        try:
+            config.update_from_flattened_dict({field: ast.literal_eval(value)})
+        except (TypeError, ValueError, SyntaxError) as error:
+            raise ValueError(f"--set {change}: this is not a value of {field}, such as {known[field]!r}") from error
     return config
 
 

@@ -154,8 +154,11 @@ def check(path: Path) -> Iterator[Result]:
     """Returns all results of one file.
 
     Raises:
+        FileNotFoundError: if there is no such file.
         UnknownKind: if the name of the file is not known, or its content names something unknown.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}")
     return KINDS[kind_of(path)](path)
 
 

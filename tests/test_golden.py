@@ -166,6 +166,11 @@ def test_unknown_kinds_are_refused(name: str, tmp_path: Path) -> None:
     assert main([str(tmp_path / name)]) == 1
 
 
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*nofile\.npz"):
+        list(check(tmp_path / "nofile.npz"))
+
+
 def test_a_tree_of_an_unknown_configuration_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "param_trees_new.json"
     path.write_text('{"ve.no_such_config": {}}')

@@ -88,8 +88,10 @@ def test_the_longer_run_does_not_change_its_own_length(tmp_path: Path) -> None:
 def test_a_setting_that_is_no_field_is_refused():
     with pytest.raises(KeyError, match="batchsize"):
         config_of(BOARD, {"training.batchsize": 3})
-    with pytest.raises(KeyError, match="batchsize"):
+    with pytest.raises(KeyError, match=r"has no field training.batchsize; did you mean training.batch_size\?'$"):
         changed(get_config(), ["training.batchsize=3"])
+    with pytest.raises(ValueError, match=r"--set training.batch_size=a: this is not a value of .*, such as \d+$"):
+        changed(get_config(), ["training.batch_size=a"])
     assert changed(get_config(), ["training.batch_size=3"]).training.batch_size == 3
 
 
