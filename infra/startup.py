@@ -1,7 +1,9 @@
 """The compilation cache, and measurements of the start of a run: its time, and the programs that JAX compiles."""
 
 import functools
+import math
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -15,12 +17,37 @@ from infra.waiting import Background
 COMPILATION_CACHE = Path(__file__).parent.parent / ".cache" / "jax"
 """The compilation cache of all runs. JAX names its files by program, version and kind of device or processor."""
 
+FALSE = ("n", "no", "f", "false", "off", "0")
+"""The values of an environment variable that JAX reads as False."""
+
 
 def use_compilation_cache(use: bool = True) -> None:
-    """Keeps compiled programs in `COMPILATION_CACHE`, or in the folder that JAX_COMPILATION_CACHE_DIR names, or not."""
-    jax.config.update("jax_enable_compilation_cache", use)
+    """Keeps compiled programs in `COMPILATION_CACHE`, or in the folder that JAX_COMPILATION_CACHE_DIR names, or not.
+
+    JAX_ENABLE_COMPILATION_CACHE=false turns the cache off. A folder that cannot be written is only read.
+    """
+    use = use and os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "").lower() not in FALSE
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(COMPILATION_CACHE))
+    if use and folder and "://" not in folder and (problem := _unwritable(Path(folder))):
+        logging.warning(
+            "Cannot write the compilation cache: %s. Programs that it lacks are compiled again in each run. Set "
+            "JAX_COMPILATION_CACHE_DIR to a folder that can be written",
+            problem,
+        )
+        use = Path(folder).is_dir()
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)  # JAX would warn of each program.
+    jax.config.update("jax_enable_compilation_cache", use)
     jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def _unwritable(folder: Path) -> OSError | None:
+    """Creates a folder, unless it exists, and returns the error if no file can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return error
 
 
 def process_start() -> float:
