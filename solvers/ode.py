@@ -11,7 +11,7 @@ the host.
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,6 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, as_pytree, in_parts
 from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, with_worst_example
-
-METHODS = ("dopri5", "scipy", "rk4", "adams")
 
 
 def integrate(
@@ -60,30 +58,59 @@ def integrate(
         this function works under jit. Call `Info.require_success` on the host.
 
     Raises:
-        ValueError: unknown method, a tolerance or number of steps that is not positive, an odd number for "adams", or
-            as in `check_processes`.
+        ValueError: unknown method, a tolerance or number of steps that is not positive, an odd number of steps for
+            "adams", or as in `check_processes`.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown ODE method {method!r}; known: {', '.join(METHODS)}")
+    methods = (*ADAPTIVE, *FIXED_STEP)
+    if method not in methods:
+        raise ValueError(f"unknown ODE method {method!r}; known: {', '.join(methods)}")
     if not (rtol > 0 and atol > 0 and num_steps > 0 and max_steps > 0):
         raise ValueError(
             f"need positive rtol, atol, num_steps, max_steps; got {rtol}, {atol}, {num_steps}, {max_steps}"
         )
-    if method == "adams" and num_steps % 2:
-        raise ValueError(f'num_steps of "adams" must be even, got {num_steps}')
+    if method in FIXED_STEP and num_steps % (stride := FIXED_STEP[method].stride):
+        raise ValueError(f'num_steps of "{method}" must be a multiple of {stride}, got {num_steps}')
     check_processes(method, "method")
     field = as_pytree(field)
-    dtype = jnp.result_type(*jax.tree.leaves(y0), jnp.float32)
-    start, end = jnp.asarray(t0, dtype), jnp.asarray(t1, dtype)
-    if method in FIXED_STEP:
-        return _fixed_steps(field, y0, start, end, num_steps, method, progress)
-    if method == "dopri5":
-        from solvers.dormand_prince import dopri5  # diffrax takes half a second to import
+    if method in ADAPTIVE:
+        return ADAPTIVE[method](field, y0, t0, t1, rtol, atol, max_steps, progress)
+    start, end = _as_arrays(y0, t0, t1)
+    return _fixed_steps(field, y0, start, end, num_steps, method, progress)
 
-        return dopri5(field, y0, start, end, rtol, atol, max_steps, progress)
+
+def _as_arrays(y0: State, *times: float | Float[Array, ""]) -> list[Float[Array, ""]]:
+    """Returns the times in the precision of the state."""
+    dtype = jnp.result_type(*jax.tree.leaves(y0), jnp.float32)
+    return [jnp.asarray(time, dtype) for time in times]
+
+
+def _dopri5(
+    field: Field,
+    y0: State,
+    t0: float | Float[Array, ""],
+    t1: float | Float[Array, ""],
+    *settings: Any,
+) -> tuple[State, Info]:
+    from solvers.dormand_prince import dopri5  # diffrax takes half a second to import
+
+    start, end = _as_arrays(y0, t0, t1)
+    return dopri5(field, y0, start, end, *settings)
+
+
+def _scipy(
+    field: Field,
+    y0: State,
+    t0: float | Float[Array, ""],
+    t1: float | Float[Array, ""],
+    *settings: Any,
+) -> tuple[State, Info]:
     from solvers.scipy_rk45 import scipy_rk45  # SciPy's solvers take a quarter of a second to import
 
-    return scipy_rk45(field, y0, float(t0), float(t1), rtol, atol, max_steps, progress)
+    return scipy_rk45(field, y0, float(t0), float(t1), *settings)
+
+
+ADAPTIVE: dict[str, Callable[..., tuple[State, Info]]] = {"dopri5": _dopri5, "scipy": _scipy}
+"""Functions of (field, y0, t0, t1, rtol, atol, max_steps, progress) that solve the ODE, by the name of the method."""
 
 
 def check_processes(method: str, field: str) -> None:
@@ -151,17 +178,19 @@ def adams_path(field: Field, y0: State, times: Float[Array, " n"]) -> State:
     return jax.lax.scan(advance, Node(times[0], y0, (zero, zero, zero)), (jnp.arange(len(times)), times))[1]
 
 
-class _FixedStep(NamedTuple):
+class FixedStep(NamedTuple):
     """A fixed-step method."""
 
     step: Callable[..., tuple[PyTree, PyTree]]
     evaluations: int
     """Evaluations of the field in each step."""
     stride: int
-    """Steps between every second evaluation time: the spacing of the nodes of the error estimate."""
+    """Steps between every second evaluation time: the spacing of the nodes of the error estimate. It divides the number
+    of steps."""
 
 
-FIXED_STEP = {"rk4": _FixedStep(rk4_step, 4, 1), "adams": _FixedStep(adams_step, 1, 2)}
+FIXED_STEP = {"rk4": FixedStep(rk4_step, 4, 1), "adams": FixedStep(adams_step, 1, 2)}
+"""Methods with equal steps, by name."""
 
 
 class _Grid(NamedTuple):

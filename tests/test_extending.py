@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jaxtyping import Array, Float
 
+import likelihood
 import losses
 import sampling
 import sde_lib
@@ -20,12 +21,15 @@ from arrays import Batch, PerExample, ReportProgress, ScoreFn, append_dims, mean
 from build import Run, build
 from configs.default import Config
 from configs.toy.smoke import get_config
-from likelihood import ode_log_likelihood
+from evaluators.estimators import ode_estimator_from_config
+from likelihood import Method, ode_log_likelihood
 from models.score import POINT_NETWORKS
 from objectives.objective import Residual, TrainingObjective, require_first_order
 from objectives.times import TimeDistribution, times_from_config
 from samplers.sampler import DataRange, ImageKeys, Sampler, Samples, denoise
 from sde_lib import SDE, Times, sde_from_config
+from solvers.ode import FIXED_STEP, FixedStep, integrate
+from solvers.solve import combine
 from tests.analytic import asymmetric_mixture, gaussian
 
 TIMES = jnp.array([1e-5, 1e-3, 0.05, 0.3, 0.7, 1.0])
@@ -163,6 +167,33 @@ def test_the_new_sampler_is_listed_for_a_mistyped_name(monkeypatch):
     monkeypatch.setitem(sampling.SAMPLERS, "euler", euler_from_config)
     with pytest.raises(ValueError, match=r"sampling.method must be one of .*annealed_langevin, euler, got 'eulr'"):
         build(config_with(sampling__method="eulr")).sampler()
+
+
+# A new ODE solver
+
+
+def midpoint_step(field, node, dt, number):
+    """Returns the next state and derivative of the explicit midpoint rule."""
+    del number
+    half = combine(node.y, dt, [1 / 2], [node.slopes[0]])
+    y = combine(node.y, dt, [1], [field(node.t + dt / 2, half)])
+    return y, field(node.t + dt, y)
+
+
+def test_the_new_solver_is_of_second_order_and_computes_likelihoods(monkeypatch):
+    monkeypatch.setitem(FIXED_STEP, "midpoint", FixedStep(midpoint_step, 2, 1))
+    monkeypatch.setitem(likelihood.METHODS, "midpoint_log", Method("reference", "midpoint"))
+    errors = []
+    for steps in (10, 20):
+        y, info = integrate(lambda t, y: -y, jnp.ones((1, 1)), 0.0, 1.0, method="midpoint", num_steps=steps)
+        assert (int(info.steps), int(info.nfe)) == (steps, 2 * steps + 1)
+        errors.append(abs(float(y[0, 0]) - math.exp(-1)))
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+    assert ode_estimator_from_config(config_with(eval__ode_solver="midpoint_log")).description["steps"] > 0
+    sde, density = sde_lib.VPSDE(), asymmetric_mixture(2)
+    x = density.sample(jax.random.key(0), (16, 2))
+    result = ode_log_likelihood(density.score_fn(sde), sde, x, None, t_min=1e-3, method="midpoint_log")
+    np.testing.assert_allclose(result.logp, density.log_density(sde, x, jnp.full(16, 1e-3)), atol=0.01)
 
 
 # A new objective
