@@ -45,6 +45,7 @@ class BatchCache:
         if jax.process_index() == 0:
             write_atomic(self.folder / "settings.json", text)
         self.commit = commit()  # Now, because the files of the code may change during a long evaluation.
+        self._warned, self._written = False, set[Path]()
 
     def __call__(self, name: str, compute: Callable[[], Values]) -> Values:
         """Returns the values in the file of this name, or computes and writes them.
@@ -57,11 +58,15 @@ class BatchCache:
         if parallel.agree(stored is not None):
             if stored is None:
                 raise OSError(f"The first host has {path}, but this host has not; use a folder that all hosts share")
+            if not (self._warned or path in self._written):
+                self._warned = True
+                self._warn_of_other_code()
             return stored
         values = compute()
         if jax.process_index() == 0:
             self._record_commit()
             write_npz(path, **values)
+        self._written.add(path)
         return values
 
     def origin(self) -> dict[str, Any]:
@@ -81,6 +86,22 @@ class BatchCache:
         known = self.origin()["commits"]
         if self.commit not in known:
             write_atomic(self._record, json.dumps({"commits": [*known, self.commit]}))
+
+    def _warn_of_other_code(self) -> None:
+        """Logs a warning if code that differs from the code that runs may have computed the stored values.
+
+        Their key has the settings and parameters, but not the code. So after a change of a solver or sampler, an
+        evaluation would otherwise return the old numbers without a word.
+        """
+        known = self.origin()["commits"] or ["unknown"]
+        if jax.process_index() == 0 and (known != [self.commit] or "+changes" in self.commit):
+            logging.warning(
+                "%s holds values that other code may have computed: they are from commit %s, and the running code is "
+                "commit %s. The values are used again; choose another --eval_folder to compute them anew",
+                self.folder,
+                ", ".join(known),
+                self.commit,
+            )
 
     def all(self, sizes: Mapping[str, int], compute: ComputeBatch, description: str, unit: str) -> list[Values]:
         """Returns the values of all batches in order, reading or computing each.

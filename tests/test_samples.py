@@ -167,6 +167,30 @@ def test_a_result_names_the_commits_that_computed_its_values(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
+    ("before", "now", "warns"),
+    [
+        ("a", "a", False),
+        ("a", "b", True),
+        ("a+changes", "a+changes", True),
+        ("a", "unknown", True),
+        ("unknown", "unknown", False),
+    ],
+)
+def test_values_of_other_code_are_used_with_one_warning(tmp_path, monkeypatch, caplog, before, now, warns):
+    """The key of stored values does not have the code."""
+    for running, wanted, warnings in ((before, 16, 0), (now, 24, int(warns))):
+        monkeypatch.setattr(cache, "commit", lambda running=running: running)
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            stored = BatchCache(tmp_path, "samples", {}, {})
+            for _ in range(2):  # values that this evaluation has computed itself are not of other code
+                draw_in_rounds(stored, "sample", wanted, 8, lambda numbers, _: (numbers.copy(), 5))
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == warnings
+        assert all(f"{stored.folder} holds" in line and f"from commit {before}, and" in line for line in said)
+
+
+@pytest.mark.parametrize(
     ("sde", "fields", "warns"),
     [
         ("vesde", {"eta": 0.0}, True),
