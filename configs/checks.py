@@ -177,6 +177,8 @@ def _check_value(field: str, whole: Any, value: Any, kind: type) -> None:
         return
     if not math.isfinite(value):
         raise ValueError(f"{field} is {whole!r}{entries} finite")
+    if field not in RANGES:
+        raise ValueError(f"{field} is a number without a range: add its interval to configs/checks.py:RANGES")
     low, high = (float(bound) for bound in RANGES[field][1:-1].split(","))
     above = value > low if RANGES[field][0] == "(" else value >= low
     below = value < high if RANGES[field][-1] == ")" else value <= high

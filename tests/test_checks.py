@@ -42,6 +42,12 @@ def test_numbers_that_are_not_finite_or_out_of_range_are_refused(field):
             check_config(with_value(field, (value,) if isinstance(default, tuple) else value))
 
 
+def test_a_number_without_a_range_is_named(monkeypatch):
+    monkeypatch.delitem(RANGES, "eval.rtol")
+    with pytest.raises(ValueError, match=r"^eval.rtol is a number without a range: add .* configs/checks.py:RANGES$"):
+        check_config(get_config())
+
+
 def test_fields_that_do_not_exist_or_are_missing_are_refused():
     """A user's own file can have such fields, because they are not checked while it is read."""
     config = get_config()
