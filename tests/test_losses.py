@@ -169,7 +169,7 @@ def test_the_true_score_is_stationary_for_the_exact_orders(d):
 @pytest.mark.parametrize("name", DISTINCT_SDES)
 def test_true_score_is_stationary_for_every_order(name):
     """At the true score the expected gradient of each term is 0; away from it, it is not (5 standard errors)."""
-    sde = SDES[name](**({"sigma_max": 3.0} if "ve" in name else {}))
+    sde = SDES[name](**({"sigma_max": 3.0} if SDES[name].variance_exploding else {}))
     objective = Objective(order=3, t_min=0.05)
     batch, repeats = 4000, 40
 

@@ -65,7 +65,7 @@ def test_importance_sampling_follows_its_density(sde):
     """Z is the integral of g^2 / sigma^2, by quadrature, and the quantiles invert it."""
     t_min = 1e-3
     with jax.enable_x64():
-        log_t = jnp.linspace(np.log(t_min), 0.0, 20_001)
+        log_t = jnp.linspace(np.log(t_min), 0.0, 200_001)
         times = jnp.exp(log_t)
         integrand = times * (sde.diffusion(times) / sde.alpha_sigma(times)[1]) ** 2
         total = jnp.trapezoid(integrand, log_t)
@@ -101,7 +101,7 @@ def test_discrete_chain_approaches_the_sde(sde, num_steps):
 def test_times_by_velocity_weight_follow_their_density(sde: LinearGammaSDE):
     """The weight is the integral of alpha^2 d gamma, by quadrature, and the quantiles invert it."""
     with jax.enable_x64():
-        times = jnp.linspace(0.0, 1.0, 20_001)
+        times = jnp.linspace(0.0, 1.0, 200_001)
         density = sde.alpha_sigma(times)[0] ** 2 * sde.gamma_range
         total = jnp.trapezoid(density, times)
         np.testing.assert_allclose(sde.velocity_weight(jnp.array(0.0)), total, rtol=1e-7)
