@@ -78,7 +78,7 @@ def integrate(
     return _fixed_steps(field, y0, start, end, num_steps, method, progress)
 
 
-def _as_arrays(y0: State, *times: float | Float[Array, ""]) -> list[Float[Array, ""]]:
+def _as_arrays(y0: PyTree, *times: float | Float[Array, ""]) -> list[Float[Array, ""]]:
     """Returns the times in the precision of the state."""
     dtype = jnp.result_type(*jax.tree.leaves(y0), jnp.float32)
     return [jnp.asarray(time, dtype) for time in times]
@@ -109,7 +109,7 @@ def _scipy(
     return scipy_rk45(field, y0, float(t0), float(t1), *settings)
 
 
-ADAPTIVE: dict[str, Callable[..., tuple[State, Info]]] = {"dopri5": _dopri5, "scipy": _scipy}
+ADAPTIVE: dict[str, Callable[..., tuple[Any, Info]]] = {"dopri5": _dopri5, "scipy": _scipy}
 """Functions of (field, y0, t0, t1, rtol, atol, max_steps, progress) that solve the ODE, by the name of the method."""
 
 
