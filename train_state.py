@@ -178,11 +178,20 @@ class Trainer:
         """One step for each batch along the first axis of `images`.
 
         Metrics are means over the steps that did not fail. `failed` and `largest_times` have a row for each step.
+
+        Raises:
+            ValueError: naming another metric that is not a scalar.
         """
+
+        def step(state: TrainState, batch: TrainingBatch) -> tuple[TrainState, Metrics]:
+            state, metrics = self.train_step(state, batch, key)
+            require_scalars(metrics)
+            return state, metrics
+
         if len(jax.tree.leaves(images)[0]) == 1:
             # A single step needs no loop.
-            return self.train_step(state, jax.tree.map(lambda a: a[0], images), key)
-        state, metrics = jax.lax.scan(lambda s, batch: self.train_step(s, batch, key), state, images)
+            return step(state, jax.tree.map(lambda a: a[0], images))
+        state, metrics = jax.lax.scan(step, state, images)
         kept, weights = {}, 1 - metrics["failed"]
         for name in ("failed", "largest_times"):
             kept[name] = metrics.pop(name)
@@ -315,6 +324,13 @@ class Trainer:
 def not_finite(metrics: Metrics) -> Bool[Array, ""]:
     """Whether the loss or the norm of the gradient of a step is not finite."""
     return ~(jnp.isfinite(metrics["total"]) & jnp.isfinite(metrics["grad_norm"]))
+
+
+def require_scalars(metrics: Metrics) -> None:
+    """Raises ValueError for a metric of one step that is not a scalar, which could be neither averaged nor plotted."""
+    for name, value in metrics.items():
+        if name != "largest_times" and jnp.ndim(value):
+            raise ValueError(f"the metric {name!r} has shape {jnp.shape(value)}; it must be a scalar, such as a mean")
 
 
 def largest(losses: PerExample, times: PerExample) -> Metrics:

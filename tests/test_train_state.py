@@ -168,6 +168,21 @@ def test_several_steps_in_one_call(batches):
     np.testing.assert_allclose(metrics["total"], np.mean(losses), rtol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_metric_that_is_not_a_scalar_is_named(batches, monkeypatch, steps):
+    """One step dropped it silently, and several failed while broadcasting."""
+    train_step = Trainer.train_step
+
+    def with_gradients(*arguments):
+        state, metrics = train_step(*arguments)
+        return state, metrics | {"norms": jnp.ones(3)}
+
+    monkeypatch.setattr(Trainer, "train_step", with_gradients)
+    run = run_of_order(1)
+    with pytest.raises(ValueError, match=r"the metric 'norms' has shape \(3,\); it must be a scalar"):
+        jax.eval_shape(run.trainer.train_steps, run.fresh_state(), np.stack(batches[:steps]), run.key(TRAIN_KEY))
+
+
 def test_optimizer_is_the_published_one():
     """Clip by the global norm, Adam with warm-up from 0, by hand for three steps on a small vector."""
     optim = get_config().optim
