@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import logging
+from PIL import Image
 
 from infra import stop
 from infra.console import progress
@@ -50,6 +51,10 @@ class Decoder:
     framing: Framing
     image_size: int
     num_channels: int
+    enlarged: list[Path] = dataclasses.field(default_factory=list, compare=False, repr=False)
+    """The decoded files with fewer pixels than `image_size`."""
+    grey: list[Path] = dataclasses.field(default_factory=list, compare=False, repr=False)
+    """The decoded files whose three channels are equal."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -62,10 +67,19 @@ class Decoder:
 
     def __call__(self, path: Path) -> np.ndarray | str:
         """Returns the image, or, if it cannot be decoded, the reason."""
+
+        def framing(image: Image.Image, size: int) -> Image.Image:
+            if min(image.size) < size:
+                self.enlarged.append(path)
+            return self.framing(image, size)
+
         try:
-            return decode_image(path, self.framing, self.image_size, self.num_channels, turn=True)
+            image = decode_image(path, framing, self.image_size, self.num_channels, turn=True)
         except ValueError as error:
             return str(error)
+        if self.num_channels == 3 and np.all(image == image[..., :1]):
+            self.grey.append(path)
+        return image
 
 
 def load_folder(
@@ -106,6 +120,13 @@ def load_folder(
         files.splits_from,
         files.skipped,
     )
+    if decoder.enlarged or decoder.grey:  # Stored images were decoded by an earlier run, which logged this.
+        logging.info(
+            "Decoded both splits: %d images enlarged to %d pixels, %d grey images given 3 equal channels",
+            len(decoder.enlarged),
+            image_size,
+            len(decoder.grey),
+        )
     return stored
 
 

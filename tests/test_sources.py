@@ -190,6 +190,17 @@ def test_folder_with_train_and_test(tmp_path):
     assert (len(train), len(test)) == (4, 2)
 
 
+def test_the_log_counts_images_that_were_enlarged_or_are_grey(tmp_path, caplog):
+    for number, (size, channels) in enumerate([(8, 3), (8, 1), (16, 1), (16, 1), (16, 3), (32, 3)]):
+        for split in ("train", "test"):
+            save(tmp_path / "own" / split / f"{number}.png", random_images(size, size, channels).squeeze())
+    config = config_for("folder", tmp_path, path=str(tmp_path / "own"), image_size=16, num_channels=3)
+    with caplog.at_level("INFO"):
+        both_splits(config)
+    line = "Decoded both splits: 4 images enlarged to 16 pixels, 6 grey images given 3 equal channels"
+    assert caplog.text.count(line) == 1
+
+
 def test_decoded_folder_is_kept_until_it_changes(folder, tmp_path, monkeypatch):
     config = config_for("folder", tmp_path, path=str(folder), image_size=16, num_channels=3)
     first = both_splits(config)[0]
