@@ -31,7 +31,10 @@ from samplers.sampler import image_keys
 
 def main(workdir: Path, out: Path, num_samples: int = 16, num_images: int = 32) -> MeanEstimate:
     """Draws samples into a PNG file, and returns the bits/dim of the first test images."""
-    run = build(load_config(workdir))
+    for name, count in (("num_samples", num_samples), ("num_images", num_images)):
+        if count < 1:
+            raise ValueError(f"--{name} is {count}; it must be at least 1")
+    run = build(load_config(workdir), for_training=False)  # the devices may be others than those of the training
     state = run.load_state(workdir)
     score_fn = run.score_fn(state.ema_params)  # the averaged parameters, without dropout
 
@@ -46,8 +49,11 @@ def main(workdir: Path, out: Path, num_samples: int = 16, num_images: int = 32) 
 
 def load_config(workdir: Path) -> Config:
     """The configuration of a run: the defaults, updated with the values in its config.json."""
-    config = get_config()
-    config.update(json.loads(Workdir(workdir).config.read_text()))  # makes tuples of JSON's lists where there were some
+    path, config = Workdir(workdir).config, get_config()
+    if not path.exists():
+        reason = "it holds no config.json" if workdir.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"no run in {workdir}: {reason}")
+    config.update(json.loads(path.read_text()))  # makes tuples of JSON's lists where there were some
     return config.lock()
 
 

@@ -54,8 +54,12 @@ def trained(tmp_path_factory):
         yield workdir, config
 
 
-def test_samples_and_bits_of_a_workdir(trained, tmp_path, capsys):
-    workdir, _ = trained
+def test_samples_and_bits_of_a_workdir(trained, tmp_path, capsys, monkeypatch):
+    """The devices may be others than those of the training, so they need not divide its batch."""
+    workdir, config = trained
+    config = config.copy_and_resolve_references()
+    config.training.batch_size = 15
+    monkeypatch.setattr(sample_workdir, "load_config", lambda _: config)
     bpd = sample_workdir.main(workdir, tmp_path, num_samples=16, num_images=8)
     assert bpd.n == 8
     # uniform noise on 17 levels has log2(17) = 4.1 bits/dim; two steps of training give less than a useful model
@@ -81,10 +85,23 @@ def test_a_run_on_points_has_no_images():
         sample_workdir.draw_samples(run, run.score_fn({}), 4)
 
 
-@pytest.mark.parametrize("module", ["examples.sample_workdir", "experiments.sample_devices"])
-def test_a_wrong_folder_is_one_line(module, tmp_path):
-    argument = str(tmp_path / "none") if module.startswith("examples") else f"--workdir={tmp_path / 'none'}"
+@pytest.mark.parametrize("field", ["num_samples", "num_images"])
+def test_no_images_are_refused_before_anything_is_written(trained, tmp_path, field):
+    with pytest.raises(ValueError, match=f"^--{field} is 0; it must be at least 1$"):
+        sample_workdir.main(trained[0], tmp_path / "out", **{field: 0})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "flag", "line"),
+    [
+        ("examples.sample_workdir", "", "no run in {}: there is no such folder"),
+        ("experiments.sample_devices", "--workdir=", "--workdir={} has no run"),
+    ],
+)
+def test_a_wrong_folder_is_one_line(module, flag, line, tmp_path):
+    argument = f"{flag}{tmp_path / 'none'}"
     result = subprocess.run([sys.executable, "-m", module, argument], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
-    assert str(tmp_path / "none") in result.stderr.splitlines()[-1]
+    assert line.format(tmp_path / "none") in result.stderr.splitlines()[-1]
