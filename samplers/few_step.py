@@ -334,7 +334,7 @@ class DPMSolverSampler(FastSampler):
         return Samples(x, self.max_nfe)
 
 
-def _fast_fields(config: Config, sde: SDE, data_range: DataRange, best_schedule: str) -> dict[str, Any]:
+def fast_fields(config: Config, sde: SDE, data_range: DataRange, best_schedule: str) -> dict[str, Any]:
     """The fields of every `FastSampler`. Reads only the fields of `sampling` that have an effect."""
     sampling = config.sampling
     fields = common_fields(config, sde) | {"max_nfe": sampling.max_nfe, "schedule": sampling.schedule}
@@ -347,10 +347,10 @@ def _fast_fields(config: Config, sde: SDE, data_range: DataRange, best_schedule:
 
 def dpm_solver_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
     """Builds DPM-Solver++ with the fields of `sampling`."""
-    fields = _fast_fields(config, sde, data_range, DPMSolverSampler.best_schedule)
+    fields = fast_fields(config, sde, data_range, DPMSolverSampler.best_schedule)
     return DPMSolverSampler(order=config.sampling.order, eta=config.sampling.eta, **fields)
 
 
 def heun_from_config(config: Config, sde: SDE, data_range: DataRange) -> Sampler:
     """Builds Heun's method with the fields of `sampling`."""
-    return HeunSampler(**_fast_fields(config, sde, data_range, HeunSampler.best_schedule))
+    return HeunSampler(**fast_fields(config, sde, data_range, HeunSampler.best_schedule))
