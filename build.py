@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from models.score import (
     NetworkScore,
     Params,
     ScoreModel,
+    ScoreNetwork,
     score_model_from_config,
 )
 from samplers.sampler import Sampler
@@ -225,12 +227,13 @@ def build(config: Config, mesh: Mesh | None = None, *, for_training: bool = True
     with unrecorded(config):  # reading a field to check it does not give it an effect
         check_config(config)
         _check_kind_of_data(config)
-        _check_classes(config)
         model = score_model_from_config(config)
+        _check_classes(config, model.network)
         _check_smallest_times(config, model.sde)
         objective = _trainer(config, mesh, model, training_preprocess(config)).objective
         _check_derivatives(config, objective.needs_jacobian)
         if for_training:
+            _check_largest_noise(config.training, model.sde)
             _check_noise_level(config.training, model.sde)
             _check_training(config, objective.every, mesh.size)
     return Run(config, mesh, score_model_from_config(config), training_preprocess(config))
@@ -269,6 +272,21 @@ def _check_smallest_times(config: Config, sde: SDE) -> None:
         t = jnp.asarray(time)
         if not (sde.diffusion(t) > 0 and jnp.isfinite(sde.log_noise_level(t))):
             raise ValueError(f"{field} is {time}, where training.sde={training.sde} has too little noise: raise it")
+
+
+def _check_largest_noise(training: Config, sde: SDE) -> None:
+    """Raises ValueError if the noise level of the SDE is not finite at t_max, where samples and likelihoods start."""
+    log_rho = _log_largest_noise(sde)
+    if not math.isfinite(log_rho):
+        raise ValueError(
+            f"training.sde is {training.sde!r}, whose ln(sigma / alpha) is {log_rho} at t = {sde.t_max}; it must be "
+            "finite: change the SDE so that alpha stays above 0"
+        )
+
+
+@functools.cache  # The program compiles in a tenth of a second, and a process builds many runs.
+def _log_largest_noise(sde: SDE) -> float:
+    return float(jax.jit(sde.log_noise_level)(jnp.asarray(sde.t_max)))
 
 
 def _check_noise_level(training: Config, sde: SDE) -> None:
@@ -317,14 +335,16 @@ def _check_init(training: Config) -> None:
         )
 
 
-def _check_classes(config: Config) -> None:
+def _check_classes(config: Config, network: ScoreNetwork) -> None:
     """Raises ValueError if `data.num_classes` is set, but the network does not take classes."""
     if not config.data.num_classes:
         return
-    if config.model.name != "ncsnpp" or not config.model.conditional:
+    is_told = getattr(network, "num_classes", 0) == config.data.num_classes and getattr(network, "conditional", True)
+    if not is_told:
         raise ValueError(
-            f"data.num_classes is {config.data.num_classes}, but only ncsnpp with model.conditional=True is told "
-            "classes: set it to 0"
+            f"data.num_classes is {config.data.num_classes}, but model.name={config.model.name!r} with "
+            f"model.conditional={config.model.conditional} is not told classes: set it to 0, or use ncsnpp with "
+            "model.conditional=True"
         )
     if not config.training.label_dropout:
         raise ValueError(

@@ -11,6 +11,7 @@ from jaxtyping import Array, Int
 
 from arrays import Batch, PerExample
 from configs.default import Config
+from configs.usage import unrecorded
 from models.conditioning import Conditioning, conditioning
 from models.ddpm import ddpm_from_config
 from models.mlp import MLPS, mlp_from_config
@@ -32,7 +33,8 @@ class ScoreNetwork(Protocol):
     With `scale_by_sigma`, the network divides its output by sigma, and the result is the score. The classes of
     models/conditioning.py say what the labels are, and what the output is without `scale_by_sigma`.
 
-    A network with `data.num_classes` also takes `classes`, one for each example.
+    A network with `data.num_classes` also takes `classes`, one for each example, and has this number as its attribute
+    `num_classes`.
     """
 
     @property
@@ -120,9 +122,31 @@ def score_model_from_config(config: Config) -> ScoreModel:
     """
     sde = sde_from_config(config)  # An unknown SDE is reported before a network that does not fit the SDE.
     levels = None if config.training.continuous else config.model.num_scales
-    model = ScoreModel(build_network(config), sde, levels, config.model.parameterization)
+    network = build_network(config)
+    _check_scale_by_sigma(network, config.model)
+    model = ScoreModel(network, sde, levels, config.model.parameterization)
     _ = model.conditioning  # raises ValueError
     return model
+
+
+def _check_scale_by_sigma(network: ScoreNetwork, model: Config) -> None:
+    """Raises ValueError if the network does not say whether it divides by sigma, or says other than the configuration.
+
+    The labels and the meaning of the output follow from the network, but `training.sde` and checkpoints are checked
+    against the configuration.
+    """
+    if not hasattr(network, "scale_by_sigma"):
+        raise ValueError(
+            f"{type(network).__name__}, the network of model.name={model.name!r}, has no attribute scale_by_sigma: add "
+            "it, True if the network receives sigma and divides its output by it, otherwise False"
+        )
+    with unrecorded(model):  # the network decides whether the field has an effect
+        wanted = model.scale_by_sigma
+    if network.scale_by_sigma != wanted:
+        raise ValueError(
+            f"model.scale_by_sigma is {wanted}, but the network of model.name={model.name!r} has scale_by_sigma="
+            f"{network.scale_by_sigma}: set the field to {network.scale_by_sigma}"
+        )
 
 
 def build_network(config: Config) -> ScoreNetwork:

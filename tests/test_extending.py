@@ -116,6 +116,19 @@ def test_a_run_with_the_new_sde(registered_sde):
     assert jnp.isfinite(samples.x).all()
 
 
+class CosineSDE(ConstantBetaSDE):
+    """alpha = cos(pi t / 2), which is 0 at the end, so that the data are forgotten completely."""
+
+    def log_noise_level(self, t: Times) -> Times:
+        return jnp.log(jnp.tan(jnp.pi / 2 * t))
+
+
+def test_an_sde_without_a_largest_noise_level_is_refused_before_training(monkeypatch):
+    monkeypatch.setitem(sde_lib.SDES, "cosine", CosineSDE)
+    with pytest.raises(ValueError, match=r"training.sde is 'cosine', whose ln\(sigma / alpha\) is nan at t = 1.0; "):
+        build(config_with(training__sde="cosine"))
+
+
 # A new sampler
 
 
@@ -165,7 +178,7 @@ def test_the_new_sampler_draws_a_gaussian(registered_sde, monkeypatch, sde):
 
 def test_the_new_sampler_is_listed_for_a_mistyped_name(monkeypatch):
     monkeypatch.setitem(sampling.SAMPLERS, "euler", euler_from_config)
-    with pytest.raises(ValueError, match=r"sampling.method must be one of .*annealed_langevin, euler, got 'eulr'"):
+    with pytest.raises(ValueError, match=r"sampling.method must be one of .*, euler, got 'eulr'"):
         build(config_with(sampling__method="eulr")).sampler()
 
 
@@ -279,6 +292,7 @@ class LinearNetwork(nn.Module):
     """The noise as a linear function of the point, with a matrix that depends linearly on the time."""
 
     scale_by_sigma: bool = False
+    num_classes: int = 0
 
     @nn.compact
     def __call__(self, x: Batch, labels: PerExample, train: bool = False) -> Batch:
@@ -289,9 +303,40 @@ class LinearNetwork(nn.Module):
 
 def test_a_run_with_the_new_network(monkeypatch):
     monkeypatch.setitem(POINT_NETWORKS, "linear", lambda config: LinearNetwork())
-    run = build(config_with(model__name="linear"))
+    run = build(config_with(model__name="linear", model__scale_by_sigma=False))
     metrics = one_step(run)
     assert np.isfinite(metrics["total"])
     assert metrics["grad_norm"] > 0
-    with pytest.raises(ValueError, match=r"model.name is 'liner'; known: .*mlp_published, linear"):
+    with pytest.raises(ValueError, match=r"model.name is 'liner'; known: .*, linear$"):
         build(config_with(model__name="liner"))
+
+
+class Silent(nn.Module):
+    """A network that does not say whether it divides by sigma."""
+
+    @nn.compact
+    def __call__(self, x: Batch, labels: PerExample, train: bool = False) -> Batch:
+        del labels, train
+        return nn.Dense(x.shape[1])(x)
+
+
+@pytest.mark.parametrize(
+    ("network", "fields", "message"),
+    [
+        (Silent(), {}, r"Silent, the network of model.name='linear', has no attribute scale_by_sigma: add it"),
+        (LinearNetwork(), {"model__scale_by_sigma": True}, r"is True, but .*='linear' has scale_by_sigma=False: set"),
+        (LinearNetwork(), {"data__num_classes": 3}, r"data.num_classes is 3, but model.name='linear' .* not told"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_a_network_that_does_not_fit_the_configuration_is_refused(monkeypatch, network, fields, message):
+    monkeypatch.setitem(POINT_NETWORKS, "linear", lambda config: network)
+    with pytest.raises(ValueError, match=message):
+        build(config_with(model__name="linear", **{"model__scale_by_sigma": False} | fields))
+
+
+def test_a_network_with_the_number_of_classes_is_told_them(monkeypatch):
+    monkeypatch.setitem(POINT_NETWORKS, "linear", lambda config: LinearNetwork(num_classes=config.data.num_classes))
+    config = config_with(model__name="linear", model__scale_by_sigma=False, data__num_classes=3)
+    config.training.label_dropout = 0.1
+    build(config)
