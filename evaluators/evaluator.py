@@ -18,6 +18,11 @@ class Evaluator(Protocol):
     def __call__(self, params: Params, folder: EvaluationFolder) -> dict[str, Any]:
         """Evaluates a model with these parameters.
 
+        Returns:
+            Numbers and texts for the result file. If settings other than the parameters decide about them, the result
+            also has the fields of `cache.BatchCache.origin`, whose key `values` tells results of different settings
+            apart: without it, a new result replaces the last one instead of moving it to `earlier`.
+
         Raises:
             RuntimeError: if an ODE solve fails, or a value is not finite.
         """

@@ -243,7 +243,7 @@ class OppositeObjective(TrainingObjective):
             return mean_square(factor * score_fn(mean + factor * z, noise.t) + z)
 
         loss = (error(noise.z) + error(-noise.z)) / 2
-        return {"total": loss, "first": loss}
+        return {"total": loss, "first": loss, "size": mean_square(x0)}  # a metric that is not a term
 
 
 def opposite_from_config(config: Config) -> OppositeObjective:
@@ -280,6 +280,7 @@ def test_a_run_with_the_new_objective(monkeypatch):
     monkeypatch.setitem(losses.OBJECTIVES, "opposite", opposite_from_config)
     metrics = one_step(build(config_with(training__objective="opposite")))
     assert metrics["first"] == metrics["total"] > 0
+    assert metrics["size"].shape == ()
     assert metrics["grad_norm"] > 0
     with pytest.raises(ValueError, match=r"score_matching_order is 2, but it is for training\.objective=denoising"):
         build(config_with(training__objective="opposite", training__score_matching_order=2))

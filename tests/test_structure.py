@@ -27,8 +27,11 @@ LAYERS = (
 )
 """From the parts that know most to those that know least. A part imports only from lower layers."""
 
-MOST_MODULES, MOST_PARTS, MOST_IMPORTS = 16, 28, 140
-"""Limits for the root's modules, for its modules and folders together, and for the imports between these."""
+MOST_MODULES, MOST_PARTS, MOST_IMPORTS = 16, 28, 142
+"""Limits for the root's modules, for its modules and folders together, and for the imports between these.
+
+Parts and imports have exactly the limits' numbers, except for two imports: room for one extension.
+"""
 
 
 def imports(path: Path) -> set[str]:
@@ -69,8 +72,10 @@ def imported_files(path: Path) -> set[Path]:
 
 def test_every_part_has_its_layer():
     layered = [part for layer in LAYERS for part in layer]
-    assert len(layered) == len(set(layered))
-    assert parts().keys() == set(layered)
+    assert len(layered) == len(set(layered)), "LAYERS names a part twice"
+    missing, gone = parts().keys() - set(layered), set(layered) - parts().keys()
+    assert not missing, f"new parts {sorted(missing)}: add each to the layer of LAYERS above all parts that it imports"
+    assert not gone, f"LAYERS names {sorted(gone)}, which do not exist: remove them there"
 
 
 def test_imports_go_downward():
@@ -82,14 +87,22 @@ def test_imports_go_downward():
         for name in imports(path) & depth.keys() - {part}
         if depth[name] <= depth[part]
     ]
-    assert upward == []
+    assert upward == [], "move the code to a lower layer, or the importing code to a higher one; see LAYERS"
 
 
 def test_the_structure_stays_small():
     edges = graph()
-    assert len(list(ROOT.glob("*.py"))) <= MOST_MODULES
-    assert len(edges) <= MOST_PARTS
-    assert sum(map(len, edges.values())) <= MOST_IMPORTS
+    numbers = {
+        "MOST_MODULES": (len(list(ROOT.glob("*.py"))), MOST_MODULES, "put the new module into a folder"),
+        "MOST_PARTS": (len(edges), MOST_PARTS, "put the new module into a folder that exists"),
+        "MOST_IMPORTS": (
+            sum(map(len, edges.values())),
+            MOST_IMPORTS,
+            "use parts that the importing part imports already",
+        ),
+    }
+    for name, (number, most, advice) in numbers.items():
+        assert number <= most, f"{name} is {most}, but there are {number}: {advice}, or raise the limit with a reason"
     graphlib.TopologicalSorter(edges).prepare()  # raises CycleError
 
 
