@@ -257,7 +257,10 @@ BAD_WORKDIRS = {"no workdir": [], "unwritable": ["--workdir=/proc/nowhere/run"]}
 def refused(tmp_path_factory):
     """The workdir of `BAD_INPUT`, and how the commands of all cases of bad input ended."""
     workdir, train = tmp_path_factory.mktemp("refused") / "run", ["--config=configs/digits/smoke.py", "--mode=train"]
-    cases = {name: [*train, f"--workdir={workdir}", argument] for name, (argument, _) in BAD_INPUT.items()}
+    cases = {}
+    for name, (argument, _) in BAD_INPUT.items():
+        others = [other for other in train if other.split("=")[0] != argument.split("=")[0]]
+        cases[name] = [*others, f"--workdir={workdir}", argument]
     return workdir, run_main(cases | {name: [*train, *arguments] for name, arguments in BAD_WORKDIRS.items()})
 
 
