@@ -339,8 +339,8 @@ def _check_classes(config: Config, network: ScoreNetwork) -> None:
     """Raises ValueError if `data.num_classes` is set, but the network does not take classes."""
     if not config.data.num_classes:
         return
-    is_told = getattr(network, "num_classes", 0) == config.data.num_classes and getattr(network, "conditional", True)
-    if not is_told:
+    takes_classes = getattr(network, "num_classes", 0) == config.data.num_classes
+    if not (takes_classes and config.model.conditional):
         raise ValueError(
             f"data.num_classes is {config.data.num_classes}, but model.name={config.model.name!r} with "
             f"model.conditional={config.model.conditional} is not told classes: set it to 0, or use ncsnpp with "
