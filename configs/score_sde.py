@@ -224,8 +224,10 @@ def get_config(name: str = "") -> Config:
         ValueError: if the name is empty or unknown.
     """
     if name not in CONFIGURATIONS:
-        problem = f"has no configuration {name!r}" if name else "needs a name after the colon"
-        raise ValueError(f"configs/score_sde.py {problem}; known: {', '.join(CONFIGURATIONS)}")
+        problem = f"has no configuration {name!r}: it " if name else ""
+        raise ValueError(
+            f"configs/score_sde.py {problem}needs a name after the colon; known: {', '.join(CONFIGURATIONS)}"
+        )
     config = default()
     config.update_from_flattened_dict(_differences(name))
     return config

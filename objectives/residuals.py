@@ -74,7 +74,8 @@ def variance_weights(estimator: str, r: PerExample, d: int) -> dict[str, PerExam
         estimator: "published", "exact", or an unbiased one.
     """
     third = 1 / (2 * r**2 * (d + 2))
-    unbiased = {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": d**2 * third}
+    # As an integer, d^2 may be too large for JAX.
+    unbiased = {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": third * d * d}
     return {
         "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": d * third},
         "exact": {"second_frob": d / (2 * r), "third": third},
