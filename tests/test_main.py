@@ -38,7 +38,10 @@ UNREADABLE = {
         "flag --config.eval.enable_sampling=flase: it must be True or False",
     ),
     "name for a file without names": (["--config=configs/digits/smoke.py:foo"], "this file takes no name after the"),
-    "unknown name": (["--config=configs/score_sde.py:nope"], "has no configuration 'nope': it needs a name after the colon; known: ve/"),
+    "unknown name": (
+        ["--config=configs/score_sde.py:nope"],
+        "has no configuration 'nope': it needs a name after the colon; known: ve/",
+    ),
     "twice": (["--config=configs/digits/smoke.py", "--workdir=other"], "--workdir is given twice; give one"),
 }
 
