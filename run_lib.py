@@ -388,9 +388,7 @@ def report(path: Path, others: Sequence[Path] = ()) -> None:
         FileNotFoundError: if a folder does not exist, or holds no run.
     """
     for folder in (path, *others):
-        if not Workdir(folder).config.is_file():
-            reason = "it holds no config.json" if folder.is_dir() else "there is no such folder"
-            raise FileNotFoundError(f"no run in {folder}: {reason}")
+        Workdir(folder).require_run()
     run, *compared = _write_report(path, others)
     print(comparison_table([result for each in (*compared, run) for result in each.results], several_runs=bool(others)))
     print(f"\nreport: {Workdir(path).report}")

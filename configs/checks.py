@@ -160,11 +160,16 @@ def _check_names(found: Iterable[str], known: Collection[str]) -> None:
     found = {next((name for name in known if field.startswith(f"{name}.")), field) for field in found}
     for field in sorted(found):
         if field not in known:
-            near = difflib.get_close_matches(field, known, 1)
-            raise ValueError(f"the configuration has no field {field}" + (f"; did you mean {near[0]}" if near else ""))
+            raise ValueError(no_field(field, known))
     for field in known:
         if field not in found:
             raise ValueError(f"the configuration lacks the field {field}; begin with configs.default.get_config()")
+
+
+def no_field(field: str, known: Collection[str]) -> str:
+    """The message for a field that does not exist, with the most similar field that does."""
+    near = difflib.get_close_matches(field, known, 1)
+    return f"the configuration has no field {field}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def _check_value(field: str, whole: Any, value: Any, kind: type) -> None:

@@ -17,10 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from configs.default import get_config
-from evaluators.features import save_inception
+from evaluators.features import PUBLISHED_INCEPTION, save_inception
 from models.inception import params_from_published
 
-PUBLISHED_FILE = "weights-inception-2015-12-05-6726825d.pth"
 PUBLISHED_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
@@ -29,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m evaluators.convert_inception", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("path", type=Path, help=PUBLISHED_FILE)
+    parser.add_argument("path", type=Path, help=PUBLISHED_INCEPTION)
     parser.add_argument("--out", type=Path, default=Path(get_config().eval.inception), help="the converted file")
     parser.add_argument("--sha256", default=PUBLISHED_SHA256, help="the SHA-256 that the file must have")
     parsed = parser.parse_args(arguments)
@@ -51,7 +50,9 @@ def convert(path: Path, out: Path, sha256: str = PUBLISHED_SHA256) -> None:
         ImportError: if torch is not installed.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}; torch-fidelity and pytorch-fid distribute {PUBLISHED_FILE}")
+        raise FileNotFoundError(
+            f"there is no file {path}; torch-fidelity and pytorch-fid distribute {PUBLISHED_INCEPTION}"
+        )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != sha256.lower():

@@ -22,6 +22,9 @@ from infra import parallel
 from infra.files import read_npz, write_npz
 from models.inception import NUM_FEATURES, Inception, InceptionOutput, resize
 
+PUBLISHED_INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
+"""The file that `evaluators/convert_inception.py` converts."""
+
 
 @dataclasses.dataclass(frozen=True)
 class InceptionFeatures:
@@ -118,7 +121,7 @@ def inception_from_config(config: Config) -> Callable[[], InceptionFeatures]:
     if not path.is_file():
         raise FileNotFoundError(
             f"eval.inception is {str(path)!r}, but there is no such file. FID needs the weights of Inception; convert "
-            "them once from weights-inception-2015-12-05-6726825d.pth by python -m evaluators.convert_inception PATH. "
+            f"them once from {PUBLISHED_INCEPTION} by python -m evaluators.convert_inception PATH. "
             "To do without them, set eval.features=classifier if the data have labels, or, for --mode=eval, "
             "eval.enable_sampling=False"
         )

@@ -34,7 +34,7 @@ def main(workdir: Path, out: Path, num_samples: int = 16, num_images: int = 32) 
     for name, count in (("num_samples", num_samples), ("num_images", num_images)):
         if count < 1:
             raise ValueError(f"--{name} is {count}; it must be at least 1")
-    run = build(load_config(workdir), for_training=False)  # the devices may be others than those of the training
+    run = build(load_config(workdir), for_training=False)  # other devices need not divide its batch
     state = run.load_state(workdir)
     score_fn = run.score_fn(state.ema_params)  # the averaged parameters, without dropout
 
@@ -49,11 +49,9 @@ def main(workdir: Path, out: Path, num_samples: int = 16, num_images: int = 32) 
 
 def load_config(workdir: Path) -> Config:
     """The configuration of a run: the defaults, updated with the values in its config.json."""
-    path, config = Workdir(workdir).config, get_config()
-    if not path.exists():
-        reason = "it holds no config.json" if workdir.is_dir() else "there is no such folder"
-        raise FileNotFoundError(f"no run in {workdir}: {reason}")
-    config.update(json.loads(path.read_text()))  # makes tuples of JSON's lists where there were some
+    folder, config = Workdir(workdir), get_config()
+    folder.require_run()
+    config.update(json.loads(folder.config.read_text()))  # makes tuples of JSON's lists where there were some
     return config.lock()
 
 

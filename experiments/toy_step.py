@@ -11,7 +11,6 @@ machine disturb processor time less. Processor time is meaningful only if the st
 
 import argparse
 import ast
-import difflib
 import os
 import tempfile
 import time
@@ -26,7 +25,7 @@ import numpy as np
 import datasets
 import run_lib
 from build import TRAIN_KEY, Run, build
-from configs.checks import flat
+from configs.checks import flat, no_field
 from configs.default import Config
 from infra import parallel
 from infra.console import text_table
@@ -84,8 +83,7 @@ def changed(config: Config, changes: Sequence[str]) -> Config:
     for change in changes:
         field, _, value = change.partition("=")
         if field not in known:
-            near = difflib.get_close_matches(field, known, 1)
-            raise KeyError(f"the configuration has no field {field}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise KeyError(no_field(field, known))
         try:
             config.update_from_flattened_dict({field: ast.literal_eval(value)})
         except (TypeError, ValueError, SyntaxError) as error:

@@ -142,6 +142,12 @@ class Workdir:
         host = jax.process_index()
         return self.path / (f"log_{host}.txt" if host else "log.txt")
 
+    def require_run(self) -> None:
+        """Raises FileNotFoundError if the folder does not exist, or holds no run."""
+        if not self.config.is_file():
+            reason = "it holds no config.json" if self.path.is_dir() else "there is no such folder"
+            raise FileNotFoundError(f"no run in {self.path}: {reason}")
+
     def has_checkpoints(self) -> bool:
         """Whether training has saved a state here."""
         return any(path.name.isdigit() for path in self.checkpoints.glob("*"))

@@ -68,7 +68,7 @@ def variance_weights(estimator: str, r: PerExample, d: int) -> dict[str, PerExam
     """Returns the weights of the terms of orders 2 and 3, relative to the weight of the first order.
 
     They come from generalised least squares (ours), which divides each squared error by its variance. The variance is
-    known if u given x_t is N(0, r I). For the third order, it is that of (|u|^2 - (d + 2) r) u.
+    known if u given x_t is N(0, r I). The error of the third order is (|u|^2 - (d + 2) r) u.
 
     Args:
         estimator: "published", "exact", or an unbiased one.

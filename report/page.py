@@ -67,7 +67,7 @@ def write_report(workdir: Path, *, others: Sequence[Path] = ()) -> list[RunFiles
 
 
 def _write_figures(folder: Path, blocks: Sequence[Block]) -> None:
-    """Writes the pictures of these blocks, and deletes those of an earlier page, which may show other runs."""
+    """Writes the pictures of these blocks, and deletes other pictures, which may show other runs."""
     pictures = {f"{block.name}.png": block.copy for block in blocks if isinstance(block, Plot | Gallery)}
     for name, picture in pictures.items():
         write_atomic(folder / name, picture)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, in_parts
-from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, with_worst_example
+from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, times_of_state, with_worst_example
 
 
 class _AdaptiveSolve(NamedTuple):
@@ -70,15 +70,16 @@ _DOPRI5, _ERROR_ORDER = diffrax.Dopri5(), 5
 def dopri5(
     field: Field,
     y0: State,
-    t0: Float[Array, ""],
-    t1: Float[Array, ""],
+    t0: float | Float[Array, ""],
+    t1: float | Float[Array, ""],
     rtol: float,
     atol: float,
     max_steps: int,
     progress: ReportProgress | None,
 ) -> tuple[State, Info]:
     """Takes diffrax's steps in our own loop, so that a solve can be watched and stopped between steps."""
-    interval = _Interval(field, t0, t1, rtol, atol)
+    start, end = times_of_state(y0, t0, t1)
+    interval = _Interval(field, start, end, rtol, atol)
     solve = _before_first_step(interval, y0)
     first, length = solve.t, interval.end - solve.t
 
@@ -90,7 +91,7 @@ def dopri5(
 
     solve = in_parts(advance, solve, max_steps, progress, percentage)
     y, info = _end(interval, solve)
-    return y, with_worst_example(field, info, y, t1 - t0)
+    return y, with_worst_example(field, info, y, end - start)
 
 
 @jax.jit

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from arrays import ReportProgress, as_pytree, in_parts
-from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, with_worst_example
+from solvers.solve import NO_EXAMPLE, Field, Info, State, combine, is_finite, times_of_state, with_worst_example
 
 
 def integrate(
@@ -68,49 +68,33 @@ def integrate(
         raise ValueError(
             f"need positive rtol, atol, num_steps, max_steps; got {rtol}, {atol}, {num_steps}, {max_steps}"
         )
-    if method in FIXED_STEP and num_steps % (stride := FIXED_STEP[method].stride):
-        raise ValueError(f'num_steps of "{method}" must be a multiple of {stride}, got {num_steps}')
+    if method in FIXED_STEP and num_steps % FIXED_STEP[method].stride:
+        raise ValueError(f'num_steps of "{method}" must be even, got {num_steps}')
     check_processes(method, "method")
     field = as_pytree(field)
     if method in ADAPTIVE:
-        return ADAPTIVE[method](field, y0, t0, t1, rtol, atol, max_steps, progress)
-    start, end = _as_arrays(y0, t0, t1)
+        return ADAPTIVE[method]()(field, y0, t0, t1, rtol, atol, max_steps, progress)
+    start, end = times_of_state(y0, t0, t1)
     return _fixed_steps(field, y0, start, end, num_steps, method, progress)
 
 
-def _as_arrays(y0: PyTree, *times: float | Float[Array, ""]) -> list[Float[Array, ""]]:
-    """Returns the times in the precision of the state."""
-    dtype = jnp.result_type(*jax.tree.leaves(y0), jnp.float32)
-    return [jnp.asarray(time, dtype) for time in times]
-
-
-def _dopri5(
-    field: Field,
-    y0: State,
-    t0: float | Float[Array, ""],
-    t1: float | Float[Array, ""],
-    *settings: Any,
-) -> tuple[State, Info]:
+def _dopri5() -> Callable[..., tuple[Any, Info]]:
     from solvers.dormand_prince import dopri5  # diffrax takes half a second to import
 
-    start, end = _as_arrays(y0, t0, t1)
-    return dopri5(field, y0, start, end, *settings)
+    return dopri5
 
 
-def _scipy(
-    field: Field,
-    y0: State,
-    t0: float | Float[Array, ""],
-    t1: float | Float[Array, ""],
-    *settings: Any,
-) -> tuple[State, Info]:
+def _scipy() -> Callable[..., tuple[Any, Info]]:
     from solvers.scipy_rk45 import scipy_rk45  # SciPy's solvers take a quarter of a second to import
 
-    return scipy_rk45(field, y0, float(t0), float(t1), *settings)
+    return scipy_rk45
 
 
-ADAPTIVE: dict[str, Callable[..., tuple[Any, Info]]] = {"dopri5": _dopri5, "scipy": _scipy}
-"""Functions of (field, y0, t0, t1, rtol, atol, max_steps, progress) that solve the ODE, by the name of the method."""
+ADAPTIVE = {"dopri5": _dopri5, "scipy": _scipy}
+"""Functions that import the solver of a method and return it, by the name of the method.
+
+A solver is a function of field, y0, t0, t1, rtol, atol, max_steps and progress.
+"""
 
 
 def check_processes(method: str, field: str) -> None:

@@ -13,14 +13,15 @@ from solvers.solve import NO_EXAMPLE, Field, Info, State, is_finite, with_worst_
 def scipy_rk45(
     field: Field,
     y0: State,
-    t0: float,
-    t1: float,
+    t0: float | Float[Array, ""],
+    t1: float | Float[Array, ""],
     rtol: float,
     atol: float,
     max_steps: int,
     progress: ReportProgress | None,
 ) -> tuple[State, Info]:
     """Runs SciPy's RK45 step by step, because solve_ivp would store every intermediate state."""
+    t0, t1 = float(t0), float(t1)
     leaves, structure = jax.tree.flatten(y0)
     dtype = jnp.result_type(*leaves)
     ends = np.cumsum([leaf.size for leaf in leaves])

@@ -13,6 +13,12 @@ State = TypeVar("State", bound=PyTree)
 Field: TypeAlias = Callable[[Float[Array, ""], State], State]
 
 
+def times_of_state(y0: PyTree, *times: float | Float[Array, ""]) -> tuple[Float[Array, ""], ...]:
+    """Returns the times in the precision of the state, at least float32."""
+    dtype = jnp.result_type(*jax.tree.leaves(y0), jnp.float32)
+    return tuple(jnp.asarray(time, dtype) for time in times)
+
+
 class Info(NamedTuple):
     """The cost of a solve, and whether it succeeded."""
 

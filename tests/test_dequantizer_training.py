@@ -236,6 +236,8 @@ def test_what_is_missing_is_said_before_any_work(trained, tmp_path):
         run_lib.train_deq(config_with(), tmp_path / "empty", "deq")
     with pytest.raises(FileNotFoundError, match=r"ckpt_id is 2, .* no checkpoint for step 8; available steps: 4"):
         run_lib.train_deq(config_with(eval__ckpt_id=2), trained, "deq")
+    with pytest.raises(ValueError, match=r"--deq_folder=\. must name a subfolder"):
+        run_lib.train_deq(config_with(), trained, ".")
     assert not (tmp_path / "empty").exists()
 
 

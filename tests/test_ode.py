@@ -230,7 +230,7 @@ def test_several_processes_cannot_share_scipys_solver(monkeypatch):
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"unknown ODE method 'euler'; known: dopri5, scipy, rk4, adams"):
         integrate(spiral, START, 0.0, 1.0, method="euler")
-    with pytest.raises(ValueError, match=r'num_steps of "adams" must be a multiple of 2, got 5'):
+    with pytest.raises(ValueError, match=r'num_steps of "adams" must be even, got 5'):
         integrate(spiral, START, 0.0, 1.0, method="adams", num_steps=5)
     with pytest.raises(ValueError, match="positive rtol"):
         integrate(spiral, START, 0.0, 1.0, rtol=0.0)
