@@ -160,7 +160,7 @@ def _run(mode: str, workdir: Path) -> None:
 
     gc.set_threshold(50_000)  # Tracing makes many objects that stay in use, so collecting garbage often is a waste.
     console.quiet_libraries()
-    startup.use_compilation_cache(mode != "cost")  # That mode measures how long a program takes to compile.
+    startup.set_up_compiler(cache=mode != "cost")  # That mode measures how long a program takes to compile.
     if _COORDINATOR.value:
         seconds = parallel.JOIN_SECONDS if mode != "selftest" else parallel.JOIN_SECONDS / 5
         parallel.join_processes(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, seconds)

@@ -28,7 +28,7 @@ from experiments.synthetic import PROBLEMS, SEEDS, TEST_POINTS
 from experiments.synthetic_measurements import density_of
 from infra.commits import commit
 from infra.files import read_npz, write_npz
-from infra.startup import use_compilation_cache
+from infra.startup import set_up_compiler
 from likelihood import GaussianReference, ode_log_likelihood
 
 PAGE = Page(Path("docs/results/baselines.md"), ("results", "provenance"))
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/baselines"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=PAGE.path, help="page to write")
     arguments = parser.parse_args()
-    use_compilation_cache()
+    set_up_compiler()
     try:
         for name in ("", *OBJECTIVES):  # the objective that takes longest is last
             for seed in SEEDS:

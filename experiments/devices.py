@@ -29,7 +29,7 @@ from configs.toy.smoke import get_config as points
 from experiments.provenance import noted_commits
 from infra.commits import commit
 from infra.files import read_npz, write_npz
-from infra.startup import use_compilation_cache
+from infra.startup import set_up_compiler
 from infra.waiting import waiting
 
 
@@ -124,7 +124,7 @@ def run_layout(layout: Layout, folder: Path, images: bool, coordinator: tuple[st
     import run_lib
     from infra import parallel
 
-    use_compilation_cache()
+    set_up_compiler()
     if coordinator is not None:
         parallel.join_processes(coordinator[0], layout.processes, int(coordinator[1]))
     for order in ORDERS:

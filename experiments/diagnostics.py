@@ -37,7 +37,7 @@ from experiments.run_results import newest_result
 from infra.commits import commit
 from infra.console import one_line_errors
 from infra.files import read_npz, write_atomic, write_npz
-from infra.startup import use_compilation_cache
+from infra.startup import set_up_compiler
 from likelihood import GaussianReference, ode_log_likelihood, to_bits_per_dim
 from report.diagnostics_figures import diagnostics_figure
 from report.figures import figure_png
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the workdirs order1 and order3")
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page and the figure")
     arguments = parser.parse_args()
-    use_compilation_cache()
+    set_up_compiler()
     run, folder = build(get_config()), arguments.runs / "diagnostics"
     try:
         floor = once(folder / "floor.npz", lambda: measure_floor(run))

@@ -32,6 +32,7 @@ from experiments.provenance import noted_commits, origin
 from infra.commits import commit
 from infra.files import write_atomic
 from infra.metrics import read_metrics
+from infra.startup import use_fast_convolutions
 from infra.workdir import Workdir
 
 ORDERS = (1, 2, 3)
@@ -46,6 +47,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments")
     parser.add_argument("--folder", type=Path, default=Path("runs/faults"), help="where the runs are")
     arguments = parser.parse_args()
+    use_fast_convolutions()  # as main.py does, so that its results are the same
     kills, seed = arguments.kills, arguments.seed
     folder = arguments.folder / commit() / f"seed{seed}_kills{kills}"
     rows = [row(order, kills, seed, folder) for order in ORDERS]

@@ -38,7 +38,7 @@ from experiments.provenance import noted_commits, origin
 from infra.commits import commit
 from infra.console import one_line_errors
 from infra.files import read_npz, write_atomic
-from infra.startup import use_compilation_cache
+from infra.startup import set_up_compiler
 from report.figures import COLOURS, figure_png
 from report.formatting import MISSING
 
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PAGE.path, help="page to write")
     parser.add_argument("--plot", type=Path, default=Path("docs/images/fid_nfe.png"), help="figure to write")
     arguments = parser.parse_args()
-    use_compilation_cache()
+    set_up_compiler()
     samplers = all_samplers()
     if not arguments.table_only:
         for label, settings in samplers.items():

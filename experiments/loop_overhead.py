@@ -29,6 +29,7 @@ from experiments.main_calls import parsed_config
 from experiments.toy_step import Seconds, now
 from infra.console import one_line_errors, text_table
 from infra.metrics import MetricsWriter
+from infra.startup import use_fast_convolutions
 from infra.training_loop import Call, Callback, Training, record_test_loss, training_loop
 
 Test = Callable[[Any], Mapping[str, float] | None]
@@ -124,6 +125,7 @@ def main() -> None:
     parser.add_argument("--parts", type=int, default=10, help="parts of the run that are measured")
     parser.add_argument("--steps", type=int, default=200, help="training steps of a part")
     arguments, others = parser.parse_known_args()
+    use_fast_convolutions()  # as main.py does
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         config = parsed_config(others, default="configs/digits/ncsnpp.py")
         steps = arguments.steps

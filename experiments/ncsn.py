@@ -42,7 +42,7 @@ from experiments.ncsn_cases import (
 from experiments.ncsn_page import write_page
 from infra.commits import commit
 from infra.files import write_npz
-from infra.startup import use_compilation_cache
+from infra.startup import set_up_compiler
 from infra.workdir import Workdir
 from sources.densities import GaussianMixture
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page and figures")
     parser.add_argument("--page_only", action="store_true", help="write the page from the existing results")
     arguments = parser.parse_args()
-    use_compilation_cache()
+    set_up_compiler()
     if not arguments.page_only:
         try:
             points_with_exact_score(arguments.runs)

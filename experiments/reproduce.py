@@ -43,7 +43,7 @@ from experiments.synthetic_measurements import (
 from infra.commits import commit
 from infra.console import one_line_errors
 from infra.files import read_npz, write_atomic, write_npz
-from infra.startup import use_compilation_cache
+from infra.startup import set_up_compiler
 from likelihood import GaussianReference, ode_log_likelihood
 from report.run_files import read_metrics
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=Path("docs"), help="folder of the page and figures")
     parser.add_argument("--page_only", action="store_true", help="write the page from the existing results")
     arguments = parser.parse_args()
-    use_compilation_cache()
+    set_up_compiler()
     problems = [problem.scaled(arguments.steps) for problem in PROBLEMS]
     if not arguments.page_only:
         try:

@@ -21,6 +21,27 @@ FALSE = ("n", "no", "f", "false", "off", "0")
 """The values of an environment variable that JAX reads as False."""
 
 
+CONVOLUTION_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+"""XLA's flag for what its CPU compiler leaves to the library YNN."""
+
+
+def set_up_compiler(cache: bool = True) -> None:
+    """Chooses fast convolutions and the compilation cache. Call it before JAX first looks at its devices."""
+    use_fast_convolutions()
+    use_compilation_cache(cache)
+
+
+def use_fast_convolutions() -> None:
+    """Sets XLA_FLAGS so that convolutions on CPUs are not left to the library YNN, unless the user has set this flag.
+
+    XLA's own routine takes three quarters of the time for a training step; see docs/results/cost.md. YNN is slow for
+    gradients of kernels, and in jaxlib 0.10 it computes convolutions with one thread. GPUs are not affected.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if CONVOLUTION_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {CONVOLUTION_FLAG}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION".strip()
+
+
 def use_compilation_cache(use: bool = True) -> None:
     """Keeps compiled programs in `COMPILATION_CACHE`, or in the folder that JAX_COMPILATION_CACHE_DIR names, or not.
 

@@ -1,9 +1,13 @@
-"""The compilation cache in folders that cannot be written, and switched off."""
+"""The compilation cache in folders that cannot be written, and switched off; the library for convolutions on CPUs."""
+
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
 
-from infra.startup import use_compilation_cache
+from infra.startup import use_compilation_cache, use_fast_convolutions
 
 OPTIONS = ("enable_compilation_cache", "compilation_cache_dir", "persistent_cache_min_compile_time_secs")
 
@@ -37,3 +41,28 @@ def test_the_environment_can_switch_the_cache_off(variable, use, used, cache_opt
     use_compilation_cache(use)
     assert cache_options()[:2] == [used, str(tmp_path / "new" / "cache")]
     assert (tmp_path / "new").exists() == used
+
+
+CONVOLUTION = """
+import jax, jax.numpy as jnp, infra.startup
+{set_up}
+convolution = jax.jit(lambda x, kernel: jax.lax.conv(x, kernel, (1, 1), "SAME"))
+print("__ynn_fusion" in convolution.lower(jnp.ones((8, 32, 8, 8)), jnp.ones((32, 32, 3, 3))).compile().as_text())
+"""
+
+
+@pytest.mark.parametrize(("set_up", "ynn"), [("", True), ("infra.startup.use_fast_convolutions()", False)])
+def test_convolutions_on_cpus_are_not_left_to_the_slow_library(set_up, ynn):
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    code = CONVOLUTION.format(set_up=set_up)
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == str(ynn)
+
+
+def test_a_user_can_choose_the_library_for_convolutions(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type= --xla_dump_to=x")
+    use_fast_convolutions()
+    assert os.environ["XLA_FLAGS"] == "--xla_cpu_experimental_ynn_fusion_type= --xla_dump_to=x"
+    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+    use_fast_convolutions()
+    assert os.environ["XLA_FLAGS"].startswith("--xla_dump_to=x --xla_cpu_experimental_ynn_fusion_type=-")
