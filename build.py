@@ -271,7 +271,9 @@ def _check_smallest_times(config: Config, sde: SDE) -> None:
             continue
         t = jnp.asarray(time)
         if not (sde.diffusion(t) > 0 and jnp.isfinite(sde.log_noise_level(t))):
-            raise ValueError(f"{field} is {time}, where training.sde={training.sde} has too little noise: raise it")
+            raise ValueError(
+                f"{field} is {time}, where training.sde={training.sde} has too little noise: raise {field}"
+            )
 
 
 def _check_largest_noise(training: Config, sde: SDE) -> None:
@@ -295,7 +297,7 @@ def _check_noise_level(training: Config, sde: SDE) -> None:
         return  # The check would compile five small programs.
     ends = jnp.asarray([training.smallest_time, sde.t_max])
     first, last = (float(rho) for rho in jnp.exp(sde.log_noise_level(ends)))
-    rounding = 1e-4  # of the levels, which are 32-bit numbers
+    rounding = 1e-4  # The levels are 32-bit numbers, so this relative error is allowed.
     if not first * (1 - rounding) <= training.noise_level <= last * (1 + rounding):
         raise ValueError(
             f"training.noise_level is {training.noise_level}; it must be 0 (all levels) or lie between {first:.3g} and "
@@ -330,8 +332,8 @@ def _check_init(training: Config) -> None:
     """Raises ValueError for unknown parts to reset, or if there is no checkpoint whose parts could be reset."""
     if parts_to_reset(training.init_reset) and not training.init_from:
         raise ValueError(
-            f"training.init_reset is {training.init_reset!r}, but training.init_from is empty; parts are reset only "
-            "when a new run starts from the checkpoint of another"
+            f"training.init_reset is {training.init_reset!r}, but training.init_from is empty, so there is no "
+            "checkpoint whose parts could be reset: set training.init_from, or leave training.init_reset empty"
         )
 
 
@@ -343,13 +345,13 @@ def _check_classes(config: Config, network: ScoreNetwork) -> None:
     if not (takes_classes and config.model.conditional):
         raise ValueError(
             f"data.num_classes is {config.data.num_classes}, but model.name={config.model.name!r} with "
-            f"model.conditional={config.model.conditional} is not told classes; here, only ncsnpp with "
-            "model.conditional=True is: set it to 0"
+            f"model.conditional={config.model.conditional} does not take classes; set data.num_classes=0, or use "
+            "ncsnpp with model.conditional=True"
         )
     if not config.training.label_dropout:
         raise ValueError(
             f"training.label_dropout is 0 and data.num_classes is {config.data.num_classes}, but bits/dim and samples "
-            "use the score without a class, which would not be trained: set it above 0"
+            "use the score without a class, which would not be trained: set training.label_dropout above 0"
         )
 
 

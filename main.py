@@ -19,16 +19,17 @@ resumes when it is run again. The other modes:
     decode      turns latent codes into images
     interpolate draws strips of pictures between pairs of images
     inpaint     fills in the unknown part of images; see --config.control.mask
-    colorize    colours grey images
+    colorize    draws the colours of images from their grey component
     restore     draws images with given linear observations; see --config.control.matrix
-    classes     draws images of given classes, guided by the classifier of --mode=train_classifier
+    classes     draws images of given classes, guided by the classifier of --mode=train_classifier or by the network
     export      writes a checkpoint as the published code stores it, to exported/ in the workdir
     train_deq   trains a dequantizer for a trained score model; --mode=eval uses it with --config.eval.dequantizer=True
     train_classifier  trains a classifier of noisy images, which guides --mode=classes
 
-Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are requests to stop, in every mode: the state is saved within seconds, and the exit
-code is 75. The same command then resumes. A second Ctrl-C stops at once, with code 130. Other exit codes: 0 after
-success, 2 for bad input, 1 for a failure of the computation. Schedulers may requeue on 75; see docs/cluster.md.
+Ctrl-C, SIGTERM, SIGHUP and SIGUSR1 are requests to stop, in every mode: the program finishes the current step, saves
+its state and ends with exit code 75. The same command then resumes. A second Ctrl-C stops at once, with code 130. Other
+exit codes: 0 after success, 2 for bad input, 1 for a failure of the computation. Schedulers may requeue on 75; see
+docs/cluster.md.
 
 Errors are one line. Use --verbosity=1 to print the full traceback. The folder docs/ describes the rest.
 """
@@ -64,10 +65,10 @@ _MODE = flags.DEFINE_enum("mode", None, MODES, "What to do; see above.")
 _EVAL_FOLDER = flags.DEFINE_string("eval_folder", "eval", "Subfolder of the workdir for results.")
 _DEQ_FOLDER = flags.DEFINE_string("deq_folder", "deq", "Subfolder of the workdir for the dequantizer.")
 _COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "Several hosts: address:port of the first process, or auto if the cluster provides it."
+    "coordinator", None, "Several processes: address:port of the first, or auto if the cluster provides it."
 )
-_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several hosts: the number of processes.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several hosts: the number of this process, from 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Several processes: how many there are.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Several processes: the number of this one, from 0.")
 _COMPARE = flags.DEFINE_multi_string(
     "compare", [], "Other workdirs that the report shows next to this one, separated by commas or in several flags."
 )

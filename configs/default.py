@@ -206,9 +206,9 @@ def _model() -> ConfigDict:
     # precision of the feature maps of ncsnpp and ddpm: float32 or bfloat16. Parameters, their gradients, the moments of
     # feature maps and losses always have 32 bits. A model trained with bfloat16 can be evaluated with float32
     model.dtype = "float32"
-    # what the backward pass of ncsnpp, ddpm and vdm recomputes inside each block and each layer that resamples, for
-    # less memory and more time: none; block, everything; conv, everything but convolutions and other linear maps of the
-    # channels. True of older configurations means block, False means none
+    # values that the backward pass of ncsnpp, ddpm and vdm recomputes inside each block and each layer that resamples,
+    # which needs less memory and more time: none; block, all; conv, all except the results of convolutions and other
+    # linear maps of the channels. True of older configurations means block, False means none
     model.remat = "none"
     return model
 
@@ -270,7 +270,7 @@ def _sampling() -> ConfigDict:
 
 
 def _eval() -> ConfigDict:
-    """What `--mode=eval` computes, and how. docs/evaluation.md describes the choices."""
+    """Settings of `--mode=eval`. docs/evaluation.md describes the choices."""
     evaluate = ConfigDict()
     evaluate.begin_ckpt = 1  # first permanent checkpoint to evaluate, in units of training.snapshot_freq
     # last permanent checkpoint to evaluate, in units of training.snapshot_freq; 0 means only the newest checkpoint
@@ -319,8 +319,8 @@ def _eval() -> ConfigDict:
     # draws of the noise averaged inside the logarithm; more draws tighten the bound, but need probe=exact
     evaluate.num_importance_samples = 1
     evaluate.num_samples = 50_000  # number of samples for FID, IS and KID
-    # how samples of models of bare levels become levels: truncate (as published) or nearest. Samples of models of
-    # dequantized data always become the level of their bin
+    # rounding of samples to grey levels, for models trained on levels without noise: truncate (as published) or
+    # nearest. For models trained on levels with noise, a sample always becomes the level of its bin
     evaluate.rounding = "truncate"
     evaluate.inception_splits = 1  # parts of the samples that the Inception Score is averaged over; published: 1
     evaluate.features = "inception"  # network whose features are compared: inception, or classifier (with labels)
@@ -377,14 +377,13 @@ def _control() -> ConfigDict:
 
 
 def _cost() -> ConfigDict:
-    """What `--mode=cost` measures: a training step of every order with every batch size and memory setting."""
+    """Settings of `--mode=cost`, which measures a training step of every order, batch size and memory setting."""
     cost = ConfigDict()
     cost.orders = (1, 2, 3)  # orders of score matching
     cost.batch_sizes = ()  # batch sizes, over all devices; empty means training.batch_size
-    # memory settings to compare. Each is none, or FIELD=VALUE, with spaces between several, for
-    # training.accumulation_steps, training.residual_first, training.shard_state and model.remat, which leave the
-    # expected gradient and its noise as they are, model.dtype, which rounds, and training.high_order_fraction, which
-    # adds noise
+    # memory settings to compare. Each is none, or one or more FIELD=VALUE separated by spaces. Fields that keep the
+    # expected gradient and its noise: training.accumulation_steps, training.residual_first, training.shard_state and
+    # model.remat. model.dtype rounds, and training.high_order_fraction adds noise
     cost.memory = ("none", "training.accumulation_steps=2", "model.remat=conv", "model.remat=block")
     cost.measure_steps = 10  # compiled calls that are timed, after one that is not; 0 only compiles
     # memory in GB that a batch must fit; 0 means the memory that JAX may use, by default 75 % of a GPU's

@@ -97,7 +97,7 @@ class BatchCache:
         if jax.process_index() == 0 and (known != [self.commit] or "+changes" in self.commit):
             logging.warning(
                 "%s holds values that other code may have computed: they are from commit %s, and the running code is "
-                "commit %s. The values are used again; choose another --eval_folder to compute them anew",
+                "commit %s. They are used again; choose another --eval_folder to recompute them",
                 self.folder,
                 ", ".join(known),
                 self.commit,

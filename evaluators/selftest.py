@@ -75,7 +75,7 @@ def _step_in_words(run: Run, size: int) -> str:
     if row.get("error") == NOT_COMPILED:
         flag = f"--config.cost.selftest_seconds={fields.selftest_seconds:g}"
         estimate = f"{row['estimated_gb']:.3g} of {fields.memory_gb or device_memory():.3g} GB by an estimate"
-        return f"{text}, {estimate}; not compiled within {flag}, and a larger value shows its memory and time"
+        return f"{text}, {estimate}; not compiled within {flag}: raise it to see the memory and time of a step"
     if "error" in row:
         raise RuntimeError(f"{text}: {row['error']}")
     return text

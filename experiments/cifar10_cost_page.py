@@ -85,7 +85,7 @@ def front_table(rows: Sequence[Row]) -> list[str]:
     chosen = front_rows(rows)
     relative, best = ratios(chosen), [row["memory"] for row in on_front(chosen)]
     lines = [
-        "| memory setting | temporary GB | total GB | GFLOP | times the GFLOP of none | on the front |",
+        "| memory setting | temporary GB | total GB | GFLOP | times the GFLOP of none | Pareto optimal |",
         "|---|---|---|---|---|---|",
     ]
     for row in chosen:

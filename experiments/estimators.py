@@ -181,7 +181,7 @@ unbiased ones use two probes and |u|^2. Each entry is the standard deviation of 
 the size of an error that it sees: theta I in sigma^2 J + I for order 2, and theta (1, ..., 1) in sigma^3 grad tr J for
 order 3. Predictions assume that u given x_t is N(0, r I), with the measured r = E|u|^2 / d, and a Gaussian's score.
 Then the unbiased estimator has 1 / sqrt(d) of the published noise for all three terms. Each measurement has {draws}
-draws.
+draws. The ratio is the measured published noise divided by the measured unbiased noise; sqrt(d) is its prediction.
 
 | d | model | sigma | r | term | published, predicted | published | unbiased, predicted | unbiased | sqrt(d) | ratio |
 |---|---|---|---|---|---|---|---|---|---|---|

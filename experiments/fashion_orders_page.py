@@ -298,9 +298,10 @@ RESULTS = """
 A first-order model (VE, configs/fashion/ncsnpp.py, {base} steps) is trained for {steps} more steps with each objective,
 at a learning rate that falls from 3e-4 to 0, without clipping. Bits/dim are of {images} test and {images} training
 images with uniform dequantization. The ODE is evaluated at x as published, and at x_tmin, where it compares with the
-bound. The letters name the objectives of the table; K is order 1, the control. r = E|u|² / d with u = z + sigma s is
-the noise that a score leaves unexplained at a noise level. The gain is K's bits/dim of the ODE at x_tmin minus the
-branch's, so positive is better. Values after ± are
+bound. The letters name the objectives of the table; K is order 1, the control. A branch is a training that continues
+from the base. "Step" counts the steps of the base in its row, and the steps after the base in the other rows. r =
+E|u|² / d with u = z + sigma s is the noise that a score leaves unexplained at a noise level. The gain is K's bits/dim
+of the ODE at x_tmin minus the branch's, so positive is better. Values after ± are
 standard errors over images; gains and gaps are paired by image. By the solver's own estimate, its error in the bits/dim
 of the ODE at x_tmin is at most {solver:.4f}. FID compares features of a classifier, of {samples} samples.
 

@@ -59,7 +59,8 @@ def main(argv: list[str]) -> None:
         rows.append((method, setting, *measured(problem, truth, method=method, **solve)))
         print(*rows[-1], file=sys.stderr, flush=True)
     print(f"{len(problem.x)} images, {jax.devices()[0].device_kind}, bits/dim {-np.mean(truth):.4f} up to a constant")
-    headers = ("method", "setting", "NFE", "seconds", "mean |error|", "bias", "|estimate|", "estimated bias", "company")
+    errors = ("mean |error|", "bias", "|estimate|", "estimated bias", "effect of batch")
+    headers = ("method", "setting", "NFE", "seconds", *errors)
     print(text_table(headers, rows))
 
 

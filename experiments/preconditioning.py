@@ -203,7 +203,7 @@ solver's own estimate, its error is at most {solver:.4f} bits/dim.
 |---|---|---|---|---|---|---|
 {rows}
 
-By so much are the bits/dim lower than with the published score:
+The reduction of bits/dim compared with the published score:
 
 | score | | difference | its standard error over images |
 |---|---|---|---|

@@ -32,7 +32,7 @@ ASSIGNMENT = "*-buffer-assignment.txt"
 """The name of the file with the buffers."""
 
 QUIET_SECONDS = 2.0
-"""The file is complete if nothing has been written for so long. XLA may create it seconds before it writes, but then
+"""Seconds without a write after which the file counts as complete. XLA may create it seconds before it writes, but then
 writes without a pause. No other file shows that it is complete: XLA of jax 0.11 writes several at the same time.
 """
 

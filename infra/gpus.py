@@ -24,7 +24,7 @@ class Gpu(NamedTuple):
     threads: int
     """Threads that a core holds."""
     shared_memory: int
-    """Of each core. A block can use 1024 bytes less."""
+    """Shared memory of each core, in bytes. A block can use 1024 bytes less."""
     l2_cache: int
     memory: int
     bandwidth: int

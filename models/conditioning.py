@@ -78,13 +78,13 @@ class Preconditioned(Conditioning):
 
         -x / w^2 + alpha data_std F / (sigma w)    with w^2 = alpha^2 data_std^2 + sigma^2.
 
-    With F = 0, it is the score of Gaussian data of variance data_std^2, so at larger noise,
-    the network has less to say. Group norms hide the length of x from a network. Here the first term keeps it.
+    With F = 0, this is the score of Gaussian data with variance data_std^2. The larger the noise, the smaller the
+    network's part. Group norms hide the norm of x from the network, and the first term supplies it.
     """
 
     sde: SDE
     data_std: float = 0.5
-    """[K22] have this value for all images, whose range is then [-1, 1]."""
+    """The value of [K22], for images in [-1, 1]."""
 
     def network_input(self, x: Batch, t: PerExample) -> Batch:
         return x / append_dims(self._std(t), x)

@@ -179,7 +179,7 @@ class Flowpp(nn.Module):
     dropout: float = 0.0
     couplings: int = 4
     deep: bool = False  # the ImageNet architectures: weight normalisation, a deep processor, no pointwise maps
-    processor_blocks: int = 8  # of a deep processor
+    processor_blocks: int = 8  # blocks of a deep processor
     attention: bool = True  # in the couplings and in a deep processor
 
     def __post_init__(self) -> None:

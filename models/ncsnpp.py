@@ -97,7 +97,7 @@ class NCSNpp(nn.Module):
     scale_by_sigma: bool = False
     ladder: Ladder | None = None  # with a ladder, labels are numbers of its levels
     centered: bool = True  # images are in [-1, 1]; else in [0, 1], and mapped to [-1, 1] here
-    dtype: str = "float32"  # of feature maps; parameters, moments, embeddings and the output keep the images' precision
+    dtype: str = "float32"  # of feature maps; parameters, moments, embeddings and output have the images' precision
     remat: str = "none"  # what the backward pass recomputes; see `REMAT_POLICIES`
     num_classes: int = 0  # classes are 0, ..., num_classes - 1; num_classes stands for any class
 

@@ -16,8 +16,8 @@ from models.resample import AnySize, FeatureMap
 class Plan(NamedTuple):
     """The stages of a network, from the image inwards. Channels are multiples of `nf`."""
 
-    channels: tuple[int, ...]  # of the residual blocks
-    dilations: tuple[int, ...]  # of the residual blocks; stages with dilation 1 halve the resolution, except the first
+    channels: tuple[int, ...]  # channels of the residual blocks
+    dilations: tuple[int, ...]  # dilations of the residual blocks; stages with 1 halve the resolution, except the first
     refined: tuple[int, ...]  # channels of the RefineNet block that joins the stage with the stages further inwards
 
     @property

@@ -135,7 +135,7 @@ class LangevinSampler(Sampler):
             return super().concerns(discrete=discrete)
         return [
             f"sampling.step_size is {self.step_size:g}: Langevin dynamics diverges from about "
-            f"{self.stable_step_size:.3g} on, 4 (sigma / alpha)^2 at sampling.smallest_time"
+            f"{self.stable_step_size:.3g} on, 4 (sigma / alpha)^2 at sampling.smallest_time; lower it"
         ]
 
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:

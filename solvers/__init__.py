@@ -1,1 +1,1 @@
-"""Methods that solve ODEs. `solvers.ode.integrate` is the entrance to all of them."""
+"""Methods that solve ODEs. `solvers.ode.integrate` is the entry point for all of them."""
