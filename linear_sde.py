@@ -110,7 +110,8 @@ class SDE(abc.ABC):
     def time_of_quantile(self, quantile: Times, t_min: float) -> Times:
         """The t with Z(t) = `quantile`. Quantiles uniform in (0, Z(t_max)) give t with density ~ g^2 / sigma^2."""
         log_rho_min = self.log_noise_level(jnp.asarray(t_min, quantile.dtype))
-        return self.time_of_log_noise_level(log_rho_min + 0.5 * quantile)
+        # Near t_min, 32 bits may round ln rho so that t would be 0, where labels like ln t are infinite.
+        return jnp.clip(self.time_of_log_noise_level(log_rho_min + 0.5 * quantile), t_min, self.t_max)
 
     def discretize(self, x: Batch, t: PerExample, num_steps: int) -> tuple[Batch, PerExample]:
         """Returns one of `num_steps` steps of the forward chain, x_{i+1} = x_i + f_i + G_i z, by Euler-Maruyama.

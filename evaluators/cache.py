@@ -161,8 +161,8 @@ class CachedSamples(NamedTuple):
     """Samples drawn in rounds."""
 
     samples: np.ndarray
-    nfe: int
-    """Network evaluations for each sample."""
+    nfe: float
+    """Network evaluations for each sample, on average over the rounds."""
     seconds: float
     """Total sampling time in seconds, summed over all runs."""
     per_second: float
@@ -187,4 +187,9 @@ def draw_in_rounds(cache: BatchCache, kind: str, count: int, round_size: int, dr
     rounds = cache.all(sizes, draw_round, "sampling", kind)
     samples = np.concatenate([each[name] for each in rounds])[:count]
     per_second = examples_per_second([round_size] * len(rounds), rounds)  # All rounds are whole.
-    return CachedSamples(samples, int(rounds[0]["nfe"]), float(sum(each["seconds"] for each in rounds)), per_second)
+    return CachedSamples(
+        samples,
+        float(np.mean([each["nfe"] for each in rounds])),
+        float(sum(each["seconds"] for each in rounds)),
+        per_second,
+    )

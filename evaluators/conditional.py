@@ -97,7 +97,7 @@ class ConditionalEvaluator:
             "n": self.num_images,
             "draws": self.num_draws,
             **settings,
-            "nfe": int(rounds[0]["nfe"]),
+            "nfe": float(np.mean([each["nfe"] for each in rounds])),
             "seconds": float(sum(each["seconds"] for each in rounds)),
             **cache.origin(),
         }
@@ -247,7 +247,7 @@ class ClassesEvaluator:
             "n": accuracy.n,
             "judge_accuracy": judge.test_accuracy,
             **settings,
-            "nfe": int(rounds[0]["nfe"]),
+            "nfe": float(np.mean([each["nfe"] for each in rounds])),
             "seconds": float(sum(each["seconds"] for each in rounds)),
             **cache.origin(),
         }

@@ -155,7 +155,12 @@ def measured(
     rounds = [read_npz(path) for path in longest]
     images: Images = np.concatenate([each["samples"] for each in rounds])
     seconds = float(sum(each["seconds"] for each in rounds))
-    return Drawn(label, int(rounds[0]["nfe"]), seconds, extract_features(comparison.extractor, [images]))
+    return Drawn(
+        label,
+        round(np.mean([each["nfe"] for each in rounds])),
+        seconds,
+        extract_features(comparison.extractor, [images]),
+    )
 
 
 class Quality(NamedTuple):

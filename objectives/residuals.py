@@ -77,6 +77,6 @@ def variance_weights(estimator: str, r: PerExample, d: int) -> dict[str, PerExam
     # As an integer, d^2 may be too large for JAX.
     unbiased = {"second_frob": d / (2 * r), "second_trace": 1 / (2 * r), "third": third * d * d}
     return {
-        "published": {"second_frob": 1 / r, "second_trace": 1 / (2 * r * d), "third": d * third},
+        "published": {"second_frob": d / (r * (d + 1)), "second_trace": 1 / (2 * r * d), "third": d * third},
         "exact": {"second_frob": d / (2 * r), "third": third},
     }.get(estimator, unbiased)

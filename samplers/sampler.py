@@ -82,7 +82,9 @@ class Sampler(abc.ABC):
         Calls `progress` between the parts of the computation, so that it can be watched and stopped.
         """
         keys = image_keys(key, image_indices)
-        return self.solve(as_pytree(score_fn), self._start(keys, image_shape), keys, progress)
+        # A time that is computed back from its noise level may be rounded to 0, where labels like ln t are infinite.
+        not_earlier = jax.tree_util.Partial(_not_before, jnp.float32(self.smallest_time), as_pytree(score_fn))
+        return self.solve(not_earlier, self._start(keys, image_shape), keys, progress)
 
     def _start(self, keys: ImageKeys, image_shape: tuple[int, ...]) -> Batch:
         """Draws x at t_max."""
@@ -110,6 +112,10 @@ class Sampler(abc.ABC):
     @abc.abstractmethod
     def solve(self, score_fn: ScoreFn, x: Batch, keys: ImageKeys, progress: ReportProgress | None = None) -> Samples:
         """Computes images from x at t_max. The score function is a pytree."""
+
+
+def _not_before(smallest_time: Float[Array, ""], score_fn: ScoreFn, x: Batch, t: PerExample) -> Batch:
+    return score_fn(x, jnp.maximum(t, smallest_time))
 
 
 def image_keys(key: Key[Array, ""], image_indices: Int[Array, " batch"]) -> ImageKeys:

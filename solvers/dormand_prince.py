@@ -87,7 +87,9 @@ def dopri5(
         return _steps_until(interval, solve, last)
 
     def percentage(solve: _AdaptiveSolve) -> tuple[int, int]:
-        return (int(100 * (solve.t - first) / length) if solve.healthy else 100), 100
+        if not solve.healthy or solve.t >= interval.end:
+            return 100, 100
+        return min(99, int(100 * (solve.t - first) / length)), 100  # 32 bits may round the fraction to 1.
 
     solve = in_parts(advance, solve, max_steps, progress, percentage)
     y, info = _end(interval, solve)

@@ -1,9 +1,12 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from arrays import as_pytree
+from solvers import dormand_prince
 from solvers.ode import ADAPTIVE, FIXED_STEP, Info, integrate
 
 METHODS = (*ADAPTIVE, *FIXED_STEP)
@@ -211,6 +214,33 @@ def test_a_solve_in_parts_is_the_same_and_can_be_stopped(method, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         integrate(spiral, START, 0.0, 1.5, method=method, progress=stop)
+
+
+def test_a_solve_in_parts_goes_on_after_a_step_just_before_its_end(monkeypatch):
+    """The part of the way that is done rounds to 100 % before the end is reached."""
+    monkeypatch.setattr("arrays.PART_SECONDS", 0.0)  # single steps
+    times, reports, one_step = [], [], dormand_prince._steps_until
+    even_in_log_t = as_pytree(lambda t, y: jnp.cos(8 * jnp.log(t)) / t * jnp.ones_like(y))
+
+    def watched_step(*args):
+        solve = one_step(*args)
+        times.append(-float(solve.t))
+        return solve
+
+    def solve(end, progress):
+        return integrate(even_in_log_t, jnp.ones((1, 1)), 1.0, end, rtol=1e-6, atol=1e-6, progress=progress)
+
+    monkeypatch.setattr(dormand_prince, "_steps_until", watched_step)
+    solve(1e-5, lambda *_: None)
+    accepted_at_once = [t for before, t in itertools.pairwise(times) if times.count(before) == 1 and 2e-5 < t < 1e-4]
+    just_before = 0
+    for end in np.array(accepted_at_once[::4]) - 3e-9:
+        y, info = solve(end, lambda *done: reports.append(done))
+        assert info.success
+        assert [done for done, _ in reports[-2:]] == [99, 100]
+        np.testing.assert_array_equal(y, solve(end, None)[0])
+        just_before += abs(times[-3] - end) < 4e-9  # the step before the last; the solve without parts is one call
+    assert just_before
 
 
 def test_a_failed_solve_in_parts_ends():

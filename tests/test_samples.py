@@ -156,6 +156,13 @@ def test_the_rate_is_that_of_samples_drawn_now(tmp_path, monkeypatch):
     assert [(bar.initial, bar.n) for bar in bars] == [(0, 6), (8, 20)]
 
 
+def test_the_number_of_evaluations_is_the_mean_over_rounds(tmp_path):
+    """An adaptive solver needs a different number in each round."""
+    stored = BatchCache(tmp_path, "samples", {}, {})
+    drawn = draw_in_rounds(stored, "sample", 20, 8, lambda numbers, _: (numbers.copy(), 500 + int(numbers[0])))
+    assert drawn.nfe == 508
+
+
 def test_a_result_names_the_commits_that_computed_its_values(tmp_path, monkeypatch):
     for commit, wanted, commits in (("a", 8, ["a"]), ("b", 8, ["a"]), ("c", 16, ["a", "c"])):
         monkeypatch.setattr(cache, "commit", lambda commit=commit: commit)

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from arrays import append_dims
 from configs.default import Config, get_config
 from datasets import training_preprocess
 from samplers import few_step
 from samplers.few_step import DPMSolverSampler, FastSampler, HeunSampler, multistep_coefficients, noise_levels
+from samplers.langevin import LangevinSampler
 from samplers.predictor_corrector import CORRECTORS, PREDICTORS
 from samplers.probability_flow import ODESampler
 from samplers.sampler import Sampler, denoise, image_keys, prior_samples
@@ -444,6 +446,28 @@ def test_evaluations_are_counted_and_new_weights_compile_nothing(name):
             assert results[-1].nfe == len(calls)
     assert not traces
     assert np.min(np.abs(results[0].x - results[1].x)) > 1e-4
+
+
+@pytest.mark.parametrize("name", ["dpm_solver", "heun", "annealed_langevin"])
+def test_times_from_noise_levels_are_not_before_the_smallest_time(name):
+    """32 bits cannot tell ln rho at the smallest time from ln rho at 0, where labels like ln t are infinite."""
+    sde, smallest_time = VESDE(0.01, 10), 1e-9
+    assert sde.time_of_log_noise_level(sde.log_noise_level(jnp.float32(smallest_time))) == 0
+    common = {"sde": sde, "smallest_time": smallest_time}
+    sampler = {
+        "dpm_solver": DPMSolverSampler(**common, max_nfe=6),
+        "heun": HeunSampler(**common, max_nfe=6),
+        "annealed_langevin": LangevinSampler(**common, num_levels=3, steps_per_level=2),
+    }[name]
+    times = []
+
+    def score_fn(x, t):
+        jax.debug.callback(lambda t: times.append(float(np.min(t))), t)
+        return -x / (1 + append_dims(sde.alpha_sigma(t)[1], x) ** 2)
+
+    sampler(score_fn, jax.random.key(0), jnp.arange(2), (2,))
+    jax.effects_barrier()
+    assert min(times) == np.float32(smallest_time)
 
 
 # From the configuration

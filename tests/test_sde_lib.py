@@ -61,6 +61,14 @@ def test_noise_level_and_its_inverse(sde):
 
 
 @EACH_SDE
+def test_times_of_quantiles_are_not_before_the_smallest_time(sde):
+    """32 bits cannot tell ln rho at the smallest times from ln rho at 0."""
+    for t_min in (1e-9, 2e-8):
+        times = sde.time_of_quantile(jnp.float32([0.0, sde.importance_weight(jnp.float32(sde.t_max), t_min)]), t_min)
+        assert jnp.float32(t_min) <= times[0] <= times[1] <= sde.t_max
+
+
+@EACH_SDE
 def test_importance_sampling_follows_its_density(sde):
     """Z is the integral of g^2 / sigma^2, by quadrature, and the quantiles invert it."""
     t_min = 1e-3

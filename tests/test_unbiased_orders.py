@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from arrays import Batch, PerExample, ScoreFn, append_dims
 from losses import Noise, Objective, Residual, term_weights
-from objectives.published import second_order_trace, third_order
+from objectives.published import second_order_frob, second_order_trace, third_order
 from objectives.unbiased import unbiased_second_order_trace, unbiased_third_order
 from sde_lib import SDE, VESDE, VPSDE
 from tests.analytic import asymmetric_mixture
@@ -265,7 +265,8 @@ def test_weights_are_the_inverse_variances_relative_to_the_first_order(estimator
 
     Generalised least squares adds half the square of each error over its variance: d / 2 for the first order's d
     errors. Weights relative to the first order make each weighted term d / 2 per number of its errors, too; the trace
-    has one error, the third order d, and the Jacobian's d^2 entries are not independent, so it is left out.
+    has one error, the third order d, and the published form of the Jacobian d. Without a probe, the Jacobian's d^2
+    entries are not independent, so it is left out.
     """
     d, n, r = 4, 100_000, 0.4
     u = np.sqrt(r) * jax.random.normal(jax.random.key(0), (n, d))
@@ -276,12 +277,14 @@ def test_weights_are_the_inverse_variances_relative_to_the_first_order(estimator
     if estimator == "published":
         trace = second_order_trace((r - 1) * probes[0], u, probes[0])
         third = third_order(jnp.zeros((n, d)), (r - 1) * probes[0], u, probes[0])
+        cases = [(second_order_frob((r - 1) * probes[0], u, probes[0]), weights["second_frob"], d)]
     else:
         spread = [r * probe for probe in probes]
         trace = unbiased_second_order_trace(spread, u, (probes[0], probes[1]))
         third = unbiased_third_order([jnp.zeros((n, d))] * 2, spread, r * u, u, (probes[0], probes[1]))
+        cases = []
     first = jnp.mean(u**2)  # d errors
-    for term, weight, errors in ((trace, weights["second_trace"], 1), (third, weights["third"], d)):
+    for term, weight, errors in (*cases, (trace, weights["second_trace"], 1), (third, weights["third"], d)):
         expected = first * errors / d
         error = np.std(term, ddof=1) / np.sqrt(n)
         assert abs(weight[0] * np.mean(term) - expected) < 5 * weight[0] * error + 0.01 * expected
