@@ -76,7 +76,7 @@ def train(config: Config, path: Path, started: float | None = None) -> None:
         start = int(init_state.step) if init_state else 0
         if new:
             workdir.write_start(config.training.init_from, start)
-        end = workdir.last_step(config.training)
+        end = parallel.agree(workdir.last_step(config.training))  # The first host has written the start.
         checkpoints.check_network()
         programs = first_program(run, checkpoints.newest() or start, end)
         state = resume_or_init(run, checkpoints, init_state)
@@ -125,7 +125,7 @@ def resume_or_init(run: Run, checkpoints: Checkpoints, init_state: TrainState | 
     """Returns the state of the newest checkpoint; for a new run, `init_state` or a fresh state."""
     state = checkpoints.resume()
     if state is None:
-        return jax.device_put(init_state or run.fresh_state(), run.state_shardings())
+        return parallel.place(init_state or run.fresh_state(), run.state_shardings())
     if run.config.training.init_from:
         logging.info("training.init_from is ignored, because this run has checkpoints of its own")
     return state

@@ -259,7 +259,7 @@ class Trainer:
             gradient, metrics, table = self.loss_gradient(params, x0, noise, key, residuals, classes)
             return jax.tree.map(jnp.add, total, gradient), (metrics, table)
 
-        batches = jax.tree.map(self._split, (x0, noise, classes))
+        batches = jax.tree.map(self.split, (x0, noise, classes))
         parts = (*batches, jax.random.split(dropout_key, self.accumulation_steps))
         zeros = jax.tree.map(jnp.zeros_like, params)
         total, (metrics, table) = jax.lax.scan(accumulate, zeros, parts)
@@ -312,13 +312,18 @@ class Trainer:
             return contextlib.nullcontext()  # JAX_DEFAULT_MATMUL_PRECISION applies, if it is set.
         return jax.default_matmul_precision(self.matmul_precision)
 
-    def _split(self, a: Array) -> Array:
-        """[batch, ...] to [parts, batch / parts, ...]. Each part has rows from every device.
+    def split(self, a: Array) -> Array:
+        """[batch, ...] to [parts, batch / parts, ...], in `accumulation_steps` parts with rows from every device.
 
         Groups of examples of which one has orders 2 and 3 stay together.
         """
         groups = a.reshape(-1, self.accumulation_steps, self.objective.every, *a.shape[1:])
         return groups.swapaxes(0, 1).reshape(self.accumulation_steps, -1, *a.shape[1:])
+
+    def join(self, a: Array) -> Array:
+        """[parts, batch / parts, ...] to [batch, ...], with the rows in the order that they had before `split`."""
+        parts = a.reshape(self.accumulation_steps, -1, self.objective.every, *a.shape[2:])
+        return parts.swapaxes(0, 1).reshape(-1, *a.shape[2:])
 
 
 def not_finite(metrics: Metrics) -> Bool[Array, ""]:

@@ -58,7 +58,7 @@ class ClassifierTraining:
         """The state at step 0, with initial parameters."""
         x = jnp.zeros((1, *self.run.data_shape))
         params = jax.jit(self.network.init)(self.run.key(INIT_KEY), x, jnp.ones(1))["params"]
-        return jax.device_put(create_state(params, self.optimizer), parallel.replicated(self.run.mesh))
+        return parallel.place(create_state(params, self.optimizer), parallel.replicated(self.run.mesh))
 
     def open_checkpoints(self, folder: Workdir) -> Checkpoints:
         """The classifier's checkpoints, to save and restore."""

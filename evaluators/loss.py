@@ -6,6 +6,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
+from arrays import Batch
 from build import EVAL_KEY, Run
 from datasets import Source, evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
@@ -71,5 +72,13 @@ class LossEvaluator:
         # Even times rise from row to row. In random order, a batch that is not full has times of all sizes, too.
         order = jax.random.permutation(order_key, len(x0))
         noise = jax.tree.map(lambda rows: rows[order], noise)
-        with self.run.trainer.arithmetic():
-            return objective.losses(self.run.score_fn(params), self.run.sde, x0, noise)
+        score_fn, trainer = self.run.score_fn(params), self.run.trainer
+
+        def losses(part: tuple[Batch, Any]) -> dict[str, Array]:
+            return objective.losses(score_fn, self.run.sde, *part)
+
+        with trainer.arithmetic():
+            if trainer.accumulation_steps == 1:
+                return losses((x0, noise))
+            # As many parts as in training, so that the test loss fits the memory that training needs.
+            return jax.tree.map(trainer.join, jax.lax.map(losses, jax.tree.map(trainer.split, (x0, noise))))

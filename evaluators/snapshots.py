@@ -53,7 +53,7 @@ class Snapshots:
         Returns early on a request to stop. Only warns if sampling fails, because training does not need snapshots.
         """
         step = int(state.step)
-        if not self.due(step):
+        if not parallel.agree(self.due(step)):
             return
         path, digest = Snapshot.file(self.folder, step), params_digest(state.params)
         if parallel.agree(_stored_digest(path) == digest):

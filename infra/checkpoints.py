@@ -50,7 +50,7 @@ def initial_residuals(like: TrainState) -> Any:
     """The residuals of a state shaped as `like` whose checkpoint has none."""
     if like.residuals is None:
         return None
-    return jax.tree.map(lambda a, shape: jax.device_put(a, shape.sharding), like.residuals.start(), like.residuals)
+    return parallel.place(like.residuals.start(), jax.tree.map(lambda shape: shape.sharding, like.residuals))
 
 
 def _stored(state: TrainState) -> dict[str, Any]:
@@ -218,6 +218,7 @@ class Checkpoints:
             if damaged > step and jax.process_index() == 0:
                 path = Path(self._manager.directory / str(damaged))
                 path.rename(path.with_name(f"{damaged}.damaged"))
+        parallel.agree(True)  # Other hosts must not list the folder before.
         self._manager.reload()
         return state
 
@@ -277,7 +278,7 @@ def load_state(path: Path, description: dict[str, Any], like: TrainState) -> Tra
     path = path.absolute()
     if path.is_file():
         state = read_published_checkpoint(path, like).replace(residuals=initial_residuals(like))
-        return jax.tree.map(lambda leaf, shape: jax.device_put(leaf, shape.sharding), state, like)
+        return parallel.place(state, jax.tree.map(lambda shape: shape.sharding, like))
     if not path.is_dir():
         raise FileNotFoundError(
             f"no checkpoint in {path}, which does not exist; name a workdir, a step's folder in its checkpoints, or a "

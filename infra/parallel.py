@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import math
 import os
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from infra.rendezvous import meet
 from infra.waiting import leave, waiting, within
 
 Tree = TypeVar("Tree")
+Decision = TypeVar("Decision", bool, int)
 
 JOIN_SECONDS = 300.0
 """Seconds that processes wait for each other at the start."""
@@ -213,12 +214,24 @@ def check_stop() -> None:
         raise KeyboardInterrupt
 
 
-def agree(value: bool) -> bool:
+def agree(value: Decision) -> Decision:
     """The first host's value, for decisions that all hosts must make alike. All hosts must call this together."""
     if jax.process_count() == 1:
         return value
     with waiting("the first process to decide"):
-        return bool(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+        return type(value)(multihost_utils.broadcast_one_to_all(np.asarray(value)))
+
+
+def place(tree: Tree, shardings: Any) -> Tree:
+    """Places arrays that every host has on the devices of all hosts.
+
+    Args:
+        shardings: of each array, as a tree of the same form, or one for all.
+    """
+    if jax.process_count() > 1:
+        # If each host has one device, JAX cannot give out the parts of an array that it placed from a single device.
+        tree = jax.tree.map(lambda a: np.array(a) if getattr(a, "is_fully_addressable", False) else a, tree)
+    return jax.device_put(tree, shardings)
 
 
 def require_same(text: str, what: str) -> None:

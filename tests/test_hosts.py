@@ -51,25 +51,42 @@ def small_networks() -> Iterator[None]:
         yield
 
 
-def start(program: Sequence[str], workdir: Path, mode: str, *flags: str) -> subprocess.Popen[str]:
+TRAIN = """
+import main
+from tests.test_hosts import small_networks
+with small_networks():
+    main.app.run(main.main, flags_parser=main._parse_flags)
+"""
+
+
+def start(program: Sequence[str], workdir: Path, mode: str, *flags: str, devices: int = 2) -> subprocess.Popen[str]:
     command = [sys.executable, *program, "--config=configs/digits/smoke.py", f"--workdir={workdir}", f"--mode={mode}"]
     fields = [f"--config.{name}={value}" for name, value in FIELDS.items()]
-    two_devices = os.environ["XLA_FLAGS"].replace("device_count=4", "device_count=2")
-    environment = {**os.environ, "XLA_FLAGS": two_devices, "JAX_PLATFORMS": "cpu"}
+    xla_flags = os.environ["XLA_FLAGS"].replace("device_count=4", f"device_count={devices}")
+    environment = {**os.environ, "XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"}
     statistics = f"--config.eval.statistics_dir={workdir.parent}/stats"
     return subprocess.Popen(
         [*command, *fields, statistics, *flags], cwd=ROOT, env=environment, text=True, stderr=subprocess.PIPE
     )
 
 
-def start_two(program: Sequence[str], workdir: Path, mode: str, *fields_of_second: str) -> list[tuple[int, str]]:
-    """Returns the exit codes and errors of two processes. The second one may have other fields."""
+def start_two(
+    program: Sequence[str],
+    workdir: Path,
+    mode: str,
+    *fields_of_second: str,
+    fields: Sequence[str] = (),
+    devices: int = 2,
+) -> list[tuple[int, str]]:
+    """Returns the exit codes and errors of two processes. The second one may have other fields than the `fields`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    flags = (f"--coordinator=localhost:{port}", "--num_processes=2")
+    flags = (f"--coordinator=localhost:{port}", "--num_processes=2", *fields)
     others = [(), fields_of_second]
-    processes = [start(program, workdir, mode, *flags, f"--process_id={k}", *others[k]) for k in range(2)]
+    processes = [
+        start(program, workdir, mode, *flags, f"--process_id={k}", *others[k], devices=devices) for k in range(2)
+    ]
     errors = [process.communicate(timeout=600)[1] for process in processes]
     return [(process.returncode, said) for process, said in zip(processes, errors, strict=True)]
 
@@ -103,6 +120,20 @@ def test_two_hosts_do_what_one_does(tmp_path: Path) -> None:
     assert [result["bpd"]["n"] for result in results] == [48, 48]
     assert results[0]["bpd"]["mean"] == pytest.approx(results[1]["bpd"]["mean"], rel=1e-4)
     assert results[0]["samples"]["fid"] == pytest.approx(results[1]["samples"]["fid"], rel=1e-2)
+
+
+def test_two_hosts_of_one_device_each_continue_another_run(tmp_path: Path) -> None:
+    """The state has arrays that were restored to all devices, and new ones that each host has for itself."""
+    config, base = get_config(), tmp_path / "base"
+    config.update_from_flattened_dict({**FIELDS, "training.n_iters": 4})
+    with small_networks():
+        run_lib.train(config, base)
+    fields = {"init_from": base, "init_reset": "opt", "n_iters_from_start": 3, "shard_state": True}
+    flags = [f"--config.training.{name}={value}" for name, value in fields.items()]
+    ended = start_two(["-c", TRAIN], tmp_path / "two", "train", fields=flags, devices=1)
+    assert [status for status, _ in ended] == [0, 0], "\n".join(said for _, said in ended)
+    assert {path.name for path in (tmp_path / "two" / "checkpoints").glob("[0-9]*")} == {"4", "7"}
+    assert len(logged(tmp_path / "two")) == 2
 
 
 def test_a_process_that_fails_alone_does_not_leave_the_other_waiting(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from evaluators.loss import LossEvaluator
 from losses import Noise, Objective
 from objectives.objective import Residual
 from sde_lib import SDE
+from tests.tiny_network import tiny_network
 
 
 class Times(Objective):
@@ -37,3 +38,22 @@ def test_even_times_are_spread_over_a_batch_that_is_not_full() -> None:
         distance = abs(np.subtract(*values["total"][counts]))
         apart.append(min(distance, 1 - distance))
     assert np.mean(apart) > 0.15  # 1/4 on average, and 1/16 for neighbours
+
+
+def test_parts_need_less_memory_and_give_the_same_values() -> None:
+    """The test loss has to fit into the memory that is enough for a training step in parts."""
+    images = np.random.default_rng(0).integers(0, 17, (64, 8, 8, 1)).astype(np.uint8)
+    found = []
+    for parts in (1, 4):
+        config = get_config()
+        config.training.update(score_matching_order=3, batch_size=64, accumulation_steps=parts)
+        with tiny_network():
+            evaluator = LossEvaluator(build(config), MemorySource(images, "images"))
+            state = evaluator.run.fresh_state()
+            program = jax.jit(evaluator._per_example).lower(state.params, images, jax.random.key(0)).compile()
+        memory = program.memory_analysis()
+        assert memory is not None
+        found.append((memory.temp_size_in_bytes, program(state.params, images, jax.random.key(0))))
+    (whole, values), (quarter, values_of_parts) = found
+    assert quarter < 0.5 * whole
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), values, values_of_parts)
