@@ -39,7 +39,8 @@ def _training() -> ConfigDict:
     training.smallest_time = 1e-5  # losses and likelihoods use times in [smallest_time, 1]
     # examples in a batch, over all devices; the published runs use 128 for orders 1 and 2, and 48 for order 3
     training.batch_size = 128
-    # parts of the batch that are computed one after another; more parts need less memory and give the same gradient
+    # parts of the batch that are computed one after another, in training and for the test loss; more parts need less
+    # memory and give the same gradient
     training.accumulation_steps = 1
     # precision of matrix products and convolutions of 32-bit numbers in training: default (GPUs and TPUs round to fewer
     # bits), high, or highest (all bits). Likelihoods always have the highest precision

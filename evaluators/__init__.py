@@ -3,7 +3,7 @@
 `evaluators_from_config` lists them. Every evaluator counts each example once. It stores its values batch by batch in a
 folder named after everything that they depend on, including the parameters. So an interrupted evaluation resumes, and
 results of different settings never mix. The random numbers of an example depend on the seed, the repeat and the index
-of the example, but not on its batch.
+of the example, but not on its batch. The test loss is an exception: it stores nothing, and draws its noise by batches.
 """
 
 import functools
