@@ -34,7 +34,7 @@ def set_up_compiler(cache: bool = True) -> None:
 def use_fast_convolutions() -> None:
     """Sets XLA_FLAGS so that convolutions on CPUs are not left to the library YNN, unless the user has set this flag.
 
-    XLA's own routine takes three quarters of the time for a training step; see docs/results/cost.md. YNN is slow for
+    With XLA's own routine, a training step takes 0.75 to 0.86 of the time; see docs/results/cost.md. YNN is slow for
     gradients of kernels, and in jaxlib 0.10 it computes convolutions with one thread. GPUs are not affected.
     """
     flags = os.environ.get("XLA_FLAGS", "")
