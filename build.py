@@ -345,8 +345,8 @@ def _check_classes(config: Config, network: ScoreNetwork) -> None:
     if not (takes_classes and config.model.conditional):
         raise ValueError(
             f"data.num_classes is {config.data.num_classes}, but model.name={config.model.name!r} with "
-            f"model.conditional={config.model.conditional} is not told the classes; set data.num_classes=0, or use "
-            "ncsnpp with model.conditional=True"
+            f"model.conditional={config.model.conditional} is not told the classes; here, only ncsnpp with "
+            "model.conditional=True is: use it, or set data.num_classes=0"
         )
     if not config.training.label_dropout:
         raise ValueError(
