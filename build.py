@@ -332,8 +332,8 @@ def _check_init(training: Config) -> None:
     """Raises ValueError for unknown parts to reset, or if there is no checkpoint whose parts could be reset."""
     if parts_to_reset(training.init_reset) and not training.init_from:
         raise ValueError(
-            f"training.init_reset is {training.init_reset!r}, but training.init_from is empty, so there is no "
-            "checkpoint whose parts could be reset: set training.init_from, or leave training.init_reset empty"
+            f"training.init_reset is {training.init_reset!r}, but training.init_from is empty, so there is nothing to "
+            "reset: set training.init_from, or leave training.init_reset empty"
         )
 
 

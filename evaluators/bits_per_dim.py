@@ -18,7 +18,7 @@ from coordinates import GaussianReference
 from datasets import REFERENCE_EXAMPLES, EvaluationBatch, data_reference, evaluation_batch, evaluation_batch_sizes
 from dequantization.noise import Dequantized, Dequantizer, Images, check_levels, importance_weights, log_mean_exp
 from evaluation import mean_estimate
-from evaluators.cache import BatchCache, Values, examples_per_second
+from evaluators.cache import BatchCache, Values, examples_per_second, mean_evaluations
 from evaluators.estimators import (
     HostEstimate,
     OdeEstimator,
@@ -230,7 +230,7 @@ def summary(repeats: list[list[Values]]) -> dict[str, Any]:
         "se_over_repeats": float(repeat_means.std(ddof=1) / math.sqrt(len(repeats))) if len(repeats) > 1 else None,
         "terms": {name: mean_estimate(per_image(name)).mean for name in terms},
         "errors": errors,
-        "nfe": float(np.mean([batch["nfe"] for batch in every])),
+        "nfe": mean_evaluations(every),
         "seconds": float(np.sum([batch["seconds"] for batch in every])),
         "images_per_second": examples_per_second([len(batch["bpd"]) for batch in every], every),
     }

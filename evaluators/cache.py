@@ -148,6 +148,11 @@ def _read(path: Path) -> Values | None:
         return None
 
 
+def mean_evaluations(batches: Iterable[Values]) -> float:
+    """Returns the mean of the network evaluations of the batches. An adaptive solver needs other numbers in each."""
+    return float(np.mean([batch["nfe"] for batch in batches]))
+
+
 def examples_per_second(sizes: Iterable[int], batches: Iterable[Values]) -> float:
     """Returns the speed in the fastest batch, given the `seconds` of each: the first batch also compiles."""
     return max(size / float(batch["seconds"]) for size, batch in zip(sizes, batches, strict=True))
@@ -189,7 +194,7 @@ def draw_in_rounds(cache: BatchCache, kind: str, count: int, round_size: int, dr
     per_second = examples_per_second([round_size] * len(rounds), rounds)  # All rounds are whole.
     return CachedSamples(
         samples,
-        float(np.mean([each["nfe"] for each in rounds])),
+        mean_evaluations(rounds),
         float(sum(each["seconds"] for each in rounds)),
         per_second,
     )

@@ -17,7 +17,7 @@ import datasets
 from arrays import Batch, ReportProgress, ScoreFn, mean_square
 from build import SAMPLE_KEY, Run
 from evaluation import mean_estimate
-from evaluators.cache import BatchCache, Values
+from evaluators.cache import BatchCache, Values, mean_evaluations
 from evaluators.class_training import ClassifierTraining, number_of_classes
 from evaluators.classifier import classifier_from_config
 from evaluators.control_inputs import (
@@ -97,7 +97,7 @@ class ConditionalEvaluator:
             "n": self.num_images,
             "draws": self.num_draws,
             **settings,
-            "nfe": float(np.mean([each["nfe"] for each in rounds])),
+            "nfe": mean_evaluations(rounds),
             "seconds": float(sum(each["seconds"] for each in rounds)),
             **cache.origin(),
         }
@@ -247,7 +247,7 @@ class ClassesEvaluator:
             "n": accuracy.n,
             "judge_accuracy": judge.test_accuracy,
             **settings,
-            "nfe": float(np.mean([each["nfe"] for each in rounds])),
+            "nfe": mean_evaluations(rounds),
             "seconds": float(sum(each["seconds"] for each in rounds)),
             **cache.origin(),
         }

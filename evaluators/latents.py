@@ -18,7 +18,7 @@ from build import Run
 from configs.usage import count_reads, unrecorded
 from datasets import evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
-from evaluators.cache import BatchCache, Values
+from evaluators.cache import BatchCache, Values, mean_evaluations
 from evaluators.control_inputs import (
     device_images,
     finite_levels,
@@ -131,7 +131,7 @@ class EncodeEvaluator:
             "changed_levels": float(stored["changed"].mean()),
             "latent_variance": float(stored["latent_variance"].mean()),
             "n": error.n,
-            "nfe": float(np.mean([batch["nfe"] for batch in batches])),
+            "nfe": mean_evaluations(batches),
             "seconds": float(np.sum([batch["seconds"] for batch in batches])),
             "file": str(file.relative_to(folder.workdir.path)),
             "data": self.source.description,
@@ -328,6 +328,6 @@ def spherical_interpolation(
 def _cost(batches: list[Values]) -> dict[str, float]:
     """Returns the mean number of network evaluations of a batch, and the total time."""
     return {
-        "nfe": float(np.mean([batch["nfe"] for batch in batches])),
+        "nfe": mean_evaluations(batches),
         "seconds": float(np.sum([batch["seconds"] for batch in batches])),
     }

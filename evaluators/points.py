@@ -17,7 +17,7 @@ from coordinates import GaussianReference
 from datasets import evaluation_batch, evaluation_batch_sizes
 from evaluation import mean_estimate
 from evaluators.bits_per_dim import solver_warning
-from evaluators.cache import BatchCache, Values, draw_in_rounds
+from evaluators.cache import BatchCache, Values, draw_in_rounds, mean_evaluations
 from evaluators.estimators import (
     BoundEstimator,
     Estimate,
@@ -202,7 +202,7 @@ def summary(batches: list[Values], entropy: float | None) -> dict[str, Any]:
             result["warning"] = warning
     return result | {
         "terms": {name: float(per_point(name).mean()) for name in terms},
-        "nfe": float(np.mean([batch["nfe"] for batch in batches])),
+        "nfe": mean_evaluations(batches),
         "seconds": float(np.sum([batch["seconds"] for batch in batches])),
     }
 

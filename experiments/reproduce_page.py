@@ -298,10 +298,9 @@ Time starts at 1e-5, as in the paper. All models are evaluated on the same {test
 the data's density q and the model's p, come from the exact likelihood of the ODE, in nats. All distances between scores
 are integrals over time in nats, from {times} times with {points} points each, with solves at tolerance {tolerance:g}:
 
-- l_SM, l_Fisher and l_Diff are those of [L22] Fig. 3 and 7. l_SM is the distance between the model's score and the
-  score of the data; first-order training minimises it. l_Fisher is the distance between the score of the ODE's own
-  density and the score of the data, and l_Diff the distance between the model's score and the score of the ODE's own
-  density.
+- l_SM, l_Fisher and l_Diff compare two scores each, as in [L22] Fig. 3 and 7. l_SM compares the model with the data;
+  first-order training minimises it. l_Fisher compares the ODE's own density with the data. l_Diff compares the model
+  with the ODE's own density.
 - "Theorem 3.1" is the integral of [L22] Theorem 3.1: a second estimate of the KL, from scores alone and on other
   points.
 - "second" and "third" are the errors of the score's Jacobian and of the gradient of its trace. With e = s - grad ln q,
